@@ -1,0 +1,335 @@
+"""What every sampler and density shares: noise with right tails, log-space helpers, checks.
+
+Six rules hold for the whole library; this module is where they are kept:
+
+1. noise is drawn and transformed in float32 or wider, the result is cast back;
+2. an event of probability p is drawn with frequency p, down to 1e-8, in both tails;
+3. every element of a batch has its own noise, and the temperature is traced;
+4. values and gradients are finite for logits within +-1e4 and tau in [1e-3, 1e3], and a logit of
+   -inf is an impossible class with value 0 and gradient 0;
+5. densities of a library's own draws are right at low temperature, through log-space values;
+6. what can be known before tracing is checked before tracing, by a ValueError that names the argument.
+"""
+
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import log_ndtr, ndtri
+
+# --- noise ------------------------------------------------------------------------------------
+
+
+def tail_uniform(key, shape, dtype):
+    """Uniform noise U in (0, 1) as r in (-1/2, 1/2]: U = r if r > 0, else U = 1 - |r|.
+
+    Floats are dense near 0 only, so a plain uniform resolves 2^-24 near 1 and never draws a rare
+    event of that tail. Held this way both tails end at 0 and are resolved to 2^-32 (2^-64 in
+    float64), from the same number of random bits and symmetric to the last of them.
+    """
+    width = 8 * jnp.dtype(dtype).itemsize
+    bits = jax.random.bits(key, shape, jnp.dtype(f"uint{width}"))
+    signed = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"int{width}"))
+    return (signed.astype(dtype) + 0.5) * 2.0**-width
+
+
+def logistic(key, shape, dtype):
+    """Logistic(0, 1) noise, log U - log(1 - U)."""
+    r = tail_uniform(key, shape, dtype)
+    v = jnp.abs(r)
+    tail = jnp.log(v / (1 - v))
+    return jnp.where(r < 0, -tail, tail)
+
+
+def gumbel(key, shape, dtype):
+    """Gumbel(0, 1) noise, -log(-log U)."""
+    r = tail_uniform(key, shape, dtype)
+    v = jnp.abs(r)
+    u = jnp.where(r < 0, 1 - v, v)
+    # In the upper half -log U is -log1p(-v). Kahan's form of it costs no second logarithm: the
+    # rounding of u = 1 - v is undone by the factor v / (1 - u), in which 1 - u is exact.
+    gap = 1 - u
+    exponential = -jnp.log(u)
+    upper = jnp.where(gap == 0, v, exponential * v / jnp.where(gap == 0, 1, gap))
+    return -jnp.log(jnp.where(r < 0, upper, exponential))
+
+
+def normal(key, shape, dtype):
+    """Normal(0, 1) noise, by the inverse of the distribution function."""
+    r = tail_uniform(key, shape, dtype)
+    tail = ndtri(jnp.abs(r))
+    return jnp.where(r < 0, -tail, tail)
+
+
+def bernoulli(key, p, q, shape):
+    """1[U < p], given both p and q = 1 - p so that neither tail is rounded away."""
+    r = tail_uniform(key, shape, p.dtype)
+    return jnp.where(r < 0, -r > q, r < p)
+
+
+# --- gradients --------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def straight_through(hard, soft):
+    """Exactly `hard` forward, `soft` backward; a NaN in `soft` is shown, not hidden behind `hard`.
+
+    The usual `soft + stop_gradient(hard - soft)` returns 0.99999994 for a 1 now and then.
+    """
+    return jnp.where(jnp.isnan(soft), soft, hard.astype(soft.dtype))
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return straight_through(*primals), tangents[1]
+
+
+def over_tau(x, tau):
+    """x / tau, with gradient 0 in x and tau where x is infinite (elsewhere it would be inf * 0)."""
+    finite = jnp.isfinite(x)
+    return jnp.where(finite, jnp.where(finite, x, 0) / tau, jax.lax.stop_gradient(x))
+
+
+def centre(logits):
+    """Logits less their largest: the same classes, and noise added to them is not rounded off.
+
+    At a logit of 1e4 float32 resolves 1e-3, which would quantise the Gumbel noise.
+    """
+    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+
+
+# --- log-space helpers ------------------------------------------------------------------------
+
+
+def logit(z):
+    """log z - log(1 - z)."""
+    return jnp.log(z) - jnp.log1p(-z)
+
+
+def log_logistic_pdf(x):
+    """log s(x) + log s(-x), the log-density of Logistic(0, 1)."""
+    return -(jax.nn.softplus(x) + jax.nn.softplus(-x))
+
+
+def log_normal_pdf(x):
+    """The log-density of Normal(0, 1)."""
+    return -0.5 * (x**2 + math.log(2 * math.pi))
+
+
+def log_sum_exp(x):
+    """log sum exp(x) over the last axis; of nothing but -inf it is -inf, with gradient 0."""
+    nothing = jnp.all(x == -jnp.inf, -1)
+    return jnp.where(nothing, -jnp.inf, jax.nn.logsumexp(jnp.where(nothing[..., None], 0, x), -1))
+
+
+@jax.custom_jvp
+def log_min_gumbel_cdf(x):
+    """log(1 - exp(-exp(x))), which is x for very negative x and 0 for large x."""
+    low = x < -15
+    w = jnp.exp(jnp.where(low, 0, jnp.minimum(x, 5)))  # at 5 the result is already below e^-148
+    return jnp.where(low, x - 0.5 * jnp.exp(jnp.minimum(x, -15)), jnp.log(-jnp.expm1(-w)))
+
+
+def log_min_gumbel_cdf_slope(x):
+    """The derivative of `log_min_gumbel_cdf`, w / (exp(w) - 1) with w = exp(x): from 1 to 0."""
+    w = jnp.exp(jnp.minimum(x, 5))
+    return jnp.where(x < -15, 1, w / jnp.expm1(jnp.maximum(w, 1e-7)))
+
+
+@log_min_gumbel_cdf.defjvp
+def _log_min_gumbel_cdf_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return log_min_gumbel_cdf(x), dx * log_min_gumbel_cdf_slope(x)
+
+
+def probit_to_logit(v):
+    """logit Phi(v), without rounding Phi(v) to 0 or 1."""
+    return log_ndtr(v) - log_ndtr(-v)
+
+
+@jax.custom_jvp
+def logit_to_probit(x):
+    """Phi^-1(s(x)), the inverse of `probit_to_logit`, without rounding s(x) to 0 or 1.
+
+    Newton's method on |x| = logit Phi(v), which is convex for v > 0. Both x sqrt(pi/8) and
+    sqrt(2 x) lie above the root, so the iterates fall to it monotonically.
+    """
+    a = jnp.where(jnp.isinf(x), 1, jnp.abs(x))
+    v = jnp.minimum(a * math.sqrt(math.pi / 8), jnp.sqrt(2 * a))
+    for _ in range(5):
+        upper, lower = log_ndtr(v), log_ndtr(-v)
+        v = v - (upper - lower - a) * jnp.exp(upper + lower - log_normal_pdf(v))
+    return jnp.where(jnp.isinf(x), x, jnp.sign(x) * v)
+
+
+@logit_to_probit.defjvp
+def _logit_to_probit_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    v = logit_to_probit(x)
+    slope = jnp.where(jnp.isinf(x), 0, jnp.exp(log_logistic_pdf(x) - log_normal_pdf(v)))
+    return v, dx * slope
+
+
+def as_log(value, log_space):
+    """log z of a simplex value given in either form, and whether z is outside [0, 1]."""
+    if log_space:
+        return value, jnp.any(value > 0, -1)
+    outside = jnp.any((value < 0) | (value > 1), -1)
+    return jnp.log(jnp.where(outside[..., None], 1, value)), outside
+
+
+def as_logit(value, log_space):
+    """logit(z) of a value given in either form, and whether z is outside [0, 1]."""
+    if log_space:
+        return value, jnp.zeros(value.shape, bool)
+    outside = (value < 0) | (value > 1)
+    return logit(jnp.where(outside, 0.5, value)), outside
+
+
+def binary_concrete_log_prob(y, logits, tau):
+    """The binary Concrete log-density of z = sigmoid(y)."""
+    vertex, certain = jnp.isinf(y), jnp.isinf(logits)
+    y_in, logits_in = jnp.where(vertex, 0, y), jnp.where(certain, 0, logits)
+    inside = jnp.log(tau) + log_logistic_pdf(tau * y_in - logits_in) - log_logistic_pdf(y_in)
+    limit = jnp.where(tau < 1, jnp.inf, jnp.where(tau > 1, -jnp.inf, jnp.sign(y) * logits_in))
+    mass = jnp.where(y == logits, 0, -jnp.inf)
+    return jnp.where(certain, mass, jnp.where(vertex, limit, inside))
+
+
+def apply_factor(scale_tril, noise):
+    """scale_tril noise over the last axis, batches broadcast, in full precision on every device."""
+    return jnp.einsum("...ij,...j->...i", scale_tril, noise, precision="highest")
+
+
+def solve_lower(scale_tril, x):
+    """scale_tril^-1 x over the last axis, batches broadcast."""
+    batch = jnp.broadcast_shapes(scale_tril.shape[:-2], x.shape[:-1])
+    factor = jnp.broadcast_to(scale_tril, batch + scale_tril.shape[-2:])
+    x = jnp.broadcast_to(x, batch + x.shape[-1:])
+    return jax.lax.linalg.triangular_solve(factor, x[..., None], left_side=True, lower=True)[..., 0]
+
+
+# --- static checks ----------------------------------------------------------------------------
+
+
+def require(condition, name, need, got):
+    """Raise ValueError naming the argument, what it needs and what it got."""
+    if not condition:
+        raise ValueError(f"{name} must be {need}, got {got}")
+
+
+def require_values(name, x, need, holds):
+    """`require` that `holds` of the values of x, where they can be seen.
+
+    They cannot if x is traced or if other processes hold a part of it. NumPy looks at them, since
+    inside a jitted function even the operations of jax on constants are traced.
+    """
+    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
+        require(np.all(holds(np.asarray(x))), name, need, x)
+
+
+def check_key(key):
+    """A single JAX key, typed or raw."""
+    need = "one JAX random key, as jax.random.key(0) makes (for several, vmap over them)"
+    require(isinstance(key, jax.Array) or hasattr(key, "__array__"), "key", need, f"{key!r}")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        require(key.shape == (), "key", need, f"keys of shape {key.shape}")
+    else:
+        require(
+            key.dtype == jnp.uint32 and key.ndim == 1,
+            "key", need, f"an array of shape {key.shape} and dtype {key.dtype}",
+        )  # fmt: skip
+
+
+def as_float(name, x):
+    """`x` as a floating-point array. Python numbers count as floats; integer arrays do not."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        x = float(x)
+    try:
+        x = jnp.asarray(x)
+    except TypeError as error:
+        raise ValueError(f"{name} must be an array of floats, got {type(x).__name__}") from error
+    require(jnp.issubdtype(x.dtype, jnp.floating), name, "floating point", f"dtype {x.dtype}")
+    return x
+
+
+def widen(**parameters):
+    """The dtype of a result in these parameters, then each of them in float32 or wider."""
+    arrays = [as_float(name, x) for name, x in parameters.items()]
+    dtype = jnp.result_type(*arrays)
+    return dtype, *(x.astype(jnp.promote_types(dtype, jnp.float32)) for x in arrays)
+
+
+def as_tau(tau, dtype, name="tau"):
+    """A temperature in the dtype of the computation (a schedule's float32 never widens a result)."""
+    require_positive(name, tau)
+    return as_float(name, tau).astype(dtype)
+
+
+def require_positive(name, x):
+    require_values(name, x, "positive", lambda x: x > 0)
+
+
+def require_event(name, x, ndims=1):
+    """Event axes are last: `x` needs `ndims` of them, none empty."""
+    event = jnp.shape(x)[-ndims:]
+    need = f"an array with {ndims} event axes, none of them empty"
+    require(len(event) == ndims and 0 not in event, name, need, f"shape {jnp.shape(x)}")
+
+
+def require_same_event(value, parameter):
+    """A value has as many classes as the parameters."""
+    size = parameter.shape[-1]
+    require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
+
+
+def require_classes(logits, at_least=1):
+    """Categorical logits: an event axis, on which enough classes are possible."""
+    require_event("logits", logits)
+    need = f"above -inf for at least {at_least} of the classes"
+    require_values("logits", logits, need, lambda x: (x == -np.inf).sum(-1) <= x.shape[-1] - at_least)
+
+
+def require_square(name, x, size):
+    """Matrices of shape (..., size, size)."""
+    shape = jnp.shape(x)
+    require(shape[-2:] == (size, size), name, f"of shape (..., {size}, {size})", f"shape {shape}")
+
+
+def require_scale_tril(scale_tril, size):
+    """A lower-triangular factor of shape (..., size, size)."""
+    require_square("scale_tril", scale_tril, size)
+    require_values("scale_tril", scale_tril, "lower triangular", lambda x: x == np.tril(x))
+
+
+def as_static_int(name, x, low, high):
+    """A Python integer in [low, high]: it sets shapes, so it cannot be traced."""
+    need = f"an integer in [{low}, {high}]"
+    try:
+        number = operator.index(x)
+    except TypeError as error:  # jax's own error for a traced integer is one of these
+        raise ValueError(f"{name} must be {need}, known before tracing, got {x!r}") from error
+    require(low <= number <= high and not isinstance(x, bool), name, need, x)
+    return number
+
+
+def batch_shape(shape, **batches):
+    """The batch shape of a result: `shape`, which the parameters must broadcast to, or their own."""
+    try:
+        own = jnp.broadcast_shapes(*batches.values())
+    except ValueError as error:
+        raise ValueError(
+            f"{', '.join(batches)} must have batch shapes that broadcast, got {batches}"
+        ) from error
+    if shape is None:
+        return own
+    need = f"a tuple of sizes that the parameters' batch shape {own} broadcasts to"
+    try:
+        shape = tuple(operator.index(size) for size in shape)
+        fits = min(shape, default=0) >= 0 and jnp.broadcast_shapes(shape, own) == shape
+    except (TypeError, ValueError):
+        fits = False
+    require(fits, "shape", need, shape)
+    return shape

@@ -1,0 +1,96 @@
+"""The Laplace Bridge between Dirichlet distributions and Gaussians on the logits."""
+
+import jax.numpy as jnp
+from jax.nn import logsumexp
+
+from relaxit_jax import _numerics as nm
+
+
+def dirichlet_to_gaussian(concentration):
+    """The Gaussian whose softmax is close to a Dirichlet: its Laplace approximation in logit space.
+
+    ``mu_i = log alpha_i - mean log alpha``;
+    ``Sigma_ij = delta_ij / alpha_i - (1/alpha_i + 1/alpha_j - (1/K) sum 1/alpha) / K``.
+
+    Sigma is a covariance (its diagonal holds variances) and is singular along the all-ones vector,
+    which softmax does not see. For a `scale_tril` of the same law on the simplex add any positive
+    constant c to all its entries: ``jnp.linalg.cholesky(covariance + c)``.
+
+    Args:
+      concentration: alpha, positive, shape (..., K) with K >= 2.
+
+    Returns:
+      ``(loc, covariance)`` of shapes (..., K) and (..., K, K), in the dtype of ``concentration``.
+
+    Raises:
+      ValueError: for a ``concentration`` that is not positive, is not floating point, or has fewer
+        than two classes.
+
+    References:
+      M. Hobbhahn, A. Kristiadi, P. Hennig (2022), Fast Predictive Uncertainty for Classification
+      with Bayesian Deep Networks, arXiv:2003.01227.
+
+    >>> loc, covariance = dirichlet_to_gaussian(jnp.array([1.0, 1.0]))
+    >>> covariance
+    Array([[ 0.5, -0.5],
+           [-0.5,  0.5]], dtype=float32)
+    """
+    nm.require_event("concentration", concentration)
+    nm.require_positive("concentration", concentration)
+    dtype, alpha = nm.widen(concentration=concentration)
+    k = _at_least_two("concentration", alpha)
+    log_alpha, inverse = jnp.log(alpha), 1 / alpha
+    loc = log_alpha - jnp.mean(log_alpha, -1, keepdims=True)
+    pairs = inverse[..., :, None] + inverse[..., None, :]
+    shared = (pairs - jnp.mean(inverse, -1)[..., None, None]) / k
+    # 1 - 2/K first: on the diagonal 1/alpha - 2/(K alpha) would cancel, wholly so for K = 2
+    diagonal = inverse * (1 - 2 / k) + jnp.mean(inverse, -1, keepdims=True) / k
+    covariance = jnp.where(jnp.eye(k, dtype=bool), diagonal[..., None], -shared)
+    return loc.astype(dtype), covariance.astype(dtype)
+
+
+def gaussian_to_dirichlet(loc, covariance):
+    """The Dirichlet whose Laplace approximation in logit space has this mean and these variances.
+
+    ``alpha_k = (1 - 2/K + exp(mu_k)/K^2 sum_l exp(-mu_l)) / Sigma_kk``, with mu and Sigma first
+    projected by ``I - 11^T/K``: the formula holds for logits that sum to 0, and softmax does not
+    see the difference. It inverts `dirichlet_to_gaussian` exactly.
+
+    Args:
+      loc: mu, shape (..., K) with K >= 2.
+      covariance: Sigma, shape (..., K, K): variances on its diagonal, not standard deviations.
+
+    Returns:
+      The concentration, shape (..., K), in the promoted dtype of ``loc`` and ``covariance``.
+
+    Raises:
+      ValueError: for shapes that do not fit together, fewer than two classes, dtypes that are not
+        floating point, or a diagonal that is not positive.
+
+    References:
+      M. Hobbhahn, A. Kristiadi, P. Hennig (2022), arXiv:2003.01227.
+
+    >>> alpha = jnp.array([0.5, 2.0, 30.0])
+    >>> gaussian_to_dirichlet(*dirichlet_to_gaussian(alpha)).round(4)
+    Array([ 0.5,  2. , 30. ], dtype=float32)
+    """
+    nm.require_event("loc", loc)
+    dtype, loc, covariance = nm.widen(loc=loc, covariance=covariance)
+    k = _at_least_two("loc", loc)
+    nm.require_square("covariance", covariance, k)
+    nm.require_values(
+        "covariance", covariance, "positive on its diagonal",
+        lambda a: a.diagonal(axis1=-2, axis2=-1) > 0,
+    )  # fmt: skip
+    nm.batch_shape(None, loc=loc.shape[:-1], covariance=covariance.shape[:-2])
+    loc = loc - jnp.mean(loc, -1, keepdims=True)
+    rows = jnp.mean(covariance, -1) + jnp.mean(covariance, -2)
+    everything = jnp.mean(covariance, (-2, -1))[..., None]
+    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1) - rows + everything
+    spread = jnp.exp(loc + logsumexp(-loc, -1, keepdims=True)) / k**2
+    return ((1 - 2 / k + spread) / variance).astype(dtype)
+
+
+def _at_least_two(name, x):
+    nm.require(x.shape[-1] >= 2, name, "of at least two classes", f"shape {x.shape}")
+    return x.shape[-1]

@@ -1,0 +1,55 @@
+"""Samplers and their log-densities, one shelf a kind of variable."""
+
+from relaxit_jax.samplers._binary import (
+    correlated_bernoulli,
+    correlated_bernoulli_log_prob,
+    relaxed_bernoulli,
+    relaxed_bernoulli_log_prob,
+    stochastic_times_smooth,
+    stochastic_times_smooth_log_prob,
+    straight_through_bernoulli,
+    straight_through_bernoulli_log_prob,
+)
+from relaxit_jax.samplers._categorical import (
+    gumbel_softmax,
+    gumbel_softmax_log_prob,
+    invertible_gaussian,
+    invertible_gaussian_log_prob,
+    logistic_normal,
+    logistic_normal_log_prob,
+)
+from relaxit_jax.samplers._gate import (
+    gaussian_bernoulli,
+    gaussian_bernoulli_log_prob,
+    hard_concrete,
+    hard_concrete_gate,
+    hard_concrete_l0,
+    hard_concrete_log_prob,
+)
+from relaxit_jax.samplers._subset import gumbel_top_k, gumbel_top_k_log_prob, relaxed_top_k
+
+__all__ = [
+    "correlated_bernoulli",
+    "correlated_bernoulli_log_prob",
+    "gaussian_bernoulli",
+    "gaussian_bernoulli_log_prob",
+    "gumbel_softmax",
+    "gumbel_softmax_log_prob",
+    "gumbel_top_k",
+    "gumbel_top_k_log_prob",
+    "hard_concrete",
+    "hard_concrete_gate",
+    "hard_concrete_l0",
+    "hard_concrete_log_prob",
+    "invertible_gaussian",
+    "invertible_gaussian_log_prob",
+    "logistic_normal",
+    "logistic_normal_log_prob",
+    "relaxed_bernoulli",
+    "relaxed_bernoulli_log_prob",
+    "relaxed_top_k",
+    "stochastic_times_smooth",
+    "stochastic_times_smooth_log_prob",
+    "straight_through_bernoulli",
+    "straight_through_bernoulli_log_prob",
+]

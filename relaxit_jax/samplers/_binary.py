@@ -1,0 +1,350 @@
+"""Relaxed Bernoulli variables: one gate per element of the parameters."""
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid, sigmoid
+
+from relaxit_jax import _numerics as nm
+
+
+def relaxed_bernoulli(key, logits, tau, *, shape=None, hard=False, log_space=False):
+    """A draw from the binary Concrete distribution (BinConcrete, relaxed Bernoulli).
+
+    ``z = sigmoid((logits + L) / tau)``, with L standard logistic noise.
+
+    Args:
+      key: a JAX random key.
+      logits: log-odds of a one, any shape; -inf gives exactly 0.
+      tau: temperature, positive, broadcasting against ``logits``.
+      shape: shape of the result; default: that of the broadcast parameters.
+      hard: return the bit ``z > 1/2``, exactly Bernoulli(sigmoid(logits)), with the gradient of z.
+      log_space: return ``logit(z)`` in float32 or wider: z itself rounds to 0 or 1 at low tau.
+
+    Returns:
+      Values in [0, 1], in the dtype of ``logits``.
+
+    Raises:
+      ValueError: for a ``tau`` that is not positive, a dtype that is not floating point, a ``shape``
+        the parameters do not broadcast to, or ``hard`` together with ``log_space``.
+
+    References:
+      C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
+      E. Jang, S. Gu, B. Poole (2017), Categorical Reparameterization with Gumbel-Softmax,
+      arXiv:1611.01144.
+
+    >>> z = relaxed_bernoulli(jax.random.key(0), jnp.array([-1e4, 0.0, 1e4]), 0.5)
+    >>> z[0] == 0, 0 < z[1] < 1, z[2] == 1
+    (Array(True, dtype=bool), Array(True, dtype=bool), Array(True, dtype=bool))
+    """
+    nm.check_key(key)
+    nm.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    dtype, logits = nm.widen(logits=logits)
+    tau = nm.as_tau(tau, logits.dtype)
+    shape = nm.batch_shape(shape, logits=logits.shape, tau=tau.shape)
+    x = logits + nm.logistic(key, shape, logits.dtype)
+    y = nm.over_tau(x, tau)
+    if log_space:
+        return y
+    if hard:
+        return nm.straight_through(x > 0, sigmoid(y)).astype(dtype)
+    return sigmoid(y).astype(dtype)
+
+
+def relaxed_bernoulli_log_prob(value, logits, tau, *, log_space=False):
+    """Log-density of `relaxed_bernoulli`.
+
+    ``log p(z) = log tau + log f(tau logit(z) - logits) - log f(logit(z))``, where
+    ``f(x) = sigmoid(x) sigmoid(-x)`` is the density of the logistic distribution. At z = 0 and 1 it
+    is the limit: infinite for tau < 1, -inf for tau > 1. An infinite logit leaves no density, but
+    the mass 1 at its vertex.
+
+    Args:
+      value: z in [0, 1]; or, if ``log_space``, the ``logit(z)`` that the sampler returned with
+        ``log_space=True``. The density is that of z in both cases.
+      logits: log-odds of a one.
+      tau: temperature, positive.
+      log_space: whether ``value`` is ``logit(z)``.
+
+    Returns:
+      Log-densities of the broadcast shape, float32 or wider; -inf outside [0, 1].
+
+    Raises:
+      ValueError: for a ``tau`` that is not positive, dtypes that are not floating point, or shapes
+        that do not broadcast.
+
+    References:
+      C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
+
+    >>> relaxed_bernoulli_log_prob(0.25, 0.0, 1.0)  # uniform at tau = 1 and even odds
+    Array(0., dtype=float32)
+    """
+    _, value, logits = nm.widen(value=value, logits=logits)
+    tau = nm.as_tau(tau, logits.dtype)
+    nm.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
+    y, outside = nm.as_logit(value, log_space)
+    return jnp.where(outside, -jnp.inf, nm.binary_concrete_log_prob(y, logits, tau))
+
+
+def straight_through_bernoulli(key, logits, *, shape=None):
+    """An exact Bernoulli draw with the straight-through gradient.
+
+    Forward ``c ~ Bernoulli(sigmoid(logits))``, backward as if the value were ``sigmoid(logits)``:
+    exact for functions linear in c, biased for others.
+
+    Args:
+      key: a JAX random key.
+      logits: log-odds of a one, any shape.
+      shape: shape of the result; default: that of ``logits``.
+
+    Returns:
+      Zeros and ones, in the dtype of ``logits``.
+
+    Raises:
+      ValueError: for a dtype that is not floating point or a ``shape`` that ``logits`` does not
+        broadcast to.
+
+    References:
+      Y. Bengio, N. Léonard, A. Courville (2013), Estimating or Propagating Gradients Through
+      Stochastic Neurons for Conditional Computation, arXiv:1308.3432.
+
+    >>> jax.grad(lambda x: straight_through_bernoulli(jax.random.key(0), x))(0.0)
+    Array(0.25, dtype=float32, weak_type=True)
+    """
+    nm.check_key(key)
+    dtype, logits = nm.widen(logits=logits)
+    shape = nm.batch_shape(shape, logits=logits.shape)
+    p = sigmoid(logits)
+    bit = nm.bernoulli(key, p, sigmoid(-logits), shape)
+    return nm.straight_through(bit, jnp.broadcast_to(p, shape)).astype(dtype)
+
+
+def straight_through_bernoulli_log_prob(value, logits):
+    """Log-mass of `straight_through_bernoulli`, the Bernoulli distribution.
+
+    ``value log sigmoid(logits) + (1 - value) log sigmoid(-logits)``; its gradient in ``value`` is
+    ``logits``, which the straight-through gradient passes on.
+
+    Args:
+      value: zeros and ones, of any dtype.
+      logits: log-odds of a one.
+
+    Returns:
+      Values of the broadcast shape, float32 or wider; -inf for any other value.
+
+    Raises:
+      ValueError: for logits that are not floating point or shapes that do not broadcast.
+
+    References:
+      Y. Bengio, N. Léonard, A. Courville (2013), arXiv:1308.3432.
+
+    >>> jnp.exp(straight_through_bernoulli_log_prob(jnp.array([0, 1]), jnp.log(3.0)))
+    Array([0.25, 0.75], dtype=float32)
+    """
+    _, logits = nm.widen(logits=logits)
+    value = jnp.asarray(value).astype(logits.dtype)
+    nm.batch_shape(None, value=value.shape, logits=logits.shape)
+    certain = jnp.isinf(logits)
+    finite = jnp.where(certain, 0, logits)
+    inside = value * log_sigmoid(finite) + (1 - value) * log_sigmoid(-finite)
+    mass = jnp.where((value == 1) == (logits > 0), 0, -jnp.inf)
+    off = (value != 0) & (value != 1)
+    return jnp.where(off, -jnp.inf, jnp.where(certain, mass, inside))
+
+
+def stochastic_times_smooth(key, logits, *, shape=None):
+    """A stochastic bit times a smooth factor, with the gradient of the smooth factor.
+
+    ``z = b sqrt(p)``, ``b ~ Bernoulli(sqrt(p))``, ``p = sigmoid(logits)``. Its mean is p, but b
+    passes no gradient: for linear functions the expected gradient is half of the true one.
+
+    Args:
+      key: a JAX random key.
+      logits: log-odds of p, any shape; -inf gives exactly 0.
+      shape: shape of the result; default: that of ``logits``.
+
+    Returns:
+      0 or sqrt(p), in the dtype of ``logits``.
+
+    Raises:
+      ValueError: for a dtype that is not floating point or a ``shape`` that ``logits`` does not
+        broadcast to.
+
+    References:
+      Y. Bengio, N. Léonard, A. Courville (2013), arXiv:1308.3432.
+
+    >>> stochastic_times_smooth(jax.random.key(0), jnp.array([-200.0, 200.0]))
+    Array([0., 1.], dtype=float32)
+    """
+    nm.check_key(key)
+    dtype, logits = nm.widen(logits=logits)
+    shape = nm.batch_shape(shape, logits=logits.shape)
+    root, rest = _root_and_rest(logits)
+    bit = nm.bernoulli(key, root, rest, shape)
+    # where, not a product: it keeps NaN logits visible
+    return jnp.where(bit | jnp.isnan(root), root, 0).astype(dtype)
+
+
+def _root_and_rest(logits):
+    """sqrt(p) and 1 - sqrt(p), for p = sigmoid(logits)."""
+    log_root = log_sigmoid(logits) / 2
+    return jnp.exp(log_root), -jnp.expm1(log_root)
+
+
+def stochastic_times_smooth_log_prob(value, logits):
+    """Log-mass of `stochastic_times_smooth`, two atoms.
+
+    ``log sqrt(p)`` at ``sqrt(p)`` and ``log(1 - sqrt(p))`` at 0, with ``p = sigmoid(logits)``.
+
+    Args:
+      value: draws of the sampler; compared with sqrt(p) to within the rounding of their dtype.
+      logits: log-odds of p.
+
+    Returns:
+      Values of the broadcast shape, float32 or wider; -inf for any other value.
+
+    Raises:
+      ValueError: for dtypes that are not floating point or shapes that do not broadcast.
+
+    References:
+      Y. Bengio, N. Léonard, A. Courville (2013), arXiv:1308.3432.
+
+    >>> jnp.exp(stochastic_times_smooth_log_prob(jnp.array([0.0, 0.5, 0.6]), -jnp.log(3.0)))
+    Array([0.5, 0.5, 0. ], dtype=float32)
+    """
+    rounding = 4 * float(jnp.finfo(nm.widen(value=value, logits=logits)[0]).eps)
+    rounding = max(rounding, 4 * float(jnp.finfo(nm.as_float("value", value).dtype).eps))
+    _, value, logits = nm.widen(value=value, logits=logits)
+    nm.batch_shape(None, value=value.shape, logits=logits.shape)
+    root, rest = _root_and_rest(logits)
+    at_root = jnp.abs(value - root) <= rounding * root
+    law = jnp.where(at_root, log_sigmoid(logits) / 2, -jnp.inf)
+    return jnp.where(value == 0, jnp.log(rest), law)
+
+
+def correlated_bernoulli(key, logits, tau, scale_tril, *, shape=None, hard=False, log_space=False):
+    """Correlated binary Concrete gates, by a Gaussian copula.
+
+    ``v ~ N(0, R)``, ``R = scale_tril scale_tril^T``, ``u = Phi(v)``,
+    ``z = sigmoid((logits + logit u) / tau)``: each gate alone is a `relaxed_bernoulli`, together
+    they are as dependent as R says. With R the identity they are independent.
+
+    Args:
+      key: a JAX random key.
+      logits: log-odds of a one, shape (..., K); -inf gives exactly 0.
+      tau: temperature, positive, of the batch shape (no axis for K).
+      scale_tril: Cholesky factor of a correlation matrix, shape (..., K, K): lower triangular with
+        rows of norm 1.
+      shape: batch shape of the result; default: that of the broadcast parameters.
+      hard: return the bits ``z > 1/2`` with the gradient of z; each is exactly
+        Bernoulli(sigmoid(logits)).
+      log_space: return ``logit(z)`` in float32 or wider.
+
+    Returns:
+      Values in [0, 1] of shape ``shape + (K,)``, in the dtype of ``logits``.
+
+    Raises:
+      ValueError: as for `relaxed_bernoulli`, and for a ``scale_tril`` of another shape, not lower
+        triangular, or without rows of norm 1.
+
+    References:
+      C. Lee, F. Imrie, M. van der Schaar (2022), Self-Supervision Enhanced Feature Selection with
+      Correlated Gates, ICLR.
+
+    >>> half = jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])
+    >>> z = correlated_bernoulli(jax.random.key(0), jnp.zeros(2), 0.1, half, shape=(5,))
+    >>> z.shape
+    (5, 2)
+    """
+    nm.check_key(key)
+    nm.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    dtype, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
+    shape = nm.batch_shape(shape, **batch)
+    noise = nm.normal(key, (*shape, logits.shape[-1]), logits.dtype)
+    x = logits + nm.probit_to_logit(nm.apply_factor(scale_tril, noise))
+    y = nm.over_tau(x, tau[..., None])
+    if log_space:
+        return y
+    if hard:
+        return nm.straight_through(x > 0, sigmoid(y)).astype(dtype)
+    return sigmoid(y).astype(dtype)
+
+
+def correlated_bernoulli_log_prob(value, logits, tau, scale_tril, *, log_space=False):
+    """Log-density of `correlated_bernoulli`.
+
+    With ``x = tau logit(z) - logits`` and ``v = Phi^-1(sigmoid(x))`` it is the sum over k of the
+    binary Concrete log-densities, plus ``log N(v; 0, R) - sum_k log phi(v_k)``. A gate of infinite
+    logit leaves no density, but the mass 1 at its vertex; the others keep their marginal density.
+
+    Args:
+      value: z in [0, 1], shape (..., K); or, if ``log_space``, the ``logit(z)`` that the sampler
+        returned with ``log_space=True``. The density is that of z in both cases.
+      logits: log-odds of a one, shape (..., K).
+      tau: temperature, positive, of the batch shape.
+      scale_tril: Cholesky factor of the correlation matrix, shape (..., K, K).
+      log_space: whether ``value`` is ``logit(z)``.
+
+    Returns:
+      Log-densities of the broadcast batch shape, float32 or wider; -inf outside [0, 1].
+
+    Raises:
+      ValueError: as for `correlated_bernoulli`.
+
+    References:
+      C. Lee, F. Imrie, M. van der Schaar (2022), Self-Supervision Enhanced Feature Selection with
+      Correlated Gates, ICLR.
+
+    >>> correlated_bernoulli_log_prob(jnp.full(2, 0.3), jnp.zeros(2), 1.0, jnp.eye(2)).round(4)
+    Array(0., dtype=float32)
+    """
+    nm.require_event("value", value)
+    _, value, logits = nm.widen(value=value, logits=logits)
+    _, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
+    nm.require_same_event(value, logits)
+    nm.batch_shape(None, value=value.shape[:-1], **batch)
+    y, outside = nm.as_logit(value, log_space)
+    tau = tau[..., None]
+    independent = nm.binary_concrete_log_prob(y, logits, tau)
+    certain = jnp.isinf(logits)
+    free = jnp.isfinite(y) & ~certain
+    x = tau * jnp.where(free, y, 0) - jnp.where(certain, 0, logits)
+    v = jnp.where(certain, 0, nm.logit_to_probit(x))
+    copula = _copula_log_density(v, _without(scale_tril, certain))
+    inside = jnp.sum(independent, -1) + jnp.where(jnp.all(free | certain, -1), copula, 0)
+    return jnp.where(jnp.any(outside, -1), -jnp.inf, inside)
+
+
+def _correlated_args(logits, tau, scale_tril):
+    nm.require_event("logits", logits)
+    nm.require_scale_tril(scale_tril, jnp.shape(logits)[-1])
+    dtype, logits = nm.widen(logits=logits)
+    factor = nm.as_float("scale_tril", scale_tril)
+    slack = max(1e-4, 4 * float(jnp.finfo(factor.dtype).eps))
+    nm.require_values(
+        "scale_tril", scale_tril, "a factor of a correlation matrix, with rows of norm 1",
+        lambda a: abs((a.astype(float) ** 2).sum(-1) - 1) < slack,
+    )  # fmt: skip
+    tau = nm.as_tau(tau, logits.dtype)
+    batch = dict(logits=logits.shape[:-1], tau=tau.shape, scale_tril=factor.shape[:-2])
+    return dtype, logits, tau, factor.astype(logits.dtype), batch
+
+
+def _copula_log_density(v, scale_tril):
+    """log N(v; 0, R) - sum log phi(v)."""
+    w = nm.solve_lower(scale_tril, v)
+    log_det = jnp.sum(jnp.log(jnp.diagonal(scale_tril, axis1=-2, axis2=-1)), -1)
+    return -0.5 * jnp.sum((w - v) * (w + v), -1) - log_det
+
+
+def _without(scale_tril, dropped):
+    """The factor of R with the rows and columns of the dropped variables made the identity's."""
+
+    def refactor():
+        apart = dropped[..., :, None] | dropped[..., None, :]
+        r = jnp.matmul(scale_tril, jnp.matrix_transpose(scale_tril), precision="highest")
+        return jnp.linalg.cholesky(jnp.where(apart, jnp.eye(r.shape[-1], dtype=r.dtype), r))
+
+    def keep():
+        return jnp.broadcast_to(scale_tril, jnp.broadcast_shapes(scale_tril.shape, (*dropped.shape, 1)))
+
+    return jax.lax.cond(jnp.any(dropped), refactor, keep)

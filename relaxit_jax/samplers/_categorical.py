@@ -1,0 +1,319 @@
+"""Relaxed categorical variables: points of the simplex, the event axis last."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_softmax, softmax
+from jax.scipy.special import gammaln
+
+from relaxit_jax import _numerics as nm
+
+
+def gumbel_softmax(key, logits, tau, *, shape=None, hard=False, log_space=False):
+    """A draw from the Concrete (Gumbel-softmax) distribution.
+
+    ``z = softmax((logits + G) / tau)``, with G standard Gumbel noise.
+
+    Args:
+      key: a JAX random key.
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      tau: temperature, positive, of the batch shape (no axis for K).
+      shape: batch shape of the result; default: that of the broadcast parameters.
+      hard: return the one-hot vector of ``argmax(logits + G)``, an exact categorical draw, with
+        the gradient of z (straight-through Gumbel-softmax).
+      log_space: return ``log z`` in float32 or wider: z itself rounds to a vertex at low tau.
+
+    Returns:
+      Points of the simplex of shape ``shape + (K,)``, in the dtype of ``logits``.
+
+    Raises:
+      ValueError: for a ``tau`` that is not positive, a dtype that is not floating point, logits
+        without a class axis or all -inf, a ``shape`` the parameters do not broadcast to, or
+        ``hard`` together with ``log_space``.
+
+    References:
+      C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
+      E. Jang, S. Gu, B. Poole (2017), Categorical Reparameterization with Gumbel-Softmax,
+      arXiv:1611.01144.
+
+    >>> z = gumbel_softmax(jax.random.key(0), jnp.array([0.0, 1.0, -jnp.inf]), 0.5)
+    >>> z.sum().round(5), z[2]
+    (Array(1., dtype=float32), Array(0., dtype=float32))
+    """
+    nm.check_key(key)
+    nm.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    nm.require_classes(logits)
+    dtype, logits = nm.widen(logits=logits)
+    tau = nm.as_tau(tau, logits.dtype)
+    shape = nm.batch_shape(shape, logits=logits.shape[:-1], tau=tau.shape)
+    classes = logits.shape[-1]
+    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, classes), logits.dtype)
+    y = nm.over_tau(perturbed, tau[..., None])
+    if log_space:
+        return log_softmax(y)
+    if hard:
+        winner = jax.nn.one_hot(jnp.argmax(perturbed, -1), classes, dtype=y.dtype)
+        return nm.straight_through(winner, softmax(y)).astype(dtype)
+    return softmax(y).astype(dtype)
+
+
+def gumbel_softmax_log_prob(value, logits, tau, *, log_space=False):
+    """Log-density of `gumbel_softmax` on the simplex.
+
+    With ``y = log z`` and ``w = logits - tau y``:
+    ``log p(z) = log Gamma(K) + (K - 1) log tau + sum_k log_softmax(w)_k - sum_k y_k``, with respect
+    to the Lebesgue measure of any K - 1 of the coordinates. Impossible classes do not count in K:
+    the density is that on their face of the simplex. Where another class has z = 0 it is the limit
+    along a straight path, infinite for m zeros if ``tau < m / (K - m)`` and -inf if above.
+
+    Args:
+      value: z on the simplex, shape (..., K); or, if ``log_space``, the ``log z`` that the sampler
+        returned with ``log_space=True``. The density is that of z in both cases.
+      logits: unnormalised log-probabilities, shape (..., K).
+      tau: temperature, positive, of the batch shape.
+      log_space: whether ``value`` is ``log z``.
+
+    Returns:
+      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is
+      outside [0, 1] or an impossible class is above 0.
+
+    Raises:
+      ValueError: for a ``tau`` that is not positive, dtypes that are not floating point, logits all
+        -inf, or shapes that do not fit together.
+
+    References:
+      C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
+
+    >>> print(f"{gumbel_softmax_log_prob(jnp.full(3, 1 / 3), jnp.zeros(3), 1.0):.4f}")  # log 2
+    0.6931
+    """
+    nm.require_classes(logits)
+    nm.require_event("value", value)
+    _, value, logits = nm.widen(value=value, logits=logits)
+    tau = nm.as_tau(tau, logits.dtype)
+    nm.require_same_event(value, logits)
+    nm.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1], tau=tau.shape)
+    y, outside = nm.as_log(value, log_space)
+    possible = logits != -jnp.inf
+    zero = possible & (y == -jnp.inf)
+    y_in = jnp.where(possible & ~zero, y, 0)
+    w = nm.centre(logits) - tau[..., None] * y_in
+    terms = jnp.where(possible, log_softmax(w) - y_in, 0)
+    k = jnp.sum(possible, -1).astype(y.dtype)
+    inside = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(terms, -1)
+    zeros = jnp.sum(zero, -1)
+    limit = jnp.where(zeros > tau * (k - zeros), jnp.inf, -jnp.inf)
+    off = outside | jnp.any(~possible & (y > -jnp.inf), -1)
+    return jnp.where(off, -jnp.inf, jnp.where(zeros > 0, limit, inside))
+
+
+def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, log_space=False):
+    """A draw from the invertible Gaussian reparameterization, softmax++ of a Gaussian.
+
+    ``y = loc + scale eps`` in R^(K-1), eps standard normal;
+    ``z_k = exp(y_k / tau) / (sum_j exp(y_j / tau) + delta)`` for k < K, and z_K is the rest.
+
+    Args:
+      key: a JAX random key.
+      loc: means, shape (..., K - 1).
+      scale: standard deviations, positive, broadcasting against ``loc``.
+      tau: temperature, positive, of the batch shape (no axis for K).
+      delta: weight of the last class, positive, of the batch shape.
+      shape: batch shape of the result; default: that of the broadcast parameters.
+      log_space: return ``log z`` in float32 or wider: z itself rounds to a vertex at low tau.
+
+    Returns:
+      Points of the simplex of shape ``shape + (K,)``, in the promoted dtype of ``loc`` and ``scale``.
+
+    Raises:
+      ValueError: for a ``scale``, ``tau`` or ``delta`` that is not positive, a dtype that is not
+        floating point, no event axis, or shapes that do not fit together.
+
+    References:
+      A. Potapczynski, G. Loaiza-Ganem, J. P. Cunningham (2020), Invertible Gaussian
+      Reparameterization: Revisiting the Gumbel-Softmax, arXiv:1912.09588.
+
+    >>> invertible_gaussian(jax.random.key(0), jnp.zeros(2), 1e-6, 1.0).round(3)
+    Array([0.333, 0.333, 0.333], dtype=float32)
+    """
+    nm.check_key(key)
+    dtype, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
+    shape = nm.batch_shape(shape, **batch)
+    y = loc + scale * nm.normal(key, (*shape, loc.shape[-1]), loc.dtype)
+    last = jnp.broadcast_to(jnp.log(delta)[..., None], (*shape, 1))
+    y = jnp.concatenate([y / tau[..., None], last], -1)
+    return log_softmax(y) if log_space else softmax(y).astype(dtype)
+
+
+def invertible_gaussian_log_prob(value, loc, scale, tau, *, delta=1.0, log_space=False):
+    """Log-density of `invertible_gaussian` on the simplex.
+
+    With ``y_k = tau (log z_k - log z_K + log delta)``:
+    ``log p(z) = sum_k log N(y_k; loc_k, scale_k^2) + (K - 1) log tau - sum_{k <= K} log z_k``.
+
+    Args:
+      value: z on the simplex, shape (..., K); or, if ``log_space``, the ``log z`` that the sampler
+        returned with ``log_space=True``. The density is that of z in both cases.
+      loc: means, shape (..., K - 1).
+      scale: standard deviations, positive.
+      tau: temperature, positive, of the batch shape.
+      delta: weight of the last class, positive.
+      log_space: whether ``value`` is ``log z``.
+
+    Returns:
+      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is not
+      inside (0, 1).
+
+    Raises:
+      ValueError: as for `invertible_gaussian`.
+
+    References:
+      A. Potapczynski, G. Loaiza-Ganem, J. P. Cunningham (2020), arXiv:1912.09588.
+
+    >>> print(f"{invertible_gaussian_log_prob(jnp.full(2, 0.5), jnp.zeros(1), 1.0, 1.0):.4f}")
+    0.4674
+    """
+    nm.require_event("value", value)
+    _, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
+    _, value, loc = nm.widen(value=value, loc=loc)
+    size = loc.shape[-1] + 1
+    nm.require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
+    nm.batch_shape(None, value=value.shape[:-1], **batch)
+    log_z, outside = nm.as_log(value, log_space)
+    outside = outside | jnp.any(log_z == -jnp.inf, -1)
+    log_z = jnp.where(outside[..., None], 0, log_z)
+    tau = tau[..., None]
+    y = tau * (log_z[..., :-1] - log_z[..., -1:] + jnp.log(delta)[..., None])
+    gaussian = nm.log_normal_pdf((y - loc) / scale) - jnp.log(scale)
+    law = jnp.sum(gaussian + jnp.log(tau), -1) - jnp.sum(log_z, -1)
+    return jnp.where(outside, -jnp.inf, law)
+
+
+def _invertible_args(loc, scale, tau, delta):
+    nm.require_event("loc", loc)
+    nm.require_positive("scale", scale)
+    dtype, loc, scale = nm.widen(loc=loc, scale=scale)
+    tau, delta = nm.as_tau(tau, loc.dtype), nm.as_tau(delta, loc.dtype, "delta")
+    loc = jnp.broadcast_to(loc, nm.batch_shape(None, loc=loc.shape, scale=scale.shape))
+    batch = dict(loc=loc.shape[:-1], tau=tau.shape, delta=delta.shape)
+    return dtype, loc, scale, tau, delta, batch
+
+
+def logistic_normal(key, loc, scale=None, *, scale_tril=None, shape=None, log_space=False):
+    """A draw from the logistic-normal distribution.
+
+    ``z = softmax(y)``, ``y ~ N(loc, Sigma)`` in R^K, with Sigma either ``diag(scale^2)`` or
+    ``scale_tril scale_tril^T``. Adding a constant to every y_k changes nothing, so Sigma may be
+    singular along the all-ones vector, as that of the Laplace Bridge is.
+
+    Args:
+      key: a JAX random key.
+      loc: means, shape (..., K).
+      scale: standard deviations, positive, broadcasting against ``loc``. Give this or the next.
+      scale_tril: lower-triangular factor of Sigma, shape (..., K, K).
+      shape: batch shape of the result; default: that of the broadcast parameters.
+      log_space: return ``log z`` in float32 or wider.
+
+    Returns:
+      Points of the simplex of shape ``shape + (K,)``, in the promoted dtype of the parameters.
+
+    Raises:
+      ValueError: for both or neither of ``scale`` and ``scale_tril``, a ``scale`` that is not
+        positive, a dtype that is not floating point, no event axis, or shapes that do not fit.
+
+    References:
+      J. Aitchison, S. M. Shen (1980), Logistic-normal distributions: some properties and uses,
+      Biometrika 67.
+
+    >>> logistic_normal(jax.random.key(0), jnp.log(jnp.array([0.2, 0.8])), 1e-6).round(3)
+    Array([0.2, 0.8], dtype=float32)
+    """
+    nm.check_key(key)
+    dtype, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
+    shape = nm.batch_shape(shape, **batch)
+    noise = nm.normal(key, (*shape, loc.shape[-1]), loc.dtype)
+    y = loc + (scale * noise if scale_tril is None else nm.apply_factor(scale_tril, noise))
+    return log_softmax(y) if log_space else softmax(y).astype(dtype)
+
+
+def logistic_normal_log_prob(value, loc, scale=None, *, scale_tril=None, log_space=False):
+    """Log-density of `logistic_normal` on the simplex, exact.
+
+    The Gaussian density of the K - 1 log-ratios times the Jacobian ``1 / prod_k z_k``. For a
+    diagonal Sigma, with ``r = log z - loc``, ``w = 1 / scale^2``, ``W = sum w`` and
+    ``m = sum w r / W``: ``log p(z) = -sum log z - sum log scale - (K - 1)/2 log 2 pi
+    - (log W)/2 - sum w (r - m)^2 / 2``.
+
+    Args:
+      value: z on the simplex, shape (..., K); or, if ``log_space``, the ``log z`` that the sampler
+        returned with ``log_space=True``. The density is that of z in both cases.
+      loc: means, shape (..., K).
+      scale: standard deviations, positive. Give this or the next.
+      scale_tril: lower-triangular factor of Sigma, shape (..., K, K).
+      log_space: whether ``value`` is ``log z``.
+
+    Returns:
+      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is not
+      inside (0, 1).
+
+    Raises:
+      ValueError: as for `logistic_normal`.
+
+    References:
+      J. Aitchison, S. M. Shen (1980), Biometrika 67.
+
+    >>> print(f"{logistic_normal_log_prob(jnp.full(2, 0.5), jnp.zeros(2), 0.5**0.5):.4f}")
+    0.4674
+    """
+    nm.require_event("value", value)
+    _, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
+    _, value, loc = nm.widen(value=value, loc=loc)
+    nm.require_same_event(value, loc)
+    nm.batch_shape(None, value=value.shape[:-1], **batch)
+    log_z, outside = nm.as_log(value, log_space)
+    outside = outside | (jnp.any(log_z == -jnp.inf, -1) if loc.shape[-1] > 1 else False)
+    log_z = jnp.where(outside[..., None], 0, log_z)
+    r = log_z - loc
+    if scale_tril is None:
+        gaussian = _log_ratio_density(r, jnp.broadcast_to(scale, r.shape))
+    else:
+        gaussian = _log_ratio_density_full(r, scale_tril)
+    law = gaussian - jnp.sum(log_z, -1) - (loc.shape[-1] - 1) / 2 * math.log(2 * math.pi)
+    return jnp.where(outside, -jnp.inf, law)
+
+
+def _logistic_normal_args(loc, scale, scale_tril):
+    nm.require((scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither")
+    nm.require_event("loc", loc)
+    if scale_tril is None:
+        nm.require_positive("scale", scale)
+        dtype, loc, scale = nm.widen(loc=loc, scale=scale)
+        loc = jnp.broadcast_to(loc, nm.batch_shape(None, loc=loc.shape, scale=scale.shape))
+        return dtype, loc, scale, None, dict(loc=loc.shape[:-1])
+    nm.require_scale_tril(scale_tril, jnp.shape(loc)[-1])
+    dtype, loc, scale_tril = nm.widen(loc=loc, scale_tril=scale_tril)
+    return dtype, loc, None, scale_tril, dict(loc=loc.shape[:-1], scale_tril=scale_tril.shape[:-2])
+
+
+def _log_ratio_density(r, scale):
+    """The Gaussian of the log-ratios without its 2 pi, for a diagonal Sigma."""
+    # Weights relative to the largest, and squares about the weighted mean: sum w r^2 - (sum w r)^2/W
+    # would cancel.
+    smallest = jnp.min(scale, -1, keepdims=True)
+    weight = (smallest / scale) ** 2
+    total = jnp.sum(weight, -1)
+    centred = (r - jnp.sum(weight * r, -1, keepdims=True) / total[..., None]) / scale
+    log_total = jnp.log(total) - 2 * jnp.log(smallest[..., 0])
+    return -jnp.sum(jnp.log(scale), -1) - log_total / 2 - jnp.sum(centred**2, -1) / 2
+
+
+def _log_ratio_density_full(r, scale_tril):
+    """The same for any Sigma = A A^T, from a factor of the covariance of the log-ratios."""
+    ratios = r[..., :-1] - r[..., -1:]
+    a = scale_tril[..., :-1, :] - scale_tril[..., -1:, :]
+    # QR of a^T gives the Cholesky factor without squaring its condition number.
+    factor = jnp.matrix_transpose(jnp.linalg.qr(jnp.matrix_transpose(a), mode="r"))
+    white = nm.solve_lower(factor, ratios)
+    diagonal = jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))
+    return -jnp.sum(jnp.log(diagonal), -1) - jnp.sum(white**2, -1) / 2

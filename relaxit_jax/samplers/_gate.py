@@ -1,0 +1,245 @@
+"""Stochastic gates: relaxed Bernoulli variables that are exactly 0 or 1 with positive probability."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid, sigmoid
+from jax.scipy.special import log_ndtr
+
+from relaxit_jax import _numerics as nm
+
+
+def gaussian_bernoulli(key, loc, scale, *, shape=None, hard=False):
+    """A Gaussian-based stochastic gate.
+
+    ``z = clip(loc + scale eps, 0, 1)``, with eps standard normal: exactly 0 with probability
+    ``Phi(-loc / scale)``, exactly 1 with probability ``Phi((loc - 1) / scale)``.
+
+    Args:
+      key: a JAX random key.
+      loc: mean before clipping, any shape.
+      scale: standard deviation before clipping, positive, broadcasting against ``loc``.
+      shape: shape of the result; default: that of the broadcast parameters.
+      hard: return the bit ``z > 1/2``, exactly Bernoulli(Phi((loc - 1/2) / scale)), with the
+        gradient of z, which is 0 where z was clipped.
+
+    Returns:
+      Values in [0, 1], in the promoted dtype of ``loc`` and ``scale``. In half precision a value
+      between 0 and 1 stays there: rounding makes no atoms.
+
+    Raises:
+      ValueError: for a ``scale`` that is not positive, a dtype that is not floating point, or a
+        ``shape`` the parameters do not broadcast to.
+
+    References:
+      Y. Yamada, O. Lindenbaum, S. Negahban, Y. Kluger (2020), Feature Selection using Stochastic
+      Gates, arXiv:1810.04247.
+
+    >>> gaussian_bernoulli(jax.random.key(0), jnp.array([-9.0, 9.0]), 0.5)
+    Array([0., 1.], dtype=float32)
+    """
+    nm.check_key(key)
+    nm.require_positive("scale", scale)
+    dtype, loc, scale = nm.widen(loc=loc, scale=scale)
+    shape = nm.batch_shape(shape, loc=loc.shape, scale=scale.shape)
+    y = loc + scale * nm.normal(key, shape, loc.dtype)
+    z = jnp.clip(y, 0, 1)
+    return nm.straight_through(y > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
+
+
+def _cast_gate(z, dtype):
+    """Cast a gate with atoms at 0 and 1, keeping what is strictly between them there."""
+    if jnp.finfo(dtype).bits >= jnp.finfo(z.dtype).bits:
+        return z.astype(dtype)
+    info = jnp.finfo(dtype)
+    kept = jnp.clip(z, float(info.smallest_subnormal), 1 - float(info.epsneg))
+    return nm.straight_through(jnp.where((z > 0) & (z < 1), kept, z), z).astype(dtype)
+
+
+def gaussian_bernoulli_log_prob(value, loc, scale):
+    """Log-density of `gaussian_bernoulli`: log-mass at 0 and at 1, log-density between.
+
+    ``log Phi(-loc / scale)`` at 0, ``log Phi((loc - 1) / scale)`` at 1, the log-density of
+    N(loc, scale^2) between, and -inf elsewhere.
+
+    Args:
+      value: z in [0, 1].
+      loc: mean before clipping.
+      scale: standard deviation before clipping, positive.
+
+    Returns:
+      Values of the broadcast shape, float32 or wider.
+
+    Raises:
+      ValueError: for a ``scale`` that is not positive, dtypes that are not floating point, or
+        shapes that do not broadcast.
+
+    References:
+      Y. Yamada, O. Lindenbaum, S. Negahban, Y. Kluger (2020), arXiv:1810.04247.
+
+    >>> print(f"{jnp.exp(gaussian_bernoulli_log_prob(0.0, 0.5, 1.0)):.4f}")  # Phi(-1/2)
+    0.3085
+    """
+    nm.require_positive("scale", scale)
+    _, value, loc, scale = nm.widen(value=value, loc=loc, scale=scale)
+    nm.batch_shape(None, value=value.shape, loc=loc.shape, scale=scale.shape)
+    inside = nm.log_normal_pdf((value - loc) / scale) - jnp.log(scale)
+    return _with_atoms(value, log_ndtr(-loc / scale), inside, log_ndtr((loc - 1) / scale))
+
+
+def _with_atoms(value, at_zero, inside, at_one):
+    """A log-law with atoms at 0 and 1 and a density between."""
+    law = jnp.where(value == 0, at_zero, jnp.where(value == 1, at_one, inside))
+    return jnp.where((value < 0) | (value > 1), -jnp.inf, law)
+
+
+def _check_stretch(stretch):
+    need = "two numbers (a, b) with a < 0 and b > 1"
+    try:
+        a, b = (float(end) for end in stretch)
+    except TypeError as error:
+        raise ValueError(f"stretch must be {need}, got {stretch!r}") from error
+    nm.require(a < 0 and b > 1 and math.isfinite(b - a), "stretch", need, stretch)
+    return a, b
+
+
+def hard_concrete(key, logits, tau, *, stretch=(-0.1, 1.1), shape=None, hard=False, log_space=False):
+    """A hard concrete gate: a binary Concrete variable, stretched and clipped.
+
+    ``v = sigmoid((logits + L) / tau)``, ``z = clip(a + (b - a) v, 0, 1)`` with ``stretch = (a, b)``
+    and L standard logistic noise. Zeros and ones have positive probability, see
+    `hard_concrete_log_prob`.
+
+    Args:
+      key: a JAX random key.
+      logits: log-odds, any shape; -inf gives exactly 0.
+      tau: temperature, positive, broadcasting against ``logits``.
+      stretch: two numbers around [0, 1], known before tracing.
+      shape: shape of the result; default: that of the broadcast parameters.
+      hard: return the bit ``z > 1/2`` with the gradient of z; exactly Bernoulli(sigmoid(logits))
+        for a stretch symmetric about 1/2, as the default is.
+      log_space: return ``logit(v)``, before stretching, in float32 or wider.
+
+    Returns:
+      Values in [0, 1], in the dtype of ``logits``. In half precision a value between 0 and 1 stays
+      there: rounding makes no atoms.
+
+    Raises:
+      ValueError: as for `relaxed_bernoulli`, and for a ``stretch`` that does not enclose [0, 1].
+
+    References:
+      C. Louizos, M. Welling, D. P. Kingma (2018), Learning Sparse Neural Networks through L0
+      Regularization, arXiv:1712.01312.
+
+    >>> hard_concrete(jax.random.key(0), jnp.array([-9.0, 9.0]), 0.5)
+    Array([0., 1.], dtype=float32)
+    """
+    a, b = _check_stretch(stretch)
+    nm.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    nm.check_key(key)
+    dtype, logits = nm.widen(logits=logits)
+    tau = nm.as_tau(tau, logits.dtype)
+    shape = nm.batch_shape(shape, logits=logits.shape, tau=tau.shape)
+    y = nm.over_tau(logits + nm.logistic(key, shape, logits.dtype), tau)
+    if log_space:
+        return y
+    z = jnp.clip(a + (b - a) * sigmoid(y), 0, 1)
+    return nm.straight_through(z > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
+
+
+def hard_concrete_log_prob(value, logits, tau, *, stretch=(-0.1, 1.1), log_space=False):
+    """Log-density of `hard_concrete`: log-mass at 0 and at 1, log-density between.
+
+    With ``F(x) = sigmoid(tau logit(x) - logits)`` the distribution function of v:
+    ``log F(-a / (b - a))`` at 0, ``log(1 - F((1 - a) / (b - a)))`` at 1, and between the binary
+    Concrete log-density of ``v = (z - a) / (b - a)`` less ``log(b - a)``.
+
+    Args:
+      value: z in [0, 1]; or, if ``log_space``, the ``logit(v)`` that the sampler returned with
+        ``log_space=True``. The law is that of z in both cases.
+      logits: log-odds.
+      tau: temperature, positive.
+      stretch: the (a, b) of the sampler.
+      log_space: whether ``value`` is ``logit(v)``.
+
+    Returns:
+      Values of the broadcast shape, float32 or wider; -inf outside [0, 1].
+
+    Raises:
+      ValueError: as for `relaxed_bernoulli_log_prob`, and for a ``stretch`` that does not enclose
+        [0, 1].
+
+    References:
+      C. Louizos, M. Welling, D. P. Kingma (2018), arXiv:1712.01312.
+
+    >>> print(f"{jnp.exp(hard_concrete_log_prob(0.0, 0.0, 0.5)):.4f}")
+    0.2317
+    """
+    a, b = _check_stretch(stretch)
+    _, value, logits = nm.widen(value=value, logits=logits)
+    tau = nm.as_tau(tau, logits.dtype)
+    nm.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
+    # logit(v) where z reaches 0 and 1
+    low, high = math.log(-a / b), math.log((1 - a) / (b - 1))
+    if log_space:
+        y, z = value, jnp.where(value <= low, 0, jnp.where(value >= high, 1, 0.5))
+    else:
+        y, z = nm.logit((jnp.clip(value, 0, 1) - a) / (b - a)), value
+    at_zero = log_sigmoid(tau * low - logits)
+    at_one = log_sigmoid(logits - tau * high)
+    return _with_atoms(z, at_zero, nm.binary_concrete_log_prob(y, logits, tau) - math.log(b - a), at_one)
+
+
+def hard_concrete_l0(logits, tau, *, stretch=(-0.1, 1.1)):
+    """The L0 penalty of a hard concrete gate, its probability of not being 0.
+
+    ``P(z != 0) = sigmoid(logits - tau log(-a / b))``. Summed over the gates of a model it is the
+    expected number of gates left open.
+
+    Args:
+      logits: log-odds, any shape.
+      tau: temperature, positive, broadcasting against ``logits``.
+      stretch: the (a, b) of the sampler.
+
+    Returns:
+      Probabilities of the broadcast shape, in the dtype of ``logits``.
+
+    Raises:
+      ValueError: for a ``tau`` that is not positive or a ``stretch`` that does not enclose [0, 1].
+
+    References:
+      C. Louizos, M. Welling, D. P. Kingma (2018), arXiv:1712.01312.
+
+    >>> print(f"{hard_concrete_l0(0.0, 2 / 3):.4f}")
+    0.8318
+    """
+    a, b = _check_stretch(stretch)
+    dtype, logits = nm.widen(logits=logits)
+    return sigmoid(logits - nm.as_tau(tau, logits.dtype) * math.log(-a / b)).astype(dtype)
+
+
+def hard_concrete_gate(logits, *, stretch=(-0.1, 1.1)):
+    """The deterministic hard concrete gate for test time.
+
+    ``clip(a + (b - a) sigmoid(logits), 0, 1)``.
+
+    Args:
+      logits: log-odds, any shape.
+      stretch: the (a, b) of the sampler.
+
+    Returns:
+      Gates in [0, 1], in the dtype of ``logits``.
+
+    Raises:
+      ValueError: for a ``stretch`` that does not enclose [0, 1].
+
+    References:
+      C. Louizos, M. Welling, D. P. Kingma (2018), arXiv:1712.01312.
+
+    >>> hard_concrete_gate(jnp.array([-9.0, 0.0, 9.0]))
+    Array([0. , 0.5, 1. ], dtype=float32)
+    """
+    a, b = _check_stretch(stretch)
+    dtype, logits = nm.widen(logits=logits)
+    return jnp.clip(a + (b - a) * sigmoid(logits), 0, 1).astype(dtype)

@@ -1,0 +1,223 @@
+"""Subsets of fixed size: k of n elements, drawn without replacement."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.nn import logsumexp
+
+from relaxit_jax import _numerics as nm
+
+
+def gumbel_top_k(key, logits, k, *, shape=None):
+    """k of n elements without replacement, exactly, by the Gumbel-top-k trick.
+
+    The indices of the k largest ``logits + G``, G standard Gumbel noise: the same law as k draws
+    from ``softmax(logits)``, each from what the earlier ones left (Plackett-Luce).
+
+    Args:
+      key: a JAX random key.
+      logits: unnormalised log-probabilities, shape (..., n); -inf is never drawn.
+      k: number of elements, from 1 to n, known before tracing.
+      shape: batch shape of the result; default: that of ``logits``.
+
+    Returns:
+      Two arrays of shape ``shape + (k,)``: the indices (int32) in the order drawn, and their
+      perturbed values ``logits + G``, decreasing, in float32 or wider, differentiable in ``logits``.
+      Under a trace, where too few possible elements cannot be reported, the values of the others
+      are -inf.
+
+    Raises:
+      ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a dtype that is not
+        floating point, or a ``shape`` that ``logits`` does not broadcast to.
+
+    References:
+      W. Kool, H. van Hoof, M. Welling (2019), Stochastic Beams and Where to Find Them,
+      arXiv:1903.06059.
+
+    >>> indices, _ = gumbel_top_k(jax.random.key(0), jnp.array([0.0, -jnp.inf, 50.0]), 2)
+    >>> indices
+    Array([2, 0], dtype=int32)
+    """
+    k, logits, _ = _subset_args(logits, k)
+    perturbed, shift = _perturb(key, logits, shape)
+    values, indices = jax.lax.top_k(perturbed, k)
+    return indices, values + shift
+
+
+def _subset_args(logits, k):
+    nm.require_event("logits", logits)
+    k = nm.as_static_int("k", k, 1, jnp.shape(logits)[-1])
+    nm.require_classes(logits, at_least=k)
+    dtype, logits = nm.widen(logits=logits)
+    return k, logits, dtype
+
+
+def _perturb(key, logits, shape, **batches):
+    """Centred logits plus Gumbel noise, and what centring took off."""
+    nm.check_key(key)
+    shape = nm.batch_shape(shape, logits=logits.shape[:-1], **batches)
+    centred = nm.centre(logits)
+    noise = nm.gumbel(key, (*shape, logits.shape[-1]), logits.dtype)
+    return centred + noise, jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+
+
+def gumbel_top_k_log_prob(value, logits, *, ordered=True):
+    """Log-probability of the indices of `gumbel_top_k`, in their order or as a set.
+
+    Ordered (Plackett-Luce): ``sum_j [l_(i_j) - LSE(l over what is left before draw j)]``.
+
+    As a set S: ``log P(S)``,
+    ``P(S) = integral_0^1 prod_(i in S) (1 - u^exp(l_i - phi)) du``, with ``phi = LSE(l outside S)``.
+    The integral is taken by the trapezoidal rule over ``g = phi - log(-log u)``, where the
+    integrand is log-concave and entire, so that the rule converges exponentially fast; relative
+    error below 1e-5 in float32, 1e-9 in float64. It takes 150 nodes (600 in float64), each over k
+    elements, in time and memory.
+
+    Args:
+      value: indices, an integer array of shape (..., k).
+      logits: unnormalised log-probabilities, shape (..., n).
+      ordered: whether the order of the indices counts.
+
+    Returns:
+      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for repeated indices.
+
+    Raises:
+      ValueError: for a ``value`` that is not an integer array, has more entries than ``logits`` or,
+        where it can be seen, an index outside 0..n-1 (NaN under a trace); for logits that are not
+        floating point or all -inf.
+
+    References:
+      W. Kool, H. van Hoof, M. Welling (2019), arXiv:1903.06059, and (2020), Estimating Gradients
+      for Discrete Random Variables by Sampling without Replacement, arXiv:2002.06043.
+
+    >>> pair = jnp.array([0, 1])
+    >>> print(f"{jnp.exp(gumbel_top_k_log_prob(pair, jnp.zeros(4))):.4f}")  # 1/4 * 1/3
+    0.0833
+    >>> print(f"{jnp.exp(gumbel_top_k_log_prob(pair, jnp.zeros(4), ordered=False)):.4f}")
+    0.1667
+    """
+    nm.require_classes(logits)
+    _, logits = nm.widen(logits=logits)
+    n = logits.shape[-1]
+    dtype = getattr(value, "dtype", None)
+    need = "an array of integer indices"
+    nm.require(dtype is not None and jnp.issubdtype(dtype, jnp.integer), "value", need, dtype)
+    nm.require_event("value", value)
+    nm.as_static_int("number of indices in value", value.shape[-1], 1, n)
+    nm.require_values("value", value, f"indices in 0..{n - 1}", lambda i: (i >= 0) & (i < n))
+    batch = nm.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
+    value = jnp.broadcast_to(value, (*batch, value.shape[-1]))
+    logits = jnp.broadcast_to(nm.centre(logits), (*batch, n))
+
+    chosen = jnp.take_along_axis(logits, value, -1, mode="fill", fill_value=jnp.nan)
+    chosen = jnp.where(value < 0, jnp.nan, chosen)
+    rest = nm.log_sum_exp(jnp.where(_k_hot(value, logits) > 0, -jnp.inf, logits))
+    repeated = jnp.any(jnp.diff(jnp.sort(value, -1), axis=-1) == 0, -1)
+    impossible = repeated | jnp.any(chosen == -jnp.inf, -1)
+    safe = jnp.where(impossible[..., None], 0, chosen)
+    law = _ordered_log_prob(safe, rest) if ordered else _set_log_prob(safe, rest)
+    return jnp.where(impossible, -jnp.inf, law)
+
+
+def _ordered_log_prob(chosen, rest):
+    # What is left before draw j are the rest and the draws from j on: a running log-sum-exp from
+    # the end, in which nothing is subtracted.
+    later = jax.lax.cumlogsumexp(chosen, axis=chosen.ndim - 1, reverse=True)
+    return jnp.sum(chosen - jnp.logaddexp(later, rest[..., None]), -1)
+
+
+def _set_log_prob(chosen, rest):
+    """The integral over t = g - phi of the log-concave integrand exp(f).
+
+    f(t) = -t - exp(-t) + sum_i log(1 - exp(-exp(l_i - phi - t))). Its mode has
+    exp(-t) = m with m = 1 + sum_i h_i in [1, k + 1], h_i in (0, 1) the slopes of the summands; its
+    width there is of the order of 1 / sqrt(m), which sets the step.
+    """
+    everything = rest == -jnp.inf  # nothing else can be drawn: P(S) = 1
+    a = chosen - jnp.where(everything, 0, rest)[..., None]
+    k = a.shape[-1]
+    fixed = jax.lax.stop_gradient(a)
+
+    def bisect(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        slopes = jnp.sum(nm.log_min_gumbel_cdf_slope(fixed - middle[..., None]), -1)
+        before = jnp.exp(-middle) > 1 + slopes  # still rising
+        return jnp.where(before, middle, low), jnp.where(before, high, middle)
+
+    ends = jnp.full(rest.shape, -jnp.log(k + 1.0), a.dtype), jnp.zeros(rest.shape, a.dtype)
+    low, high = jax.lax.fori_loop(0, 30, bisect, ends)
+    mode = (low + high) / 2
+    wide = a.dtype == jnp.float64
+    start, stop, step = (-12, 60, 0.12) if wide else (-8, 22, 0.2)
+    width = jnp.exp(mode / 2)
+    t = mode[..., None] + width[..., None] * jnp.arange(start, stop, step, a.dtype)
+    cdfs = jnp.sum(nm.log_min_gumbel_cdf(a[..., None, :] - t[..., None]), -1)
+    log_p = logsumexp(-t - jnp.exp(-t) + cdfs, -1) + jnp.log(width * step)
+    return jnp.where(everything, 0, log_p)
+
+
+def relaxed_top_k(key, logits, k, tau, *, shape=None, hard=False):
+    """A relaxed k-hot vector: k draws without replacement, each a Gumbel-softmax.
+
+    ``a_1 = logits + G``; ``o_j = softmax(a_j / tau)``; ``a_(j+1) = a_j + log(1 - o_j)``;
+    ``z = sum_j o_j``: what is drawn is taken out of the next draw, softly.
+
+    Args:
+      key: a JAX random key.
+      logits: unnormalised log-probabilities, shape (..., n); -inf gives exactly 0.
+      k: number of elements, from 1 to n, known before tracing.
+      tau: temperature, positive, of the batch shape (no axis for n).
+      shape: batch shape of the result; default: that of the broadcast parameters.
+      hard: return the exact k-hot vector of `gumbel_top_k` on the same noise, with the gradient of z.
+
+    Returns:
+      Non-negative values that sum to k, shape ``shape + (n,)``, in the dtype of ``logits``. NaN
+      where fewer than k elements are possible and a trace hid it. Time is O(n k); the backward pass
+      keeps the k arrays a_j and computes the rest again.
+
+    Raises:
+      ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a ``tau`` that is not
+        positive, a dtype that is not floating point, or a ``shape`` the parameters do not broadcast
+        to.
+
+    References:
+      S. M. Xie, S. Ermon (2019), Reparameterizable Subset Sampling via Continuous Relaxations,
+      arXiv:1901.10517.
+
+    >>> relaxed_top_k(jax.random.key(0), jnp.zeros(5), 2, 0.5).sum().round(4)
+    Array(2., dtype=float32)
+    """
+    k, logits, dtype = _subset_args(logits, k)
+    tau = nm.as_tau(tau, logits.dtype)
+    perturbed, _ = _perturb(key, logits, shape, tau=tau.shape)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def draw(carry, _):
+        a, z = carry
+        o, log_rest = _softmax_and_rest(nm.over_tau(a, tau[..., None]))
+        return (a + log_rest, z + o), None
+
+    (_, z), _ = jax.lax.scan(draw, (perturbed, jnp.zeros_like(perturbed)), length=k)
+    enough = jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
+    z = jnp.where(enough, z, jnp.nan)
+    if not hard:
+        return z.astype(dtype)
+    return nm.straight_through(_k_hot(jax.lax.top_k(perturbed, k)[1], z), z).astype(dtype)
+
+
+def _k_hot(indices, like):
+    return jnp.put_along_axis(jnp.zeros_like(like), indices, 1, axis=-1, inplace=False)
+
+
+def _softmax_and_rest(y):
+    """o = softmax(y) and log(1 - o), also where o rounds to 1.
+
+    That can only be the largest: its log(1 - o) is the log-sum-exp of the others less that of all.
+    """
+    top = jnp.argmax(y, -1, keepdims=True) == jnp.arange(y.shape[-1])
+    others = nm.log_sum_exp(jnp.where(top, -jnp.inf, y))[..., None]
+    log_total = jnp.logaddexp(jnp.max(y, -1, keepdims=True), others)
+    o = jnp.exp(y - log_total)
+    return o, jnp.where(top, others - log_total, jnp.log1p(-jnp.where(top, 0, o)))

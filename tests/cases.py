@@ -1,0 +1,285 @@
+"""One row a method: what it takes, where it lives, what is known of its law.
+
+The laws that every row has to meet are in test_samplers.py and test_densities.py; a row tells them
+how to call the method and what else to compare it with. Nothing here is a special case of a test.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.special as sp
+import scipy.stats as st
+
+import relaxit_jax as rj
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    sampler: Callable
+    params: dict  # argument name -> value, batch shape (2,) where an array
+    event: tuple = ()  # event shape of a draw
+    support: str = "unit"  # unit, simplex, gate, bits, atoms, k_hot, order
+    log_prob: Callable | None = None
+    options: dict = dataclasses.field(default_factory=dict)  # static options of both functions
+    sample_options: dict = dataclasses.field(default_factory=dict)  # and of the sampler alone
+    log_space: bool = False
+    pick: Callable = staticmethod(lambda draw: draw)  # the differentiable array of what is returned
+    # of one element of the batch: the outcomes of the discrete law and their probabilities
+    discrete: Callable | None = None
+    # which outcome each draw of a discrete law is
+    outcome: Callable | None = None
+    # and, for a relaxation, the outcome nearest to it: its law at a low temperature
+    nearest: Callable | None = None
+    atoms: Callable | None = None  # of one element: (P(0), P(1))
+    no_gradient: tuple = ()  # differentiable arguments that rightly have none
+
+    def draw(self, key, shape=None, **params):
+        """What the sampler returns, with this row's parameters unless told otherwise."""
+        return self.pick(self.sampler(key, shape=shape, **self.arguments(params)))
+
+    def arguments(self, params=()):
+        return {**self.params, **self.options, **self.sample_options, **dict(params)}
+
+    def density(self, value, log_space=False, **params):
+        extra = {"log_space": True} if log_space else {}
+        return self.log_prob(value, **{**self.params, **self.options, **params}, **extra)
+
+    @property
+    def floats(self):
+        """The arguments that can be differentiated."""
+        return {name: x for name, x in self.params.items() if not isinstance(x, int)}
+
+    def element(self, i):
+        """The parameters of element i of the batch alone."""
+        return {name: x if np.ndim(x) == 0 else x[i] for name, x in self.params.items()}
+
+    def __str__(self):
+        return self.name
+
+
+def f32(*rows):
+    return np.array(rows, np.float32)
+
+
+LOGITS = f32(-1.2, 0.7)
+GATES = f32([-1.2, 0.7], [0.3, 2.0])
+CLASSES = f32([0.5, -1.0, 1.2], [0.0, 2.0, -0.5])
+ITEMS = f32([0.5, -1.0, 1.2, 0.1], [0.0, 2.0, -0.5, 0.7])
+TAU = np.float32(0.7)
+HALVES = f32([[1, 0], [0.6, 0.8]], [[1, 0], [-0.8, 0.6]])  # correlations 0.6 and -0.8
+FACTORS = f32([[0.9, 0, 0], [0.4, 0.7, 0], [-0.3, 0.2, 0.5]], [[1, 0, 0], [-1, 1.2, 0], [0, 0.3, 0.6]])
+
+
+def bernoulli(logits, **_):
+    return np.array([sp.expit(-logits), sp.expit(logits)])
+
+
+def categorical(logits, **_):
+    return sp.softmax(logits)
+
+
+def root(logits, **_):
+    p = np.sqrt(sp.expit(logits))
+    return np.array([1 - p, p])
+
+
+def bit_pairs(logits, scale_tril, **_):
+    """Of two correlated bits, in the order 00, 01, 10, 11, by the bivariate normal."""
+    probit = sp.ndtri(sp.expit(logits.astype(float)))
+    covariance = scale_tril @ scale_tril.T
+    both = st.multivariate_normal([0, 0], covariance).cdf(probit)
+    a, b = sp.ndtr(probit / np.sqrt(covariance.diagonal()))
+    return np.array([1 - a - b + both, b - both, a - both, both])
+
+
+def orders(logits, k, **_):
+    """Ordered draws without replacement, by enumeration."""
+    p = np.exp(logits.astype(float))
+    law = []
+    for order in itertools.permutations(range(len(p)), k):
+        left = [p[list(set(range(len(p))) - set(order[:j]))].sum() for j in range(k)]
+        law.append(np.prod(p[list(order)] / left))
+    return np.array(law)
+
+
+def subsets(logits, k, **_):
+    names = [frozenset(order) for order in itertools.permutations(range(len(logits)), k)]
+    sets = list(map(frozenset, itertools.combinations(range(len(logits)), k)))
+    law = orders(logits, k)
+    return np.array([sum(law[i] for i, name in enumerate(names) if name == s) for s in sets])
+
+
+def which_order(draws, n=4, k=2):
+    codes = [np.dot(order, [n, 1]) for order in itertools.permutations(range(n), k)]
+    return np.searchsorted(codes, np.asarray(draws) @ np.array([n, 1]))
+
+
+def which_set(draws, n=4, k=2):
+    codes = [np.dot(subset, [n, 1]) for subset in itertools.combinations(range(n), k)]
+    top = np.sort(np.argsort(-np.asarray(draws, np.float64), -1)[..., :k], -1)
+    return np.searchsorted(codes, top @ np.array([n, 1]))
+
+
+def above_half(draws):
+    return (np.asarray(draws, np.float64) > 0.5).astype(int)
+
+
+def pair_index(draws):
+    return above_half(draws) @ np.array([2, 1])
+
+
+def largest(draws):
+    return np.argmax(np.asarray(draws, np.float64), -1)
+
+
+def hard_concrete_atoms(logits, tau, **_):
+    low, high = np.log(0.1 / 1.1), np.log(1.1 / 0.1)
+    return sp.expit(tau * low - logits), sp.expit(logits - tau * high)
+
+
+def gaussian_bits(loc, scale):
+    return np.array([sp.ndtr((0.5 - loc) / scale), sp.ndtr((loc - 0.5) / scale)])
+
+
+ORDER = Case(
+    "gumbel_top_k", rj.gumbel_top_k, {"logits": ITEMS, "k": 2}, (2,), "order",
+    pick=lambda draw: draw[1],
+)  # fmt: skip
+
+CASES = [
+    Case(
+        "relaxed_bernoulli", rj.relaxed_bernoulli, {"logits": LOGITS, "tau": TAU},
+        log_prob=rj.relaxed_bernoulli_log_prob, log_space=True,
+        discrete=bernoulli, nearest=above_half,
+    ),
+    Case(
+        "relaxed_bernoulli_hard", rj.relaxed_bernoulli, {"logits": LOGITS, "tau": TAU}, (), "bits",
+        sample_options={"hard": True}, discrete=bernoulli, outcome=above_half,
+    ),
+    Case(
+        "gaussian_bernoulli", rj.gaussian_bernoulli,
+        {"loc": f32(0.3, 0.8), "scale": f32(0.4, 0.7)}, (), "gate",
+        log_prob=rj.gaussian_bernoulli_log_prob,
+        atoms=lambda loc, scale: (sp.ndtr(-loc / scale), sp.ndtr((loc - 1) / scale)),
+    ),
+    Case(
+        "gaussian_bernoulli_hard", rj.gaussian_bernoulli,
+        {"loc": f32(0.3, 0.8), "scale": f32(0.4, 0.7)}, (), "bits",
+        sample_options={"hard": True}, discrete=gaussian_bits, outcome=above_half,
+    ),
+    Case(
+        "hard_concrete", rj.hard_concrete, {"logits": LOGITS, "tau": TAU}, (), "gate",
+        log_prob=rj.hard_concrete_log_prob, log_space=True, atoms=hard_concrete_atoms,
+        discrete=bernoulli, nearest=above_half,
+    ),
+    Case(
+        "hard_concrete_hard", rj.hard_concrete, {"logits": LOGITS, "tau": TAU}, (), "bits",
+        sample_options={"hard": True}, discrete=bernoulli, outcome=above_half,
+    ),
+    Case(
+        "straight_through_bernoulli", rj.straight_through_bernoulli, {"logits": LOGITS}, (), "bits",
+        log_prob=rj.straight_through_bernoulli_log_prob, discrete=bernoulli, outcome=above_half,
+    ),
+    Case(
+        "stochastic_times_smooth", rj.stochastic_times_smooth, {"logits": LOGITS}, (), "atoms",
+        log_prob=rj.stochastic_times_smooth_log_prob,
+        discrete=root, outcome=lambda draws: (np.asarray(draws, np.float64) > 0).astype(int),
+    ),
+    Case(
+        "correlated_bernoulli", rj.correlated_bernoulli,
+        {"logits": GATES, "tau": TAU, "scale_tril": HALVES}, (2,),
+        log_prob=rj.correlated_bernoulli_log_prob, log_space=True,
+        discrete=bit_pairs, nearest=pair_index,
+    ),
+    Case(
+        "correlated_bernoulli_hard", rj.correlated_bernoulli,
+        {"logits": GATES, "tau": TAU, "scale_tril": HALVES}, (2,), "bits",
+        sample_options={"hard": True}, discrete=bit_pairs, outcome=pair_index,
+    ),
+    Case(
+        "gumbel_softmax", rj.gumbel_softmax, {"logits": CLASSES, "tau": TAU}, (3,), "simplex",
+        log_prob=rj.gumbel_softmax_log_prob, log_space=True,
+        discrete=categorical, nearest=largest,
+    ),
+    Case(
+        "gumbel_softmax_hard", rj.gumbel_softmax, {"logits": CLASSES, "tau": TAU}, (3,), "k_hot",
+        sample_options={"hard": True}, discrete=categorical, outcome=largest,
+    ),
+    Case(
+        "invertible_gaussian", rj.invertible_gaussian,
+        {"loc": CLASSES[:, :2], "scale": f32([0.6, 1.1], [0.9, 0.5]), "tau": TAU, "delta": np.float32(0.6)},
+        (3,), "simplex", log_prob=rj.invertible_gaussian_log_prob, log_space=True,
+    ),
+    Case(
+        "logistic_normal", rj.logistic_normal,
+        {"loc": CLASSES, "scale": f32([0.6, 1.1, 0.8], [0.9, 0.5, 1.3])}, (3,), "simplex",
+        log_prob=rj.logistic_normal_log_prob, log_space=True,
+    ),
+    Case(
+        "logistic_normal_full", rj.logistic_normal, {"loc": CLASSES, "scale_tril": FACTORS}, (3,),
+        "simplex", log_prob=rj.logistic_normal_log_prob, log_space=True,
+    ),
+    ORDER,
+    dataclasses.replace(
+        ORDER, name="gumbel_top_k_ordered", pick=lambda draw: draw[0], no_gradient=("logits",),
+        log_prob=rj.gumbel_top_k_log_prob, discrete=orders, outcome=which_order,
+    ),
+    Case(
+        "relaxed_top_k", rj.relaxed_top_k, {"logits": ITEMS, "k": 2, "tau": TAU}, (4,), "k_hot_soft",
+        discrete=subsets, nearest=which_set,
+    ),
+    Case(
+        "relaxed_top_k_hard", rj.relaxed_top_k, {"logits": ITEMS, "k": 2, "tau": TAU}, (4,), "k_hot",
+        sample_options={"hard": True}, discrete=subsets, outcome=which_set,
+    ),
+]  # fmt: skip
+
+
+def cases(*conditions):
+    """The rows a law applies to, as the arguments of pytest's parametrize."""
+    return [case for case in CASES if all(condition(case) for condition in conditions)]
+
+
+def has_density(case):
+    return case.log_prob is not None and case.support in ("unit", "simplex", "gate")
+
+
+def has_log_space(case):
+    return case.log_space
+
+
+def is_discrete(case):
+    return case.outcome is not None
+
+
+def has_discrete_limit(case):
+    return case.nearest is not None
+
+
+def has_logits(case):
+    return "logits" in case.params
+
+
+def is_differentiable(case):
+    return not case.no_gradient
+
+
+def log_density_coordinates(case, y):
+    """Unconstrained coordinates y to the log-space value there and log |dz / dy|."""
+    if case.support == "simplex":
+        padded = np.concatenate([y, np.zeros((*y.shape[:-1], 1))], -1)
+        log_z = sp.log_softmax(padded, -1)
+        return jnp.asarray(log_z, jnp.float32), log_z.sum(-1)
+    value = y if case.event else y[..., 0]
+    return jnp.asarray(value, jnp.float32), (sp.log_expit(y) + sp.log_expit(-y)).sum(-1)
+
+
+def coordinates(case, log_value):
+    """And back."""
+    if case.support == "simplex":
+        return log_value[..., :-1] - log_value[..., -1:]
+    return log_value if case.event else log_value[..., None]

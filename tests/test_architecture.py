@@ -1,0 +1,78 @@
+"""The rules of the house: who may import whom, what is public, what a row has."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import relaxit_jax
+from cases import CASES
+
+PACKAGE = pathlib.Path(relaxit_jax.__file__).parent
+# room -> what of the package, and which other libraries, it may see
+ROOMS = {
+    "_numerics": set(),
+    "laplace_bridge": {"_numerics"},
+    "samplers": {"_numerics"},
+}
+PURE = {"jax", "numpy", "math", "functools", "operator", "dataclasses", "typing", "collections"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (
+                f"{node.module}.{alias.name}" if node.module == "relaxit_jax" else node.module
+                for alias in node.names
+            )
+
+
+def test_rooms_see_only_what_they_may():
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imports(path):
+            top, *rest = name.split(".")
+            if top != "relaxit_jax":
+                assert top in PURE, f"{path.name} imports {name}"
+            elif path.name != "__init__.py":  # a shelf sees other rooms, not its neighbours
+                assert rest[0] in ROOMS[room], f"{path.name} imports {name}"
+
+
+def test_examples_and_benchmarks_use_the_public_names_only():
+    root = PACKAGE.parent
+    for path in [*root.glob("examples/*.py"), *root.glob("benchmarks/*.py")]:
+        for name in imports(path):
+            assert not any(part.startswith("_") for part in name.split(".")), f"{path}: {name}"
+
+
+def test_importing_the_package_does_not_import_numpyro():
+    code = "import sys, relaxit_jax; sys.exit(any(m in sys.modules for m in ('numpyro', 'flax', 'optax')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_sampler_has_a_row():
+    tested = {case.sampler.__name__ for case in CASES}
+    samplers = {
+        name for name in relaxit_jax.__all__
+        if callable(f := getattr(relaxit_jax, name)) and next(iter(inspect.signature(f).parameters)) == "key"
+    }  # fmt: skip
+    assert samplers == tested
+
+
+def test_docstrings_say_what_the_design_asks():
+    for name in relaxit_jax.__all__:
+        f = getattr(relaxit_jax, name)
+        if callable(f):
+            for part in ("Args:", "Returns:", "Raises:", "References:", ">>>", "``"):
+                assert part in f.__doc__, f"{name}: {part}"
+
+
+def test_files_stay_short():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, f"{path}: what room is missing?"

@@ -1,0 +1,238 @@
+"""Every density of tests/cases.py: it integrates to one, it is that of the draws, to the last digits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats as st
+
+import relaxit_jax as rj
+from cases import cases, coordinates, has_density, has_log_space, log_density_coordinates
+from test_samplers import KEY, P_VALUE, chi_square, dtypes, rows, seen
+
+STEP, REACH = 0.05, 40.0
+EDGES = np.arange(-4.0, 4.5, 1.0)  # of the bins that draws are counted in; they lie on the grid
+
+
+def grid(case):
+    """Midpoints of a grid over the unconstrained coordinates, shape (..., d)."""
+    line = np.arange(-REACH, REACH, STEP) + STEP / 2
+    if not case.event:
+        return line[:, None]
+    reach = line[np.abs(line) < 25]
+    return np.stack(np.meshgrid(reach, reach, indexing="ij"), -1)
+
+
+def bins(y):
+    """The number of the bin of each point."""
+    codes = np.digitize(y, EDGES)
+    return codes[..., 0] if y.shape[-1] == 1 else codes[..., 0] * (len(EDGES) + 1) + codes[..., 1]
+
+
+def cell_law(case, i):
+    """Probabilities of the cells of the grid, from the density of element i, and the cells' bins."""
+    y = grid(case)
+    value, log_jacobian = log_density_coordinates(case, y)
+    log_p = case.density(value, log_space=True, **case.element(i))
+    return np.exp(np.asarray(log_p, np.float64) + log_jacobian) * STEP ** y.shape[-1], bins(y)
+
+
+@rows(cases(has_density, has_log_space, lambda case: case.atoms is None))
+def test_density_integrates_to_one_and_is_that_of_the_draws(case):
+    n = 20_000
+    logs = dataclasses.replace(case, sample_options={"log_space": True})
+    draws = np.asarray(jax.jit(lambda key: logs.draw(key, (n, 2)))(KEY), np.float64)
+    for i in range(2):
+        cells, number = cell_law(case, i)
+        np.testing.assert_allclose(cells.sum(), 1, atol=1e-4)
+        law = np.bincount(number.ravel(), cells.ravel(), (len(EDGES) + 1) ** cells.ndim)
+        counts = np.bincount(bins(coordinates(case, draws[:, i])), minlength=len(law))
+        rare = law * n < 10  # together in one bin
+        law = np.append(law[~rare], law[rare].sum())
+        counts = np.append(counts[~rare], counts[rare].sum())
+        kept = law * n > 5
+        assert counts[~kept].sum() < 30
+        expected = law[kept] / law[kept].sum() * counts[kept].sum()
+        assert st.chisquare(counts[kept], expected).pvalue > P_VALUE
+
+
+@rows(cases(lambda case: case.atoms is not None))
+def test_atoms_and_density_sum_to_one_and_are_those_of_the_draws(case):
+    n = 50_000
+    inside = (np.arange(4000) + 0.5) / 4000
+    draws = np.asarray(case.draw(KEY, (n, 2)), np.float64)
+    for i in range(2):
+        law = functools.partial(case.density, **case.element(i))
+        zero, one = np.exp(np.asarray(law(np.float32([0, 1])), np.float64))
+        np.testing.assert_allclose((zero, one), case.atoms(**seen(case).element(i)), rtol=2e-6)
+        density = np.exp(np.asarray(law(inside.astype(np.float32)), np.float64))
+        np.testing.assert_allclose(zero + one + density.mean(), 1, atol=1e-5)
+        tenths = density.reshape(10, -1).mean(-1) / 10
+        codes = np.where(draws[:, i] == 0, 0, np.where(draws[:, i] == 1, 11, 1 + draws[:, i] * 10))
+        assert chi_square(codes.astype(int), np.array([zero, *tenths, one])) > P_VALUE
+        assert (np.asarray(law(np.float32([-0.1, 1.1]))) == -np.inf).all()
+
+
+@rows(cases(has_log_space))
+def test_both_forms_of_a_value_have_one_density(case):
+    warm = {"tau": np.float32(1.0)} if "tau" in case.params else {}
+    logs = dataclasses.replace(case, sample_options={"log_space": True})
+    direct = case.density(case.draw(KEY, (300, 2), **warm), **warm)
+    carried = case.density(logs.draw(KEY, (300, 2), **warm), True, **warm)
+    np.testing.assert_allclose(direct, carried, rtol=2e-4, atol=2e-3)
+
+
+@dtypes
+@pytest.mark.parametrize("tau", [0.01, 0.1, 3.0])
+@rows(cases(has_log_space))
+def test_density_of_own_draws_agrees_with_float64(case, tau, dtype):
+    """To 1e-4, down to tau = 0.01, where most of the draws themselves round to vertices."""
+    params = {n: jnp.asarray(x, dtype) for n, x in case.floats.items()}
+    if "scale_tril" in params:  # a correlation matrix has to stay one
+        params["scale_tril"] = jnp.asarray(case.params["scale_tril"])
+    params |= {"tau": jnp.float32(tau)} if "tau" in params else {}
+    logs = dataclasses.replace(case, sample_options={"log_space": True})
+    value, law = jax.jit(
+        lambda key: (
+            (value := logs.draw(key, (400, 2), **params)),
+            case.density(value, True, **params),
+        )
+    )(KEY)
+    assert value.dtype == law.dtype == jnp.float32
+    with jax.enable_x64(True):
+        wide = {n: jnp.asarray(np.asarray(x, np.float64)) for n, x in params.items()}
+        exact = case.density(jnp.asarray(np.asarray(value, np.float64)), True, **wide)
+        assert exact.dtype == jnp.float64
+    np.testing.assert_allclose(law, exact, rtol=1e-4, atol=1e-4)
+
+
+@rows(cases(has_density))
+def test_gradient_of_the_density_is_its_derivative(case):
+    """In every argument and in the value, by central differences in float64."""
+    log_space = case.log_space
+    with jax.enable_x64(True):
+        logs = dataclasses.replace(case, sample_options={"log_space": True} if log_space else {})
+        params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
+        if "scale_tril" in params and "tau" in params:
+            del params["scale_tril"]  # it has to stay the factor of a correlation matrix
+        value = logs.draw(KEY, (20, 2), **params)
+
+        @jax.jit
+        def total(arguments):
+            value, params = arguments
+            law = case.density(value, log_space, **params)
+            return jnp.sum(jnp.where(jnp.isfinite(law), law, 0))
+
+        gradients = jax.tree.leaves(jax.jit(jax.grad(total))((value, params)))
+        leaves, tree = jax.tree.flatten((value, params))
+        for i, (x, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+            direction = jnp.cos(1.0 + jnp.arange(x.size)).reshape(x.shape)
+            if x is value and case.atoms is not None and not log_space:
+                direction = direction * ((x > 0.001) & (x < 0.999))
+            if x.shape[-2:] == (3, 3):
+                direction = jnp.tril(direction)
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = [leaf + step * direction if j == i else leaf for j, leaf in enumerate(leaves)]
+                ends.append(total(jax.tree.unflatten(tree, moved)))
+            slope = jnp.sum(direction * gradient)
+            np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-5, atol=1e-5)
+
+
+def test_bernoulli_mass():
+    log_prob = rj.straight_through_bernoulli_log_prob
+    logits = np.float32([-30, -2, 0, 3, 30, -np.inf, np.inf])
+    p = 1 / (1 + np.exp(-logits.astype(float)))
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(log_prob(np.ones(7), logits), np.log(p), rtol=1e-6)
+        q = 1 / (1 + np.exp(logits.astype(float)))
+        np.testing.assert_allclose(log_prob(np.zeros(7, int), logits), np.log(q), rtol=1e-6)
+    assert (log_prob(np.full(7, 0.5), logits) == -np.inf).all()
+    slope = jax.vmap(jax.grad(log_prob))(jnp.float32([0, 1]), jnp.float32([-2.0, 3.0]))
+    np.testing.assert_allclose(slope, [-2, 3])  # the weight the straight-through gradient carries
+    assert jnp.isfinite(jax.vmap(jax.grad(log_prob, 1))(jnp.zeros(7), jnp.asarray(logits))).all()
+
+
+def test_stochastic_times_smooth_mass():
+    logits = np.float32([-9, -1, 0.5, 6])
+    root = np.exp(-np.logaddexp(0, -logits.astype(float)) / 2)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        draws = rj.stochastic_times_smooth(KEY, jnp.asarray(logits, dtype), shape=(500, 4))
+        law = np.asarray(rj.stochastic_times_smooth_log_prob(draws, jnp.asarray(logits, dtype)))
+        hit = np.asarray(draws) > 0
+        seen_root = np.exp(-np.logaddexp(0, -np.asarray(jnp.asarray(logits, dtype), float)) / 2)
+        np.testing.assert_allclose(
+            np.exp(law), np.where(hit, seen_root, 1 - seen_root), rtol=1e-5
+        )
+    np.testing.assert_allclose(
+        rj.stochastic_times_smooth_log_prob(jnp.zeros(4), logits), np.log1p(-root), rtol=1e-5
+    )
+    assert (rj.stochastic_times_smooth_log_prob(jnp.float32(root * 0.9), logits) == -jnp.inf).all()
+
+
+def test_limits_at_the_vertices():
+    """Where z is rounded to a vertex the density is its limit there, never NaN."""
+    ends = np.float32([0, 1])
+    for tau, limit in ((0.5, np.inf), (2.0, -np.inf)):
+        assert (rj.relaxed_bernoulli_log_prob(ends, 0.3, tau) == limit).all()
+        corner = rj.gumbel_softmax_log_prob(np.float32([0.0, 1.0]), jnp.zeros(2), tau)
+        assert corner == limit
+    near = rj.relaxed_bernoulli_log_prob(np.float32([1e-30, 1 - 6e-8]), 0.3, 1.0)
+    np.testing.assert_allclose(rj.relaxed_bernoulli_log_prob(ends, 0.3, 1.0), near, atol=1e-5)
+    inner = rj.invertible_gaussian_log_prob(np.float32([0, 0.4, 0.6]), jnp.zeros(2), 1.0, 0.5)
+    assert inner == -jnp.inf
+    for law in (
+        functools.partial(rj.relaxed_bernoulli_log_prob, ends, 0.3),
+        lambda tau: rj.gumbel_softmax_log_prob(np.float32([[0, 1], [1, 0]]), jnp.zeros(2), tau),
+    ):
+        assert jnp.isfinite(jax.grad(lambda tau, law=law: jnp.sum(law(tau)))(0.5))
+
+
+def test_outside_of_the_support():
+    assert (rj.relaxed_bernoulli_log_prob(np.float32([-0.1, 1.1]), 0.0, 0.5) == -jnp.inf).all()
+    off = np.float32([1.2, -0.1, -0.1])
+    assert rj.gumbel_softmax_log_prob(off, jnp.zeros(3), 0.5) == -jnp.inf
+    assert rj.logistic_normal_log_prob(off, jnp.zeros(3), 0.5) == -jnp.inf
+    impossible = jnp.array([0.0, 0.0, -jnp.inf])
+    assert rj.gumbel_softmax_log_prob(np.float32([0.5, 0.3, 0.2]), impossible, 0.5) == -jnp.inf
+    face = rj.gumbel_softmax_log_prob(np.float32([0.6, 0.4, 0.0]), impossible, 0.5)
+    alone = rj.gumbel_softmax_log_prob(np.float32([0.6, 0.4]), jnp.zeros(2), 0.5)
+    np.testing.assert_allclose(face, alone, rtol=1e-6)
+
+
+def test_a_certain_gate_leaves_the_others_their_marginal_density():
+    factor = np.linalg.cholesky([[1, 0.5, 0.3], [0.5, 1, 0.7], [0.3, 0.7, 1]]).astype(np.float32)
+    pair = np.linalg.cholesky([[1, 0.3], [0.3, 1]]).astype(np.float32)  # without the middle one
+    z = np.float32([0.2, 0.0, 0.7])
+    law = rj.correlated_bernoulli_log_prob(z, jnp.array([0.4, -jnp.inf, -1.0]), 0.5, factor)
+    rest = rj.correlated_bernoulli_log_prob(z[::2], jnp.array([0.4, -1.0]), 0.5, pair)
+    np.testing.assert_allclose(law, rest, rtol=1e-5)
+
+
+def test_singular_covariance_is_seen_modulo_constants():
+    """The density of a logistic-normal does not depend on the part of Sigma along all-ones."""
+    loc, covariance = rj.laplace_bridge.dirichlet_to_gaussian(jnp.array([0.8, 2.0, 5.0]))
+    z = np.float32([0.1, 0.3, 0.6])
+    laws = [
+        rj.logistic_normal_log_prob(z, loc + shift, scale_tril=jnp.linalg.cholesky(covariance + shift))
+        for shift in (0.1, 1.0)
+    ]
+    singular = np.linalg.cholesky(np.asarray(covariance)[:2, :2])
+    factor = np.zeros((3, 3), np.float32)
+    factor[:2, :2], factor[2, :2] = singular, -singular.sum(0)
+    laws.append(rj.logistic_normal_log_prob(z, loc, scale_tril=factor))
+    np.testing.assert_allclose(laws, laws[0], rtol=1e-4)
+
+
+@rows(cases(has_density))
+def test_bad_values_are_named(case):
+    with pytest.raises(ValueError, match="value must be floating point"):
+        case.density(np.ones((2, *case.event), int))
+    if case.event:
+        with pytest.raises(ValueError, match="value must be of shape"):
+            case.density(np.full((2, 5), 0.2, np.float32))
+    with pytest.raises(ValueError, match="must have batch shapes that broadcast"):
+        case.density(np.full((3, *case.event), 0.2, np.float32))

@@ -1,0 +1,80 @@
+"""The Laplace Bridge: it is the Laplace approximation in logit space, and its inverse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from relaxit_jax.laplace_bridge import dirichlet_to_gaussian, gaussian_to_dirichlet
+
+ALPHAS = np.array([[0.3, 2.0, 9.0, 1.0], [5.0, 5.0, 0.7, 40.0]])
+
+
+def test_it_is_the_laplace_approximation_of_the_dirichlet_on_the_logits():
+    """loc is the mode of the density of y, z = softmax(y), and the covariance its inverse Hessian."""
+    with jax.enable_x64(True):
+        locs, covariances = dirichlet_to_gaussian(jnp.asarray(ALPHAS))
+        for alpha, loc, covariance in zip(ALPHAS, locs, covariances, strict=True):
+            energy = lambda y, alpha=alpha: -jnp.sum(alpha * jax.nn.log_softmax(y))
+            np.testing.assert_allclose(jax.grad(energy)(loc), 0, atol=1e-9)
+            hessian = jax.hessian(energy)(loc)
+            np.testing.assert_allclose(jnp.linalg.pinv(hessian, rtol=1e-10), covariance, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("k", [2, 3, 50])
+def test_round_trip(k, dtype):
+    alpha = np.exp(np.random.default_rng(k).uniform(-3, 3, (5, 4, k)))
+    alpha = jnp.asarray(alpha, dtype)
+    loc, covariance = dirichlet_to_gaussian(alpha)
+    assert loc.dtype == covariance.dtype == dtype
+    assert covariance.shape == (5, 4, k, k)
+    back = gaussian_to_dirichlet(loc, covariance)
+    assert back.dtype == dtype
+    rtol = 1e-4 if dtype == jnp.float32 else 40 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(back, float), np.asarray(alpha, float), rtol=rtol)
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e6])
+def test_round_trip_of_very_different_concentrations(spread):
+    alpha = jnp.array([spread, 1.0, 1 / spread, 3.0])
+    np.testing.assert_allclose(gaussian_to_dirichlet(*dirichlet_to_gaussian(alpha)), alpha, rtol=1e-3)
+
+
+def test_the_gauge_does_not_matter():
+    """softmax sees neither a constant added to all logits nor noise common to all of them."""
+    loc, covariance = dirichlet_to_gaussian(jnp.asarray(ALPHAS, jnp.float32))
+    common = jnp.array([0.3, -1.0, 2.0, 0.5])
+    moved = covariance + 2.0 + common[:, None] + common  # Cov of y + c 1 for any correlated c
+    np.testing.assert_allclose(gaussian_to_dirichlet(loc + 7, moved), ALPHAS, rtol=1e-3)
+
+
+def test_covariance_not_standard_deviation():
+    loc, covariance = dirichlet_to_gaussian(jnp.asarray(ALPHAS, jnp.float32))
+    np.testing.assert_allclose(covariance.sum(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(loc.sum(-1), 0, atol=1e-5)
+    four = gaussian_to_dirichlet(loc, 4 * covariance)  # twice the standard deviation
+    np.testing.assert_allclose(4 * four, ALPHAS, rtol=1e-4)
+
+
+def test_gradients():
+    alpha = jnp.asarray(ALPHAS, jnp.float32)
+    loss = lambda alpha: sum(jnp.sum(jnp.cos(x)) for x in dirichlet_to_gaussian(alpha))
+    slope = jax.grad(loss)(alpha)
+    assert jnp.isfinite(slope).all() and (slope != 0).all()
+    weights = jnp.arange(1.0, 5)
+    there_and_back = lambda alpha: jnp.sum(weights * gaussian_to_dirichlet(*dirichlet_to_gaussian(alpha)))
+    np.testing.assert_allclose(jax.grad(there_and_back)(alpha), jnp.tile(weights, (2, 1)), rtol=1e-3)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="concentration must be positive"):
+        dirichlet_to_gaussian(jnp.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match="concentration must be of at least two classes"):
+        dirichlet_to_gaussian(jnp.ones(1))
+    with pytest.raises(ValueError, match=r"covariance must be of shape \(\.\.\., 3, 3\)"):
+        gaussian_to_dirichlet(jnp.zeros(3), jnp.eye(2))
+    with pytest.raises(ValueError, match="covariance must be positive on its diagonal"):
+        gaussian_to_dirichlet(jnp.zeros(3), -jnp.eye(3))
+    with pytest.raises(ValueError, match="concentration must be floating point"):
+        dirichlet_to_gaussian(jnp.array([1, 2]))

@@ -1,0 +1,352 @@
+"""Every sampler of tests/cases.py against every law of a sampler."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats as st
+
+from cases import (
+    CASES,
+    cases,
+    has_discrete_limit,
+    has_log_space,
+    has_logits,
+    is_differentiable,
+    is_discrete,
+)
+
+KEY = jax.random.key(20261122)
+P_VALUE = 1e-4
+rows = functools.partial(pytest.mark.parametrize, "case", ids=str)
+dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+
+
+def cast(case, dtype):
+    """The row with its parameters, but not its temperatures, in another dtype."""
+    kept = ("tau", "k", "delta")
+    params = {n: x if n in kept else jnp.asarray(x, dtype) for n, x in case.params.items()}
+    return dataclasses.replace(case, params=params)
+
+
+def seen(case):
+    """The parameters as the sampler sees them after rounding, in float64."""
+    params = {n: x if n == "k" else np.asarray(x, np.float64) for n, x in case.params.items()}
+    return dataclasses.replace(case, params=params)
+
+
+def chi_square(outcomes, probabilities):
+    np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-5)
+    probabilities = np.asarray(probabilities, np.float64)
+    expected = probabilities / probabilities.sum() * len(outcomes)
+    assert expected.min() > 5
+    return st.chisquare(np.bincount(outcomes, minlength=len(expected)), expected).pvalue
+
+
+@dtypes
+@rows(CASES)
+def test_shape_and_dtype(case, dtype):
+    case = cast(case, dtype)
+    integers = case.name == "gumbel_top_k_ordered"
+    wide = case.name == "gumbel_top_k"  # keys for sorting, kept unrounded
+    expected = jnp.int32 if integers else jnp.float32 if wide else dtype
+    for shape in (None, (2,), (3, 2), (3, 1, 2)):
+        draw = jax.eval_shape(lambda key, shape=shape: case.draw(key, shape), KEY)
+        assert draw.shape == (shape or (2,)) + case.event
+        assert draw.dtype == expected
+
+
+@rows(CASES)
+def test_raw_keys_are_keys(case):
+    draw = jax.jit(lambda key: case.draw(key, (3, 2)))
+    np.testing.assert_array_equal(draw(jax.random.key_data(KEY)), draw(KEY))
+
+
+@rows(CASES)
+def test_support(case):
+    z = np.asarray(jax.jit(lambda key: case.draw(key, (5000, 2)))(KEY), np.float64)
+    if case.support == "order":
+        return
+    assert z.min() >= 0
+    if case.support in ("simplex", "k_hot", "k_hot_soft"):
+        np.testing.assert_allclose(z.sum(-1), case.params.get("k", 1), rtol=2e-6)
+    if case.support in ("unit", "gate"):
+        assert z.max() <= 1 and ((z > 0) & (z < 1)).mean() > 0.2
+    if case.support in ("bits", "k_hot"):
+        assert set(np.unique(z)) == {0, 1}  # exactly, not 0.99999994
+
+
+@rows(CASES)
+def test_jit_eager_and_vmap_agree(case):
+    keys = jax.random.split(KEY, 3)
+    params = {n: jnp.asarray(x) for n, x in case.floats.items()}
+    static = {n: x for n, x in case.params.items() if n not in params}
+
+    traces = []
+
+    @jax.jit
+    def jitted(key, params):
+        traces.append(None)
+        return case.draw(key, **params, **static)
+
+    compiled = jnp.stack([jitted(key, params) for key in keys])
+    eager = case.draw(keys[0], **params, **static)
+    np.testing.assert_allclose(compiled[0], eager, rtol=3e-6, atol=1e-6)
+    batched = jax.vmap(lambda key: case.draw(key, **params, **static))(keys)
+    np.testing.assert_allclose(batched, compiled, rtol=3e-6, atol=1e-6)
+    if "tau" in params:  # annealing never recompiles
+        for tau in (0.1, 0.5, 2.0):
+            jitted(keys[0], params | {"tau": jnp.float32(tau)})
+        assert len(traces) == 1
+
+
+@rows(CASES)
+def test_noise_is_independent_across_the_batch(case):
+    """Of equal parameters, every two elements of the batch are uncorrelated, in value and square."""
+    n, copies = 20_000, 3
+    same = {
+        name: x if np.ndim(x) == 0 else np.repeat(np.asarray(x)[:1], copies, 0)
+        for name, x in case.params.items()
+    }
+    draws = np.asarray(jax.jit(lambda key: case.draw(key, (n, copies), **same))(KEY), np.float64)
+    draws = draws.reshape(n, copies, -1)[..., 0]  # one coordinate of each element
+    assert draws.std(0).min() > 0.01
+    for x in (draws, (draws - draws.mean(0)) ** 2):
+        if x.std() > 1e-3:
+            correlation = np.corrcoef(x.T)[np.triu_indices(copies, 1)]
+            assert np.abs(correlation).max() * np.sqrt(n) < 4.5
+    # and a draw is not that of the element before it, shifted
+    lagged = np.corrcoef(draws[1:, 0], draws[:-1, 1])[0, 1]
+    assert abs(lagged) * np.sqrt(n) < 4.5
+
+
+@rows(CASES)
+def test_every_element_of_an_event_has_its_own_noise(case):
+    """Over many keys, each coordinate alone varies; elementwise methods are uncorrelated."""
+    draws = np.asarray(jax.jit(lambda key: case.draw(key, (4000, 2)))(KEY), np.float64)
+    assert (draws.std(0) > 1e-3).all()
+
+
+@rows(cases(is_differentiable))
+def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(case):
+    weights = np.cos(np.arange(np.prod(case.event, dtype=int)).reshape(case.event) + 1.0)
+
+    def loss(params):
+        return jnp.sum(weights * case.draw(KEY, (200, 2), **params) ** 2)
+
+    gradients = jax.jit(jax.grad(loss))({n: jnp.asarray(x) for n, x in case.floats.items()})
+    for name, gradient in gradients.items():
+        if name == "scale_tril":
+            gradient = gradient[..., *np.tril_indices(gradient.shape[-1])]
+        assert jnp.isfinite(gradient).all(), name
+        assert (jnp.abs(gradient) > 0).all(), name
+
+
+@rows(cases(is_differentiable, lambda case: case.support in ("unit", "simplex", "gate", "order")))
+def test_gradient_is_the_derivative_of_the_draw(case):
+    """Of a soft draw at fixed noise, by central differences in float64."""
+    with jax.enable_x64(True):
+        params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
+        loss = jax.jit(lambda params: jnp.sum(jnp.cos(3 * case.draw(KEY, (20, 2), **params))))
+        gradients = jax.jit(jax.grad(loss))(params)
+        for name, x in params.items():
+            if name == "scale_tril":  # its rows stay on the sphere: see the next test
+                continue
+            direction = jnp.cos(1.0 + jnp.arange(x.size)).reshape(x.shape)
+            ends = [loss(params | {name: x + step * direction}) for step in (1e-6, -1e-6)]
+            slope = jnp.sum(direction * gradients[name])
+            np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-5, atol=1e-6)
+
+
+@rows(cases(lambda case: case.sample_options.get("hard") or case.name == "straight_through_bernoulli"))
+def test_straight_through_has_the_gradient_of_the_soft_draw(case):
+    if case.name == "straight_through_bernoulli":
+        soft = lambda logits: jnp.broadcast_to(jax.nn.sigmoid(logits), (50, 2))
+    else:
+        soft = lambda **p: dataclasses.replace(case, sample_options={}).draw(KEY, (50, 2), **p)
+    params = {n: jnp.asarray(x) for n, x in case.floats.items()}
+    weights = jnp.cos(jnp.arange(50 * 2 * np.prod(case.event, dtype=int))).reshape(50, 2, *case.event)
+    one = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.draw(KEY, (50, 2), **p))))(params)
+    other = jax.jit(jax.grad(lambda p: jnp.sum(weights * soft(**p))))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+
+
+@dtypes
+@rows(cases(is_discrete))
+def test_forward_value_has_exactly_the_discrete_law(case, dtype):
+    case = cast(case, dtype)
+    draws = np.asarray(jax.jit(lambda key: case.draw(key, (500_000, 2)))(KEY))
+    for i in range(2):
+        law = case.discrete(**seen(case).element(i))
+        assert chi_square(case.outcome(draws[:, i]), law) > P_VALUE
+
+
+@rows(cases(has_discrete_limit))
+def test_low_temperature_has_the_discrete_law(case):
+    draws = np.asarray(jax.jit(lambda tau: case.draw(KEY, (100_000, 2), tau=tau))(np.float32(1e-3)))
+    for i in range(2):
+        law = case.discrete(**seen(case).element(i))
+        assert chi_square(case.nearest(draws[:, i]), law) > P_VALUE
+    z = draws.astype(np.float64)
+    assert np.mean((z > 0.01) & (z < 0.99)) < 0.01  # and the draws lie near the vertices
+
+
+def at_extremes(case, dtype):
+    """Logits of +-1e4 and 0 in the places of the row's own."""
+    pattern = np.array([1e4, -1e4, 0.0, 3.0])
+    size = case.event[0] if case.event else 1
+    logits = np.stack([np.resize(pattern, size), np.resize(-pattern, size)])
+    logits = logits if case.event else logits[:, 0]
+    if case.support == "order":
+        logits = np.stack([pattern, -pattern])
+    params = {n: jnp.asarray(x, dtype) if n == "scale_tril" else x for n, x in case.params.items()}
+    return dataclasses.replace(case, params=params | {"logits": jnp.asarray(logits, dtype)})
+
+
+@dtypes
+@rows(cases(has_logits, is_differentiable))
+def test_extreme_logits_and_temperatures(case, dtype):
+    case = at_extremes(case, dtype)
+    taus = (1e-3, 1.0, 1e3) if "tau" in case.params else (None,)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def values(params, log_space):
+        extra = {"log_space": True} if log_space else {}
+
+        def total(params):
+            draw = dataclasses.replace(case, sample_options=case.sample_options | extra).draw(
+                KEY, (30, 2), **params
+            )
+            if not log_space:
+                return jnp.sum(draw.astype(jnp.float32)), draw
+            law = case.density(draw, log_space=True, **params)
+            return jnp.sum(law), (draw, law)
+
+        return jax.grad(total, has_aux=True)(params)
+
+    for tau in taus:
+        params = {n: jnp.asarray(x) for n, x in case.floats.items()}
+        params |= {} if tau is None else {"tau": jnp.float32(tau)}
+        for log_space in {False, case.log_space}:
+            for leaf in jax.tree.leaves(values(params, log_space)):
+                assert jnp.isfinite(leaf.astype(jnp.float32)).all(), (tau, log_space)
+
+
+@rows(cases(has_logits, is_differentiable))
+def test_an_impossible_class_is_exactly_zero(case):
+    """A logit of -inf: value 0, gradient 0, no NaN, also in the temperature; also in the density."""
+    logits = np.array(case.params["logits"])
+    logits[0, ...] = np.where(np.arange(logits[0].size).reshape(logits[0].shape) == 0, -np.inf, logits[0])
+    where = np.isneginf(logits)
+    params = {n: jnp.asarray(x) for n, x in case.floats.items()} | {"logits": jnp.asarray(logits)}
+
+    def total(params):
+        draw = case.draw(KEY, (50, 2), **params)
+        return jnp.sum(jnp.cos(jnp.where(jnp.isfinite(draw), draw, 0))), draw
+
+    gradients, draws = jax.jit(jax.grad(total, has_aux=True))(params)
+    if case.support == "order":
+        assert (np.asarray(case.sampler(KEY, shape=(50, 2), **case.arguments(params))[0])[:, 0] != 0).all()
+        assert np.isfinite(draws).all()
+    else:
+        assert (np.asarray(draws)[:, where] == 0).all()
+    for name, gradient in gradients.items():
+        assert jnp.isfinite(gradient).all(), name
+    assert (gradients["logits"][where] == 0).all()
+    if case.log_space:
+        logs = dataclasses.replace(case, sample_options={"log_space": True})
+        draw = functools.partial(logs.draw, KEY, (50, 2))
+        law, gradients = jax.jit(
+            jax.value_and_grad(lambda p: jnp.sum(case.density(draw(**p), log_space=True, **p)))
+        )(params)
+        assert jnp.isfinite(law)
+        for name, gradient in gradients.items():
+            assert jnp.isfinite(gradient).all(), name
+        assert (gradients["logits"][where] == 0).all()
+
+
+@rows(cases(has_log_space))
+def test_log_space_is_the_same_draw_unrounded(case):
+    log_value = dataclasses.replace(case, sample_options={"log_space": True}).draw(KEY, (500, 2))
+    z = np.asarray(case.draw(KEY, (500, 2)))
+    if case.support == "simplex":
+        np.testing.assert_allclose(np.exp(log_value), z, rtol=1e-5)
+    else:
+        soft = 1 / (1 + np.exp(-np.asarray(log_value, np.float64)))
+        soft = np.clip(-0.1 + 1.2 * soft, 0, 1) if case.support == "gate" else soft
+        np.testing.assert_allclose(soft, z, rtol=1e-5, atol=1e-6)
+    low = dataclasses.replace(cast(case, jnp.float16), sample_options={"log_space": True})
+    assert low.draw(KEY).dtype == jnp.float32
+    if "tau" in case.params:  # what z rounds away at a low temperature is all there
+        cold = low.draw(KEY, (500, 2), tau=1e-3)
+        assert jnp.isfinite(cold).all() and jnp.abs(cold).max() > 1000
+
+
+@rows(cases(has_logits))
+def test_nan_is_not_hidden(case):
+    """A NaN logit shows in the draw, also behind an exact forward value."""
+    if case.name == "gumbel_top_k_ordered":
+        return
+    logits = np.full_like(case.params["logits"], np.nan)
+    assert np.isnan(np.asarray(jax.jit(lambda x: case.draw(KEY, logits=x))(logits))).any()
+
+
+BAD = [
+    ("tau", 0.0, "tau must be positive"),
+    ("tau", -1.0, "tau must be positive"),
+    ("tau", np.nan, "tau must be positive"),
+    ("logits", 0, "logits must be floating point"),
+    ("logits", "one", "logits must be an array of floats, got str"),
+    ("scale", -1.0, "scale must be positive"),
+    ("delta", 0.0, "delta must be positive"),
+    ("k", 5, r"k must be an integer in \[1, 4\]"),
+    ("k", 0, r"k must be an integer in \[1, 4\]"),
+    ("k", 1.5, r"k must be an integer in \[1, 4\]"),
+    ("shape", (3,), "shape must be a tuple of sizes that the parameters' batch shape"),
+    ("shape", (-1, 2), "shape must be a tuple"),
+    ("shape", 7, "shape must be a tuple"),
+    ("key", 0, "key must be one JAX random key"),
+    ("key", jax.random.split(KEY, 2), "key must be one JAX random key"),
+]
+
+
+@pytest.mark.parametrize(("name", "bad", "message"), BAD)
+@rows(CASES)
+def test_bad_arguments_are_named(case, name, bad, message):
+    arguments = {"key": KEY, "shape": None, **case.arguments()}
+    if name not in arguments:
+        return
+    if name == "logits" and not isinstance(bad, str):
+        bad = np.arange(arguments["logits"].size).reshape(arguments["logits"].shape)
+    with pytest.raises(ValueError, match=message):
+        case.sampler(**(arguments | {name: bad}))
+
+
+@rows(cases(has_logits))
+def test_classes_without_a_chance_are_an_error(case):
+    if case.support not in ("simplex", "k_hot", "k_hot_soft", "order"):
+        return
+    logits = np.full_like(case.params["logits"], -np.inf)
+    with pytest.raises(ValueError, match="logits must be above -inf for at least"):
+        case.draw(KEY, logits=logits)
+
+
+def test_options_that_contradict_each_other():
+    for case in cases(has_log_space):
+        if "logits" in case.params:
+            with pytest.raises(ValueError, match="log_space must be False for a hard sample"):
+                case.sampler(KEY, **case.arguments({"hard": True, "log_space": True}))
+
+
+def test_half_precision_makes_no_atoms():
+    """A gate's atoms have their probabilities in bfloat16 too, where 0.9999 would round to 1."""
+    for case in cases(lambda case: case.atoms is not None):
+        low = cast(case, jnp.bfloat16)
+        z = np.asarray(jax.jit(lambda key, low=low: low.draw(key, (1_000_000, 2)))(KEY), np.float32)
+        for i in range(2):
+            zero, one = case.atoms(**seen(low).element(i))
+            kind = np.where(z[:, i] == 0, 0, np.where(z[:, i] == 1, 1, 2))
+            assert chi_square(kind, np.array([zero, one, 1 - zero - one])) > P_VALUE

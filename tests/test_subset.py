@@ -1,0 +1,123 @@
+"""Draws without replacement: their probabilities against enumeration, and what a relaxed draw keeps."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special as sp
+
+import relaxit_jax as rj
+from cases import ITEMS, orders, subsets
+from test_samplers import KEY, P_VALUE, chi_square
+
+SETS = np.array(list(itertools.combinations(range(4), 2)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_log_prob_against_enumeration(k, scale):
+    order = np.array(list(itertools.permutations(range(4), k)))
+    sets = np.array(list(itertools.combinations(range(4), k)))
+    for logits in ITEMS * np.float32(scale):
+        with np.errstate(divide="ignore"):
+            ordered = np.log(orders(logits, k))
+            unordered = np.log(subsets(logits, k))
+        got = rj.gumbel_top_k_log_prob(order, jnp.asarray(logits))
+        np.testing.assert_allclose(got, ordered, rtol=2e-5, atol=2e-6)
+        got = rj.gumbel_top_k_log_prob(sets, jnp.asarray(logits), ordered=False)
+        np.testing.assert_allclose(got, unordered, rtol=2e-5, atol=2e-6)
+
+
+def test_sets_are_drawn_with_their_probability():
+    indices, _ = rj.gumbel_top_k(KEY, jnp.asarray(ITEMS), 2, shape=(100_000, 2))
+    codes = np.sort(indices, -1) @ np.array([4, 1])
+    for i in range(2):
+        law = np.exp(rj.gumbel_top_k_log_prob(SETS, jnp.asarray(ITEMS[i]), ordered=False))
+        assert chi_square(np.searchsorted(SETS @ [4, 1], codes[:, i]), law) > P_VALUE
+
+
+@pytest.mark.parametrize(("n", "k", "ahead"), [(50, 20, 3.0), (1000, 500, 0.0), (300, 299, 8.0)])
+def test_large_sets(n, k, ahead):
+    """k elements of one logit, n - k of another: P(S) is a ratio of gamma functions."""
+    logits = np.where(np.arange(n) < k, ahead, 0.0)
+    inverse = (n - k) / np.exp(ahead)
+    exact = sp.gammaln(1 + inverse) + sp.gammaln(k + 1) - sp.gammaln(k + 1 + inverse)
+    got = rj.gumbel_top_k_log_prob(jnp.arange(k), jnp.float32(logits), ordered=False)
+    np.testing.assert_allclose(got, exact, rtol=1e-4)
+    with jax.enable_x64(True):
+        got = rj.gumbel_top_k_log_prob(jnp.arange(k), jnp.asarray(logits), ordered=False)
+        np.testing.assert_allclose(got, exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_gradient_of_log_prob(ordered):
+    """Against differences, and the score has mean zero: sum_S P(S) grad log P(S) = 0."""
+    with jax.enable_x64(True):
+        logits = jnp.asarray(ITEMS[0], jnp.float64)
+        outcomes = np.array(list(itertools.permutations(range(4), 2))) if ordered else SETS
+        law = jax.jit(lambda logits: rj.gumbel_top_k_log_prob(outcomes, logits, ordered=ordered))
+        score = jax.jacobian(law)(logits)
+        np.testing.assert_allclose(jnp.exp(law(logits)) @ score, 0, atol=1e-8)
+        for i in range(4):
+            ends = [law(logits.at[i].add(step)) for step in (1e-6, -1e-6)]
+            np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, score[:, i], atol=1e-7)
+
+
+def test_what_cannot_be_drawn():
+    logits = jnp.array([0.0, 1.0, -jnp.inf, 2.0])
+    for ordered in (True, False):
+        law = lambda *value: rj.gumbel_top_k_log_prob(
+            jnp.array(value), logits, ordered=ordered
+        )
+        assert law(1, 1) == law(0, 2) == -jnp.inf
+        np.testing.assert_allclose(
+            law(0, 3), rj.gumbel_top_k_log_prob(jnp.array([0, 2]), logits[jnp.array([0, 1, 3])], ordered=ordered),
+            rtol=1e-5,
+        )  # fmt: skip
+        everything = np.array(list(itertools.permutations([0, 1, 3])))
+        total = np.exp(rj.gumbel_top_k_log_prob(everything, logits, ordered=ordered))
+        np.testing.assert_allclose(total.sum() if ordered else total[0], 1, rtol=1e-5)
+        slope = jax.grad(
+            lambda l: jnp.sum(rj.gumbel_top_k_log_prob(jnp.array([[0, 3], [0, 2]]), l, ordered=ordered)[0])
+        )(logits)
+        assert jnp.isfinite(slope).all() and slope[2] == 0
+    for bad in ([0, 4], [-1, 0]):
+        with pytest.raises(ValueError, match=r"value must be indices in 0\.\.3"):
+            rj.gumbel_top_k_log_prob(jnp.array(bad), logits)
+        assert jnp.isnan(jax.jit(rj.gumbel_top_k_log_prob)(jnp.array(bad), logits))
+    with pytest.raises(ValueError, match="value must be an array of integer indices"):
+        rj.gumbel_top_k_log_prob(jnp.array([0.0, 1.0]), logits)
+
+
+def test_perturbed_values_are_sorted_and_carry_the_gradient():
+    indices, values = rj.gumbel_top_k(KEY, jnp.asarray(ITEMS), 3, shape=(50, 2))
+    assert (jnp.diff(values, axis=-1) <= 0).all()
+    slope = jax.grad(lambda l: jnp.sum(rj.gumbel_top_k(KEY, l, 3, shape=(50, 2))[1]))(jnp.asarray(ITEMS))
+    counts = np.stack([np.bincount(np.ravel(indices[:, i]), minlength=4) for i in range(2)])
+    np.testing.assert_allclose(slope, counts)
+
+
+def test_soft_removal_is_exact_where_a_draw_is_certain():
+    """log(1 - o) of an o that rounds to 1 is finite and right, so the next draws leave it alone."""
+    z = rj.relaxed_top_k(KEY, jnp.array([30.0, 0.0, 0.0, -30.0]), 3, 1e-3, shape=(200,))
+    assert (jnp.abs(z - jnp.array([1.0, 1.0, 1.0, 0.0])).max(-1) < 1e-3).mean() > 0.95
+    everything = rj.relaxed_top_k(KEY, jnp.zeros(5), 5, 0.02, shape=(100,))
+    np.testing.assert_allclose(np.median(everything, 0), 1, atol=1e-4)
+
+
+def test_relaxed_top_k_of_one_is_gumbel_softmax():
+    logits = jnp.asarray(ITEMS)
+    np.testing.assert_allclose(
+        rj.relaxed_top_k(KEY, logits, 1, 0.5), rj.gumbel_softmax(KEY, logits, 0.5), rtol=1e-5
+    )
+
+
+def test_too_few_possible_elements():
+    logits = jnp.array([0.0, -jnp.inf, -jnp.inf])
+    with pytest.raises(ValueError, match="logits must be above -inf for at least 2"):
+        rj.relaxed_top_k(KEY, logits, 2, 1.0)
+    assert jnp.isnan(jax.jit(lambda l: rj.relaxed_top_k(KEY, l, 2, 1.0))(logits)).all()
+    indices, values = jax.jit(lambda l: rj.gumbel_top_k(KEY, l, 2))(logits)
+    assert indices[0] == 0 and values[1] == -jnp.inf
