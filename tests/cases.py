@@ -27,7 +27,7 @@ class Case:
     options: dict = dataclasses.field(default_factory=dict)  # static options of both functions
     sample_options: dict = dataclasses.field(default_factory=dict)  # and of the sampler alone
     log_space: bool = False
-    pick: Callable = staticmethod(lambda draw: draw)  # the differentiable array of what is returned
+    pick: Callable | None = None  # the array of what is returned that the laws look at
     # of one element of the batch: the outcomes of the discrete law and their probabilities
     discrete: Callable | None = None
     # which outcome each draw of a discrete law is
@@ -39,7 +39,8 @@ class Case:
 
     def draw(self, key, shape=None, **params):
         """What the sampler returns, with this row's parameters unless told otherwise."""
-        return self.pick(self.sampler(key, shape=shape, **self.arguments(params)))
+        drawn = self.sampler(key, shape=shape, **self.arguments(params))
+        return self.pick(drawn) if self.pick else drawn
 
     def arguments(self, params=()):
         return {**self.params, **self.options, **self.sample_options, **dict(params)}

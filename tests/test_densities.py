@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats as st
+from test_samplers import KEY, P_VALUE, chi_square, dtypes, rows, seen
 
 import relaxit_jax as rj
 from cases import cases, coordinates, has_density, has_log_space, log_density_coordinates
-from test_samplers import KEY, P_VALUE, chi_square, dtypes, rows, seen
 
 STEP, REACH = 0.05, 40.0
 EDGES = np.arange(-4.0, 4.5, 1.0)  # of the bins that draws are counted in; they lie on the grid
@@ -164,9 +164,7 @@ def test_stochastic_times_smooth_mass():
         law = np.asarray(rj.stochastic_times_smooth_log_prob(draws, jnp.asarray(logits, dtype)))
         hit = np.asarray(draws) > 0
         seen_root = np.exp(-np.logaddexp(0, -np.asarray(jnp.asarray(logits, dtype), float)) / 2)
-        np.testing.assert_allclose(
-            np.exp(law), np.where(hit, seen_root, 1 - seen_root), rtol=1e-5
-        )
+        np.testing.assert_allclose(np.exp(law), np.where(hit, seen_root, 1 - seen_root), rtol=1e-5)
     np.testing.assert_allclose(
         rj.stochastic_times_smooth_log_prob(jnp.zeros(4), logits), np.log1p(-root), rtol=1e-5
     )

@@ -325,7 +325,7 @@ def _correlated_args(logits, tau, scale_tril):
         lambda a: abs((a.astype(float) ** 2).sum(-1) - 1) < slack,
     )  # fmt: skip
     tau = nm.as_tau(tau, logits.dtype)
-    batch = dict(logits=logits.shape[:-1], tau=tau.shape, scale_tril=factor.shape[:-2])
+    batch = {"logits": logits.shape[:-1], "tau": tau.shape, "scale_tril": factor.shape[:-2]}
     return dtype, logits, tau, factor.astype(logits.dtype), batch
 
 

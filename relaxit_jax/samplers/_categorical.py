@@ -196,7 +196,7 @@ def _invertible_args(loc, scale, tau, delta):
     dtype, loc, scale = nm.widen(loc=loc, scale=scale)
     tau, delta = nm.as_tau(tau, loc.dtype), nm.as_tau(delta, loc.dtype, "delta")
     loc = jnp.broadcast_to(loc, nm.batch_shape(None, loc=loc.shape, scale=scale.shape))
-    batch = dict(loc=loc.shape[:-1], tau=tau.shape, delta=delta.shape)
+    batch = {"loc": loc.shape[:-1], "tau": tau.shape, "delta": delta.shape}
     return dtype, loc, scale, tau, delta, batch
 
 
@@ -284,16 +284,18 @@ def logistic_normal_log_prob(value, loc, scale=None, *, scale_tril=None, log_spa
 
 
 def _logistic_normal_args(loc, scale, scale_tril):
-    nm.require((scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither")
+    nm.require(
+        (scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither"
+    )
     nm.require_event("loc", loc)
     if scale_tril is None:
         nm.require_positive("scale", scale)
         dtype, loc, scale = nm.widen(loc=loc, scale=scale)
         loc = jnp.broadcast_to(loc, nm.batch_shape(None, loc=loc.shape, scale=scale.shape))
-        return dtype, loc, scale, None, dict(loc=loc.shape[:-1])
+        return dtype, loc, scale, None, {"loc": loc.shape[:-1]}
     nm.require_scale_tril(scale_tril, jnp.shape(loc)[-1])
     dtype, loc, scale_tril = nm.widen(loc=loc, scale_tril=scale_tril)
-    return dtype, loc, None, scale_tril, dict(loc=loc.shape[:-1], scale_tril=scale_tril.shape[:-2])
+    return dtype, loc, None, scale_tril, {"loc": loc.shape[:-1], "scale_tril": scale_tril.shape[:-2]}
 
 
 def _log_ratio_density(r, scale):

@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jax.scipy.special import log_ndtr

@@ -1,0 +1,264 @@
+"""The latents of examples/vae.py: families of variables, and a table of the methods that train them.
+
+A family knows what the encoder has to give for each image (q) and what all images share (g), its KL,
+its exact draws with log p(z) - log q(z | x), and what the decoder sees of a draw. A method is a row of
+METHODS: how to draw in training, and from which family.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.stats import norm
+
+import relaxit_jax as rj
+
+
+class Bits:
+    """n independent bits; q and the prior are log-odds."""
+
+    def __init__(self, config):
+        self.size = config.latents
+        self.outputs = self.code_size = self.size
+
+    def shared(self):
+        return {"prior": jnp.zeros(self.size)}
+
+    def kl(self, key, q, g):
+        p = g["prior"]
+        terms = jax.nn.sigmoid(q) * (q - p) - jax.nn.softplus(q) + jax.nn.softplus(p)
+        return jnp.sum(terms, -1)
+
+    def draw(self, key, q, g):
+        """An exact draw z, and log p(z) - log q(z | x)."""
+        z = rj.straight_through_bernoulli(key, q)
+        ratio = rj.straight_through_bernoulli_log_prob(
+            z, g["prior"]
+        ) - rj.straight_through_bernoulli_log_prob(z, q)
+        return z, jnp.sum(ratio, -1)
+
+    def draw_prior(self, key, g, n):
+        return rj.straight_through_bernoulli(key, g["prior"], shape=(n, self.size))
+
+    def code(self, z):
+        """What the decoder sees."""
+        return 2 * z - 1
+
+
+def gaussian_kl(loc, scale, prior_loc, prior_scale):
+    ratio = scale / prior_scale
+    return 0.5 * (ratio**2 + ((loc - prior_loc) / prior_scale) ** 2 - 1) - jnp.log(ratio)
+
+
+class CorrelatedBits(Bits):
+    """Bits 1[y > 0] of a Gaussian y ~ N(q, R), with R learned; the prior is y ~ N(prior, I).
+
+    The KL of the bits has no closed form. That of the Gaussians is above it.
+    """
+
+    def shared(self):
+        return {"prior": jnp.zeros(self.size), "factor": jnp.eye(self.size)}
+
+    def scale_tril(self, g):
+        rows = jnp.tril(g["factor"], -1) + jnp.diag(jnp.exp(jnp.diag(g["factor"]) - 1))
+        return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+
+    def logits(self, q):
+        return norm.logcdf(q) - norm.logcdf(-q)
+
+    def kl(self, key, q, g):
+        log_det = jnp.sum(jnp.log(jnp.diag(self.scale_tril(g))))
+        return 0.5 * jnp.sum((q - g["prior"]) ** 2, -1) - log_det
+
+    def draw(self, key, q, g):
+        factor = self.scale_tril(g)
+        noise = jax.random.normal(key, q.shape)
+        y = q + noise @ factor.T
+        log_q = jnp.sum(norm.logpdf(noise), -1) - jnp.sum(jnp.log(jnp.diag(factor)))
+        log_p = jnp.sum(norm.logpdf(y, g["prior"]), -1)
+        return (y > 0).astype(q.dtype), log_p - log_q
+
+    def draw_prior(self, key, g, n):
+        return (g["prior"] + jax.random.normal(key, (n, self.size)) > 0).astype(jnp.float32)
+
+
+class GaussianGates(Bits):
+    """Gates clip(y, 0, 1), y ~ N(loc, scale^2); their own law at test time too."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.outputs = 2 * self.size
+
+    def shared(self):
+        return {"prior": jnp.concatenate([jnp.full(self.size, 0.5), jnp.zeros(self.size)])}
+
+    def split(self, q):
+        loc, raw = jnp.split(q, 2, -1)
+        return loc, 0.01 + jax.nn.softplus(raw)
+
+    def kl(self, key, q, g):
+        return jnp.sum(gaussian_kl(*self.split(q), *self.split(g["prior"])), -1)
+
+    def draw(self, key, q, g):
+        z = rj.gaussian_bernoulli(key, *self.split(q))
+        ratio = rj.gaussian_bernoulli_log_prob(z, *self.split(g["prior"])) - rj.gaussian_bernoulli_log_prob(
+            z, *self.split(q)
+        )
+        return z, jnp.sum(ratio, -1)
+
+    def draw_prior(self, key, g, n):
+        return rj.gaussian_bernoulli(key, *self.split(g["prior"]), shape=(n, self.size))
+
+
+class Categories:
+    """n categorical variables of K classes, as one-hot vectors; q and the prior are logits."""
+
+    def __init__(self, config):
+        self.n, self.k = config.variables, config.classes
+        self.outputs = self.code_size = self.n * self.k
+
+    def shared(self):
+        return {"prior": jnp.zeros(self.outputs)}
+
+    def split(self, q):
+        return q.reshape(*q.shape[:-1], self.n, self.k)
+
+    def kl(self, key, q, g):
+        log_q, log_p = (jax.nn.log_softmax(self.split(x)) for x in (q, g["prior"]))
+        return jnp.sum(jnp.exp(log_q) * (log_q - log_p), (-2, -1))
+
+    def draw(self, key, q, g):
+        z = rj.gumbel_softmax(key, self.split(q), 1.0, hard=True)
+        log_q, log_p = (jax.nn.log_softmax(self.split(x)) for x in (q, g["prior"]))
+        return z, jnp.sum(z * (log_p - log_q), (-2, -1))
+
+    def draw_prior(self, key, g, n):
+        return rj.gumbel_softmax(key, self.split(g["prior"]), 1.0, shape=(n, self.n), hard=True)
+
+    def code(self, z):
+        return z.reshape(*z.shape[:-2], -1)
+
+
+class InvertibleGaussians(Categories):
+    """n points of the simplex of K classes, by the invertible Gaussian; their own law at test time.
+
+    The map from y to the simplex is invertible, so the KL of the Gaussians is that of the points.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tau = config.tau_end
+        self.outputs = self.n * (self.k - 1) * 2
+
+    def split(self, q):
+        loc, raw = jnp.split(q.reshape(*q.shape[:-1], self.n, 2 * (self.k - 1)), 2, -1)
+        return loc, 0.01 + jax.nn.softplus(raw)
+
+    def kl(self, key, q, g):
+        return jnp.sum(gaussian_kl(*self.split(q), *self.split(g["prior"])), (-2, -1))
+
+    def draw(self, key, q, g):
+        log_z = rj.invertible_gaussian(key, *self.split(q), self.tau, log_space=True)
+        law = functools.partial(rj.invertible_gaussian_log_prob, log_z, log_space=True)
+        ratio = law(*self.split(g["prior"]), self.tau) - law(*self.split(q), self.tau)
+        return jnp.exp(log_z), jnp.sum(ratio, -1)
+
+    def draw_prior(self, key, g, n):
+        return rj.invertible_gaussian(key, *self.split(g["prior"]), self.tau, shape=(n, self.n))
+
+
+class Subset(Bits):
+    """A subset of k of n elements, as a k-hot vector; q and the prior are Plackett-Luce logits.
+
+    The KL is that of the order of the draws, step by step: what is drawn next, given what is left.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.k = config.subset_size
+
+    def kl(self, key, q, g):
+        """Given the order that the key draws: an unbiased estimate of the KL of the orders."""
+        order, _ = rj.gumbel_top_k(key, q, self.k)
+        taken = jax.nn.one_hot(order, self.size)
+        left = jnp.cumsum(taken, -2) - taken == 0
+        log_q, log_p = (jax.nn.log_softmax(jnp.where(left, x[..., None, :], -1e9)) for x in (q, g["prior"]))
+        return jnp.sum(jnp.where(left, jnp.exp(log_q) * (log_q - log_p), 0), (-2, -1))
+
+    def draw(self, key, q, g):
+        order, _ = rj.gumbel_top_k(key, q, self.k)
+        law = functools.partial(rj.gumbel_top_k_log_prob, order, ordered=False)
+        return jnp.sum(jax.nn.one_hot(order, self.size), -2), law(g["prior"]) - law(q)
+
+    def draw_prior(self, key, g, n):
+        order, _ = rj.gumbel_top_k(key, g["prior"], self.k, shape=(n,))
+        return jnp.sum(jax.nn.one_hot(order, self.size), -2)
+
+
+class Method(NamedTuple):
+    """How to draw in training, from which family; at which temperature, from the first to the last."""
+
+    about: str
+    family: type
+    train: Callable  # (family, key, q, g, tau) -> z with a gradient
+    tau: tuple[float, float] = (1.0, 1.0)
+
+
+def correlated(family, key, q, g, tau):
+    if isinstance(family, CorrelatedBits):
+        return rj.correlated_bernoulli(key, family.logits(q), tau, family.scale_tril(g))
+    return rj.correlated_bernoulli(key, q, tau, jnp.eye(family.size))
+
+
+METHODS = {
+    "relaxed_bernoulli": Method(
+        "relaxed (Concrete) bits", Bits,
+        lambda family, key, q, g, tau: rj.relaxed_bernoulli(key, q, tau), (1.0, 0.3),
+    ),
+    "relaxed_bernoulli_hard": Method(
+        "exact bits, gradient of the relaxed ones", Bits,
+        lambda family, key, q, g, tau: rj.relaxed_bernoulli(key, q, tau, hard=True), (1.0, 0.5),
+    ),
+    "straight_through_bernoulli": Method(
+        "exact bits, gradient of their probabilities", Bits,
+        lambda family, key, q, g, tau: rj.straight_through_bernoulli(key, q),
+    ),
+    "stochastic_times_smooth": Method(
+        "a bit times the root of its probability", Bits,
+        lambda family, key, q, g, tau: rj.stochastic_times_smooth(key, q),
+    ),
+    "hard_concrete": Method(
+        "stretched and clipped relaxed bits", Bits,
+        lambda family, key, q, g, tau: rj.hard_concrete(key, q, tau), (1.0, 0.5),
+    ),
+    "gaussian_bernoulli": Method(
+        "clipped Gaussian gates", GaussianGates,
+        lambda family, key, q, g, tau: rj.gaussian_bernoulli(key, *family.split(q)),
+    ),
+    "correlated_bernoulli": Method("relaxed bits of a Gaussian copula", Bits, correlated, (1.0, 0.3)),
+    "gumbel_softmax": Method(
+        "relaxed (Concrete) categories", Categories,
+        lambda family, key, q, g, tau: rj.gumbel_softmax(key, family.split(q), tau), (1.0, 0.5),
+    ),
+    "gumbel_softmax_hard": Method(
+        "exact categories, gradient of the relaxed ones", Categories,
+        lambda family, key, q, g, tau: rj.gumbel_softmax(key, family.split(q), tau, hard=True), (1.0, 0.5),
+    ),
+    "invertible_gaussian": Method(
+        "Gaussians mapped to the simplex", InvertibleGaussians,
+        lambda family, key, q, g, tau: rj.invertible_gaussian(key, *family.split(q), tau),
+    ),
+    "relaxed_top_k": Method(
+        "relaxed subsets of k elements", Subset,
+        lambda family, key, q, g, tau: rj.relaxed_top_k(key, q, family.k, tau), (1.0, 0.5),
+    ),
+}  # fmt: skip
+
+
+def family_of(config):
+    family = METHODS[config.method].family
+    if config.method == "correlated_bernoulli" and config.correlation == "learned":
+        family = CorrelatedBits
+    return family(config)

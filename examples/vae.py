@@ -1,0 +1,393 @@
+"""A variational autoencoder with discrete latents on real handwritten digits.
+
+One program for every method of relaxit_jax: a row of METHODS in latents.py says how to draw the latents
+in training, and their family how to draw them exactly at test time and which KL belongs to them.
+
+What is bounded. The model that is evaluated is p(z) p(x | z) with z drawn exactly from its law, bits
+or categories or subsets, never relaxed; by Jensen's inequality
+
+    log p(x) >= E_q(z|x) log p(x | z) - KL(q(z | x) || p(z)),
+
+and this stays true with anything above the KL in its place. The families train on the exact KL of the
+discrete law (bits, categories) or an upper bound of it, the KL between variables of which z is a
+function (data-processing inequality): of the Gaussians that gates clip or correlated bits threshold,
+of the order in which a subset is drawn. Where a method has no discrete counterpart (clipped Gaussian
+gates, the invertible Gaussian), z keeps its own law at test time too. In training a relaxed draw stands
+in for z in the first term, so that it has a gradient; there the sum is no bound of anything, and the
+curve calls it the training objective. The test bounds average log p(x | z) + log p(z) - log q(z | x)
+over exact draws; correlated bits put the Gaussians' densities there, whose KL is above that of the bits.
+"""
+
+import functools
+import itertools
+import math
+import time
+from typing import NamedTuple
+
+import click
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from common import (
+    Checkpoints,
+    UserError,
+    image_rows,
+    load_images,
+    out_option,
+    output_folder,
+    run,
+    save_figure,
+    split_images,
+    versions,
+    write_json,
+)
+from latents import METHODS, family_of
+
+
+class Config(NamedTuple):
+    """Everything that the result depends on, besides versions and the machine."""
+
+    method: str
+    data: str
+    epochs: int
+    seed: int
+    latents: int
+    variables: int
+    classes: int
+    subset_size: int
+    correlation: str
+    tau_start: float
+    tau_end: float
+    hidden: tuple[int, ...]
+    activation: str
+    prior: str
+    augment: bool
+    batch_size: int
+    learning_rate: float
+    schedule: str
+
+
+class Constant(nnx.Variable):
+    """Kept with the model, not trained."""
+
+
+class VAE(nnx.Module):
+    def __init__(self, family, mean, config, rngs):
+        hidden = config.hidden
+        self.mean = Constant(mean)
+        self.encoder = mlp(mean.size, *hidden, family.outputs, activation=config.activation, rngs=rngs)
+        self.decoder = mlp(
+            family.code_size, *hidden[::-1], mean.size, activation=config.activation, rngs=rngs
+        )
+        self.decoder.layers[-1].bias[...] = jax.scipy.special.logit(jnp.clip(mean, 0.01, 0.99))
+        fixed = {"prior": Constant} if config.prior == "fixed" else {}
+        self.shared = nnx.Dict({n: fixed.get(n, nnx.Param)(x) for n, x in family.shared().items()})
+
+    def encode(self, x):
+        """The parameters q of each image, and those that all share."""
+        return self.encoder(x - self.mean[...]), {name: x[...] for name, x in self.shared.items()}
+
+    def log_likelihood(self, x, code):
+        logits = self.decoder(code)
+        return jnp.sum(x * logits - jax.nn.softplus(logits), -1)
+
+
+def mlp(*sizes, activation, rngs):
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nnx.Linear(inputs, outputs, rngs=rngs), getattr(jax.nn, activation)]
+    return nnx.Sequential(*layers[:-1])
+
+
+class Experiment:
+    """The compiled functions of a run, and its state before the first epoch."""
+
+    def __init__(self, config, train, test):
+        self.config, self.family, self.method = config, family_of(config), METHODS[config.method]
+        self.shape = train.shape[1:]
+        self.grey = jnp.asarray(train)
+        self.test = binarise(test)
+        self.steps = len(train) // config.batch_size
+        total = max(1, self.steps * config.epochs)
+        rate = config.learning_rate
+        if config.schedule == "cosine":
+            rate = optax.warmup_cosine_decay_schedule(0.0, rate, total // 10, total)
+        self.optimizer = optax.adam(rate)
+        decay = config.tau_end / config.tau_start
+        self.tau = optax.exponential_decay(config.tau_start, total, decay, end_value=config.tau_end)
+        self.train_key, self.test_key, self.picture_key = jax.random.split(jax.random.key(config.seed), 3)
+        model = VAE(self.family, jnp.mean(binarise(train), 0), config, nnx.Rngs(config.seed))
+        self.graph, params, self.constants = nnx.split(model, nnx.Param, ...)
+        self.state = (params, self.optimizer.init(params))
+
+    def model(self, params):
+        return nnx.merge(self.graph, params, self.constants)
+
+    def loss(self, params, x, key, tau):
+        model = self.model(params)
+        q, g = model.encode(x)
+        z = self.method.train(self.family, key, q, g, tau)
+        log_likelihood = model.log_likelihood(x, self.family.code(z))
+        return jnp.mean(self.family.kl(key, q, g) - log_likelihood)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def epoch(self, state, number):
+        """One pass over the training images in a random order; the mean of the objective."""
+        order_key, step_key = jax.random.split(jax.random.fold_in(self.train_key, number))
+        order = jax.random.permutation(order_key, len(self.grey))
+        rows = order[: self.steps * self.config.batch_size].reshape(self.steps, -1)
+
+        def step(state, batch):
+            params, optimizer_state = state
+            rows, index = batch
+            image_key, key = jax.random.split(jax.random.fold_in(step_key, index))
+            images = self.grey[rows]
+            x = binarise(augment(image_key, images) if self.config.augment else images)
+            tau = self.tau(number * self.steps + index)
+            value, gradient = jax.value_and_grad(self.loss)(params, x, key, tau)
+            updates, optimizer_state = self.optimizer.update(gradient, optimizer_state)
+            return (optax.apply_updates(params, updates), optimizer_state), value
+
+        state, values = jax.lax.scan(step, state, (rows, jnp.arange(self.steps)))
+        return state, jnp.mean(values)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def test_bounds(self, params, samples):
+        """Mean negative ELBO and negative importance-weighted bound of the test images, in nats."""
+        model = self.model(params)
+        keys = jax.random.split(self.test_key, len(self.test))
+
+        def one(image_and_key):
+            x, key = image_and_key
+            q, g = model.encode(x)
+            z, ratio = jax.vmap(lambda key: self.family.draw(key, q, g))(jax.random.split(key, samples))
+            log_weights = model.log_likelihood(x, self.family.code(z)) + ratio
+            bound = jax.nn.logsumexp(log_weights) - math.log(samples)
+            return -jnp.mean(log_weights), -bound
+
+        return [jnp.mean(x) for x in jax.lax.map(one, (self.test, keys), batch_size=20)]
+
+    def pictures(self, params, n=32):
+        """Test images, their reconstructions from one exact draw, and images from the prior."""
+        model = self.model(params)
+        x = self.test[:n]
+        q, g = model.encode(x)
+        key, prior_key = jax.random.split(self.picture_key)
+        z, _ = self.family.draw(key, q, g)
+        prior = self.family.draw_prior(prior_key, g, 2 * n)
+        decode = lambda z: jax.nn.sigmoid(model.decoder(self.family.code(z)))
+        return [np.asarray(y).reshape(-1, *self.shape) for y in (x, decode(z), decode(prior))]
+
+
+def binarise(images):
+    return (jnp.asarray(images).reshape(len(images), -1) > 0.5).astype(jnp.float32)
+
+
+def augment(key, images):
+    """Small random affine maps about the centres of grey images."""
+    n, *shape = images.shape
+    centre = (jnp.array(shape) - 1) / 2
+    grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shape), indexing="ij")).reshape(2, -1)
+    shear_key, shift_key = jax.random.split(key)
+    shear = jnp.eye(2) + 0.07 * jax.random.normal(shear_key, (n, 2, 2))
+    shift = shape[0] / 56 * jax.random.normal(shift_key, (n, 2, 1))
+    where = shear @ (grid - centre[:, None]) + centre[:, None] + shift
+    sample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1)
+    return jax.vmap(sample)(images, where).reshape(images.shape)
+
+
+def train(experiment, checkpoints, resume):
+    """All epochs that are still to do; the last state and the history of all."""
+    state, first, history = experiment.state, 0, []
+    if resume:
+        done, state, history = checkpoints.restore(state)
+        first = done + 1
+    epochs = experiment.config.epochs
+    with tqdm(total=epochs, initial=first, unit="epoch", desc=experiment.config.method) as bar:
+        for number in range(first, epochs):
+            start = time.perf_counter()
+            state, objective = experiment.epoch(state, number)
+            objective = float(objective)
+            seconds = time.perf_counter() - start
+            bound = float(experiment.test_bounds(state[0], 1)[0])
+            if not math.isfinite(objective + bound):
+                raise UserError(
+                    f"the bound became {objective} in epoch {number + 1}; "
+                    "lower --learning-rate, or raise --tau"
+                )
+            history.append({"train": objective, "test": bound, "seconds": seconds})
+            checkpoints.save(number, state, history)
+            bar.update()
+            bar.set_postfix_str(f"train {objective:.1f}, test -ELBO {bound:.1f} nats")
+    return state, history
+
+
+def report(experiment, state, history, out):
+    """The final bounds, pictures and metrics."""
+    elbo, weighted = (float(x) for x in experiment.test_bounds(state[0], 100))
+    originals, reconstructions, samples = experiment.pictures(state[0])
+    titles = ["test images", "reconstructed from one exact draw of their latents"] * 2
+    lines = [originals[:16], reconstructions[:16], originals[16:], reconstructions[16:]]
+    image_rows(out / "reconstructions.png", lines, titles)
+    image_rows(out / "samples.png", [samples], ["decoded from exact draws of the prior"])
+    figure, axis = plt.subplots(figsize=(6, 4))
+    numbers = np.arange(1, len(history) + 1)
+    axis.plot(numbers, [row["train"] for row in history], label="training objective")
+    axis.plot(numbers, [row["test"] for row in history], label="test negative ELBO, exact draws")
+    axis.axhline(weighted, ls=":", color="gray", label="test bound of 100 samples, at the end")
+    axis.set(xlabel="epoch", ylabel="nats per image", title=f"{experiment.config.method}: {elbo:.1f} nats")
+    axis.legend()
+    save_figure(figure, out / "curve.png")
+    seconds = [row["seconds"] for row in history]
+    metrics = {
+        "test_negative_elbo": elbo,
+        "test_negative_bound_100_samples": weighted,
+        "history": [{name: row[name] for name in ("train", "test")} for row in history],
+        "timing": {
+            "seconds_per_epoch": float(np.median(seconds)) if seconds else None,
+            "first_epoch_with_compilation": seconds[0] if seconds else None,
+        },
+        "settings": experiment.config._asdict(),
+        "images": {"train": len(experiment.grey), "test": len(experiment.test), "shape": experiment.shape},
+        "versions": versions() | {"device": str(jax.devices()[0])},
+    }
+    write_json(out / "metrics.json", metrics)
+    click.echo(
+        f"test negative ELBO {elbo:.2f} nats, with 100 importance-weighted samples {weighted:.2f}\n"
+        f"in {out}: metrics.json, reconstructions.png, samples.png, curve.png, checkpoints/"
+    )
+
+
+def sizes(context, parameter, value):
+    try:
+        hidden = tuple(int(size) for size in value.split(","))
+        if min(hidden) > 0:
+            return hidden
+    except ValueError:
+        pass
+    raise click.BadParameter(f"{value!r} is not a list of layer sizes such as 512,512")
+
+
+positive = click.FloatRange(min=0, min_open=True)
+count = click.IntRange(min=1)
+
+
+@click.command(
+    context_settings={"show_default": True, "max_content_width": 110},
+    epilog="\b\nMethods:\n" + "\n".join(f"  {name:28}{row.about}" for name, row in METHODS.items()),
+)
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    default="relaxed_bernoulli",
+    metavar="NAME",
+    help="How latents are drawn in training; see the list below.",
+)
+@click.option(
+    "--data",
+    default="mnist5k",
+    metavar="NAME|FILE.npz",
+    help="mnist5k: 5,000 MNIST images, no network; digits: 1,797 of 8x8; mnist: all 70,000, "
+    "downloaded once; or an .npz file of images in [0, 1], (n, height, width).",
+)
+@click.option("--epochs", type=click.IntRange(min=0), default=50, help="Passes over the training images.")
+@click.option("--seed", type=int, default=0, help="Of the initial weights and of all draws.")
+@click.option("--latents", type=count, default=48, help="Number of bits, gates or elements.")
+@click.option("--variables", type=count, default=20, help="Number of categorical latents.")
+@click.option("--classes", type=click.IntRange(min=2), default=10, help="Classes of each categorical latent.")
+@click.option(
+    "--subset-size",
+    type=count,
+    help="k of relaxed_top_k.  [default: half of the latents]",
+    show_default=False,
+)
+@click.option(
+    "--correlation",
+    type=click.Choice(["identity", "learned"]),
+    default="identity",
+    help="Of correlated_bernoulli: none, or a Cholesky factor that is learned.",
+)
+@click.option(
+    "--tau",
+    type=positive,
+    show_default=False,
+    help="Temperature at the start.  [default: the method's own, 1]",
+)
+@click.option(
+    "--tau-end",
+    type=positive,
+    show_default=False,
+    help="Temperature at the end, reached exponentially.  [default: --tau if given, else the method's own]",
+)
+@click.option(
+    "--hidden",
+    default="512,512",
+    metavar="SIZES",
+    callback=sizes,
+    help="Hidden layers of the encoder; the decoder mirrors them.",
+)
+@click.option(
+    "--activation",
+    type=click.Choice(["gelu", "relu", "silu", "tanh"]),
+    default="gelu",
+    help="Between the layers.",
+)
+@click.option(
+    "--prior",
+    type=click.Choice(["learned", "fixed"]),
+    default="learned",
+    help="Whether the parameters of the prior are trained.",
+)
+@click.option(
+    "--augment/--no-augment",
+    default=True,
+    help="Small random affine maps of the training images, against overfitting.",
+)
+@click.option("--batch-size", type=count, default=100, help="Images a step.")
+@click.option("--learning-rate", type=positive, default=3e-3, help="Of Adam; the peak of the schedule.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["cosine", "constant"]),
+    default="cosine",
+    help="Of the learning rate; cosine warms up for a tenth of the steps.",
+)
+@out_option
+@click.option("--resume", is_flag=True, help="Continue the run in --out after its last good checkpoint.")
+def main(out, resume, tau, tau_end, subset_size, **options):
+    """Train a variational autoencoder with discrete latents on handwritten digits.
+
+    Writes metrics.json, pictures (reconstructions, samples from the prior, the training curve) and a
+    checkpoint after each epoch.
+    """  # fmt: skip
+    name = options["method"]
+    start, end = METHODS[name].tau
+    config = Config(
+        **options,
+        subset_size=subset_size or (options["latents"] + 1) // 2,
+        tau_start=tau or start,
+        tau_end=tau_end or tau or end,
+    )
+    if config.subset_size > config.latents:
+        raise UserError(f"--subset-size {config.subset_size} is above --latents {config.latents}; lower it")
+    if resume and out is None:
+        raise UserError("--resume needs the run's folder; give it with --out")
+    training, test = split_images(load_images(config.data))
+    if config.batch_size > len(training):
+        raise UserError(
+            f"--batch-size {config.batch_size} is above the {len(training)} training images; lower it"
+        )
+    out = output_folder(out, f"vae-{name}")
+    if not resume and (out / "checkpoints").exists():
+        raise UserError(f"{out} holds a run already; continue it with --resume, or choose another --out")
+    experiment = Experiment(config, training, test)
+    state, history = train(experiment, Checkpoints(out / "checkpoints", config._asdict()), resume)
+    report(experiment, state, history, out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,287 @@
+"""The examples, run with tiny flags: their bounds are bounds, a kill loses nothing, errors are one line."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from urllib.error import URLError
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import common
+import correlated_gates
+import laplace_bridge
+import vae
+from latents import METHODS, family_of
+
+KEY = jax.random.key(3)
+EXAMPLES = pathlib.Path(vae.__file__).parent
+TINY = ["--hidden", 8, "--latents", 3, "--variables", 2, "--classes", 3, "--batch-size", 16, "--no-augment"]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Fifty images of 4 x 4 pixels: bars at random places."""
+    rng = np.random.default_rng(0)
+    data = np.zeros((50, 4, 4), np.float32)
+    data[np.arange(50), rng.integers(0, 4, 50)] = 1
+    data = np.where(rng.random((50, 1, 1)) < 0.5, data, data.swapaxes(1, 2))
+    path = tmp_path_factory.mktemp("data") / "bars.npz"
+    np.savez(path, images=np.abs(data - (rng.random(data.shape) < 0.05)))
+    return path
+
+
+def run(*arguments):
+    """The exit code of an example's command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vae.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            common.run(vae.main)
+    return exit.value.code or 0
+
+
+def read(out):
+    metrics = json.loads((out / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if key != "timing"}
+
+
+ROWS = [(name, ()) for name in METHODS] + [("correlated_bernoulli", ("--correlation", "learned"))]
+
+
+@pytest.mark.parametrize(("method", "extra"), ROWS, ids=lambda x: x if isinstance(x, str) else "".join(x))
+def test_vae_reports_bounds_of_the_model_that_it_trained(method, extra, images, tmp_path):
+    """Each method runs; what it reports is above the model's own -log p(x), by a plain average over the
+    prior, and learning brought it down."""
+    out = tmp_path / "run"
+    flags = [*TINY, "--learning-rate", "0.02", *extra, "--data", images, "--method", method, "--out", out]
+    assert run(*flags, "--epochs", 12) == 0
+    metrics = read(out)
+    elbo, weighted = metrics["test_negative_elbo"], metrics["test_negative_bound_100_samples"]
+    test = [row["test"] for row in metrics["history"]]
+    assert len(test) == 12 and min(test[-3:]) < test[0]
+    for picture in ("reconstructions.png", "samples.png", "curve.png"):
+        assert (out / picture).stat().st_size > 1000
+
+    training, held_out = common.split_images(common.load_images(str(images)))
+    config = vae.Config(**{k: tuple(v) if k == "hidden" else v for k, v in metrics["settings"].items()})
+    experiment = vae.Experiment(config, training, held_out)
+    checkpoints = common.Checkpoints(out / "checkpoints", metrics["settings"])
+    epoch, (params, _), _ = checkpoints.restore(experiment.state)
+    assert epoch == 11
+    model = experiment.model(params)
+    _, g = model.encode(experiment.test)
+    z = experiment.family.draw_prior(KEY, g, 20_000)
+    likelihoods = jax.vmap(model.log_likelihood, (0, None))(experiment.test, experiment.family.code(z))
+    exact = -np.mean(jax.nn.logsumexp(likelihoods, -1) - np.log(20_000))
+    assert exact - 0.1 < weighted <= elbo
+    assert weighted - exact < 0.5  # a hundred samples all but close the gap of so small a model
+
+
+def small_family(method, tau, correlation):
+    fields = {"latents": 3, "variables": 2, "classes": 3, "subset_size": 2, "tau_end": tau}
+    config = vae.Config(*[None] * len(vae.Config._fields))
+    return family_of(config._replace(method=method, correlation=correlation, **fields))
+
+
+@pytest.mark.parametrize(("method", "extra"), ROWS, ids=lambda x: x if isinstance(x, str) else "".join(x))
+def test_densities_of_draws_and_kl(method, extra):
+    """E_q p(z) / q(z) = 1, and the KL that is trained on is at least E_q log q(z) / p(z)."""
+    family = small_family(method, 0.8, extra[1] if extra else "identity")
+    key, *keys = jax.random.split(KEY, 4)
+    q = 0.3 * jax.random.normal(keys[0], (family.outputs,))
+    g = {name: x + 0.2 * jax.random.normal(keys[1], x.shape) for name, x in family.shared().items()}
+    n = 40_000
+    _, ratio = jax.jit(jax.vmap(lambda key: family.draw(key, q, g)))(jax.random.split(key, n))
+    weights = np.exp(np.asarray(ratio, np.float64))
+    assert abs(weights.mean() - 1) < 4.5 * weights.std() / np.sqrt(n)
+    kls = np.asarray(jax.jit(jax.vmap(lambda key: family.kl(key, q, g)))(jax.random.split(keys[2], n)), float)
+    error = np.hypot(kls.std(), np.std(ratio)) / np.sqrt(n)
+    assert kls.mean() + np.mean(ratio) > -4.5 * error
+    if method not in ("gaussian_bernoulli", "relaxed_top_k") and not extra:  # there it is the KL itself
+        assert abs(kls.mean() + np.mean(ratio)) < 4.5 * error
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"stochastic_times_smooth", "invertible_gaussian"}))
+def test_training_draws_become_exact_as_the_temperature_falls(method):
+    """Every method trains on what it is tested on, but for the two whose law is another at any tau."""
+    family, n = small_family(method, 1e-3, "identity"), 20_000
+    q, g = jnp.linspace(-1, 1, family.outputs), family.shared()
+
+    @jax.jit
+    @jax.vmap
+    def both(key):
+        relaxed = METHODS[method].train(family, key, q, g, 1e-3)
+        exact, _ = family.draw(jax.random.fold_in(key, 0), q, g)
+        return family.code(relaxed), family.code(exact)
+
+    relaxed, exact = both(jax.random.split(KEY, n))
+    error = np.hypot(np.std(relaxed, 0), np.std(exact, 0)) / np.sqrt(n)
+    assert (np.abs(np.mean(relaxed, 0) - np.mean(exact, 0)) < 4.5 * error + 1e-6).all()
+
+
+def start(out, images, *extra):
+    command = [sys.executable, EXAMPLES / "vae.py", *TINY, "--data", images, "--out", out, "--epochs", "40"]
+    return subprocess.Popen([*map(str, command), *extra], stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_resumes_to_the_same_metrics(images, tmp_path):
+    """SIGKILL in the middle, twice; the metrics agree to the last bit with those of a run left alone."""
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    first, second = start(alone, images), start(killed, images)
+    for attempt, wanted in enumerate((3, 12)):
+        deadline = time.monotonic() + 120
+        while not list((killed / "checkpoints").glob(f"{wanted}*")):
+            assert time.monotonic() < deadline and second.poll() is None
+            time.sleep(0.001)
+        second.send_signal(signal.SIGKILL)
+        assert second.wait() == -signal.SIGKILL, attempt
+        assert not (killed / "metrics.json").exists()
+        second.stderr.close()
+        second = start(killed, images, "--resume")
+    for process in (first, second):
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    assert read(alone) == read(killed)
+
+
+def test_a_damaged_checkpoint_is_set_aside(images, tmp_path, capsys):
+    flags = [*TINY, "--data", images, "--epochs", 5]
+    assert run(*flags, "--out", tmp_path / "whole") == 0
+    out = tmp_path / "damaged"
+    assert run(*flags, "--out", out) == 0
+    (out / "metrics.json").unlink()
+    last = out / "checkpoints" / "4"
+    victim = max((p for p in last.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2 :] = os.urandom(len(content) - len(content) // 2)
+    victim.write_bytes(content)
+    capsys.readouterr()
+    assert run(*flags, "--out", out, "--resume") == 0
+    assert "warning: checkpoint 4 is damaged" in capsys.readouterr().err
+    assert read(out) == read(tmp_path / "whole")
+    assert (out / "damaged" / "epoch-4").is_dir()  # nothing is thrown away
+    for checkpoint in (out / "checkpoints").iterdir():
+        for path in checkpoint.rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    assert run(*flags, "--out", out, "--resume") == 2
+    assert "every checkpoint is damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+def bad_files(folder):
+    one = np.full((20, 4, 4), 0.5, np.float32)
+    nan, large = one.copy(), one.copy()
+    nan[3, 2, 1], large[0, 0, 0] = np.nan, 255
+    ragged = np.empty(3, object)
+    ragged[:] = [one[0], one[0, :2], one[1]]
+    arrays = {
+        "nan": nan,
+        "large": large,
+        "ragged": ragged,
+        "flat": one[0],
+        "none": one[:0],
+        "text": np.array(["a"]),
+    }
+    for name, array in arrays.items():
+        np.savez(folder / f"{name}.npz", images=array)
+    np.savez(folder / "two.npz", a=one, b=one)
+    (folder / "empty.npz").write_bytes(b"")
+    (folder / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
+    (folder / "file").write_text("not a folder")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--method nonsense", "is not one of 'relaxed_bernoulli'"),
+        ("--data nonsense", "use mnist5k, digits, mnist or the path of an .npz file"),
+        ("--data {}/absent.npz", "there is no file"),
+        ("--data {}/empty.npz", "is not a readable .npz file"),
+        ("--data {}/broken.npz", "is not a readable .npz file"),
+        ("--data {}/ragged.npz", "images of different sizes; resize them"),
+        ("--data {}/flat.npz", "it must be (images, height, width)"),
+        ("--data {}/none.npz", "holds 0 images"),
+        ("--data {}/text.npz", "they must be numbers"),
+        ("--data {}/two.npz", "name the one to use 'images'"),
+        ("--data {}/nan.npz", "holds 1 NaN values; remove or replace them"),
+        ("--data {}/large.npz", "scale them to [0, 1]"),
+        ("--data digits --out {}/file/run", "choose another folder with --out"),
+        ("--data digits --batch-size 100000", "is above the 1437 training images; lower it"),
+        ("--data digits --latents 4 --subset-size 5", "lower it"),
+        ("--data digits --tau 0", "0.0 is not in the range x>0"),
+        ("--data digits --hidden 5,x", "is not a list of layer sizes"),
+        ("--data digits --resume", "--resume needs the run's folder"),
+        ("--data digits --resume --out {}/new", "there is no checkpoint in"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, capsys):
+    bad_files(tmp_path)
+    assert run(*flags.format(tmp_path).split()) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    assert words in line
+
+
+def test_a_run_is_never_overwritten_nor_mixed(images, tmp_path, capsys):
+    flags = [*TINY, "--data", images, "--epochs", 1, "--out", tmp_path / "run"]
+    assert run(*flags) == 0
+    assert run(*flags) == 2
+    assert "holds a run already; continue it with --resume" in capsys.readouterr().err
+    assert run(*flags, "--resume", "--seed", 5) == 2
+    assert "has other settings: seed 0; give the same ones" in capsys.readouterr().err
+
+
+def test_mnist_without_a_network_is_one_line(monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", offline)
+    assert run("--data", "mnist") == 2
+    assert "use the 5,000 images that need none: --data mnist5k" in capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    for parameter in vae.main.params:
+        assert parameter.opts[0] in text and (getattr(parameter, "help", "") or "").strip()
+    for method in METHODS:
+        assert method in text
+
+
+def test_real_digits_are_what_they_should_be():
+    images = common.load_images("mnist5k")
+    assert images.shape == (5000, 28, 28) and images.min() == 0 and images.max() == 1
+    training, test = common.split_images(images)
+    order = np.random.default_rng(0).permutation(5000)
+    np.testing.assert_array_equal(test, images[order[4000:]])
+    np.testing.assert_array_equal(vae.binarise(test), (images[order[4000:]] * 255 > 127).reshape(1000, -1))
+    assert common.load_images("digits").shape == (1797, 8, 8)
+    moved = vae.augment(KEY, jnp.asarray(training[:200]))
+    assert moved.shape == (200, 28, 28)
+    change = (
+        jnp.abs(vae.binarise(moved) - vae.binarise(training[:200])).sum() / vae.binarise(training[:200]).sum()
+    )
+    assert 0.1 < change < 0.8  # it moves digits, and keeps most of them
+
+
+def test_laplace_bridge_example(tmp_path):
+    laplace_bridge.main(["--grid", "120", "--out", str(tmp_path)], standalone_mode=False)
+    metrics = read(tmp_path)
+    np.testing.assert_allclose(metrics["concentration_back"], metrics["concentration"], rtol=1e-4)
+    np.testing.assert_allclose(metrics["mass_on_the_grid"], 1, atol=0.02)
+    assert 0.01 < metrics["total_variation_dirichlet_to_logistic_normal"] < 0.2
+    assert (tmp_path / "densities.png").stat().st_size > 10_000
+
+
+def test_correlated_gates_example(tmp_path):
+    correlated_gates.main(["--draws", "50000", "--out", str(tmp_path)], standalone_mode=False)
+    for row in read(tmp_path)["table"]:
+        assert abs(row["seen"] - row["exact"]) < 4.5 * row["standard_error"], row
+    assert (tmp_path / "gates.png").stat().st_size > 10_000
