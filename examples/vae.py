@@ -172,6 +172,7 @@ class Experiment:
 
         return [jnp.mean(x) for x in jax.lax.map(one, (self.test, keys), batch_size=20)]
 
+    @functools.partial(jax.jit, static_argnums=(0, 2))
     def pictures(self, params, n=32):
         """Test images, their reconstructions from one exact draw, and images from the prior."""
         model = self.model(params)
@@ -181,7 +182,7 @@ class Experiment:
         z, _ = self.family.draw(key, q, g)
         prior = self.family.draw_prior(prior_key, g, 2 * n)
         decode = lambda z: jax.nn.sigmoid(model.decoder(self.family.code(z)))
-        return [np.asarray(y).reshape(-1, *self.shape) for y in (x, decode(z), decode(prior))]
+        return [y.reshape(-1, *self.shape) for y in (x, decode(z), decode(prior))]
 
 
 def binarise(images):
@@ -230,7 +231,7 @@ def train(experiment, checkpoints, resume):
 def report(experiment, state, history, out):
     """The final bounds, pictures and metrics."""
     elbo, weighted = (float(x) for x in experiment.test_bounds(state[0], 100))
-    originals, reconstructions, samples = experiment.pictures(state[0])
+    originals, reconstructions, samples = map(np.asarray, experiment.pictures(state[0]))
     titles = ["test images", "reconstructed from one exact draw of their latents"] * 2
     lines = [originals[:16], reconstructions[:16], originals[16:], reconstructions[16:]]
     image_rows(out / "reconstructions.png", lines, titles)
