@@ -115,7 +115,7 @@ def test_probit_and_logit_are_inverse_far_into_the_tails():
     exact = -np.sign(x) * sp.ndtri_exp(-np.logaddexp(0, np.abs(x.astype(float))))
     probit = np.asarray(nm.logit_to_probit(jnp.asarray(x)))
     np.testing.assert_allclose(probit, exact, rtol=2e-6, atol=2e-7)
-    np.testing.assert_allclose(nm.probit_to_logit(probit), x, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(nm.probit_to_logit(probit), x, rtol=2e-4, atol=1e-6)
     with jax.enable_x64(True):
         x = jnp.linspace(-50, 50, 101)
         there = jax.vmap(jax.grad(nm.logit_to_probit))(x)

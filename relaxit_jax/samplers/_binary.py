@@ -186,8 +186,10 @@ def stochastic_times_smooth(key, logits, *, shape=None):
 
 def _root_and_rest(logits):
     """sqrt(p) and 1 - sqrt(p), for p = sigmoid(logits)."""
-    log_root = log_sigmoid(logits) / 2
-    return jnp.exp(log_root), -jnp.expm1(log_root)
+    p = sigmoid(logits)
+    # where p underflows the root has no slope left, not an infinite one
+    root = jnp.where(p > 0, jnp.sqrt(jnp.where(p > 0, p, 1)), p)
+    return root, sigmoid(-logits) / (1 + root)
 
 
 def stochastic_times_smooth_log_prob(value, logits):

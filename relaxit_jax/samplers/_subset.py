@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import logsumexp
 
 from relaxit_jax import _numerics as nm
@@ -174,8 +175,8 @@ def relaxed_top_k(key, logits, k, tau, *, shape=None, hard=False):
 
     Returns:
       Non-negative values that sum to k, shape ``shape + (n,)``, in the dtype of ``logits``. NaN
-      where fewer than k elements are possible and a trace hid it. Time is O(n k); the backward pass
-      keeps the k arrays a_j and computes the rest again.
+      where fewer than k elements are possible and a trace hid it. Time is O(n k), and the backward
+      pass keeps k arrays of the size of the result.
 
     Raises:
       ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a ``tau`` that is not
@@ -193,7 +194,10 @@ def relaxed_top_k(key, logits, k, tau, *, shape=None, hard=False):
     tau = nm.as_tau(tau, logits.dtype)
     perturbed, _ = _perturb(key, logits, shape, tau=tau.shape)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    # Of each draw the backward pass keeps the exponentials, and computes the rest from them again.
+    kept = jax.checkpoint_policies.save_only_these_names("exponentials")
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=kept)
     def draw(carry, _):
         a, z = carry
         o, log_rest = _softmax_and_rest(nm.over_tau(a, tau[..., None]))
@@ -211,13 +215,41 @@ def _k_hot(indices, like):
     return jnp.put_along_axis(jnp.zeros_like(like), indices, 1, axis=-1, inplace=False)
 
 
+@jax.custom_jvp
 def _softmax_and_rest(y):
-    """o = softmax(y) and log(1 - o), also where o rounds to 1.
+    """o = softmax(y) and log(1 - o), also where o rounds to 1."""
+    return _softmax_parts(y)[:2]
 
-    That can only be the largest: its log(1 - o) is the log-sum-exp of the others less that of all.
+
+def _softmax_parts(y):
+    """The two results, then what their derivatives need.
+
+    1 - o can round to 0 for the largest alone, where it is the share of the others. All exponentials
+    are taken at one shift, so that the others are not lost (they lie at most 80 below it), and a
+    largest that would overflow there is held back: its share is 1 anyway.
     """
-    top = jnp.argmax(y, -1, keepdims=True) == jnp.arange(y.shape[-1])
-    others = nm.log_sum_exp(jnp.where(top, -jnp.inf, y))[..., None]
-    log_total = jnp.logaddexp(jnp.max(y, -1, keepdims=True), others)
-    o = jnp.exp(y - log_total)
-    return o, jnp.where(top, others - log_total, jnp.log1p(-jnp.where(top, 0, o)))
+    top = jnp.max(y, -1, keepdims=True)
+    second = jnp.max(jnp.where(y == top, -jnp.inf, y), -1, keepdims=True)
+    shift = jnp.where(second == -jnp.inf, top, jnp.minimum(top, second + 80))
+    e = checkpoint_name(jnp.exp(jnp.minimum(y - shift, 80)), "exponentials")
+    total = checkpoint_name(jnp.sum(e, -1, keepdims=True), "exponentials")
+    o = e / total
+    first = o > 0.5  # one at most
+    others = checkpoint_name(jnp.sum(jnp.where(first, 0, e), -1, keepdims=True), "exponentials")
+    log_share = shift - top + jnp.log(others) - jnp.log1p(others * jnp.exp(shift - top))
+    log_rest = jnp.where(first, log_share, jnp.log1p(-jnp.where(first, 0, o)))
+    return o, log_rest, first, jnp.where(first, 0, e) / jnp.where(others > 0, others, 1)
+
+
+@_softmax_and_rest.defjvp
+def _softmax_and_rest_jvp(primals, tangents):
+    (y,), (dy,) = primals, tangents
+    o, log_rest, first, among_others = _softmax_parts(y)
+    centred = dy - jnp.sum(o * dy, -1, keepdims=True)
+    do = o * centred
+    dlog_rest = jnp.where(
+        first,
+        jnp.sum(among_others * centred, -1, keepdims=True),
+        -do / jnp.where(first, 1, 1 - o),
+    )
+    return (o, log_rest), (do, dlog_rest)
