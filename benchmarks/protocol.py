@@ -28,7 +28,7 @@ ROWS = {  # name: (flags, the number to be at or below)
     "straight_through_bernoulli": ("--method straight_through_bernoulli", 136.6),
     "correlated_bernoulli R = I, tau 0.5": ("--method correlated_bernoulli --tau 0.5", 129.6),
     "correlated_bernoulli R = I, tau 0.1": ("--method correlated_bernoulli --tau 0.1", 133.6),
-    "stochastic_times_smooth": ("--method stochastic_times_smooth", 177.9),
+    "stochastic_times_smooth": ("--method stochastic_times_smooth --no-centre", 177.9),
     "correlated_bernoulli R learned": ("--method correlated_bernoulli --tau 0.5 --correlation learned", None),
     "gaussian_bernoulli": ("--method gaussian_bernoulli", None),
     "gumbel_softmax, 20 of 10": ("--method gumbel_softmax --tau 0.5", None),

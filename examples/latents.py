@@ -47,6 +47,13 @@ class Bits:
         return 2 * z - 1
 
 
+class TimesSmoothBits(Bits):
+    """Bits that the decoder sees as 0 and 1, since training draws are 0 or sqrt(p), nearer to 1."""
+
+    def code(self, z):
+        return z
+
+
 def gaussian_kl(loc, scale, prior_loc, prior_scale):
     ratio = scale / prior_scale
     return 0.5 * (ratio**2 + ((loc - prior_loc) / prior_scale) ** 2 - 1) - jnp.log(ratio)
@@ -226,7 +233,7 @@ METHODS = {
         lambda family, key, q, g, tau: rj.straight_through_bernoulli(key, q),
     ),
     "stochastic_times_smooth": Method(
-        "a bit times the root of its probability", Bits,
+        "a bit times the root of its probability", TimesSmoothBits,
         lambda family, key, q, g, tau: rj.stochastic_times_smooth(key, q),
     ),
     "hard_concrete": Method(

@@ -67,6 +67,7 @@ class Config(NamedTuple):
     activation: str
     prior: str
     augment: bool
+    centre: bool
     batch_size: int
     learning_rate: float
     schedule: str
@@ -79,7 +80,7 @@ class Constant(nnx.Variable):
 class VAE(nnx.Module):
     def __init__(self, family, mean, config, rngs):
         hidden = config.hidden
-        self.mean = Constant(mean)
+        self.mean = Constant(mean if config.centre else jnp.zeros_like(mean))
         self.encoder = mlp(mean.size, *hidden, family.outputs, activation=config.activation, rngs=rngs)
         self.decoder = mlp(
             family.code_size, *hidden[::-1], mean.size, activation=config.activation, rngs=rngs
@@ -348,6 +349,9 @@ count = click.IntRange(min=1)
     "--augment/--no-augment",
     default=True,
     help="Small random affine maps of the training images, against overfitting.",
+)
+@click.option(
+    "--centre/--no-centre", default=True, help="Subtract the mean training image before the encoder."
 )
 @click.option("--batch-size", type=count, default=100, help="Images a step.")
 @click.option("--learning-rate", type=positive, default=3e-3, help="Of Adam; the peak of the schedule.")

@@ -1,6 +1,6 @@
-"""What every sampler and density shares: noise with right tails, log-space helpers, checks.
+"""What every sampler and density shares: noise with right tails, gradients, log-space helpers.
 
-Six rules hold for the whole library; this module is where they are kept:
+Six rules hold for the whole library; the first five are kept here, the last in _checks.py:
 
 1. noise is drawn and transformed in float32 or wider, the result is cast back;
 2. an event of probability p is drawn with frequency p, down to 1e-8, in both tails;
@@ -12,12 +12,10 @@ Six rules hold for the whole library; this module is where they are kept:
 """
 
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.scipy.special import log_ndtr, ndtri
+from jax.scipy.special import ndtri
 
 # --- noise ------------------------------------------------------------------------------------
 
@@ -120,11 +118,6 @@ def centre(logits):
 # --- log-space helpers ------------------------------------------------------------------------
 
 
-def logit(z):
-    """log z - log(1 - z)."""
-    return jnp.log(z) - jnp.log1p(-z)
-
-
 def log_logistic_pdf(x):
     """log s(x) + log s(-x), the log-density of Logistic(0, 1)."""
     return -(jax.nn.softplus(x) + jax.nn.softplus(-x))
@@ -152,13 +145,34 @@ def log_min_gumbel_cdf(x):
 def log_min_gumbel_cdf_slope(x):
     """The derivative of `log_min_gumbel_cdf`, w / (exp(w) - 1) with w = exp(x): from 1 to 0."""
     w = jnp.exp(jnp.minimum(x, 5))
-    return jnp.where(x < -15, 1, w / jnp.expm1(jnp.maximum(w, 1e-7)))
+    return jnp.where(x < -15, 1, w * jnp.exp(-w) / -jnp.expm1(-jnp.maximum(w, 1e-7)))
 
 
 @log_min_gumbel_cdf.defjvp
 def _log_min_gumbel_cdf_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
     return log_min_gumbel_cdf(x), dx * log_min_gumbel_cdf_slope(x)
+
+
+@jax.custom_jvp
+def log_ndtr(x):
+    """log Phi(x), with a slope that keeps its digits far into the lower tail."""
+    return jax.scipy.special.log_ndtr(x)
+
+
+def log_ndtr_slope(x):
+    """phi(x) / Phi(x); below -10 its asymptotic series, as the two would be a difference of squares."""
+    far = x < (-20 if x.dtype == jnp.float64 else -10)
+    a = jnp.where(far, x, -10)
+    y = 1 / a**2
+    near = jnp.exp(log_normal_pdf(jnp.where(far, 0, x)) - jax.scipy.special.log_ndtr(jnp.where(far, 0, x)))
+    return jnp.where(far, -a / (1 - y * (1 - 3 * y * (1 - 5 * y * (1 - 7 * y)))), near)
+
+
+@log_ndtr.defjvp
+def _log_ndtr_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return log_ndtr(x), dx * log_ndtr_slope(x)
 
 
 @jax.custom_jvp
@@ -204,8 +218,10 @@ def logit_to_probit(x):
 def _logit_to_probit_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
     v = logit_to_probit(x)
-    slope = jnp.where(jnp.isinf(x), 0, jnp.exp(log_logistic_pdf(x) - log_normal_pdf(v)))
-    return v, dx * slope
+    # 1 / (logit Phi)'(v), which is the sum of the slopes of log Phi on both sides
+    finite = jnp.where(jnp.isinf(v), 0, v)
+    slope = 1 / (log_ndtr_slope(finite) + log_ndtr_slope(-finite))
+    return v, dx * jnp.where(jnp.isinf(x), 0, slope)
 
 
 def as_log(value, log_space):
@@ -213,7 +229,9 @@ def as_log(value, log_space):
     if log_space:
         return value, jnp.any(value > 0, -1)
     outside = jnp.any((value < 0) | (value > 1), -1)
-    return jnp.log(jnp.where(outside[..., None], 1, value)), outside
+    inside = (value > 0) & ~outside[..., None] | jnp.isnan(value)
+    log_value = jnp.log(jnp.where(inside, value, 1))  # log 0 has no slope that 0 could cancel
+    return jnp.where(value == 0, -jnp.inf, log_value), outside
 
 
 def as_logit(value, log_space):
@@ -221,7 +239,10 @@ def as_logit(value, log_space):
     if log_space:
         return value, jnp.zeros(value.shape, bool)
     outside = (value < 0) | (value > 1)
-    return logit(jnp.where(outside, 0.5, value)), outside
+    inside = (value > 0) & (value < 1) | jnp.isnan(value)
+    y = jnp.where(inside, value, 0.5)  # logit 0 has no slope that 0 could cancel
+    vertex = jnp.where(value == 0, -jnp.inf, jnp.where(value == 1, jnp.inf, 0))
+    return jnp.where(inside, jnp.log(y) - jnp.log1p(-y), vertex), outside
 
 
 def binary_concrete_log_prob(y, logits, tau):
@@ -240,132 +261,12 @@ def apply_factor(scale_tril, noise):
 
 
 def solve_lower(scale_tril, x):
-    """scale_tril^-1 x over the last axis, batches broadcast."""
+    """scale_tril^-1 x over the last axis, batches broadcast; a factor without a batch is not copied."""
+    solve = jax.lax.linalg.triangular_solve
+    if scale_tril.ndim == 2:
+        rows = x.reshape(-1, x.shape[-1])
+        return solve(scale_tril, rows, lower=True, transpose_a=True).reshape(x.shape)
     batch = jnp.broadcast_shapes(scale_tril.shape[:-2], x.shape[:-1])
     factor = jnp.broadcast_to(scale_tril, batch + scale_tril.shape[-2:])
     x = jnp.broadcast_to(x, batch + x.shape[-1:])
-    return jax.lax.linalg.triangular_solve(factor, x[..., None], left_side=True, lower=True)[..., 0]
-
-
-# --- static checks ----------------------------------------------------------------------------
-
-
-def require(condition, name, need, got):
-    """Raise ValueError naming the argument, what it needs and what it got."""
-    if not condition:
-        raise ValueError(f"{name} must be {need}, got {got}")
-
-
-def require_values(name, x, need, holds):
-    """`require` that `holds` of the values of x, where they can be seen.
-
-    They cannot if x is traced or if other processes hold a part of it. NumPy looks at them, since
-    inside a jitted function even the operations of jax on constants are traced.
-    """
-    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
-        require(np.all(holds(np.asarray(x))), name, need, x)
-
-
-def check_key(key):
-    """A single JAX key, typed or raw."""
-    need = "one JAX random key, as jax.random.key(0) makes (for several, vmap over them)"
-    require(isinstance(key, jax.Array) or hasattr(key, "__array__"), "key", need, f"{key!r}")
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        require(key.shape == (), "key", need, f"keys of shape {key.shape}")
-    else:
-        require(
-            key.dtype == jnp.uint32 and key.ndim == 1,
-            "key", need, f"an array of shape {key.shape} and dtype {key.dtype}",
-        )  # fmt: skip
-
-
-def as_float(name, x):
-    """`x` as a floating-point array. Python numbers count as floats; integer arrays do not."""
-    if isinstance(x, (int, float)) and not isinstance(x, bool):
-        x = float(x)
-    try:
-        x = jnp.asarray(x)
-    except TypeError as error:
-        raise ValueError(f"{name} must be an array of floats, got {type(x).__name__}") from error
-    require(jnp.issubdtype(x.dtype, jnp.floating), name, "floating point", f"dtype {x.dtype}")
-    return x
-
-
-def widen(**parameters):
-    """The dtype of a result in these parameters, then each of them in float32 or wider."""
-    arrays = [as_float(name, x) for name, x in parameters.items()]
-    dtype = jnp.result_type(*arrays)
-    return dtype, *(x.astype(jnp.promote_types(dtype, jnp.float32)) for x in arrays)
-
-
-def as_tau(tau, dtype, name="tau"):
-    """A temperature in the dtype of the computation (a schedule's float32 never widens a result)."""
-    require_positive(name, tau)
-    return as_float(name, tau).astype(dtype)
-
-
-def require_positive(name, x):
-    require_values(name, x, "positive", lambda x: x > 0)
-
-
-def require_event(name, x, ndims=1):
-    """Event axes are last: `x` needs `ndims` of them, none empty."""
-    event = jnp.shape(x)[-ndims:]
-    need = f"an array with {ndims} event axes, none of them empty"
-    require(len(event) == ndims and 0 not in event, name, need, f"shape {jnp.shape(x)}")
-
-
-def require_same_event(value, parameter):
-    """A value has as many classes as the parameters."""
-    size = parameter.shape[-1]
-    require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
-
-
-def require_classes(logits, at_least=1):
-    """Categorical logits: an event axis, on which enough classes are possible."""
-    require_event("logits", logits)
-    need = f"above -inf for at least {at_least} of the classes"
-    require_values("logits", logits, need, lambda x: (x == -np.inf).sum(-1) <= x.shape[-1] - at_least)
-
-
-def require_square(name, x, size):
-    """Matrices of shape (..., size, size)."""
-    shape = jnp.shape(x)
-    require(shape[-2:] == (size, size), name, f"of shape (..., {size}, {size})", f"shape {shape}")
-
-
-def require_scale_tril(scale_tril, size):
-    """A lower-triangular factor of shape (..., size, size)."""
-    require_square("scale_tril", scale_tril, size)
-    require_values("scale_tril", scale_tril, "lower triangular", lambda x: x == np.tril(x))
-
-
-def as_static_int(name, x, low, high):
-    """A Python integer in [low, high]: it sets shapes, so it cannot be traced."""
-    need = f"an integer in [{low}, {high}]"
-    try:
-        number = operator.index(x)
-    except TypeError as error:  # jax's own error for a traced integer is one of these
-        raise ValueError(f"{name} must be {need}, known before tracing, got {x!r}") from error
-    require(low <= number <= high and not isinstance(x, bool), name, need, x)
-    return number
-
-
-def batch_shape(shape, **batches):
-    """The batch shape of a result: `shape`, which the parameters must broadcast to, or their own."""
-    try:
-        own = jnp.broadcast_shapes(*batches.values())
-    except ValueError as error:
-        raise ValueError(
-            f"{', '.join(batches)} must have batch shapes that broadcast, got {batches}"
-        ) from error
-    if shape is None:
-        return own
-    need = f"a tuple of sizes that the parameters' batch shape {own} broadcasts to"
-    try:
-        shape = tuple(operator.index(size) for size in shape)
-        fits = min(shape, default=0) >= 0 and jnp.broadcast_shapes(shape, own) == shape
-    except (TypeError, ValueError):
-        fits = False
-    require(fits, "shape", need, shape)
-    return shape
+    return solve(factor, x[..., None], left_side=True, lower=True)[..., 0]

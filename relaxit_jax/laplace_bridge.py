@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.nn import logsumexp
 
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _checks as ck
 
 
 def dirichlet_to_gaussian(concentration):
@@ -35,9 +35,9 @@ def dirichlet_to_gaussian(concentration):
     Array([[ 0.5, -0.5],
            [-0.5,  0.5]], dtype=float32)
     """
-    nm.require_event("concentration", concentration)
-    nm.require_positive("concentration", concentration)
-    dtype, alpha = nm.widen(concentration=concentration)
+    ck.require_event("concentration", concentration)
+    ck.require_positive("concentration", concentration)
+    dtype, alpha = ck.widen(concentration=concentration)
     k = _at_least_two("concentration", alpha)
     log_alpha, inverse = jnp.log(alpha), 1 / alpha
     loc = log_alpha - jnp.mean(log_alpha, -1, keepdims=True)
@@ -74,15 +74,15 @@ def gaussian_to_dirichlet(loc, covariance):
     >>> gaussian_to_dirichlet(*dirichlet_to_gaussian(alpha)).round(4)
     Array([ 0.5,  2. , 30. ], dtype=float32)
     """
-    nm.require_event("loc", loc)
-    dtype, loc, covariance = nm.widen(loc=loc, covariance=covariance)
+    ck.require_event("loc", loc)
+    dtype, loc, covariance = ck.widen(loc=loc, covariance=covariance)
     k = _at_least_two("loc", loc)
-    nm.require_square("covariance", covariance, k)
-    nm.require_values(
+    ck.require_square("covariance", covariance, k)
+    ck.require_values(
         "covariance", covariance, "positive on its diagonal",
         lambda a: a.diagonal(axis1=-2, axis2=-1) > 0,
     )  # fmt: skip
-    nm.batch_shape(None, loc=loc.shape[:-1], covariance=covariance.shape[:-2])
+    ck.batch_shape(None, loc=loc.shape[:-1], covariance=covariance.shape[:-2])
     loc = loc - jnp.mean(loc, -1, keepdims=True)
     rows = jnp.mean(covariance, -1) + jnp.mean(covariance, -2)
     everything = jnp.mean(covariance, (-2, -1))[..., None]
@@ -92,5 +92,5 @@ def gaussian_to_dirichlet(loc, covariance):
 
 
 def _at_least_two(name, x):
-    nm.require(x.shape[-1] >= 2, name, "of at least two classes", f"shape {x.shape}")
+    ck.require(x.shape[-1] >= 2, name, "of at least two classes", f"shape {x.shape}")
     return x.shape[-1]

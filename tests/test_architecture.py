@@ -13,8 +13,9 @@ PACKAGE = pathlib.Path(relaxit_jax.__file__).parent
 # room -> what of the package, and which other libraries, it may see
 ROOMS = {
     "_numerics": set(),
-    "laplace_bridge": {"_numerics"},
-    "samplers": {"_numerics"},
+    "_checks": set(),
+    "laplace_bridge": {"_numerics", "_checks"},
+    "samplers": {"_numerics", "_checks"},
 }
 PURE = {"jax", "numpy", "math", "functools", "operator", "dataclasses", "typing", "collections"}
 

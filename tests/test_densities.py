@@ -169,6 +169,87 @@ def test_stochastic_times_smooth_mass():
         rj.stochastic_times_smooth_log_prob(jnp.zeros(4), logits), np.log1p(-root), rtol=1e-5
     )
     assert (rj.stochastic_times_smooth_log_prob(jnp.float32(root * 0.9), logits) == -jnp.inf).all()
+    far = jnp.float32([-1e4, -100, 100, 1e4])
+    np.testing.assert_allclose(
+        rj.stochastic_times_smooth_log_prob(0.0, far), [0, 0, -100 - np.log(2), -1e4 - np.log(2)], rtol=1e-5
+    )
+    slope = jax.vmap(jax.grad(rj.stochastic_times_smooth_log_prob, 1))
+    np.testing.assert_allclose(slope(jnp.zeros(4), far), [0, 0, -1, -1], atol=1e-6)
+    np.testing.assert_allclose(slope(jnp.ones(4), far)[2:], 0, atol=1e-6)
+
+
+@rows(cases(has_density))
+def test_second_derivatives_are_finite_and_symmetric(case):
+    params = {n: jnp.asarray(x) for n, x in case.element(0).items()}
+    value = case.draw(KEY, (), **params)
+    inside = jnp.clip(value, 0.1, 0.9) if not case.event or case.support == "unit" else value
+    hessian = jax.jit(jax.hessian(lambda params: case.density(inside, **params)))(params)
+    for one in params:
+        for other in params:
+            block = hessian[one][other].reshape(params[one].size, -1)
+            assert jnp.isfinite(block).all(), (one, other)
+            across = hessian[other][one].reshape(params[other].size, -1)
+            np.testing.assert_allclose(block, across.T, rtol=1e-3, atol=1e-3)
+
+
+def test_slopes_of_the_atoms_far_into_the_tail():
+    """phi(x) / Phi(x) at x = -loc / scale, by its continued fraction in float64."""
+    slope = jax.grad(rj.gaussian_bernoulli_log_prob, 1)
+    for loc, scale in ((0.5, 0.2), (3.0, 0.3), (3.0, 0.01), (1.0, 1e-3), (1e4, 1.0), (1e4, 1e-3)):
+        x, fraction = loc / scale, 0.0
+        for n in range(400, 0, -1):
+            fraction = n / (x + fraction)
+        exact = -(x + fraction) / scale
+        np.testing.assert_allclose(slope(0.0, loc, scale), exact, rtol=3e-5)
+        np.testing.assert_allclose(slope(1.0, 1 - loc, scale), -exact, rtol=2e-3 if loc > 1e3 else 3e-5)
+
+
+@pytest.mark.parametrize("stretch", [(-10.0, 1.1), (-0.2, 3.0), (-1000.0, 1.001)])
+def test_hard_concrete_of_an_uneven_stretch(stretch):
+    a = stretch[0]
+    logits, tau = jnp.array([0.5 - np.log(-a)]), 0.5
+    z = rj.hard_concrete(KEY, logits + np.log(-a) * (1 + tau), tau, stretch=stretch, shape=(50_000,))
+    logits = logits + np.log(-a) * (1 + tau)
+    law = functools.partial(rj.hard_concrete_log_prob, logits=logits, tau=tau, stretch=stretch)
+    edges = np.linspace(0, 1, 11)
+    middles = ((np.arange(5000) + 0.5) / 5000).astype(np.float32)
+    tenths = np.exp(np.asarray(law(middles), float)).reshape(10, -1).mean(-1) / 10
+    zero, one = np.exp(np.asarray(law(np.float32([0, 1])), float))
+    np.testing.assert_allclose(zero + tenths.sum() + one, 1, atol=1e-4)
+    np.testing.assert_allclose(1 - zero, rj.hard_concrete_l0(logits, tau, stretch=stretch)[0], rtol=1e-4)
+    z = np.asarray(z, float)
+    codes = np.where(z == 0, 0, np.where(z == 1, 11, np.digitize(z, edges))).astype(int)
+    probabilities = np.array([zero, *tenths, one])
+    kept = probabilities * len(z) > 10
+    observed = np.bincount(codes, minlength=12)[kept]
+    expected = probabilities[kept] / probabilities[kept].sum() * observed.sum()
+    assert st.chisquare(observed, expected).pvalue > P_VALUE
+    with jax.enable_x64(True):
+        exact = rj.hard_concrete_log_prob(jnp.asarray(z), logits.astype(float), tau, stretch=stretch)
+    np.testing.assert_allclose(law(z.astype(np.float32)), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_factor_is_not_copied_for_each_row():
+    rows_, size = 2000, 50
+    factor = jnp.eye(size)
+    value, logits = jnp.full((rows_, size), 0.3), jnp.zeros((rows_, size))
+    for law in (
+        lambda value: rj.correlated_bernoulli_log_prob(value, logits, 1.0, factor),
+        lambda value: rj.logistic_normal_log_prob(
+            value / value.sum(-1, keepdims=True), logits, scale_tril=factor
+        ),
+    ):
+        memory = jax.jit(law).lower(value).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 20 * value.nbytes  # a copy of the factor a row is 50
+
+
+def test_a_factor_may_have_any_signs_on_its_diagonal():
+    z, logits = jnp.array([0.3, 0.4]), jnp.array([0.2, -0.5])
+    laws = [
+        rj.correlated_bernoulli_log_prob(z, logits, 0.7, jnp.array([[1, 0], [0.6, sign * 0.8]]))
+        for sign in (1.0, -1.0)
+    ]
+    np.testing.assert_allclose(*laws, rtol=1e-6)
 
 
 def test_limits_at_the_vertices():
@@ -178,6 +259,11 @@ def test_limits_at_the_vertices():
         assert (rj.relaxed_bernoulli_log_prob(ends, 0.3, tau) == limit).all()
         corner = rj.gumbel_softmax_log_prob(np.float32([0.0, 1.0]), jnp.zeros(2), tau)
         assert corner == limit
+    even = rj.gumbel_softmax_log_prob(np.float32([0, 1]), jnp.array([0.3, 1.0]), 1.0)
+    close = rj.gumbel_softmax_log_prob(np.float32([1e-30, 1]), jnp.array([0.3, 1.0]), 1.0)
+    np.testing.assert_allclose(even, close, rtol=1e-5)
+    contrary = jnp.array([jnp.inf, 0.0])  # the certain gate contradicts, whatever the other's limit
+    assert rj.correlated_bernoulli_log_prob(np.float32([0, 0]), contrary, 0.5, jnp.eye(2)) == -jnp.inf
     near = rj.relaxed_bernoulli_log_prob(np.float32([1e-30, 1 - 6e-8]), 0.3, 1.0)
     np.testing.assert_allclose(rj.relaxed_bernoulli_log_prob(ends, 0.3, 1.0), near, atol=1e-5)
     inner = rj.invertible_gaussian_log_prob(np.float32([0, 0.4, 0.6]), jnp.zeros(2), 1.0, 0.5)

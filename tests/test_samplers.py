@@ -258,12 +258,11 @@ def test_an_impossible_class_is_exactly_zero(case):
         assert (np.asarray(draws)[:, where] == 0).all()
     chex.assert_tree_all_finite(gradients)
     assert (gradients["logits"][where] == 0).all()
-    if case.log_space:
-        logs = dataclasses.replace(case, sample_options={"log_space": True})
-        draw = functools.partial(logs.draw, KEY, (50, 2))
-        law, gradients = jax.jit(
-            jax.value_and_grad(lambda p: jnp.sum(case.density(draw(**p), log_space=True, **p)))
-        )(params)
+    for log_space in (False, True) if case.log_space else ():
+        row = dataclasses.replace(case, sample_options={"log_space": log_space})
+        draw = functools.partial(row.draw, KEY, (50, 2))
+        total = lambda p, draw=draw, log_space=log_space: jnp.sum(case.density(draw(**p), log_space, **p))
+        law, gradients = jax.jit(jax.value_and_grad(total))(params)
         chex.assert_tree_all_finite((law, gradients))
         assert (gradients["logits"][where] == 0).all()
 
@@ -332,6 +331,32 @@ def test_classes_without_a_chance_are_an_error(case):
     logits = np.full_like(case.params["logits"], -np.inf)
     with pytest.raises(ValueError, match="logits must be above -inf for at least"):
         case.draw(KEY, logits=logits)
+
+
+def test_other_bad_arguments():
+    draw = functools.partial(rj.relaxed_bernoulli, KEY)
+    for tau in (None, "0.5", [1.0, [2.0]]):
+        with pytest.raises(ValueError, match="tau must be an array of numbers"):
+            draw(0.0, tau)
+    for logits in (None, [[1.0], [1.0, 2.0]]):
+        with pytest.raises(ValueError, match="logits must be an array of floats"):
+            draw(logits, 1.0)
+    with pytest.raises(ValueError, match="key must be one JAX random key"):
+        rj.relaxed_bernoulli(np.zeros(3, np.uint32), 0.0, 1.0)
+    for stretch in ((0.1, 1.1), (-0.1, 1.0), (-0.1, 0.5, 1.1), "ab", 3, (-np.inf, 2)):
+        with pytest.raises(ValueError, match="stretch must be two numbers"):
+            rj.hard_concrete(KEY, 0.0, 1.0, stretch=stretch)
+    with pytest.raises(ValueError, match="logits, tau must have batch shapes that broadcast"):
+        rj.hard_concrete_l0(jnp.zeros(3), jnp.ones(2))
+    with pytest.raises(ValueError, match="scale must be given, or else scale_tril"):
+        rj.logistic_normal(KEY, jnp.zeros(2))
+    for factor, words in (
+        (np.eye(3), "of shape"),
+        (np.ones((2, 2)), "lower triangular"),
+        (2 * np.eye(2), "norm 1"),
+    ):
+        with pytest.raises(ValueError, match=f"scale_tril must be .*{words}"):
+            rj.correlated_bernoulli(KEY, jnp.zeros(2), 1.0, factor)
 
 
 def test_options_that_contradict_each_other():

@@ -87,6 +87,14 @@ def test_what_cannot_be_drawn(ordered):
         rj.gumbel_top_k_log_prob(jnp.array([0.0, 1.0]), logits)
 
 
+def test_second_derivatives_agree_with_float64():
+    law = lambda l: rj.gumbel_top_k_log_prob(jnp.array([0, 2]), l, ordered=False)
+    hessian = jax.jit(jax.hessian(law))(jnp.float32(ITEMS[0]))
+    with jax.enable_x64(True):
+        exact = jax.jit(jax.hessian(law))(jnp.asarray(ITEMS[0], jnp.float64))
+    np.testing.assert_allclose(hessian, exact, atol=1e-5)
+
+
 def test_perturbed_values_are_sorted_and_carry_the_gradient():
     indices, values = rj.gumbel_top_k(KEY, jnp.asarray(ITEMS), 3, shape=(50, 2))
     assert (jnp.diff(values, axis=-1) <= 0).all()

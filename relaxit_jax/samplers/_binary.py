@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
+from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
@@ -36,11 +37,11 @@ def relaxed_bernoulli(key, logits, tau, *, shape=None, hard=False, log_space=Fal
     >>> z[0] == 0, 0 < z[1] < 1, z[2] == 1
     (Array(True, dtype=bool), Array(True, dtype=bool), Array(True, dtype=bool))
     """
-    nm.check_key(key)
-    nm.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
-    dtype, logits = nm.widen(logits=logits)
-    tau = nm.as_tau(tau, logits.dtype)
-    shape = nm.batch_shape(shape, logits=logits.shape, tau=tau.shape)
+    ck.check_key(key)
+    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    dtype, logits = ck.widen(logits=logits)
+    tau = ck.as_tau(tau, logits.dtype)
+    shape = ck.batch_shape(shape, logits=logits.shape, tau=tau.shape)
     x = logits + nm.logistic(key, shape, logits.dtype)
     y = nm.over_tau(x, tau)
     if log_space:
@@ -78,9 +79,9 @@ def relaxed_bernoulli_log_prob(value, logits, tau, *, log_space=False):
     >>> relaxed_bernoulli_log_prob(0.25, 0.0, 1.0)  # uniform at tau = 1 and even odds
     Array(0., dtype=float32)
     """
-    _, value, logits = nm.widen(value=value, logits=logits)
-    tau = nm.as_tau(tau, logits.dtype)
-    nm.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
+    _, value, logits = ck.widen(value=value, logits=logits)
+    tau = ck.as_tau(tau, logits.dtype)
+    ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
     y, outside = nm.as_logit(value, log_space)
     return jnp.where(outside, -jnp.inf, nm.binary_concrete_log_prob(y, logits, tau))
 
@@ -110,9 +111,9 @@ def straight_through_bernoulli(key, logits, *, shape=None):
     >>> jax.grad(lambda x: straight_through_bernoulli(jax.random.key(0), x))(0.0)
     Array(0.25, dtype=float32, weak_type=True)
     """
-    nm.check_key(key)
-    dtype, logits = nm.widen(logits=logits)
-    shape = nm.batch_shape(shape, logits=logits.shape)
+    ck.check_key(key)
+    dtype, logits = ck.widen(logits=logits)
+    shape = ck.batch_shape(shape, logits=logits.shape)
     p = sigmoid(logits)
     bit = nm.bernoulli(key, p, sigmoid(-logits), shape)
     return nm.straight_through(bit, jnp.broadcast_to(p, shape)).astype(dtype)
@@ -140,9 +141,9 @@ def straight_through_bernoulli_log_prob(value, logits):
     >>> jnp.exp(straight_through_bernoulli_log_prob(jnp.array([0, 1]), jnp.log(3.0)))
     Array([0.25, 0.75], dtype=float32)
     """
-    _, logits = nm.widen(logits=logits)
+    _, logits = ck.widen(logits=logits)
     value = jnp.asarray(value).astype(logits.dtype)
-    nm.batch_shape(None, value=value.shape, logits=logits.shape)
+    ck.batch_shape(None, value=value.shape, logits=logits.shape)
     certain = jnp.isinf(logits)
     finite = jnp.where(certain, 0, logits)
     inside = value * log_sigmoid(finite) + (1 - value) * log_sigmoid(-finite)
@@ -175,9 +176,9 @@ def stochastic_times_smooth(key, logits, *, shape=None):
     >>> stochastic_times_smooth(jax.random.key(0), jnp.array([-200.0, 200.0]))
     Array([0., 1.], dtype=float32)
     """
-    nm.check_key(key)
-    dtype, logits = nm.widen(logits=logits)
-    shape = nm.batch_shape(shape, logits=logits.shape)
+    ck.check_key(key)
+    dtype, logits = ck.widen(logits=logits)
+    shape = ck.batch_shape(shape, logits=logits.shape)
     root, rest = _root_and_rest(logits)
     bit = nm.bernoulli(key, root, rest, shape)
     # where, not a product: it keeps NaN logits visible
@@ -213,14 +214,17 @@ def stochastic_times_smooth_log_prob(value, logits):
     >>> jnp.exp(stochastic_times_smooth_log_prob(jnp.array([0.0, 0.5, 0.6]), -jnp.log(3.0)))
     Array([0.5, 0.5, 0. ], dtype=float32)
     """
-    rounding = 4 * float(jnp.finfo(nm.widen(value=value, logits=logits)[0]).eps)
-    rounding = max(rounding, 4 * float(jnp.finfo(nm.as_float("value", value).dtype).eps))
-    _, value, logits = nm.widen(value=value, logits=logits)
-    nm.batch_shape(None, value=value.shape, logits=logits.shape)
-    root, rest = _root_and_rest(logits)
-    at_root = jnp.abs(value - root) <= rounding * root
-    law = jnp.where(at_root, log_sigmoid(logits) / 2, -jnp.inf)
-    return jnp.where(value == 0, jnp.log(rest), law)
+    kinds = [jnp.finfo(ck.as_float(n, x).dtype) for n, x in (("value", value), ("logits", logits))]
+    rounding = 4 * max(float(kind.eps) for kind in kinds)
+    smallest = max(float(kind.smallest_subnormal) for kind in kinds)
+    _, value, logits = ck.widen(value=value, logits=logits)
+    ck.batch_shape(None, value=value.shape, logits=logits.shape)
+    log_root = log_sigmoid(logits) / 2
+    root = jnp.exp(log_root)
+    at_root = jnp.abs(value - root) <= rounding * root + smallest
+    law = jnp.where(at_root, log_root, -jnp.inf)
+    # 1 - sqrt(p) = (1 - p) / (1 + sqrt(p))
+    return jnp.where(value == 0, log_sigmoid(-logits) - jnp.log1p(root), law)
 
 
 def correlated_bernoulli(key, logits, tau, scale_tril, *, shape=None, hard=False, log_space=False):
@@ -257,10 +261,10 @@ def correlated_bernoulli(key, logits, tau, scale_tril, *, shape=None, hard=False
     >>> z.shape
     (5, 2)
     """
-    nm.check_key(key)
-    nm.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    ck.check_key(key)
+    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
     dtype, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
-    shape = nm.batch_shape(shape, **batch)
+    shape = ck.batch_shape(shape, **batch)
     noise = nm.normal(key, (*shape, logits.shape[-1]), logits.dtype)
     x = logits + nm.probit_to_logit(nm.apply_factor(scale_tril, noise))
     y = nm.over_tau(x, tau[..., None])
@@ -299,11 +303,11 @@ def correlated_bernoulli_log_prob(value, logits, tau, scale_tril, *, log_space=F
     >>> correlated_bernoulli_log_prob(jnp.full(2, 0.3), jnp.zeros(2), 1.0, jnp.eye(2)).round(4)
     Array(0., dtype=float32)
     """
-    nm.require_event("value", value)
-    _, value, logits = nm.widen(value=value, logits=logits)
+    ck.require_event("value", value)
+    _, value, logits = ck.widen(value=value, logits=logits)
     _, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
-    nm.require_same_event(value, logits)
-    nm.batch_shape(None, value=value.shape[:-1], **batch)
+    ck.require_same_event(value, logits)
+    ck.batch_shape(None, value=value.shape[:-1], **batch)
     y, outside = nm.as_logit(value, log_space)
     tau = tau[..., None]
     independent = nm.binary_concrete_log_prob(y, logits, tau)
@@ -311,42 +315,38 @@ def correlated_bernoulli_log_prob(value, logits, tau, scale_tril, *, log_space=F
     free = jnp.isfinite(y) & ~certain
     x = tau * jnp.where(free, y, 0) - jnp.where(certain, 0, logits)
     v = jnp.where(certain, 0, nm.logit_to_probit(x))
-    copula = _copula_log_density(v, _without(scale_tril, certain))
+    copula = _copula_log_density(v, scale_tril, certain)
     inside = jnp.sum(independent, -1) + jnp.where(jnp.all(free | certain, -1), copula, 0)
+    outside = outside | (certain & (y != logits))
     return jnp.where(jnp.any(outside, -1), -jnp.inf, inside)
 
 
 def _correlated_args(logits, tau, scale_tril):
-    nm.require_event("logits", logits)
-    nm.require_scale_tril(scale_tril, jnp.shape(logits)[-1])
-    dtype, logits = nm.widen(logits=logits)
-    factor = nm.as_float("scale_tril", scale_tril)
+    ck.require_event("logits", logits)
+    ck.require_scale_tril(scale_tril, jnp.shape(logits)[-1])
+    dtype, logits = ck.widen(logits=logits)
+    factor = ck.as_float("scale_tril", scale_tril)
     slack = max(1e-4, 4 * float(jnp.finfo(factor.dtype).eps))
-    nm.require_values(
+    ck.require_values(
         "scale_tril", scale_tril, "a factor of a correlation matrix, with rows of norm 1",
         lambda a: abs((a.astype(float) ** 2).sum(-1) - 1) < slack,
     )  # fmt: skip
-    tau = nm.as_tau(tau, logits.dtype)
+    tau = ck.as_tau(tau, logits.dtype)
     batch = {"logits": logits.shape[:-1], "tau": tau.shape, "scale_tril": factor.shape[:-2]}
     return dtype, logits, tau, factor.astype(logits.dtype), batch
 
 
-def _copula_log_density(v, scale_tril):
-    """log N(v; 0, R) - sum log phi(v)."""
-    w = nm.solve_lower(scale_tril, v)
-    log_det = jnp.sum(jnp.log(jnp.diagonal(scale_tril, axis1=-2, axis2=-1)), -1)
-    return -0.5 * jnp.sum((w - v) * (w + v), -1) - log_det
+def _copula_log_density(v, scale_tril, dropped):
+    """log N(v; 0, R) - sum log phi(v), without the dropped variables, whose v is 0."""
 
+    def density(factor):
+        w = nm.solve_lower(factor, v)
+        log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))), -1)
+        return -0.5 * jnp.sum((w - v) * (w + v), -1) - log_det
 
-def _without(scale_tril, dropped):
-    """The factor of R with the rows and columns of the dropped variables made the identity's."""
-
-    def refactor():
+    def density_of_the_rest():
         apart = dropped[..., :, None] | dropped[..., None, :]
         r = jnp.matmul(scale_tril, jnp.matrix_transpose(scale_tril), precision="highest")
-        return jnp.linalg.cholesky(jnp.where(apart, jnp.eye(r.shape[-1], dtype=r.dtype), r))
+        return density(jnp.linalg.cholesky(jnp.where(apart, jnp.eye(r.shape[-1], dtype=r.dtype), r)))
 
-    def keep():
-        return jnp.broadcast_to(scale_tril, jnp.broadcast_shapes(scale_tril.shape, (*dropped.shape, 1)))
-
-    return jax.lax.cond(jnp.any(dropped), refactor, keep)
+    return jax.lax.cond(jnp.any(dropped), density_of_the_rest, lambda: density(scale_tril))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.nn import log_softmax, softmax
 from jax.scipy.special import gammaln
 
+from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
@@ -41,12 +42,12 @@ def gumbel_softmax(key, logits, tau, *, shape=None, hard=False, log_space=False)
     >>> z.sum().round(5), z[2]
     (Array(1., dtype=float32), Array(0., dtype=float32))
     """
-    nm.check_key(key)
-    nm.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
-    nm.require_classes(logits)
-    dtype, logits = nm.widen(logits=logits)
-    tau = nm.as_tau(tau, logits.dtype)
-    shape = nm.batch_shape(shape, logits=logits.shape[:-1], tau=tau.shape)
+    ck.check_key(key)
+    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    ck.require_classes(logits)
+    dtype, logits = ck.widen(logits=logits)
+    tau = ck.as_tau(tau, logits.dtype)
+    shape = ck.batch_shape(shape, logits=logits.shape[:-1], tau=tau.shape)
     classes = logits.shape[-1]
     perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, classes), logits.dtype)
     y = nm.over_tau(perturbed, tau[..., None])
@@ -65,7 +66,7 @@ def gumbel_softmax_log_prob(value, logits, tau, *, log_space=False):
     ``log p(z) = log Gamma(K) + (K - 1) log tau + sum_k log_softmax(w)_k - sum_k y_k``, with respect
     to the Lebesgue measure of any K - 1 of the coordinates. Impossible classes do not count in K:
     the density is that on their face of the simplex. Where another class has z = 0 it is the limit
-    along a straight path, infinite for m zeros if ``tau < m / (K - m)`` and -inf if above.
+    along a straight path: infinite for m zeros if ``tau < m / (K - m)``, -inf if above.
 
     Args:
       value: z on the simplex, shape (..., K); or, if ``log_space``, the ``log z`` that the sampler
@@ -88,22 +89,28 @@ def gumbel_softmax_log_prob(value, logits, tau, *, log_space=False):
     >>> print(f"{gumbel_softmax_log_prob(jnp.full(3, 1 / 3), jnp.zeros(3), 1.0):.4f}")  # log 2
     0.6931
     """
-    nm.require_classes(logits)
-    nm.require_event("value", value)
-    _, value, logits = nm.widen(value=value, logits=logits)
-    tau = nm.as_tau(tau, logits.dtype)
-    nm.require_same_event(value, logits)
-    nm.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1], tau=tau.shape)
+    ck.require_classes(logits)
+    ck.require_event("value", value)
+    _, value, logits = ck.widen(value=value, logits=logits)
+    tau = ck.as_tau(tau, logits.dtype)
+    ck.require_same_event(value, logits)
+    ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1], tau=tau.shape)
     y, outside = nm.as_log(value, log_space)
     possible = logits != -jnp.inf
     zero = possible & (y == -jnp.inf)
     y_in = jnp.where(possible & ~zero, y, 0)
-    w = nm.centre(logits) - tau[..., None] * y_in
+    l = jnp.where(possible, nm.centre(logits), 0)
+    w = jnp.where(possible, l - tau[..., None] * y_in, -jnp.inf)
     terms = jnp.where(possible, log_softmax(w) - y_in, 0)
     k = jnp.sum(possible, -1).astype(y.dtype)
     inside = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(terms, -1)
     zeros = jnp.sum(zero, -1)
-    limit = jnp.where(zeros > tau * (k - zeros), jnp.inf, -jnp.inf)
+    # limits: of the sign of zeros - tau (k - zeros), and finite where that is 0 (for one zero)
+    balance = zeros - tau * (k - zeros)
+    edge = jnp.where(zero, (1 - k[..., None]) * l, l - (tau[..., None] + 1) * y_in)
+    finite = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(jnp.where(possible, edge, 0), -1)
+    even = (balance == 0) & (zeros == 1)
+    limit = jnp.where(even, finite, jnp.where(balance >= 0, jnp.inf, -jnp.inf))
     off = outside | jnp.any(~possible & (y > -jnp.inf), -1)
     return jnp.where(off, -jnp.inf, jnp.where(zeros > 0, limit, inside))
 
@@ -137,9 +144,9 @@ def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, log_spac
     >>> invertible_gaussian(jax.random.key(0), jnp.zeros(2), 1e-6, 1.0).round(3)
     Array([0.333, 0.333, 0.333], dtype=float32)
     """
-    nm.check_key(key)
+    ck.check_key(key)
     dtype, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
-    shape = nm.batch_shape(shape, **batch)
+    shape = ck.batch_shape(shape, **batch)
     y = loc + scale * nm.normal(key, (*shape, loc.shape[-1]), loc.dtype)
     last = jnp.broadcast_to(jnp.log(delta)[..., None], (*shape, 1))
     y = jnp.concatenate([y / tau[..., None], last], -1)
@@ -174,12 +181,12 @@ def invertible_gaussian_log_prob(value, loc, scale, tau, *, delta=1.0, log_space
     >>> print(f"{invertible_gaussian_log_prob(jnp.full(2, 0.5), jnp.zeros(1), 1.0, 1.0):.4f}")
     0.4674
     """
-    nm.require_event("value", value)
+    ck.require_event("value", value)
     _, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
-    _, value, loc = nm.widen(value=value, loc=loc)
+    _, value, loc = ck.widen(value=value, loc=loc)
     size = loc.shape[-1] + 1
-    nm.require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
-    nm.batch_shape(None, value=value.shape[:-1], **batch)
+    ck.require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
+    ck.batch_shape(None, value=value.shape[:-1], **batch)
     log_z, outside = nm.as_log(value, log_space)
     outside = outside | jnp.any(log_z == -jnp.inf, -1)
     log_z = jnp.where(outside[..., None], 0, log_z)
@@ -191,11 +198,11 @@ def invertible_gaussian_log_prob(value, loc, scale, tau, *, delta=1.0, log_space
 
 
 def _invertible_args(loc, scale, tau, delta):
-    nm.require_event("loc", loc)
-    nm.require_positive("scale", scale)
-    dtype, loc, scale = nm.widen(loc=loc, scale=scale)
-    tau, delta = nm.as_tau(tau, loc.dtype), nm.as_tau(delta, loc.dtype, "delta")
-    loc = jnp.broadcast_to(loc, nm.batch_shape(None, loc=loc.shape, scale=scale.shape))
+    ck.require_event("loc", loc)
+    ck.require_positive("scale", scale)
+    dtype, loc, scale = ck.widen(loc=loc, scale=scale)
+    tau, delta = ck.as_tau(tau, loc.dtype), ck.as_tau(delta, loc.dtype, "delta")
+    loc = jnp.broadcast_to(loc, ck.batch_shape(None, loc=loc.shape, scale=scale.shape))
     batch = {"loc": loc.shape[:-1], "tau": tau.shape, "delta": delta.shape}
     return dtype, loc, scale, tau, delta, batch
 
@@ -229,9 +236,9 @@ def logistic_normal(key, loc, scale=None, *, scale_tril=None, shape=None, log_sp
     >>> logistic_normal(jax.random.key(0), jnp.log(jnp.array([0.2, 0.8])), 1e-6).round(3)
     Array([0.2, 0.8], dtype=float32)
     """
-    nm.check_key(key)
+    ck.check_key(key)
     dtype, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
-    shape = nm.batch_shape(shape, **batch)
+    shape = ck.batch_shape(shape, **batch)
     noise = nm.normal(key, (*shape, loc.shape[-1]), loc.dtype)
     y = loc + (scale * noise if scale_tril is None else nm.apply_factor(scale_tril, noise))
     return log_softmax(y) if log_space else softmax(y).astype(dtype)
@@ -266,11 +273,11 @@ def logistic_normal_log_prob(value, loc, scale=None, *, scale_tril=None, log_spa
     >>> print(f"{logistic_normal_log_prob(jnp.full(2, 0.5), jnp.zeros(2), 0.5**0.5):.4f}")
     0.4674
     """
-    nm.require_event("value", value)
+    ck.require_event("value", value)
     _, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
-    _, value, loc = nm.widen(value=value, loc=loc)
-    nm.require_same_event(value, loc)
-    nm.batch_shape(None, value=value.shape[:-1], **batch)
+    _, value, loc = ck.widen(value=value, loc=loc)
+    ck.require_same_event(value, loc)
+    ck.batch_shape(None, value=value.shape[:-1], **batch)
     log_z, outside = nm.as_log(value, log_space)
     outside = outside | (jnp.any(log_z == -jnp.inf, -1) if loc.shape[-1] > 1 else False)
     log_z = jnp.where(outside[..., None], 0, log_z)
@@ -284,17 +291,17 @@ def logistic_normal_log_prob(value, loc, scale=None, *, scale_tril=None, log_spa
 
 
 def _logistic_normal_args(loc, scale, scale_tril):
-    nm.require(
+    ck.require(
         (scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither"
     )
-    nm.require_event("loc", loc)
+    ck.require_event("loc", loc)
     if scale_tril is None:
-        nm.require_positive("scale", scale)
-        dtype, loc, scale = nm.widen(loc=loc, scale=scale)
-        loc = jnp.broadcast_to(loc, nm.batch_shape(None, loc=loc.shape, scale=scale.shape))
+        ck.require_positive("scale", scale)
+        dtype, loc, scale = ck.widen(loc=loc, scale=scale)
+        loc = jnp.broadcast_to(loc, ck.batch_shape(None, loc=loc.shape, scale=scale.shape))
         return dtype, loc, scale, None, {"loc": loc.shape[:-1]}
-    nm.require_scale_tril(scale_tril, jnp.shape(loc)[-1])
-    dtype, loc, scale_tril = nm.widen(loc=loc, scale_tril=scale_tril)
+    ck.require_scale_tril(scale_tril, jnp.shape(loc)[-1])
+    dtype, loc, scale_tril = ck.widen(loc=loc, scale_tril=scale_tril)
     return dtype, loc, None, scale_tril, {"loc": loc.shape[:-1], "scale_tril": scale_tril.shape[:-2]}
 
 

@@ -4,8 +4,8 @@ import math
 
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
-from jax.scipy.special import log_ndtr
 
+from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
@@ -38,10 +38,10 @@ def gaussian_bernoulli(key, loc, scale, *, shape=None, hard=False):
     >>> gaussian_bernoulli(jax.random.key(0), jnp.array([-9.0, 9.0]), 0.5)
     Array([0., 1.], dtype=float32)
     """
-    nm.check_key(key)
-    nm.require_positive("scale", scale)
-    dtype, loc, scale = nm.widen(loc=loc, scale=scale)
-    shape = nm.batch_shape(shape, loc=loc.shape, scale=scale.shape)
+    ck.check_key(key)
+    ck.require_positive("scale", scale)
+    dtype, loc, scale = ck.widen(loc=loc, scale=scale)
+    shape = ck.batch_shape(shape, loc=loc.shape, scale=scale.shape)
     y = loc + scale * nm.normal(key, shape, loc.dtype)
     z = jnp.clip(y, 0, 1)
     return nm.straight_through(y > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
@@ -80,11 +80,11 @@ def gaussian_bernoulli_log_prob(value, loc, scale):
     >>> print(f"{jnp.exp(gaussian_bernoulli_log_prob(0.0, 0.5, 1.0)):.4f}")  # Phi(-1/2)
     0.3085
     """
-    nm.require_positive("scale", scale)
-    _, value, loc, scale = nm.widen(value=value, loc=loc, scale=scale)
-    nm.batch_shape(None, value=value.shape, loc=loc.shape, scale=scale.shape)
+    ck.require_positive("scale", scale)
+    _, value, loc, scale = ck.widen(value=value, loc=loc, scale=scale)
+    ck.batch_shape(None, value=value.shape, loc=loc.shape, scale=scale.shape)
     inside = nm.log_normal_pdf((value - loc) / scale) - jnp.log(scale)
-    return _with_atoms(value, log_ndtr(-loc / scale), inside, log_ndtr((loc - 1) / scale))
+    return _with_atoms(value, nm.log_ndtr(-loc / scale), inside, nm.log_ndtr((loc - 1) / scale))
 
 
 def _with_atoms(value, at_zero, inside, at_one):
@@ -97,10 +97,15 @@ def _check_stretch(stretch):
     need = "two numbers (a, b) with a < 0 and b > 1"
     try:
         a, b = (float(end) for end in stretch)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"stretch must be {need}, got {stretch!r}") from error
-    nm.require(a < 0 and b > 1 and math.isfinite(b - a), "stretch", need, stretch)
+    ck.require(a < 0 and b > 1 and math.isfinite(b - a), "stretch", need, stretch)
     return a, b
+
+
+def _logits_of_the_ends(a, b):
+    """logit(v) where z reaches 0, and where it reaches 1."""
+    return math.log(-a / b), math.log((1 - a) / (b - 1))
 
 
 def hard_concrete(key, logits, tau, *, stretch=(-0.1, 1.1), shape=None, hard=False, log_space=False):
@@ -135,15 +140,18 @@ def hard_concrete(key, logits, tau, *, stretch=(-0.1, 1.1), shape=None, hard=Fal
     Array([0., 1.], dtype=float32)
     """
     a, b = _check_stretch(stretch)
-    nm.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
-    nm.check_key(key)
-    dtype, logits = nm.widen(logits=logits)
-    tau = nm.as_tau(tau, logits.dtype)
-    shape = nm.batch_shape(shape, logits=logits.shape, tau=tau.shape)
+    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    ck.check_key(key)
+    dtype, logits = ck.widen(logits=logits)
+    tau = ck.as_tau(tau, logits.dtype)
+    shape = ck.batch_shape(shape, logits=logits.shape, tau=tau.shape)
     y = nm.over_tau(logits + nm.logistic(key, shape, logits.dtype), tau)
     if log_space:
         return y
-    z = jnp.clip(a + (b - a) * sigmoid(y), 0, 1)
+    # y decides on the atoms, as the law does; the two ends are weighed, since a + (b - a) v cancels
+    low, high = _logits_of_the_ends(a, b)
+    inside = a * sigmoid(-y) + b * sigmoid(y)
+    z = jnp.where(y <= low, 0, jnp.where(y >= high, 1, jnp.clip(inside, 0, 1)))
     return nm.straight_through(z > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
 
 
@@ -176,15 +184,15 @@ def hard_concrete_log_prob(value, logits, tau, *, stretch=(-0.1, 1.1), log_space
     0.2317
     """
     a, b = _check_stretch(stretch)
-    _, value, logits = nm.widen(value=value, logits=logits)
-    tau = nm.as_tau(tau, logits.dtype)
-    nm.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
-    # logit(v) where z reaches 0 and 1
-    low, high = math.log(-a / b), math.log((1 - a) / (b - 1))
+    _, value, logits = ck.widen(value=value, logits=logits)
+    tau = ck.as_tau(tau, logits.dtype)
+    ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
+    low, high = _logits_of_the_ends(a, b)
     if log_space:
         y, z = value, jnp.where(value <= low, 0, jnp.where(value >= high, 1, 0.5))
     else:
-        y, z = nm.logit((jnp.clip(value, 0, 1) - a) / (b - a)), value
+        inside = jnp.where((value > 0) & (value < 1) | jnp.isnan(value), value, 0.5)
+        y, z = jnp.log(inside - a) - jnp.log(b - inside), value
     at_zero = log_sigmoid(tau * low - logits)
     at_one = log_sigmoid(logits - tau * high)
     return _with_atoms(z, at_zero, nm.binary_concrete_log_prob(y, logits, tau) - math.log(b - a), at_one)
@@ -205,7 +213,8 @@ def hard_concrete_l0(logits, tau, *, stretch=(-0.1, 1.1)):
       Probabilities of the broadcast shape, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive or a ``stretch`` that does not enclose [0, 1].
+      ValueError: for a ``tau`` that is not positive, a ``stretch`` that does not enclose [0, 1], a
+        dtype that is not floating point, or shapes that do not broadcast.
 
     References:
       C. Louizos, M. Welling, D. P. Kingma (2018), arXiv:1712.01312.
@@ -214,8 +223,10 @@ def hard_concrete_l0(logits, tau, *, stretch=(-0.1, 1.1)):
     0.8318
     """
     a, b = _check_stretch(stretch)
-    dtype, logits = nm.widen(logits=logits)
-    return sigmoid(logits - nm.as_tau(tau, logits.dtype) * math.log(-a / b)).astype(dtype)
+    dtype, logits = ck.widen(logits=logits)
+    tau = ck.as_tau(tau, logits.dtype)
+    ck.batch_shape(None, logits=logits.shape, tau=tau.shape)
+    return sigmoid(logits - tau * math.log(-a / b)).astype(dtype)
 
 
 def hard_concrete_gate(logits, *, stretch=(-0.1, 1.1)):
@@ -240,5 +251,5 @@ def hard_concrete_gate(logits, *, stretch=(-0.1, 1.1)):
     Array([0. , 0.5, 1. ], dtype=float32)
     """
     a, b = _check_stretch(stretch)
-    dtype, logits = nm.widen(logits=logits)
+    dtype, logits = ck.widen(logits=logits)
     return jnp.clip(a + (b - a) * sigmoid(logits), 0, 1).astype(dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import logsumexp
 
+from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
@@ -26,7 +27,7 @@ def gumbel_top_k(key, logits, k, *, shape=None):
       Two arrays of shape ``shape + (k,)``: the indices (int32) in the order drawn, and their
       perturbed values ``logits + G``, decreasing, in float32 or wider, differentiable in ``logits``.
       Under a trace, where too few possible elements cannot be reported, the values of the others
-      are -inf.
+      are -inf (and all of them NaN if none is possible).
 
     Raises:
       ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a dtype that is not
@@ -47,17 +48,17 @@ def gumbel_top_k(key, logits, k, *, shape=None):
 
 
 def _subset_args(logits, k):
-    nm.require_event("logits", logits)
-    k = nm.as_static_int("k", k, 1, jnp.shape(logits)[-1])
-    nm.require_classes(logits, at_least=k)
-    dtype, logits = nm.widen(logits=logits)
+    ck.require_event("logits", logits)
+    k = ck.as_static_int("k", k, 1, jnp.shape(logits)[-1])
+    ck.require_classes(logits, at_least=k)
+    dtype, logits = ck.widen(logits=logits)
     return k, logits, dtype
 
 
 def _perturb(key, logits, shape, **batches):
     """Centred logits plus Gumbel noise, and what centring took off."""
-    nm.check_key(key)
-    shape = nm.batch_shape(shape, logits=logits.shape[:-1], **batches)
+    ck.check_key(key)
+    shape = ck.batch_shape(shape, logits=logits.shape[:-1], **batches)
     centred = nm.centre(logits)
     noise = nm.gumbel(key, (*shape, logits.shape[-1]), logits.dtype)
     return centred + noise, jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
@@ -98,16 +99,16 @@ def gumbel_top_k_log_prob(value, logits, *, ordered=True):
     >>> print(f"{jnp.exp(gumbel_top_k_log_prob(pair, jnp.zeros(4), ordered=False)):.4f}")
     0.1667
     """
-    nm.require_classes(logits)
-    _, logits = nm.widen(logits=logits)
+    ck.require_classes(logits)
+    _, logits = ck.widen(logits=logits)
     n = logits.shape[-1]
     dtype = getattr(value, "dtype", None)
     need = "an array of integer indices"
-    nm.require(dtype is not None and jnp.issubdtype(dtype, jnp.integer), "value", need, dtype)
-    nm.require_event("value", value)
-    nm.as_static_int("number of indices in value", value.shape[-1], 1, n)
-    nm.require_values("value", value, f"indices in 0..{n - 1}", lambda i: (i >= 0) & (i < n))
-    batch = nm.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
+    ck.require(dtype is not None and jnp.issubdtype(dtype, jnp.integer), "value", need, dtype)
+    ck.require_event("value", value)
+    ck.as_static_int("number of indices in value", value.shape[-1], 1, n)
+    ck.require_values("value", value, f"indices in 0..{n - 1}", lambda i: (i >= 0) & (i < n))
+    batch = ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
     value = jnp.broadcast_to(value, (*batch, value.shape[-1]))
     logits = jnp.broadcast_to(nm.centre(logits), (*batch, n))
 
@@ -175,8 +176,10 @@ def relaxed_top_k(key, logits, k, tau, *, shape=None, hard=False):
 
     Returns:
       Non-negative values that sum to k, shape ``shape + (n,)``, in the dtype of ``logits``. NaN
-      where fewer than k elements are possible and a trace hid it. Time is O(n k), and the backward
-      pass keeps k arrays of the size of the result.
+      where fewer than k elements are possible and a trace hid it. A single entry may exceed 1.
+      Time is O(n k), and the backward pass keeps k arrays of the size of the result. Each draw can
+      multiply a gradient by 1 / tau where it is close: for dozens of draws at a low temperature the
+      exact gradient itself can pass the range of float32.
 
     Raises:
       ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a ``tau`` that is not
@@ -191,7 +194,7 @@ def relaxed_top_k(key, logits, k, tau, *, shape=None, hard=False):
     Array(2., dtype=float32)
     """
     k, logits, dtype = _subset_args(logits, k)
-    tau = nm.as_tau(tau, logits.dtype)
+    tau = ck.as_tau(tau, logits.dtype)
     perturbed, _ = _perturb(key, logits, shape, tau=tau.shape)
 
     # Of each draw the backward pass keeps the exponentials, and computes the rest from them again.

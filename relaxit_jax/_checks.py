@@ -1,0 +1,133 @@
+"""What can be known before tracing is checked before tracing, by a ValueError that names the argument."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def require(condition, name, need, got):
+    """Raise ValueError naming the argument, what it needs and what it got."""
+    if not condition:
+        raise ValueError(f"{name} must be {need}, got {got}")
+
+
+def require_values(name, x, need, holds):
+    """`require` that `holds` of the values of x, where they can be seen.
+
+    They cannot if x is traced or if other processes hold a part of it. NumPy looks at them, since
+    inside a jitted function even the operations of jax on constants are traced.
+    """
+    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
+        try:
+            values = np.asarray(x)
+        except ValueError:  # a ragged list
+            values = np.asarray(None)
+        require(values.dtype.kind not in "OSU", name, "an array of numbers", repr(x))
+        require(np.all(holds(values)), name, need, x)
+
+
+def check_key(key):
+    """A single JAX key, typed or raw."""
+    need = "one JAX random key, as jax.random.key(0) makes (for several, vmap over them)"
+    require(isinstance(key, jax.Array) or hasattr(key, "__array__"), "key", need, f"{key!r}")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        require(key.shape == (), "key", need, f"keys of shape {key.shape}")
+    else:
+        require(
+            key.dtype == jnp.uint32 and key.ndim == 1 and key.shape[0] in (2, 4),
+            "key", need, f"an array of shape {key.shape} and dtype {key.dtype}",
+        )  # fmt: skip
+
+
+def as_float(name, x):
+    """`x` as a floating-point array. Python numbers count as floats; integer arrays do not."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        x = float(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of floats, got {type(x).__name__}") from error
+    require(jnp.issubdtype(x.dtype, jnp.floating), name, "floating point", f"dtype {x.dtype}")
+    return x
+
+
+def widen(**parameters):
+    """The dtype of a result in these parameters, then each of them in float32 or wider."""
+    arrays = [as_float(name, x) for name, x in parameters.items()]
+    dtype = jnp.result_type(*arrays)
+    return dtype, *(x.astype(jnp.promote_types(dtype, jnp.float32)) for x in arrays)
+
+
+def as_tau(tau, dtype, name="tau"):
+    """A temperature in the dtype of the computation (a schedule's float32 never widens a result)."""
+    require_positive(name, tau)
+    return as_float(name, tau).astype(dtype)
+
+
+def require_positive(name, x):
+    require_values(name, x, "positive", lambda x: x > 0)
+
+
+def require_event(name, x, ndims=1):
+    """Event axes are last: `x` needs `ndims` of them, none empty."""
+    event = jnp.shape(x)[-ndims:]
+    need = f"an array with {ndims} event axes, none of them empty"
+    require(len(event) == ndims and 0 not in event, name, need, f"shape {jnp.shape(x)}")
+
+
+def require_same_event(value, parameter):
+    """A value has as many classes as the parameters."""
+    size = parameter.shape[-1]
+    require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
+
+
+def require_classes(logits, at_least=1):
+    """Categorical logits: an event axis, on which enough classes are possible."""
+    require_event("logits", logits)
+    need = f"above -inf for at least {at_least} of the classes"
+    require_values("logits", logits, need, lambda x: (x == -np.inf).sum(-1) <= x.shape[-1] - at_least)
+
+
+def require_square(name, x, size):
+    """Matrices of shape (..., size, size)."""
+    shape = jnp.shape(x)
+    require(shape[-2:] == (size, size), name, f"of shape (..., {size}, {size})", f"shape {shape}")
+
+
+def require_scale_tril(scale_tril, size):
+    """A lower-triangular factor of shape (..., size, size)."""
+    require_square("scale_tril", scale_tril, size)
+    require_values("scale_tril", scale_tril, "lower triangular", lambda x: x == np.tril(x))
+
+
+def as_static_int(name, x, low, high):
+    """A Python integer in [low, high]: it sets shapes, so it cannot be traced."""
+    need = f"an integer in [{low}, {high}]"
+    try:
+        number = operator.index(x)
+    except TypeError as error:  # jax's own error for a traced integer is one of these
+        raise ValueError(f"{name} must be {need}, known before tracing, got {x!r}") from error
+    require(low <= number <= high and not isinstance(x, bool), name, need, x)
+    return number
+
+
+def batch_shape(shape, **batches):
+    """The batch shape of a result: `shape`, which the parameters must broadcast to, or their own."""
+    try:
+        own = jnp.broadcast_shapes(*batches.values())
+    except ValueError as error:
+        raise ValueError(
+            f"{', '.join(batches)} must have batch shapes that broadcast, got {batches}"
+        ) from error
+    if shape is None:
+        return own
+    need = f"a tuple of sizes that the parameters' batch shape {own} broadcasts to"
+    try:
+        shape = tuple(operator.index(size) for size in shape)
+        fits = min(shape, default=0) >= 0 and jnp.broadcast_shapes(shape, own) == shape
+    except (TypeError, ValueError):
+        fits = False
+    require(fits, "shape", need, shape)
+    return shape
