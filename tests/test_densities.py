@@ -171,7 +171,10 @@ def test_stochastic_times_smooth_mass():
     assert (rj.stochastic_times_smooth_log_prob(jnp.float32(root * 0.9), logits) == -jnp.inf).all()
     far = jnp.float32([-1e4, -100, 100, 1e4])
     np.testing.assert_allclose(
-        rj.stochastic_times_smooth_log_prob(0.0, far), [0, 0, -100 - np.log(2), -1e4 - np.log(2)], rtol=1e-5
+        rj.stochastic_times_smooth_log_prob(0.0, far),
+        [0, 0, -100 - np.log(2), -1e4 - np.log(2)],
+        rtol=1e-5,
+        atol=1e-20,
     )
     slope = jax.vmap(jax.grad(rj.stochastic_times_smooth_log_prob, 1))
     np.testing.assert_allclose(slope(jnp.zeros(4), far), [0, 0, -1, -1], atol=1e-6)
@@ -235,12 +238,10 @@ def test_a_shared_factor_is_not_copied_for_each_row():
     value, logits = jnp.full((rows_, size), 0.3), jnp.zeros((rows_, size))
     for law in (
         lambda value: rj.correlated_bernoulli_log_prob(value, logits, 1.0, factor),
-        lambda value: rj.logistic_normal_log_prob(
-            value / value.sum(-1, keepdims=True), logits, scale_tril=factor
-        ),
+        lambda value: rj.logistic_normal_log_prob(value / 15, logits, scale_tril=factor),
     ):
         memory = jax.jit(law).lower(value).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < 20 * value.nbytes  # a copy of the factor a row is 50
+        assert memory.temp_size_in_bytes < 30 * value.nbytes  # copies of the factor would be 50
 
 
 def test_a_factor_may_have_any_signs_on_its_diagonal():

@@ -350,11 +350,8 @@ def test_other_bad_arguments():
         rj.hard_concrete_l0(jnp.zeros(3), jnp.ones(2))
     with pytest.raises(ValueError, match="scale must be given, or else scale_tril"):
         rj.logistic_normal(KEY, jnp.zeros(2))
-    for factor, words in (
-        (np.eye(3), "of shape"),
-        (np.ones((2, 2)), "lower triangular"),
-        (2 * np.eye(2), "norm 1"),
-    ):
+    factors = {"of shape": np.eye(3), "lower triangular": np.ones((2, 2)), "norm 1": 2 * np.eye(2)}
+    for words, factor in factors.items():
         with pytest.raises(ValueError, match=f"scale_tril must be .*{words}"):
             rj.correlated_bernoulli(KEY, jnp.zeros(2), 1.0, factor)
 
