@@ -174,7 +174,10 @@ class Checkpoints:
         )
 
     def restore(self, like):
-        """The last good (epoch, state, history); damaged ones are moved aside, with a word."""
+        """The last good (epoch, state, history); damaged ones are moved aside, with a word.
+
+        A run that was stopped before its first checkpoint starts again: (-1, like, []).
+        """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for epoch in steps:
             try:
@@ -191,8 +194,9 @@ class Checkpoints:
                 self.manager.reload()
                 continue
             return epoch, state, history
-        what = "every checkpoint is damaged" if steps else "there is no checkpoint"
-        raise UserError(f"{what} in {self.folder}; start again without --resume in another --out folder")
+        if steps:
+            raise UserError(f"every checkpoint in {self.folder} is damaged; start again in another --out")
+        return -1, like, []
 
     def _read(self, epoch, like):
         info = self.manager.restore(epoch, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info

@@ -34,10 +34,11 @@ class Bits:
     def draw(self, key, q, g):
         """An exact draw z, and log p(z) - log q(z | x)."""
         z = rj.straight_through_bernoulli(key, q)
-        ratio = rj.straight_through_bernoulli_log_prob(
-            z, g["prior"]
-        ) - rj.straight_through_bernoulli_log_prob(z, q)
-        return z, jnp.sum(ratio, -1)
+        return z, self.log_ratio(z, q, g)
+
+    def log_ratio(self, z, q, g):
+        law = functools.partial(rj.straight_through_bernoulli_log_prob, z)
+        return jnp.sum(law(g["prior"]) - law(q), -1)
 
     def draw_prior(self, key, g, n):
         return rj.straight_through_bernoulli(key, g["prior"], shape=(n, self.size))
@@ -60,35 +61,31 @@ def gaussian_kl(loc, scale, prior_loc, prior_scale):
 
 
 class CorrelatedBits(Bits):
-    """Bits 1[y > 0] of a Gaussian y ~ N(q, R), with R learned; the prior is y ~ N(prior, I).
+    """Bits of the log-odds q, made dependent by a Gaussian copula whose correlation R is learned.
 
-    The KL of the bits has no closed form. That of the Gaussians is above it.
+    Bit i is 1[y_i > 0] with y ~ N(Phi^-1(pi), R). Their KL to an independent prior is the sum of the
+    KLs of the bits alone plus their total correlation, which has no closed form; that of y, which is
+    -log(det R) / 2, is above it. (The KL of y to N(0, I) is a bound as well, but a wider one.)
     """
 
     def shared(self):
-        return {"prior": jnp.zeros(self.size), "factor": jnp.eye(self.size)}
+        return super().shared() | {"factor": jnp.eye(self.size)}
 
     def scale_tril(self, g):
         rows = jnp.tril(g["factor"], -1) + jnp.diag(jnp.exp(jnp.diag(g["factor"]) - 1))
         return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
 
-    def logits(self, q):
-        return norm.logcdf(q) - norm.logcdf(-q)
-
     def kl(self, key, q, g):
-        log_det = jnp.sum(jnp.log(jnp.diag(self.scale_tril(g))))
-        return 0.5 * jnp.sum((q - g["prior"]) ** 2, -1) - log_det
+        return super().kl(key, q, g) - jnp.sum(jnp.log(jnp.diag(self.scale_tril(g))))
 
     def draw(self, key, q, g):
+        """Bits, and a ratio in which the noise v of the bits takes part, as in the bound."""
         factor = self.scale_tril(g)
         noise = jax.random.normal(key, q.shape)
-        y = q + noise @ factor.T
-        log_q = jnp.sum(norm.logpdf(noise), -1) - jnp.sum(jnp.log(jnp.diag(factor)))
-        log_p = jnp.sum(norm.logpdf(y, g["prior"]), -1)
-        return (y > 0).astype(q.dtype), log_p - log_q
-
-    def draw_prior(self, key, g, n):
-        return (g["prior"] + jax.random.normal(key, (n, self.size)) > 0).astype(jnp.float32)
+        v = noise @ factor.T
+        z = (q + norm.logcdf(v) - norm.logcdf(-v) > 0).astype(q.dtype)
+        dependent = jnp.sum(norm.logpdf(noise), -1) - jnp.sum(jnp.log(jnp.diag(factor)))
+        return z, self.log_ratio(z, q, g) + jnp.sum(norm.logpdf(v), -1) - dependent
 
 
 class GaussianGates(Bits):
@@ -214,9 +211,8 @@ class Method(NamedTuple):
 
 
 def correlated(family, key, q, g, tau):
-    if isinstance(family, CorrelatedBits):
-        return rj.correlated_bernoulli(key, family.logits(q), tau, family.scale_tril(g))
-    return rj.correlated_bernoulli(key, q, tau, jnp.eye(family.size))
+    factor = family.scale_tril(g) if isinstance(family, CorrelatedBits) else jnp.eye(family.size)
+    return rj.correlated_bernoulli(key, q, tau, factor)
 
 
 METHODS = {

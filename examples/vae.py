@@ -10,12 +10,13 @@ or categories or subsets, never relaxed; by Jensen's inequality
 
 and this stays true with anything above the KL in its place. The families train on the exact KL of the
 discrete law (bits, categories) or an upper bound of it, the KL between variables of which z is a
-function (data-processing inequality): of the Gaussians that gates clip or correlated bits threshold,
-of the order in which a subset is drawn. Where a method has no discrete counterpart (clipped Gaussian
-gates, the invertible Gaussian), z keeps its own law at test time too. In training a relaxed draw stands
-in for z in the first term, so that it has a gradient; there the sum is no bound of anything, and the
-curve calls it the training objective. The test bounds average log p(x | z) + log p(z) - log q(z | x)
-over exact draws; correlated bits put the Gaussians' densities there, whose KL is above that of the bits.
+function (data-processing inequality): of the Gaussians that gates clip, of the Gaussian dependence that
+correlated bits threshold, of the order in which a subset is drawn. Where a method has no discrete
+counterpart (clipped Gaussian gates, the invertible Gaussian), z keeps its own law at test time too. In
+training a relaxed draw stands in for z in the first term, so that it has a gradient; there the sum is
+no bound of anything, and the curve calls it the training objective. The test bounds average
+log p(x | z) + log p(z) - log q(z | x) over exact draws; for correlated bits with the density of the
+Gaussian noise, a bound again.
 """
 
 import functools
@@ -381,6 +382,8 @@ def main(out, resume, tau, tau_end, subset_size, **options):
         raise UserError(f"--subset-size {config.subset_size} is above --latents {config.latents}; lower it")
     if resume and out is None:
         raise UserError("--resume needs the run's folder; give it with --out")
+    if resume and not (out / "checkpoints").exists():
+        raise UserError(f"there is no run to resume in {out}; check --out, or leave out --resume")
     training, test = split_images(load_images(config.data))
     if config.batch_size > len(training):
         raise UserError(

@@ -118,8 +118,6 @@ def test_gradient_of_the_density_is_its_derivative(case):
     with jax.enable_x64(True):
         logs = dataclasses.replace(case, sample_options={"log_space": True} if log_space else {})
         params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
-        if "scale_tril" in params and "tau" in params:
-            del params["scale_tril"]  # it has to stay the factor of a correlation matrix
         value = logs.draw(KEY, (20, 2), **params)
 
         @jax.jit
@@ -134,7 +132,7 @@ def test_gradient_of_the_density_is_its_derivative(case):
             direction = jnp.cos(1.0 + jnp.arange(x.size)).reshape(x.shape)
             if x is value and case.atoms is not None and not log_space:
                 direction = direction * ((x > 0.001) & (x < 0.999))
-            if x.shape[-2:] == (3, 3):
+            if x.ndim == 3:  # a triangular factor
                 direction = jnp.tril(direction)
             ends = []
             for step in (1e-6, -1e-6):

@@ -103,7 +103,7 @@ def test_densities_of_draws_and_kl(method, extra):
     kls = np.asarray(jax.jit(jax.vmap(lambda key: family.kl(key, q, g)))(jax.random.split(keys[2], n)), float)
     error = np.hypot(kls.std(), np.std(ratio)) / np.sqrt(n)
     assert kls.mean() + np.mean(ratio) > -4.5 * error
-    if method not in ("gaussian_bernoulli", "relaxed_top_k") and not extra:  # there it is the KL itself
+    if method not in ("gaussian_bernoulli", "relaxed_top_k"):  # there it is a bound, here the mean itself
         assert abs(kls.mean() + np.mean(ratio)) < 4.5 * error
 
 
@@ -138,16 +138,16 @@ def start(out, images, *extra):
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(images, tmp_path):
-    """SIGKILL in the middle, twice; the metrics agree to the last bit with those of a run left alone."""
+    """SIGKILL, three times; the metrics agree to the last bit with those of a run left alone."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     first, second = start(alone, images), start(killed, images)
-    for attempt, wanted in enumerate((3, 12)):
+    for moment in ("checkpoints", "checkpoints/3*", "checkpoints/12*"):  # the first: before any is whole
         deadline = time.monotonic() + 120
-        while not list((killed / "checkpoints").glob(f"{wanted}*")):
+        while not list(killed.glob(moment)):
             assert time.monotonic() < deadline and second.poll() is None
             time.sleep(0.001)
         second.send_signal(signal.SIGKILL)
-        assert second.wait() == -signal.SIGKILL, attempt
+        assert second.wait() == -signal.SIGKILL
         assert not (killed / "metrics.json").exists()
         second.stderr.close()
         second = start(killed, images, "--resume")
@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_set_aside(images, tmp_path, capsys):
             if path.is_file():
                 path.write_bytes(b"")
     assert run(*flags, "--out", out, "--resume") == 2
-    assert "every checkpoint is damaged" in capsys.readouterr().err.splitlines()[-1]
+    assert "is damaged; start again in another --out" in capsys.readouterr().err.splitlines()[-1]
 
 
 def bad_files(folder):
@@ -224,7 +224,7 @@ def bad_files(folder):
         ("--data digits --tau 0", "0.0 is not in the range x>0"),
         ("--data digits --hidden 5,x", "is not a list of layer sizes"),
         ("--data digits --resume", "--resume needs the run's folder"),
-        ("--data digits --resume --out {}/new", "there is no checkpoint in"),
+        ("--data digits --resume --out {}/new", "there is no run to resume in"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, capsys):
