@@ -46,7 +46,7 @@ def jax_epoch(images, method, tau, sample=True):
     state = [experiment.state]
 
     def epoch():
-        state[0], objective = experiment.epoch(state[0], 0)
+        state[0], objective = experiment.epoch(state[0], experiment.grey, 0)
         return objective
 
     return epoch

@@ -138,17 +138,17 @@ class Experiment:
         return jnp.mean(self.family.kl(key, q, g) - log_likelihood)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def epoch(self, state, number):
+    def epoch(self, state, grey, number):
         """One pass over the training images in a random order; the mean of the objective."""
         order_key, step_key = jax.random.split(jax.random.fold_in(self.train_key, number))
-        order = jax.random.permutation(order_key, len(self.grey))
+        order = jax.random.permutation(order_key, len(grey))
         rows = order[: self.steps * self.config.batch_size].reshape(self.steps, -1)
 
         def step(state, batch):
             params, optimizer_state = state
             rows, index = batch
             image_key, key = jax.random.split(jax.random.fold_in(step_key, index))
-            images = self.grey[rows]
+            images = grey[rows]
             x = binarise(augment(image_key, images) if self.config.augment else images)
             tau = self.tau(number * self.steps + index)
             value, gradient = jax.value_and_grad(self.loss)(params, x, key, tau)
@@ -158,11 +158,11 @@ class Experiment:
         state, values = jax.lax.scan(step, state, (rows, jnp.arange(self.steps)))
         return state, jnp.mean(values)
 
-    @functools.partial(jax.jit, static_argnums=(0, 2))
-    def test_bounds(self, params, samples):
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def test_bounds(self, params, images, samples):
         """Mean negative ELBO and negative importance-weighted bound of the test images, in nats."""
         model = self.model(params)
-        keys = jax.random.split(self.test_key, len(self.test))
+        keys = jax.random.split(self.test_key, len(images))
 
         def one(image_and_key):
             x, key = image_and_key
@@ -172,7 +172,7 @@ class Experiment:
             bound = jax.nn.logsumexp(log_weights) - math.log(samples)
             return -jnp.mean(log_weights), -bound
 
-        return [jnp.mean(x) for x in jax.lax.map(one, (self.test, keys), batch_size=20)]
+        return [jnp.mean(x) for x in jax.lax.map(one, (images, keys), batch_size=20)]
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def pictures(self, params, n=32):
@@ -214,10 +214,10 @@ def train(experiment, checkpoints, resume):
     with tqdm(total=epochs, initial=first, unit="epoch", desc=experiment.config.method) as bar:
         for number in range(first, epochs):
             start = time.perf_counter()
-            state, objective = experiment.epoch(state, number)
+            state, objective = experiment.epoch(state, experiment.grey, number)
             objective = float(objective)
             seconds = time.perf_counter() - start
-            bound = float(experiment.test_bounds(state[0], 1)[0])
+            bound = float(experiment.test_bounds(state[0], experiment.test, 1)[0])
             if not math.isfinite(objective + bound):
                 raise UserError(
                     f"the bound became {objective} in epoch {number + 1}; "
@@ -232,7 +232,7 @@ def train(experiment, checkpoints, resume):
 
 def report(experiment, state, history, out):
     """The final bounds, pictures and metrics."""
-    elbo, weighted = (float(x) for x in experiment.test_bounds(state[0], 100))
+    elbo, weighted = (float(x) for x in experiment.test_bounds(state[0], experiment.test, 100))
     originals, reconstructions, samples = map(np.asarray, experiment.pictures(state[0]))
     titles = ["test images", "reconstructed from one exact draw of their latents"] * 2
     lines = [originals[:16], reconstructions[:16], originals[16:], reconstructions[16:]]
@@ -267,12 +267,9 @@ def report(experiment, state, history, out):
 
 
 def sizes(context, parameter, value):
-    try:
-        hidden = tuple(int(size) for size in value.split(","))
-        if min(hidden) > 0:
-            return hidden
-    except ValueError:
-        pass
+    parts = value.split(",")
+    if all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        return tuple(map(int, parts))
     raise click.BadParameter(f"{value!r} is not a list of layer sizes such as 512,512")
 
 
@@ -299,7 +296,9 @@ count = click.IntRange(min=1)
     "downloaded once; or an .npz file of images in [0, 1], (n, height, width).",
 )
 @click.option("--epochs", type=click.IntRange(min=0), default=50, help="Passes over the training images.")
-@click.option("--seed", type=int, default=0, help="Of the initial weights and of all draws.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the initial weights and of all draws."
+)
 @click.option("--latents", type=count, default=48, help="Number of bits, gates or elements.")
 @click.option("--variables", type=count, default=20, help="Number of categorical latents.")
 @click.option("--classes", type=click.IntRange(min=2), default=10, help="Classes of each categorical latent.")

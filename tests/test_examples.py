@@ -222,6 +222,7 @@ def bad_files(folder):
         ("--data digits --batch-size 100000", "is above the 1437 training images; lower it"),
         ("--data digits --latents 4 --subset-size 5", "lower it"),
         ("--data digits --tau 0", "0.0 is not in the range x>0"),
+        ("--data digits --seed -1", "-1 is not in the range 0<=x<=4294967295"),
         ("--data digits --hidden 5,x", "is not a list of layer sizes"),
         ("--data digits --resume", "--resume needs the run's folder"),
         ("--data digits --resume --out {}/new", "there is no run to resume in"),
