@@ -15,12 +15,11 @@ from tqdm import tqdm
 import relaxit_jax as rj
 
 TAU = 0.5
-EYE_LIKE = 0.5
 
 
 def factor(k):
     """Of the correlation matrix with 0.5 off its diagonal."""
-    return jnp.linalg.cholesky(jnp.full((k, k), EYE_LIKE) + EYE_LIKE * jnp.eye(k))
+    return jnp.linalg.cholesky(jnp.full((k, k), 0.5) + 0.5 * jnp.eye(k))
 
 
 def straight_through(hard, soft):

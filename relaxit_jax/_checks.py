@@ -70,11 +70,10 @@ def require_positive(name, x):
     require_values(name, x, "positive", lambda x: x > 0)
 
 
-def require_event(name, x, ndims=1):
-    """Event axes are last: `x` needs `ndims` of them, none empty."""
-    event = jnp.shape(x)[-ndims:]
-    need = f"an array with {ndims} event axes, none of them empty"
-    require(len(event) == ndims and 0 not in event, name, need, f"shape {jnp.shape(x)}")
+def require_event(name, x):
+    """The event axis is last, and not empty."""
+    shape = jnp.shape(x)
+    require(shape[-1:] not in ((), (0,)), name, "an array whose last axis is not empty", f"shape {shape}")
 
 
 def require_same_event(value, parameter):

@@ -24,8 +24,7 @@ class Case:
     event: tuple = ()  # event shape of a draw
     support: str = "unit"  # unit, simplex, gate, bits, atoms, k_hot, order
     log_prob: Callable | None = None
-    options: dict = dataclasses.field(default_factory=dict)  # static options of both functions
-    sample_options: dict = dataclasses.field(default_factory=dict)  # and of the sampler alone
+    sample_options: dict = dataclasses.field(default_factory=dict)  # static, of the sampler alone
     log_space: bool = False
     pick: Callable | None = None  # the array of what is returned that the laws look at
     # of one element of the batch: the outcomes of the discrete law and their probabilities
@@ -43,11 +42,11 @@ class Case:
         return self.pick(drawn) if self.pick else drawn
 
     def arguments(self, params=()):
-        return {**self.params, **self.options, **self.sample_options, **dict(params)}
+        return {**self.params, **self.sample_options, **dict(params)}
 
     def density(self, value, log_space=False, **params):
         extra = {"log_space": True} if log_space else {}
-        return self.log_prob(value, **{**self.params, **self.options, **params}, **extra)
+        return self.log_prob(value, **{**self.params, **params}, **extra)
 
     @property
     def floats(self):

@@ -167,6 +167,10 @@ def test_stochastic_times_smooth_mass():
         rj.stochastic_times_smooth_log_prob(jnp.zeros(4), logits), np.log1p(-root), rtol=1e-5
     )
     assert (rj.stochastic_times_smooth_log_prob(jnp.float32(root * 0.9), logits) == -jnp.inf).all()
+    subnormal = jnp.exp(-15.0).astype(jnp.float16)  # sqrt(p) to the three bits that float16 has there
+    np.testing.assert_allclose(
+        rj.stochastic_times_smooth_log_prob(subnormal, jnp.float16(-30)), -15, rtol=1e-5
+    )
     far = jnp.float32([-1e4, -100, 100, 1e4])
     np.testing.assert_allclose(
         rj.stochastic_times_smooth_log_prob(0.0, far),

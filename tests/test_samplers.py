@@ -349,6 +349,9 @@ def test_other_bad_arguments():
             rj.hard_concrete(KEY, 0.0, 1.0, stretch=stretch)
     with pytest.raises(ValueError, match="logits, tau must have batch shapes that broadcast"):
         rj.hard_concrete_l0(jnp.zeros(3), jnp.ones(2))
+    for logits in (0.0, jnp.zeros((2, 0))):
+        with pytest.raises(ValueError, match="logits must be an array whose last axis is not empty"):
+            rj.gumbel_softmax(KEY, logits, 1.0)
     with pytest.raises(ValueError, match="scale must be given, or else scale_tril"):
         rj.logistic_normal(KEY, jnp.zeros(2))
     factors = {"of shape": np.eye(3), "lower triangular": np.ones((2, 2)), "norm 1": 2 * np.eye(2)}

@@ -43,6 +43,11 @@ def relaxed_bernoulli(key, logits, tau, *, shape=None, hard=False, log_space=Fal
     tau = ck.as_tau(tau, logits.dtype)
     shape = ck.batch_shape(shape, logits=logits.shape, tau=tau.shape)
     x = logits + nm.logistic(key, shape, logits.dtype)
+    return _relax(x, tau, dtype, hard, log_space)
+
+
+def _relax(x, tau, dtype, hard, log_space):
+    """The gate of perturbed log-odds x, in the form that was asked for."""
     y = nm.over_tau(x, tau)
     if log_space:
         return y
@@ -179,18 +184,12 @@ def stochastic_times_smooth(key, logits, *, shape=None):
     ck.check_key(key)
     dtype, logits = ck.widen(logits=logits)
     shape = ck.batch_shape(shape, logits=logits.shape)
-    root, rest = _root_and_rest(logits)
-    bit = nm.bernoulli(key, root, rest, shape)
-    # where, not a product: it keeps NaN logits visible
-    return jnp.where(bit | jnp.isnan(root), root, 0).astype(dtype)
-
-
-def _root_and_rest(logits):
-    """sqrt(p) and 1 - sqrt(p), for p = sigmoid(logits)."""
     p = sigmoid(logits)
     # where p underflows the root has no slope left, not an infinite one
     root = jnp.where(p > 0, jnp.sqrt(jnp.where(p > 0, p, 1)), p)
-    return root, sigmoid(-logits) / (1 + root)
+    bit = nm.bernoulli(key, root, sigmoid(-logits) / (1 + root), shape)
+    # where, not a product: it keeps NaN logits visible
+    return jnp.where(bit | jnp.isnan(root), root, 0).astype(dtype)
 
 
 def stochastic_times_smooth_log_prob(value, logits):
@@ -267,12 +266,7 @@ def correlated_bernoulli(key, logits, tau, scale_tril, *, shape=None, hard=False
     shape = ck.batch_shape(shape, **batch)
     noise = nm.normal(key, (*shape, logits.shape[-1]), logits.dtype)
     x = logits + nm.probit_to_logit(nm.apply_factor(scale_tril, noise))
-    y = nm.over_tau(x, tau[..., None])
-    if log_space:
-        return y
-    if hard:
-        return nm.straight_through(x > 0, sigmoid(y)).astype(dtype)
-    return sigmoid(y).astype(dtype)
+    return _relax(x, tau[..., None], dtype, hard, log_space)
 
 
 def correlated_bernoulli_log_prob(value, logits, tau, scale_tril, *, log_space=False):
