@@ -22,7 +22,7 @@ class Case:
     sampler: Callable
     params: dict  # argument name -> value, batch shape (2,) where an array
     event: tuple = ()  # event shape of a draw
-    support: str = "unit"  # unit, simplex, gate, bits, atoms, k_hot, order
+    support: str = "unit"  # unit, simplex, gate, bits, atoms, k_hot, order, number
     log_prob: Callable | None = None
     sample_options: dict = dataclasses.field(default_factory=dict)  # static, of the sampler alone
     log_space: bool = False
@@ -124,6 +124,10 @@ def which_set(draws, n=4, k=2):
     return np.searchsorted(codes, top @ np.array([n, 1]))
 
 
+def which_value(draws):
+    return np.abs(np.asarray(draws, np.float64)[..., None] - [0, 1, 3]).argmin(-1)
+
+
 def above_half(draws):
     return (np.asarray(draws, np.float64) > 0.5).astype(int)
 
@@ -148,6 +152,12 @@ def gaussian_bits(loc, scale):
 ORDER = Case(
     "gumbel_top_k", rj.gumbel_top_k, {"logits": ITEMS, "k": 2}, (2,), "order",
     pick=lambda draw: draw[1],
+)  # fmt: skip
+
+COUNT = Case(
+    "generalized_gumbel_softmax", rj.generalized_gumbel_softmax,
+    {"logits": CLASSES, "values": f32([0.0, 1.0, 3.0], [0.0, 1.0, 3.0]), "tau": TAU}, (), "number",
+    discrete=categorical, nearest=which_value,
 )  # fmt: skip
 
 CASES = [
@@ -222,6 +232,11 @@ CASES = [
     Case(
         "logistic_normal_full", rj.logistic_normal, {"loc": CLASSES, "scale_tril": FACTORS}, (3,),
         "simplex", log_prob=rj.logistic_normal_log_prob, log_space=True,
+    ),
+    COUNT,
+    dataclasses.replace(
+        COUNT, name="generalized_gumbel_softmax_hard", support="exact_number", sample_options={"hard": True},
+        outcome=which_value, nearest=None,
     ),
     ORDER,
     dataclasses.replace(

@@ -150,7 +150,10 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(case):
 
 
 @rows(
-    cases(is_differentiable, lambda case: case.support in ("unit", "simplex", "gate", "order", "k_hot_soft"))
+    cases(
+        is_differentiable,
+        lambda case: case.support in ("unit", "simplex", "gate", "order", "k_hot_soft", "number"),
+    )
 )
 def test_gradient_is_the_derivative_of_the_draw(case):
     """Of a soft draw at fixed noise, by central differences in float64."""
@@ -202,11 +205,8 @@ def test_low_temperature_has_the_discrete_law(case):
 def at_extremes(case, dtype):
     """Logits of +-1e4 and 0 in the places of the row's own."""
     pattern = np.array([1e4, -1e4, 0.0, 3.0])
-    size = case.event[0] if case.event else 1
-    logits = np.stack([np.resize(pattern, size), np.resize(-pattern, size)])
-    logits = logits if case.event else logits[:, 0]
-    if case.support == "order":
-        logits = np.stack([pattern, -pattern])
+    shape = case.params["logits"].shape[1:]
+    logits = np.stack([np.resize(pattern, shape), np.resize(-pattern, shape)])
     params = {n: jnp.asarray(x, dtype) if n == "scale_tril" else x for n, x in case.params.items()}
     return dataclasses.replace(case, params=params | {"logits": jnp.asarray(logits, dtype)})
 
@@ -246,6 +246,8 @@ def test_an_impossible_class_is_exactly_zero(case):
     logits[0, ...] = np.where(np.arange(logits[0].size).reshape(logits[0].shape) == 0, -np.inf, logits[0])
     where = np.isneginf(logits)
     params = {n: jnp.asarray(x) for n, x in case.floats.items()} | {"logits": jnp.asarray(logits)}
+    if "values" in params:
+        params["values"] = jnp.where(where, 1e6, params["values"])
 
     def total(params):
         draw = case.draw(KEY, (50, 2), **params)
@@ -255,6 +257,8 @@ def test_an_impossible_class_is_exactly_zero(case):
     if case.support == "order":
         assert (np.asarray(case.sampler(KEY, shape=(50, 2), **case.arguments(params))[0])[:, 0] != 0).all()
         assert np.isfinite(draws).all()
+    elif "values" in params:
+        assert (draws <= 3).all()
     else:
         assert (np.asarray(draws)[:, where] == 0).all()
     chex.assert_tree_all_finite(gradients)
@@ -327,7 +331,7 @@ def test_bad_arguments_are_named(case, name, bad, message):
 
 @rows(cases(has_logits))
 def test_classes_without_a_chance_are_an_error(case):
-    if case.support not in ("simplex", "k_hot", "k_hot_soft", "order"):
+    if case.params["logits"].ndim == 1 or "scale_tril" in case.params:  # bits
         return
     logits = np.full_like(case.params["logits"], -np.inf)
     with pytest.raises(ValueError, match="logits must be above -inf for at least"):

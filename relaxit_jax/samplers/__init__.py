@@ -18,6 +18,7 @@ from relaxit_jax.samplers._categorical import (
     logistic_normal,
     logistic_normal_log_prob,
 )
+from relaxit_jax.samplers._count import generalized_gumbel_softmax
 from relaxit_jax.samplers._gate import (
     gaussian_bernoulli,
     gaussian_bernoulli_log_prob,
@@ -33,6 +34,7 @@ __all__ = [
     "correlated_bernoulli_log_prob",
     "gaussian_bernoulli",
     "gaussian_bernoulli_log_prob",
+    "generalized_gumbel_softmax",
     "gumbel_softmax",
     "gumbel_softmax_log_prob",
     "gumbel_top_k",

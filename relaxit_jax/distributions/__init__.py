@@ -1,0 +1,47 @@
+"""The methods as NumPyro distributions: thin classes over the samplers, for `numpyro.sample`.
+
+Positional arguments are what the sampler takes after its key, in its order; `probs` can stand for
+`logits`. Draws at a low temperature round to vertices, where no density is right: put
+`relaxit_jax.handlers.unrounded` around model and guide.
+"""
+
+from relaxit_jax.distributions._binary import (
+    CorrelatedRelaxedBernoulli,
+    RelaxedBernoulli,
+    StochasticTimesSmooth,
+    StraightThroughBernoulli,
+    StraightThroughRelaxedBernoulli,
+)
+from relaxit_jax.distributions._categorical import (
+    GumbelSoftmax,
+    InvertibleGaussian,
+    OneHotCategorical,
+    RelaxedOneHotCategorical,
+    RelaxedOneHotCategoricalStraightThrough,
+    StraightThroughGumbelSoftmax,
+)
+from relaxit_jax.distributions._count import GeneralizedGumbelSoftmax
+from relaxit_jax.distributions._gate import GaussianRelaxedBernoulli, HardConcrete
+from relaxit_jax.distributions._logistic_normal import LogisticNormalSoftmax, to_dirichlet, to_logistic_normal
+from relaxit_jax.distributions._subset import GumbelSoftmaxTopK
+
+__all__ = [
+    "CorrelatedRelaxedBernoulli",
+    "GaussianRelaxedBernoulli",
+    "GeneralizedGumbelSoftmax",
+    "GumbelSoftmax",
+    "GumbelSoftmaxTopK",
+    "HardConcrete",
+    "InvertibleGaussian",
+    "LogisticNormalSoftmax",
+    "OneHotCategorical",
+    "RelaxedBernoulli",
+    "RelaxedOneHotCategorical",
+    "RelaxedOneHotCategoricalStraightThrough",
+    "StochasticTimesSmooth",
+    "StraightThroughBernoulli",
+    "StraightThroughGumbelSoftmax",
+    "StraightThroughRelaxedBernoulli",
+    "to_dirichlet",
+    "to_logistic_normal",
+]

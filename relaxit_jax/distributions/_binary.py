@@ -1,0 +1,263 @@
+"""Bits and gates as NumPyro distributions."""
+
+import jax.numpy as jnp
+from jax.nn import sigmoid
+from numpyro.distributions import BernoulliLogits, BernoulliProbs, constraints, kl_divergence
+
+from relaxit_jax import _numerics as nm
+from relaxit_jax import samplers
+from relaxit_jax.distributions import _base as base
+
+
+class RelaxedBernoulli(base.Bit):
+    """The binary Concrete distribution, `relaxit_jax.relaxed_bernoulli`.
+
+    ``z = sigmoid((logits + L) / tau)``, L standard logistic.
+
+    Args:
+      logits: log-odds of a one; infinite ones are certain bits.
+      tau: temperature, positive, broadcasting against ``logits``.
+      probs: probabilities of a one, instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: for both or neither of ``logits`` and ``probs``, no ``tau``, shapes that do not
+        broadcast, or, if validated, values outside their ranges.
+
+    References:
+      C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
+
+    >>> print(f"{RelaxedBernoulli(probs=0.3, tau=0.5).cdf(0.5):.4f}")  # P(z <= 1/2) = 1 - 0.3
+    0.7000
+    """
+
+    arg_constraints = {"logits": base.log_odds, "tau": constraints.positive}
+    support = constraints.unit_interval
+    _sampler = staticmethod(samplers.relaxed_bernoulli)
+    _density = staticmethod(samplers.relaxed_bernoulli_log_prob)
+    _log_space = True
+
+    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
+        super().__init__(validate_args, logits=base.bit_logits(logits, probs), tau=tau)
+
+    def cdf(self, value):
+        y, outside = nm.as_logit(jnp.asarray(value), False)
+        inside = sigmoid(self.tau * y - self.logits)
+        return jnp.where(outside, jnp.asarray(value) > 1, inside)
+
+    def icdf(self, q):
+        return sigmoid((self.logits + jnp.log(q) - jnp.log1p(-q)) / self.tau)
+
+
+class StraightThroughBernoulli(base.Bit):
+    """Exact bits with the gradient of their probability, `relaxit_jax.straight_through_bernoulli`.
+
+    Forward ``Bernoulli(sigmoid(logits))``, backward as if the value were ``sigmoid(logits)``. The
+    support is the unit interval, so that NumPyro takes the draws as differentiable.
+
+    Args:
+      logits: log-odds of a one.
+      probs: probabilities of a one, instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: for both or neither of ``logits`` and ``probs``, or, if validated, values outside
+        their ranges.
+
+    References:
+      Y. Bengio, N. Léonard, A. Courville (2013), arXiv:1308.3432.
+
+    >>> print(f"{StraightThroughBernoulli(probs=0.25).variance:.4f}")
+    0.1875
+    """
+
+    arg_constraints = {"logits": base.log_odds}
+    support = constraints.unit_interval
+    has_enumerate_support = True
+    _sampler = staticmethod(samplers.straight_through_bernoulli)
+
+    @staticmethod
+    def _density(value, logits, **_):
+        return samplers.straight_through_bernoulli_log_prob(value, logits)
+
+    def __init__(self, logits=None, *, probs=None, validate_args=None):
+        super().__init__(validate_args, logits=base.bit_logits(logits, probs))
+
+    @property
+    def mean(self):
+        return self._full(sigmoid(self.logits))
+
+    @property
+    def variance(self):
+        return self._full(sigmoid(self.logits) * sigmoid(-self.logits))
+
+    def entropy(self):
+        log_pmf = base.log_pmf_of_bits(self.logits)
+        return self._full(-base.expected_log_pmf(log_pmf, log_pmf))
+
+    def cdf(self, value):
+        inside = jnp.where(jnp.asarray(value) < 1, sigmoid(-self.logits), 1)
+        return jnp.where(jnp.asarray(value) < 0, 0, inside)
+
+    def icdf(self, q):
+        return (q > sigmoid(-self.logits)).astype(self.logits.dtype)
+
+    def enumerate_support(self, expand=True):
+        values = jnp.arange(2, dtype=self.logits.dtype).reshape(-1, *(1,) * len(self.batch_shape))
+        return jnp.broadcast_to(values, (2, *self.batch_shape)) if expand else values
+
+
+class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
+    """Exact bits with the gradient of the relaxed one, `relaxit_jax.relaxed_bernoulli` with ``hard``.
+
+    Forward ``1[logits + L > 0]``, a Bernoulli; backward that of ``sigmoid((logits + L) / tau)``.
+
+    Args:
+      logits: log-odds of a one.
+      tau: temperature of the gradient, positive, broadcasting against ``logits``.
+      probs: probabilities of a one, instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `RelaxedBernoulli`.
+
+    References:
+      E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
+
+    >>> print(f"{StraightThroughRelaxedBernoulli(tau=0.5, probs=0.25).mean:.4f}")
+    0.2500
+    """
+
+    arg_constraints = {"logits": base.log_odds, "tau": constraints.positive}
+
+    @staticmethod
+    def _sampler(key, logits, tau, *, shape):
+        return samplers.relaxed_bernoulli(key, logits, tau, shape=shape, hard=True)
+
+    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
+        logits = base.bit_logits(logits, probs)
+        base.Bit.__init__(self, validate_args, logits=logits, tau=tau)
+
+
+class StochasticTimesSmooth(base.SamplerDistribution):
+    """A bit times the root of its probability, `relaxit_jax.stochastic_times_smooth`.
+
+    ``z = b sqrt(p)``, ``b ~ Bernoulli(sqrt(p))``, ``p = sigmoid(logits)``: mean p, variance
+    ``p sqrt(p) (1 - sqrt(p))``. The second atom depends on the parameter, so the support is not
+    enumerated and `log_prob` has no value elsewhere.
+
+    Args:
+      logits: log-odds of p.
+      probs: p, instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: for both or neither of ``logits`` and ``probs``, or, if validated, values outside
+        their ranges.
+
+    References:
+      Y. Bengio, N. Léonard, A. Courville (2013), arXiv:1308.3432.
+
+    >>> print(f"{StochasticTimesSmooth(probs=0.25).variance:.4f}")
+    0.0625
+    """
+
+    arg_constraints = {"logits": base.log_odds}
+    support = constraints.unit_interval
+    _sampler = staticmethod(samplers.stochastic_times_smooth)
+    _density = staticmethod(samplers.stochastic_times_smooth_log_prob)
+
+    def __init__(self, logits=None, *, probs=None, validate_args=None):
+        super().__init__(validate_args, logits=base.bit_logits(logits, probs))
+
+    @property
+    def mean(self):
+        return self._full(sigmoid(self.logits))
+
+    @property
+    def variance(self):
+        p = sigmoid(self.logits)
+        root = jnp.sqrt(p)
+        return self._full(
+            p * root * sigmoid(-self.logits) / (1 + root)
+        )  # 1 - sqrt(p) = (1 - p)/(1 + sqrt(p))
+
+    def cdf(self, value):
+        p = sigmoid(self.logits)
+        root = jnp.sqrt(p)
+        inside = jnp.where(jnp.asarray(value) < root, sigmoid(-self.logits) / (1 + root), 1)
+        return jnp.where(jnp.asarray(value) < 0, 0, inside)
+
+    def icdf(self, q):
+        root = jnp.sqrt(sigmoid(self.logits))
+        return jnp.where(q > sigmoid(-self.logits) / (1 + root), root, 0)
+
+
+class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
+    """Correlated binary Concrete gates, `relaxit_jax.correlated_bernoulli`.
+
+    ``z = sigmoid((logits + logit Phi(v)) / tau)``, ``v ~ N(0, R)``,
+    ``R = scale_tril scale_tril^T``.
+
+    Args:
+      logits: log-odds of a one, shape (..., K).
+      tau: temperature, positive, of the batch shape.
+      scale_tril: Cholesky factor of the correlation matrix, shape (..., K, K), rows of norm 1.
+      probs: probabilities of a one, instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `RelaxedBernoulli`, or for a missing ``scale_tril``.
+
+    References:
+      C. Lee, F. Imrie, M. van der Schaar (2022), Self-Supervision Enhanced Feature Selection with
+      Correlated Gates, ICLR.
+
+    >>> CorrelatedRelaxedBernoulli(jnp.zeros(2), 0.5, jnp.eye(2)).event_shape
+    (2,)
+    """
+
+    arg_constraints = {
+        "logits": constraints.independent(base.log_odds, 1),
+        "tau": constraints.positive,
+        "scale_tril": constraints.corr_cholesky,
+    }
+    support = constraints.independent(constraints.unit_interval, 1)
+    _sampler = staticmethod(samplers.correlated_bernoulli)
+    _density = staticmethod(samplers.correlated_bernoulli_log_prob)
+    _log_space = True
+    _event = staticmethod(lambda shapes: shapes["logits"][-1:])
+
+    def __init__(self, logits=None, tau=None, scale_tril=None, *, probs=None, validate_args=None):
+        logits = base.bit_logits(logits, probs)
+        super().__init__(validate_args, logits=logits, tau=tau, scale_tril=scale_tril)
+
+
+def _log_pmf(d):
+    if isinstance(d, base.Bit):
+        return base.log_pmf_of_bits(d.log_odds)
+    if isinstance(d, BernoulliLogits):
+        return base.log_pmf_of_bits(jnp.asarray(d.logits))
+    return jnp.stack([jnp.log1p(-d.probs), jnp.log(d.probs)], -1)
+
+
+@kl_divergence.register(base.Bit, BernoulliProbs)
+@kl_divergence.register(base.Bit, BernoulliLogits)
+@kl_divergence.register(base.Bit, StraightThroughBernoulli)
+@kl_divergence.register(BernoulliProbs, StraightThroughBernoulli)
+@kl_divergence.register(BernoulliLogits, StraightThroughBernoulli)
+def _kl_of_bits(p, q):
+    """The KL of the bits that the two stand for."""
+    return base.discrete_kl(_log_pmf(p), _log_pmf(q))
+
+
+@kl_divergence.register(RelaxedBernoulli, RelaxedBernoulli)
+def _kl_of_concretes(p, q):
+    """At one temperature that of two logistic distributions, ``d coth(d / 2) - 2``, d the shift."""
+    d = jnp.where(p.logits == q.logits, 0, p.logits - q.logits)  # also where both are infinite
+    near = jnp.abs(d) < 0.1  # there the difference would cancel
+    square = jnp.where(near, d, 0) ** 2
+    series = square / 6 * (1 - square / 60 * (1 - square / 42))
+    far = jnp.where(near, 1, d)
+    kl = jnp.where(near, series, far / jnp.tanh(far / 2) - 2)
+    return base.only_at_equal("tau", p, q, kl)

@@ -1,0 +1,139 @@
+"""Stochastic gates, which are exactly 0 or 1 with positive probability, as NumPyro distributions."""
+
+import math
+
+import jax.numpy as jnp
+from jax.nn import sigmoid
+from jax.scipy.special import ndtr, ndtri
+from numpyro.distributions import constraints
+
+from relaxit_jax import _numerics as nm
+from relaxit_jax import samplers
+from relaxit_jax.distributions import _base as base
+
+
+class GaussianRelaxedBernoulli(base.Bit):
+    """A Gaussian clipped to [0, 1], `relaxit_jax.gaussian_bernoulli`.
+
+    ``z = clip(loc + scale eps, 0, 1)``, eps standard normal. `log_prob` is the log-mass at 0 and 1
+    and the log-density between. It stands for the bit ``z > 1/2``.
+
+    Args:
+      loc: mean before clipping.
+      scale: standard deviation before clipping, positive.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: for shapes that do not broadcast or, if validated, values outside their ranges.
+
+    References:
+      Y. Yamada, O. Lindenbaum, S. Negahban, Y. Kluger (2020), arXiv:1810.04247.
+
+    >>> print(f"{GaussianRelaxedBernoulli(0.5, 0.5).cdf(0.0):.4f}")  # Phi(-1)
+    0.1587
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    support = constraints.unit_interval
+    _sampler = staticmethod(samplers.gaussian_bernoulli)
+    _density = staticmethod(samplers.gaussian_bernoulli_log_prob)
+
+    def __init__(self, loc, scale, *, validate_args=None):
+        super().__init__(validate_args, loc=loc, scale=scale)
+
+    @property
+    def log_odds(self):
+        """Log-odds of ``z > 1/2``."""
+        return nm.probit_to_logit((self.loc - 0.5) / self.scale)
+
+    def _ends(self):
+        """Where 0 and 1 lie in the noise, and the probability between."""
+        low, high = -self.loc / self.scale, (1 - self.loc) / self.scale
+        return low, high, ndtr(high) - ndtr(low)
+
+    @property
+    def mean(self):
+        low, high, inside = self._ends()
+        slopes = jnp.exp(nm.log_normal_pdf(low)) - jnp.exp(nm.log_normal_pdf(high))
+        return self._full(ndtr(-high) + self.loc * inside + self.scale * slopes)
+
+    @property
+    def variance(self):
+        low, high, inside = self._ends()
+        at_low, at_high = jnp.exp(nm.log_normal_pdf(low)), jnp.exp(nm.log_normal_pdf(high))
+        atoms = (1 - self.mean) ** 2 * ndtr(-high) + self.mean**2 * ndtr(low)
+        # about the mean, not about 0: the difference of two second moments would cancel
+        d = self.loc - self.mean
+        second = inside + low * at_low - high * at_high
+        between = d**2 * inside + 2 * d * self.scale * (at_low - at_high) + self.scale**2 * second
+        return self._full(atoms + between)
+
+    def cdf(self, value):
+        value = jnp.asarray(value)
+        inside = jnp.where(value < 1, ndtr((value - self.loc) / self.scale), 1)
+        return jnp.where(value < 0, 0, inside)
+
+    def icdf(self, q):
+        return jnp.clip(self.loc + self.scale * ndtri(q), 0, 1)
+
+
+class HardConcrete(base.Bit):
+    """A stretched and clipped binary Concrete gate, `relaxit_jax.hard_concrete`.
+
+    ``z = clip(a + (b - a) v, 0, 1)``, ``v = sigmoid((logits + L) / tau)``, ``stretch = (a, b)``.
+    `log_prob` is the log-mass at 0 and 1 and the log-density between. It stands for the bit
+    ``z > 1/2``.
+
+    Args:
+      logits: log-odds; infinite ones are certain bits.
+      tau: temperature, positive, broadcasting against ``logits``.
+      probs: ``sigmoid(logits)``, instead of ``logits``.
+      stretch: two numbers around [0, 1], known before tracing.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `RelaxedBernoulli`, and for a ``stretch`` that does not enclose [0, 1].
+
+    References:
+      C. Louizos, M. Welling, D. P. Kingma (2018), arXiv:1712.01312.
+
+    >>> print(f"{HardConcrete(0.0, 0.5).l0:.4f}")  # P(z != 0)
+    0.7683
+    """
+
+    arg_constraints = {"logits": base.log_odds, "tau": constraints.positive}
+    pytree_aux_fields = ("stretch",)
+    support = constraints.unit_interval
+    _sampler = staticmethod(samplers.hard_concrete)
+    _density = staticmethod(samplers.hard_concrete_log_prob)
+    _log_space = True
+
+    def __init__(self, logits=None, tau=None, *, probs=None, stretch=(-0.1, 1.1), validate_args=None):
+        logits = base.bit_logits(logits, probs)
+        samplers.hard_concrete_gate(0.0, stretch=stretch)  # checks the stretch
+        static = {"stretch": tuple(map(float, stretch))}
+        super().__init__(validate_args, static, logits=logits, tau=tau)
+
+    @property
+    def log_odds(self):
+        """Log-odds of ``z > 1/2``, which are ``logits`` if the stretch is symmetric."""
+        a, b = self.stretch
+        return self.logits - self.tau * math.log((0.5 - a) / (b - 0.5))
+
+    @property
+    def l0(self):
+        """The probability of not being 0, `relaxit_jax.hard_concrete_l0`."""
+        return self._full(samplers.hard_concrete_l0(self.logits, self.tau, stretch=self.stretch))
+
+    def cdf(self, value):
+        a, b = self.stretch
+        value = jnp.asarray(value)
+        inside = jnp.clip(value, 0, 1)
+        y = jnp.log(inside - a) - jnp.log(b - inside)
+        below = jnp.where(value < 1, sigmoid(self.tau * y - self.logits), 1)
+        return jnp.where(value < 0, 0, below)
+
+    def icdf(self, q):
+        a, b = self.stretch
+        y = (self.logits + jnp.log(q) - jnp.log1p(-q)) / self.tau
+        return jnp.clip(a * sigmoid(-y) + b * sigmoid(y), 0, 1)

@@ -1,0 +1,204 @@
+"""The logistic-normal distribution, and the Laplace Bridge between it and the Dirichlet."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import digamma, gammaln, polygamma
+from numpyro.distributions import Dirichlet, constraints, kl_divergence
+
+from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
+from relaxit_jax import laplace_bridge, samplers
+from relaxit_jax.distributions import _base as base
+
+
+class LogisticNormalSoftmax(base.SamplerDistribution):
+    """Softmax of a Gaussian, `relaxit_jax.logistic_normal`.
+
+    ``z = softmax(y)``, ``y ~ N(loc, Sigma)`` in R^K, Sigma ``diag(scale^2)`` or
+    ``scale_tril scale_tril^T``.
+
+    Args:
+      loc: means, shape (..., K).
+      scale: standard deviations, positive, shape (..., K). Give this or the next.
+      scale_tril: Cholesky factor of Sigma, shape (..., K, K).
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: for both or neither of ``scale`` and ``scale_tril``, shapes that do not fit, or,
+        if validated, values outside their ranges.
+
+    References:
+      J. Aitchison, S. M. Shen (1980), Logistic-normal distributions: some properties and uses,
+      Biometrika 67.
+
+    >>> LogisticNormalSoftmax(jnp.zeros(3), scale_tril=jnp.eye(3)).event_shape
+    (3,)
+    """
+
+    arg_constraints = {
+        "loc": constraints.real_vector,
+        "scale": constraints.independent(constraints.positive, 1),
+        "scale_tril": constraints.lower_cholesky,
+    }
+    support = base.simplex
+    _sampler = staticmethod(samplers.logistic_normal)
+    _density = staticmethod(samplers.logistic_normal_log_prob)
+    _log_space = True
+    _optional = ("scale", "scale_tril")
+    _event = staticmethod(lambda shapes: shapes["loc"][-1:])
+
+    def __init__(self, loc, scale=None, *, scale_tril=None, validate_args=None):
+        ck.require(
+            (scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither"
+        )
+        scale = base.per_coordinate(scale, loc)
+        super().__init__(validate_args, loc=loc, scale=scale, scale_tril=scale_tril)
+
+    @property
+    def covariance_matrix(self):
+        """Sigma, of the logits."""
+        if self.scale_tril is None:
+            scale = jnp.broadcast_to(self.scale, self.batch_shape + self.event_shape)
+            return scale[..., None] ** 2 * jnp.eye(scale.shape[-1], dtype=scale.dtype)
+        return jnp.matmul(self.scale_tril, jnp.matrix_transpose(self.scale_tril), precision="highest")
+
+
+# --- the Laplace Bridge -----------------------------------------------------------------------
+
+
+def to_logistic_normal(dirichlet):
+    """The logistic-normal close to a Dirichlet: its Laplace approximation in logit space.
+
+    ``relaxit_jax.laplace_bridge.dirichlet_to_gaussian``, whose covariance is singular along the
+    all-ones vector; softmax does not see what is added there to factor it.
+
+    Args:
+      dirichlet: a `numpyro.distributions.Dirichlet` of any batch shape.
+
+    Returns:
+      A `LogisticNormalSoftmax` with a full ``scale_tril``.
+
+    Raises:
+      ValueError: for anything but a Dirichlet.
+
+    References:
+      M. Hobbhahn, A. Kristiadi, P. Hennig (2022), arXiv:2003.01227.
+
+    >>> to_logistic_normal(Dirichlet(jnp.array([2.0, 2.0]))).loc
+    Array([0., 0.], dtype=float32)
+    """
+    ck.require(isinstance(dirichlet, Dirichlet), "dirichlet", "a Dirichlet", type(dirichlet).__name__)
+    alpha = jnp.broadcast_to(dirichlet.concentration, dirichlet.batch_shape + dirichlet.event_shape)
+    loc, covariance = laplace_bridge.dirichlet_to_gaussian(alpha)
+    # of the size of the others, so that the factor is as well conditioned as it can be
+    extra = jnp.mean(jnp.diagonal(covariance, axis1=-2, axis2=-1), -1)[..., None, None]
+    return LogisticNormalSoftmax(loc, scale_tril=jnp.linalg.cholesky(covariance + extra))
+
+
+def to_dirichlet(logistic_normal):
+    """The Dirichlet close to a logistic-normal, which inverts `to_logistic_normal` exactly.
+
+    ``relaxit_jax.laplace_bridge.gaussian_to_dirichlet``.
+
+    Args:
+      logistic_normal: a `LogisticNormalSoftmax`, diagonal or full, of any batch shape.
+
+    Returns:
+      A `numpyro.distributions.Dirichlet`.
+
+    Raises:
+      ValueError: for anything but a `LogisticNormalSoftmax`.
+
+    References:
+      M. Hobbhahn, A. Kristiadi, P. Hennig (2022), arXiv:2003.01227.
+
+    >>> to_dirichlet(to_logistic_normal(Dirichlet(jnp.array([0.5, 2.0])))).concentration.round(3)
+    Array([0.5, 2. ], dtype=float32)
+    """
+    d = logistic_normal
+    kind = type(d).__name__
+    ck.require(isinstance(d, LogisticNormalSoftmax), "logistic_normal", "a LogisticNormalSoftmax", kind)
+    loc = jnp.broadcast_to(d.loc, d.batch_shape + d.event_shape)
+    return Dirichlet(laplace_bridge.gaussian_to_dirichlet(loc, d.covariance_matrix))
+
+
+# --- KL ---------------------------------------------------------------------------------------
+
+
+@kl_divergence.register(LogisticNormalSoftmax, LogisticNormalSoftmax)
+def _kl_of_logistic_normals(p, q):
+    """That of the Gaussians of the K - 1 log-ratios."""
+    k = p.event_shape[-1]
+    half = (k - 1) / 2
+    if p.scale_tril is None and q.scale_tril is None:
+        here = -_log_volume(p.scale) - half
+        return here + _log_volume(q.scale) + _mean_square(p.loc - q.loc, p.scale**2, q.scale) / 2
+    a, b = _ratio_factor(p), _ratio_factor(q)
+    spread = _solve(b, a)
+    shift = nm.solve_lower(b, _ratios(p.loc - q.loc))
+    square = jnp.sum(spread**2, (-2, -1)) + jnp.sum(shift**2, -1)
+    return square / 2 - half + _log_det(b) - _log_det(a)
+
+
+@kl_divergence.register(Dirichlet, LogisticNormalSoftmax)
+def _kl_of_dirichlet_and_logistic_normal(p, q):
+    """-H(Dirichlet) - E log q, in which log z has mean psi(a_k) - psi(a_0) and variance psi1(a_k)."""
+    a = p.concentration
+    k = a.shape[-1]
+    total = jnp.sum(a, -1)
+    m = digamma(a) - digamma(total)[..., None]
+    negative_entropy = gammaln(total) - jnp.sum(gammaln(a), -1) + jnp.sum((a - 1) * m, -1)
+    variance = polygamma(1, a)
+    if q.scale_tril is None:
+        log_volume, square = _log_volume(q.scale), _mean_square(m - q.loc, variance, q.scale)
+    else:
+        b = _ratio_factor(q)
+        shift = nm.solve_lower(b, _ratios(m - q.loc))
+        # the log-ratios have covariance diag(psi1(a_k)) + psi1(a_K)
+        inverse = _solve(b, jnp.eye(k - 1, dtype=b.dtype))
+        own = jnp.sum(jnp.sum(inverse**2, -2) * variance[..., :-1], -1)
+        shared = jnp.sum(jnp.sum(inverse, -1) ** 2, -1) * variance[..., -1]
+        square = jnp.sum(shift**2, -1) + own + shared
+        log_volume = _log_det(b)
+    return negative_entropy + jnp.sum(m, -1) + (k - 1) / 2 * math.log(2 * math.pi) + log_volume + square / 2
+
+
+def _log_volume(scale):
+    """Half the log-determinant of the log-ratios' covariance, for a diagonal Sigma."""
+    smallest = jnp.min(scale, -1, keepdims=True)
+    log_total = jnp.log(jnp.sum((smallest / scale) ** 2, -1)) - 2 * jnp.log(smallest[..., 0])
+    return jnp.sum(jnp.log(scale), -1) + log_total / 2
+
+
+def _mean_square(shift, variance, scale):
+    """E sum_k w_k (r_k - m)^2 for r of this mean and variance, w = 1/scale^2, m the weighted mean of r."""
+    weight = 1 / scale**2
+    share = weight / jnp.sum(weight, -1, keepdims=True)
+    centred = shift - jnp.sum(share * shift, -1, keepdims=True)
+    return jnp.sum(weight * (centred**2 + (1 - share) * variance), -1)
+
+
+def _ratios(x):
+    return x[..., :-1] - x[..., -1:]
+
+
+def _ratio_factor(d):
+    """A lower-triangular factor of the covariance of the K - 1 log-ratios."""
+    a = d.scale_tril
+    if a is None:
+        a = d.scale[..., None] * jnp.eye(d.scale.shape[-1], dtype=d.scale.dtype)
+    rows = a[..., :-1, :] - a[..., -1:, :]
+    return jnp.matrix_transpose(jnp.linalg.qr(jnp.matrix_transpose(rows), mode="r"))
+
+
+def _solve(factor, matrix):
+    """factor^-1 matrix, batches broadcast."""
+    batch = jnp.broadcast_shapes(factor.shape[:-2], matrix.shape[:-2])
+    factor, matrix = (jnp.broadcast_to(x, batch + x.shape[-2:]) for x in (factor, matrix))
+    return jax.lax.linalg.triangular_solve(factor, matrix, left_side=True, lower=True)
+
+
+def _log_det(factor):
+    return jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))), -1)
