@@ -227,7 +227,10 @@ def _logit_to_probit_jvp(primals, tangents):
 def as_log(value, log_space):
     """log z of a simplex value given in either form, and whether z is outside [0, 1]."""
     if log_space:
-        return value, jnp.any(value > 0, -1)
+        # Where the compiler computes a draw twice, once with fused operations, its largest log z can
+        # come out above 0 by a rounding of what it was computed from.
+        span = jnp.maximum(jnp.max(jnp.where(jnp.isfinite(value), jnp.abs(value), 0), -1, keepdims=True), 1)
+        return value, jnp.any(value > 1e-5 * span, -1)
     outside = jnp.any((value < 0) | (value > 1), -1)
     inside = (value > 0) & ~outside[..., None] | jnp.isnan(value)
     log_value = jnp.log(jnp.where(inside, value, 1))  # log 0 has no slope that 0 could cancel

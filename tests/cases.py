@@ -5,6 +5,8 @@ how to call the method and what else to compare it with. Nothing here is a speci
 """
 
 import dataclasses
+import functools
+import inspect
 import itertools
 from collections.abc import Callable
 
@@ -14,6 +16,7 @@ import scipy.special as sp
 import scipy.stats as st
 
 import relaxit_jax as rj
+from relaxit_jax import distributions as rd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Case:
     nearest: Callable | None = None
     atoms: Callable | None = None  # of one element: (P(0), P(1))
     no_gradient: tuple = ()  # differentiable arguments that rightly have none
+    distribution: type | None = None  # the NumPyro class, of the same argument names
 
     def draw(self, key, shape=None, **params):
         """What the sampler returns, with this row's parameters unless told otherwise."""
@@ -47,6 +51,16 @@ class Case:
     def density(self, value, log_space=False, **params):
         extra = {"log_space": True} if log_space else {}
         return self.log_prob(value, **{**self.params, **params}, **extra)
+
+    def build(self, **params):
+        """The distribution, with this row's parameters unless told otherwise."""
+        return self.distribution(**{**self.params, **self.options, **params})
+
+    @property
+    def options(self):
+        """What the class takes of the sampler's static options."""
+        taken = inspect.signature(self.distribution).parameters
+        return {name: x for name, x in self.sample_options.items() if name in taken}
 
     @property
     def floats(self):
@@ -158,6 +172,7 @@ COUNT = Case(
     "generalized_gumbel_softmax", rj.generalized_gumbel_softmax,
     {"logits": CLASSES, "values": f32([0.0, 1.0, 3.0], [0.0, 1.0, 3.0]), "tau": TAU}, (), "number",
     discrete=categorical, nearest=which_value,
+    distribution=rd.GeneralizedGumbelSoftmax,
 )  # fmt: skip
 
 CASES = [
@@ -165,16 +180,19 @@ CASES = [
         "relaxed_bernoulli", rj.relaxed_bernoulli, {"logits": LOGITS, "tau": TAU},
         log_prob=rj.relaxed_bernoulli_log_prob, log_space=True,
         discrete=bernoulli, nearest=above_half,
+        distribution=rd.RelaxedBernoulli,
     ),
     Case(
         "relaxed_bernoulli_hard", rj.relaxed_bernoulli, {"logits": LOGITS, "tau": TAU}, (), "bits",
         sample_options={"hard": True}, discrete=bernoulli, outcome=above_half,
+        distribution=rd.StraightThroughRelaxedBernoulli,
     ),
     Case(
         "gaussian_bernoulli", rj.gaussian_bernoulli,
         {"loc": f32(0.3, 0.8), "scale": f32(0.4, 0.7)}, (), "gate",
         log_prob=rj.gaussian_bernoulli_log_prob,
         atoms=lambda loc, scale: (sp.ndtr(-loc / scale), sp.ndtr((loc - 1) / scale)),
+        distribution=rd.GaussianRelaxedBernoulli,
     ),
     Case(
         "gaussian_bernoulli_hard", rj.gaussian_bernoulli,
@@ -185,6 +203,7 @@ CASES = [
         "hard_concrete", rj.hard_concrete, {"logits": LOGITS, "tau": TAU}, (), "gate",
         log_prob=rj.hard_concrete_log_prob, log_space=True, atoms=hard_concrete_atoms,
         discrete=bernoulli, nearest=above_half,
+        distribution=rd.HardConcrete,
     ),
     Case(
         "hard_concrete_hard", rj.hard_concrete, {"logits": LOGITS, "tau": TAU}, (), "bits",
@@ -193,17 +212,20 @@ CASES = [
     Case(
         "straight_through_bernoulli", rj.straight_through_bernoulli, {"logits": LOGITS}, (), "bits",
         log_prob=rj.straight_through_bernoulli_log_prob, discrete=bernoulli, outcome=above_half,
+        distribution=rd.StraightThroughBernoulli,
     ),
     Case(
         "stochastic_times_smooth", rj.stochastic_times_smooth, {"logits": LOGITS}, (), "atoms",
         log_prob=rj.stochastic_times_smooth_log_prob,
         discrete=root, outcome=lambda draws: (np.asarray(draws, np.float64) > 0).astype(int),
+        distribution=rd.StochasticTimesSmooth,
     ),
     Case(
         "correlated_bernoulli", rj.correlated_bernoulli,
         {"logits": GATES, "tau": TAU, "scale_tril": HALVES}, (2,),
         log_prob=rj.correlated_bernoulli_log_prob, log_space=True,
         discrete=bit_pairs, nearest=pair_index,
+        distribution=rd.CorrelatedRelaxedBernoulli,
     ),
     Case(
         "correlated_bernoulli_hard", rj.correlated_bernoulli,
@@ -214,24 +236,29 @@ CASES = [
         "gumbel_softmax", rj.gumbel_softmax, {"logits": CLASSES, "tau": TAU}, (3,), "simplex",
         log_prob=rj.gumbel_softmax_log_prob, log_space=True,
         discrete=categorical, nearest=largest,
+        distribution=rd.GumbelSoftmax,
     ),
     Case(
         "gumbel_softmax_hard", rj.gumbel_softmax, {"logits": CLASSES, "tau": TAU}, (3,), "k_hot",
         sample_options={"hard": True}, discrete=categorical, outcome=largest,
+        distribution=rd.StraightThroughGumbelSoftmax,
     ),
     Case(
         "invertible_gaussian", rj.invertible_gaussian,
         {"loc": CLASSES[:, :2], "scale": f32([0.6, 1.1], [0.9, 0.5]), "tau": TAU, "delta": np.float32(0.6)},
         (3,), "simplex", log_prob=rj.invertible_gaussian_log_prob, log_space=True,
+        distribution=rd.InvertibleGaussian,
     ),
     Case(
         "logistic_normal", rj.logistic_normal,
         {"loc": CLASSES, "scale": f32([0.6, 1.1, 0.8], [0.9, 0.5, 1.3])}, (3,), "simplex",
         log_prob=rj.logistic_normal_log_prob, log_space=True,
+        distribution=rd.LogisticNormalSoftmax,
     ),
     Case(
         "logistic_normal_full", rj.logistic_normal, {"loc": CLASSES, "scale_tril": FACTORS}, (3,),
         "simplex", log_prob=rj.logistic_normal_log_prob, log_space=True,
+        distribution=rd.LogisticNormalSoftmax,
     ),
     COUNT,
     dataclasses.replace(
@@ -246,10 +273,29 @@ CASES = [
     Case(
         "relaxed_top_k", rj.relaxed_top_k, {"logits": ITEMS, "k": 2, "tau": TAU}, (4,), "k_hot_soft",
         discrete=subsets, nearest=which_set,
+        distribution=rd.GumbelSoftmaxTopK,
     ),
     Case(
         "relaxed_top_k_hard", rj.relaxed_top_k, {"logits": ITEMS, "k": 2, "tau": TAU}, (4,), "k_hot",
         sample_options={"hard": True}, discrete=subsets, outcome=which_set,
+        distribution=rd.GumbelSoftmaxTopK,
+    ),
+]  # fmt: skip
+
+BY_NAME = {case.name: case for case in CASES}
+
+# What has a class: the rows above, a class without a sampler, and a static option that is not its default.
+DISTRIBUTIONS = [
+    *(case for case in CASES if case.distribution),
+    dataclasses.replace(
+        BY_NAME["gumbel_softmax_hard"], name="one_hot_categorical", params={"logits": CLASSES},
+        sampler=lambda key, logits, shape, hard: rj.gumbel_softmax(key, logits, 1.0, shape=shape, hard=hard),
+        distribution=rd.OneHotCategorical,
+    ),
+    dataclasses.replace(
+        BY_NAME["hard_concrete"], name="hard_concrete_uneven", sample_options={"stretch": (-0.3, 1.1)},
+        log_prob=functools.partial(rj.hard_concrete_log_prob, stretch=(-0.3, 1.1)),
+        discrete=None, nearest=None, atoms=None,
     ),
 ]  # fmt: skip
 

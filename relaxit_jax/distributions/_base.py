@@ -5,7 +5,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import Distribution, constraints
+from numpyro.distributions import Distribution, constraints, kl_divergence
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.distribution import ExpandedDistribution
 from numpyro.distributions.transforms import StickBreakingTransform, biject_to
@@ -104,8 +104,8 @@ def _given_by_probs(logits, probs):
 
 def per_coordinate(scale, loc):
     """A scale with the event axis of its loc."""
-    if scale is None:
-        return None
+    if scale is None or loc is None:
+        return scale
     ck.require_event("loc", loc)
     scale = ck.as_float("scale", scale)
     size = jnp.shape(loc)[-1]
@@ -113,6 +113,17 @@ def per_coordinate(scale, loc):
         scale.shape[-1:] in ((), (1,), (size,)), "scale", f"of shape (..., {size})", f"shape {scale.shape}"
     )
     return jnp.broadcast_to(scale, (*scale.shape[:-1], size))
+
+
+def logit_quantile(logits, q):
+    """The q-quantile of logits + L, L standard logistic; certain bits are certain at q = 0 and 1 too."""
+    return jnp.where(jnp.isinf(logits), logits, logits + jnp.log(q) - jnp.log1p(-q))
+
+
+def without_batch_of_one(x, event_dim):
+    """A matrix without its batch axes, if they are all of size one: the samplers do not copy it then."""
+    shared = event_dim == 2 and x.size == x.shape[-1] * x.shape[-2]
+    return x.reshape(x.shape[-2:]) if shared else x
 
 
 # --- the thin class ---------------------------------------------------------------------------
@@ -126,9 +137,11 @@ class SamplerDistribution(Distribution):
     event shape by the parameters' shapes.
     """
 
+    pytree_aux_fields = ()
     _density = None
     _log_space = False  # whether the sampler has an unrounded form for the density
     _optional = ()  # parameters that may be None
+    _per_coordinate = ()  # parameters of which a scalar counts for every coordinate of the event
     _event = staticmethod(lambda shapes: ())
 
     def __init_subclass__(cls, **kwargs):
@@ -143,15 +156,22 @@ class SamplerDistribution(Distribution):
         for name, x in dict(static).items():
             setattr(self, name, x)
         shapes = {name: x.shape for name, x in self.get_args().items()}
-        super().__init__(*self._shapes(shapes), validate_args=validate_args)
+        batch_shape, event_shape = self._shapes(shapes)
+        # all of one rank, as NumPyro's own: what vmap or scan put in front then lines up
+        for name, x in self.get_args().items():
+            missing = len(batch_shape) + self.arg_constraints[name].event_dim - x.ndim
+            if missing:
+                setattr(self, name, x.reshape((1,) * missing + x.shape))
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     def get_args(self):
         return {name: x for name in self.arg_constraints if (x := getattr(self, name)) is not None}
 
     def _arguments(self):
         """What the sampler and the density take beside key and value."""
-        own = type(self).__dict__.get("pytree_aux_fields", ())
-        return self.get_args() | {name: getattr(self, name) for name in own}
+        shared = {name: without_batch_of_one(x, self.arg_constraints[name].event_dim)
+                  for name, x in self.get_args().items()}  # fmt: skip
+        return shared | {name: getattr(self, name) for name in self.pytree_aux_fields}
 
     @classmethod
     def _shapes(cls, shapes):
@@ -168,9 +188,9 @@ class SamplerDistribution(Distribution):
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("probs") is not None:
             given["logits"] = given["probs"]
-        return cls._shapes(
-            {name: x for name, x in given.items() if name in cls.arg_constraints and x is not None}
-        )
+        shapes = {name: x for name, x in given.items() if name in cls.arg_constraints and x is not None}
+        scalars = {name: (1,) for name in cls._per_coordinate if shapes.get(name) == ()}
+        return cls._shapes(shapes | scalars)
 
     def sample(self, key, sample_shape=()):
         return self._sampler(key, shape=(*sample_shape, *self.batch_shape), **self._arguments())
@@ -188,8 +208,12 @@ class SamplerDistribution(Distribution):
         if self._density is None:
             raise NotImplementedError(f"{type(self).__name__} has no density")
         if intermediates and self._log_space:
-            return self._density(intermediates[0], log_space=True, **self._arguments())
-        return self._density(value, **self._arguments())
+            return self._batched(self._density(intermediates[0], log_space=True, **self._arguments()))
+        return self._batched(self._density(value, **self._arguments()))
+
+    def _batched(self, x):
+        """Of the batch shape also where a parameter that has it does not count, as tau of exact bits."""
+        return jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, self.batch_shape))
 
     def _full(self, x):
         """A moment in its full shape."""
@@ -247,7 +271,21 @@ class ExpandedOneHot(ExpandedDistribution):
         return jnp.broadcast_to(values, shape[:1] + self.batch_shape + self.event_shape) if expand else values
 
 
-# --- KL ------------------------------------------------------------------------------
+# --- KL ---------------------------------------------------------------------------------------
+
+
+def kl_rule(*pairs):
+    """Register a KL for these pairs of classes; its result gets the batch shape of both together."""
+
+    def register(rule):
+        def kl(p, q):
+            return jnp.broadcast_to(rule(p, q), jnp.broadcast_shapes(p.batch_shape, q.batch_shape))
+
+        for pair in pairs:
+            kl_divergence.register(*pair)(kl)
+        return rule
+
+    return register
 
 
 def log_pmf_of_bits(logits):

@@ -2,8 +2,9 @@
 
 import jax.numpy as jnp
 from jax.nn import sigmoid
-from numpyro.distributions import BernoulliLogits, BernoulliProbs, constraints, kl_divergence
+from numpyro.distributions import BernoulliLogits, BernoulliProbs, constraints
 
+from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
@@ -41,12 +42,14 @@ class RelaxedBernoulli(base.Bit):
         super().__init__(validate_args, logits=base.bit_logits(logits, probs), tau=tau)
 
     def cdf(self, value):
-        y, outside = nm.as_logit(jnp.asarray(value), False)
-        inside = sigmoid(self.tau * y - self.logits)
-        return jnp.where(outside, jnp.asarray(value) > 1, inside)
+        value = jnp.asarray(value)
+        y, _ = nm.as_logit(value, False)
+        inside = sigmoid(self.tau * jnp.where(jnp.isinf(y), 0, y) - self.logits)
+        ends = (value >= 1) | ((value == 0) & (self.logits == -jnp.inf))
+        return jnp.where((value <= 0) | (value >= 1), ends, inside)
 
     def icdf(self, q):
-        return sigmoid((self.logits + jnp.log(q) - jnp.log1p(-q)) / self.tau)
+        return sigmoid(base.logit_quantile(self.logits, q) / self.tau)
 
 
 class StraightThroughBernoulli(base.Bit):
@@ -97,10 +100,10 @@ class StraightThroughBernoulli(base.Bit):
 
     def cdf(self, value):
         inside = jnp.where(jnp.asarray(value) < 1, sigmoid(-self.logits), 1)
-        return jnp.where(jnp.asarray(value) < 0, 0, inside)
+        return self._batched(jnp.where(jnp.asarray(value) < 0, 0, inside))
 
     def icdf(self, q):
-        return (q > sigmoid(-self.logits)).astype(self.logits.dtype)
+        return self._batched((q > sigmoid(-self.logits)).astype(self.logits.dtype))
 
     def enumerate_support(self, expand=True):
         values = jnp.arange(2, dtype=self.logits.dtype).reshape(-1, *(1,) * len(self.batch_shape))
@@ -183,10 +186,12 @@ class StochasticTimesSmooth(base.SamplerDistribution):
         )  # 1 - sqrt(p) = (1 - p)/(1 + sqrt(p))
 
     def cdf(self, value):
-        p = sigmoid(self.logits)
-        root = jnp.sqrt(p)
-        inside = jnp.where(jnp.asarray(value) < root, sigmoid(-self.logits) / (1 + root), 1)
-        return jnp.where(jnp.asarray(value) < 0, 0, inside)
+        value = jnp.asarray(value)
+        root = jnp.sqrt(sigmoid(self.logits))
+        # a draw is the root only to the rounding of its dtype, as for the density
+        at_root = value >= root * (1 - 4 * float(jnp.finfo(jnp.result_type(value, root, 0.0)).eps))
+        inside = jnp.where(at_root & (value > 0), 1, sigmoid(-self.logits) / (1 + root))
+        return jnp.where(value < 0, 0, inside)
 
     def icdf(self, q):
         root = jnp.sqrt(sigmoid(self.logits))
@@ -241,23 +246,26 @@ def _log_pmf(d):
     return jnp.stack([jnp.log1p(-d.probs), jnp.log(d.probs)], -1)
 
 
-@kl_divergence.register(base.Bit, BernoulliProbs)
-@kl_divergence.register(base.Bit, BernoulliLogits)
-@kl_divergence.register(base.Bit, StraightThroughBernoulli)
-@kl_divergence.register(BernoulliProbs, StraightThroughBernoulli)
-@kl_divergence.register(BernoulliLogits, StraightThroughBernoulli)
+@base.kl_rule(
+    (base.Bit, BernoulliProbs),
+    (base.Bit, BernoulliLogits),
+    (base.Bit, StraightThroughBernoulli),
+    (BernoulliProbs, StraightThroughBernoulli),
+    (BernoulliLogits, StraightThroughBernoulli),
+)
 def _kl_of_bits(p, q):
     """The KL of the bits that the two stand for."""
     return base.discrete_kl(_log_pmf(p), _log_pmf(q))
 
 
-@kl_divergence.register(RelaxedBernoulli, RelaxedBernoulli)
+@base.kl_rule((RelaxedBernoulli, RelaxedBernoulli))
 def _kl_of_concretes(p, q):
     """At one temperature that of two logistic distributions, ``d coth(d / 2) - 2``, d the shift."""
-    d = jnp.where(p.logits == q.logits, 0, p.logits - q.logits)  # also where both are infinite
-    near = jnp.abs(d) < 0.1  # there the difference would cancel
-    square = jnp.where(near, d, 0) ** 2
-    series = square / 6 * (1 - square / 60 * (1 - square / 42))
+    _, a, b = ck.widen(p=p.logits, q=q.logits)
+    d = jnp.where(jnp.isinf(a) & (a == b), 0, a - b)
+    near = jnp.abs(d) < 0.5  # there the difference would cancel
+    s = jnp.where(near, d, 0) ** 2
+    series = s / 6 * (1 - s / 60 * (1 - s / 42 * (1 - s / 40 * (1 - s * 25 / 990))))
     far = jnp.where(near, 1, d)
     kl = jnp.where(near, series, far / jnp.tanh(far / 2) - 2)
     return base.only_at_equal("tau", p, q, kl)

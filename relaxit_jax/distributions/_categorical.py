@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import constraints, kl_divergence
+from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import samplers
@@ -68,7 +68,7 @@ class OneHotCategorical(base.OneHot):
 
     def entropy(self):
         log_pmf = base.log_pmf_of_classes(self.logits)
-        return jnp.broadcast_to(-base.expected_log_pmf(log_pmf, log_pmf), self.batch_shape)
+        return self._batched(-base.expected_log_pmf(log_pmf, log_pmf))
 
     def enumerate_support(self, expand=True):
         (k,) = self.event_shape
@@ -192,6 +192,7 @@ class InvertibleGaussian(base.SamplerDistribution):
     _sampler = staticmethod(samplers.invertible_gaussian)
     _density = staticmethod(samplers.invertible_gaussian_log_prob)
     _log_space = True
+    _per_coordinate = ("scale",)
     _event = staticmethod(lambda shapes: (shapes["loc"][-1] + 1,))
 
     def __init__(self, loc, scale, tau, *, delta=1.0, validate_args=None):
@@ -202,18 +203,18 @@ class InvertibleGaussian(base.SamplerDistribution):
 # --- KL ---------------------------------------------------------------------------------------
 
 
-@kl_divergence.register(OneHotCategorical, OneHotCategorical)
-@kl_divergence.register(GumbelSoftmax, OneHotCategorical)
+@base.kl_rule((OneHotCategorical, OneHotCategorical), (GumbelSoftmax, OneHotCategorical))
 def _kl_of_classes(p, q):
     """The KL of the categoricals that the two stand for."""
     return base.discrete_kl(base.log_pmf_of_classes(p.logits), base.log_pmf_of_classes(q.logits))
 
 
-@kl_divergence.register(InvertibleGaussian, InvertibleGaussian)
+@base.kl_rule((InvertibleGaussian, InvertibleGaussian))
 def _kl_of_invertible_gaussians(p, q):
     """That of the Gaussians, if both are mapped to the simplex alike."""
-    ratio = p.scale / q.scale
+    _, loc, other_loc, scale, other = ck.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
+    ratio = scale / other
     # ratio^2 - 1 - log ratio^2 without its cancellation near 1
     excess = (ratio - 1) * (ratio + 1) - 2 * jnp.log(ratio)
-    kl = jnp.sum(((p.loc - q.loc) / q.scale) ** 2 + excess, -1) / 2
+    kl = jnp.sum(((loc - other_loc) / other) ** 2 + excess, -1) / 2
     return base.only_at_equal("delta", p, q, base.only_at_equal("tau", p, q, kl))

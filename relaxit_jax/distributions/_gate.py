@@ -135,5 +135,5 @@ class HardConcrete(base.Bit):
 
     def icdf(self, q):
         a, b = self.stretch
-        y = (self.logits + jnp.log(q) - jnp.log1p(-q)) / self.tau
+        y = base.logit_quantile(self.logits, q) / self.tau
         return jnp.clip(a * sigmoid(-y) + b * sigmoid(y), 0, 1)

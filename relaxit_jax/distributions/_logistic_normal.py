@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma, gammaln, polygamma
-from numpyro.distributions import Dirichlet, constraints, kl_divergence
+from numpyro.distributions import Dirichlet, constraints
+from numpyro.distributions.distribution import ExpandedDistribution
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
@@ -47,6 +48,7 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
     _density = staticmethod(samplers.logistic_normal_log_prob)
     _log_space = True
     _optional = ("scale", "scale_tril")
+    _per_coordinate = ("scale",)
     _event = staticmethod(lambda shapes: shapes["loc"][-1:])
 
     def __init__(self, loc, scale=None, *, scale_tril=None, validate_args=None):
@@ -58,11 +60,13 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
 
     @property
     def covariance_matrix(self):
-        """Sigma, of the logits."""
+        """Sigma, of the logits, shape (..., K, K)."""
         if self.scale_tril is None:
-            scale = jnp.broadcast_to(self.scale, self.batch_shape + self.event_shape)
-            return scale[..., None] ** 2 * jnp.eye(scale.shape[-1], dtype=scale.dtype)
-        return jnp.matmul(self.scale_tril, jnp.matrix_transpose(self.scale_tril), precision="highest")
+            covariance = self.scale[..., None] ** 2 * jnp.eye(self.event_shape[0], dtype=self.scale.dtype)
+        else:
+            a = self.scale_tril
+            covariance = jnp.matmul(a, jnp.matrix_transpose(a), precision="highest")
+        return jnp.broadcast_to(covariance, self.batch_shape + 2 * self.event_shape)
 
 
 # --- the Laplace Bridge -----------------------------------------------------------------------
@@ -75,10 +79,10 @@ def to_logistic_normal(dirichlet):
     all-ones vector; softmax does not see what is added there to factor it.
 
     Args:
-      dirichlet: a `numpyro.distributions.Dirichlet` of any batch shape.
+      dirichlet: a `numpyro.distributions.Dirichlet` of any batch shape, expanded or not.
 
     Returns:
-      A `LogisticNormalSoftmax` with a full ``scale_tril``.
+      A `LogisticNormalSoftmax` with a full ``scale_tril``, expanded as ``dirichlet`` is.
 
     Raises:
       ValueError: for anything but a Dirichlet.
@@ -89,12 +93,15 @@ def to_logistic_normal(dirichlet):
     >>> to_logistic_normal(Dirichlet(jnp.array([2.0, 2.0]))).loc
     Array([0., 0.], dtype=float32)
     """
+    if isinstance(dirichlet, ExpandedDistribution):
+        return to_logistic_normal(dirichlet.base_dist).expand(dirichlet.batch_shape)
     ck.require(isinstance(dirichlet, Dirichlet), "dirichlet", "a Dirichlet", type(dirichlet).__name__)
-    alpha = jnp.broadcast_to(dirichlet.concentration, dirichlet.batch_shape + dirichlet.event_shape)
+    dtype, alpha = ck.widen(dirichlet=dirichlet.concentration)
     loc, covariance = laplace_bridge.dirichlet_to_gaussian(alpha)
     # of the size of the others, so that the factor is as well conditioned as it can be
     extra = jnp.mean(jnp.diagonal(covariance, axis1=-2, axis2=-1), -1)[..., None, None]
-    return LogisticNormalSoftmax(loc, scale_tril=jnp.linalg.cholesky(covariance + extra))
+    factor = jnp.linalg.cholesky(covariance + extra)
+    return LogisticNormalSoftmax(loc.astype(dtype), scale_tril=factor.astype(dtype))
 
 
 def to_dirichlet(logistic_normal):
@@ -103,10 +110,11 @@ def to_dirichlet(logistic_normal):
     ``relaxit_jax.laplace_bridge.gaussian_to_dirichlet``.
 
     Args:
-      logistic_normal: a `LogisticNormalSoftmax`, diagonal or full, of any batch shape.
+      logistic_normal: a `LogisticNormalSoftmax`, diagonal or full, of any batch shape, expanded or
+        not.
 
     Returns:
-      A `numpyro.distributions.Dirichlet`.
+      A `numpyro.distributions.Dirichlet`, expanded as ``logistic_normal`` is.
 
     Raises:
       ValueError: for anything but a `LogisticNormalSoftmax`.
@@ -118,6 +126,8 @@ def to_dirichlet(logistic_normal):
     Array([0.5, 2. ], dtype=float32)
     """
     d = logistic_normal
+    if isinstance(d, ExpandedDistribution):
+        return to_dirichlet(d.base_dist).expand(d.batch_shape)
     kind = type(d).__name__
     ck.require(isinstance(d, LogisticNormalSoftmax), "logistic_normal", "a LogisticNormalSoftmax", kind)
     loc = jnp.broadcast_to(d.loc, d.batch_shape + d.event_shape)
@@ -127,35 +137,37 @@ def to_dirichlet(logistic_normal):
 # --- KL ---------------------------------------------------------------------------------------
 
 
-@kl_divergence.register(LogisticNormalSoftmax, LogisticNormalSoftmax)
+@base.kl_rule((LogisticNormalSoftmax, LogisticNormalSoftmax))
 def _kl_of_logistic_normals(p, q):
     """That of the Gaussians of the K - 1 log-ratios."""
-    k = p.event_shape[-1]
-    half = (k - 1) / 2
+    half = (p.event_shape[-1] - 1) / 2
+    _, loc, other_loc = ck.widen(p=p.loc, q=q.loc)
+    shift = loc - other_loc
     if p.scale_tril is None and q.scale_tril is None:
-        here = -_log_volume(p.scale) - half
-        return here + _log_volume(q.scale) + _mean_square(p.loc - q.loc, p.scale**2, q.scale) / 2
+        _, scale, other = ck.widen(p=p.scale, q=q.scale)
+        return _log_volume(other) - _log_volume(scale) - half + _mean_square(shift, scale**2, other) / 2
     a, b = _ratio_factor(p), _ratio_factor(q)
     spread = _solve(b, a)
-    shift = nm.solve_lower(b, _ratios(p.loc - q.loc))
-    square = jnp.sum(spread**2, (-2, -1)) + jnp.sum(shift**2, -1)
+    white = nm.solve_lower(b, _ratios(shift))
+    square = jnp.sum(spread**2, (-2, -1)) + jnp.sum(white**2, -1)
     return square / 2 - half + _log_det(b) - _log_det(a)
 
 
-@kl_divergence.register(Dirichlet, LogisticNormalSoftmax)
+@base.kl_rule((Dirichlet, LogisticNormalSoftmax))
 def _kl_of_dirichlet_and_logistic_normal(p, q):
     """-H(Dirichlet) - E log q, in which log z has mean psi(a_k) - psi(a_0) and variance psi1(a_k)."""
-    a = p.concentration
+    _, a, loc = ck.widen(p=p.concentration, q=q.loc)
     k = a.shape[-1]
     total = jnp.sum(a, -1)
     m = digamma(a) - digamma(total)[..., None]
     negative_entropy = gammaln(total) - jnp.sum(gammaln(a), -1) + jnp.sum((a - 1) * m, -1)
     variance = polygamma(1, a)
     if q.scale_tril is None:
-        log_volume, square = _log_volume(q.scale), _mean_square(m - q.loc, variance, q.scale)
+        _, scale = ck.widen(scale=q.scale)
+        log_volume, square = _log_volume(scale), _mean_square(m - loc, variance, scale)
     else:
         b = _ratio_factor(q)
-        shift = nm.solve_lower(b, _ratios(m - q.loc))
+        shift = nm.solve_lower(b, _ratios(m - loc))
         # the log-ratios have covariance diag(psi1(a_k)) + psi1(a_K)
         inverse = _solve(b, jnp.eye(k - 1, dtype=b.dtype))
         own = jnp.sum(jnp.sum(inverse**2, -2) * variance[..., :-1], -1)
@@ -186,9 +198,11 @@ def _ratios(x):
 
 def _ratio_factor(d):
     """A lower-triangular factor of the covariance of the K - 1 log-ratios."""
-    a = d.scale_tril
-    if a is None:
-        a = d.scale[..., None] * jnp.eye(d.scale.shape[-1], dtype=d.scale.dtype)
+    if d.scale_tril is None:
+        _, scale = ck.widen(scale=d.scale)
+        a = scale[..., None] * jnp.eye(scale.shape[-1], dtype=scale.dtype)
+    else:
+        _, a = ck.widen(scale_tril=base.without_batch_of_one(d.scale_tril, 2))
     rows = a[..., :-1, :] - a[..., -1:, :]
     return jnp.matrix_transpose(jnp.linalg.qr(jnp.matrix_transpose(rows), mode="r"))
 

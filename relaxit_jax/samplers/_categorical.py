@@ -240,7 +240,7 @@ def logistic_normal(key, loc, scale=None, *, scale_tril=None, shape=None, log_sp
     dtype, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
     shape = ck.batch_shape(shape, **batch)
     noise = nm.normal(key, (*shape, loc.shape[-1]), loc.dtype)
-    y = loc + (scale * noise if scale_tril is None else nm.apply_factor(scale_tril, noise))
+    y = nm.centre(loc) + (scale * noise if scale_tril is None else nm.apply_factor(scale_tril, noise))
     return log_softmax(y) if log_space else softmax(y).astype(dtype)
 
 

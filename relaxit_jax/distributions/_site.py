@@ -1,0 +1,207 @@
+"""A discrete latent site: the finite law of its distribution, and the relaxed site that stands for it."""
+
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+
+from relaxit_jax import _checks as ck
+from relaxit_jax.distributions import _base as base
+
+# --- a relaxed site ---------------------------------------------------------------------------
+
+
+class Relaxed(dist.Distribution):
+    """Draws of a relaxation, scored as the discrete law they stand for.
+
+    Where the guide's law q is known (as the intermediate of its draw), `log_prob` is the expected
+    log-mass ``sum_k q_k log p_k``: of the guide -H(q), of the model less the guide -KL(q || p),
+    under every ELBO. Elsewhere it is the log-mass, interpolated linearly between the values.
+    """
+
+    arg_constraints = {"log_pmf": base.log_weights}
+    pytree_data_fields = ("relaxation", "log_pmf", "values")
+
+    def __init__(self, relaxation, log_pmf, values=None):
+        self.relaxation, self.log_pmf, self.values = relaxation, log_pmf, values
+        super().__init__(relaxation.batch_shape, relaxation.event_shape, validate_args=False)
+
+    @property
+    def support(self):
+        return self.relaxation.support
+
+    @property
+    def has_rsample(self):
+        return self.relaxation.has_rsample
+
+    def sample(self, key, sample_shape=()):
+        return self.relaxation.sample(key, sample_shape)
+
+    def sample_with_intermediates(self, key, sample_shape=()):
+        shape = (*sample_shape, *self.batch_shape, self.log_pmf.shape[-1])
+        return self.sample(key, sample_shape), [jnp.broadcast_to(self.log_pmf, shape)]
+
+    def log_prob(self, value, intermediates=None):
+        if intermediates:
+            check_same_values(intermediates[0], self.log_pmf)
+            return base.expected_log_pmf(intermediates[0], self.log_pmf)
+        if self.event_dim:
+            weights = value
+        elif self.values is None:
+            weights = jnp.stack([1 - value, value], -1)
+        else:
+            weights = jnp.maximum(1 - jnp.abs(value[..., None] - self.values), 0)
+        possible = self.log_pmf > -jnp.inf
+        law = jnp.sum(weights * jnp.where(possible, self.log_pmf, 0), -1)
+        return jnp.where(jnp.any(~possible & (weights > 0), -1), -jnp.inf, law)
+
+
+@dist.kl_divergence.register(Relaxed, Relaxed)
+def _kl_of_relaxed_sites(p, q):
+    check_same_values(p.log_pmf, q.log_pmf)
+    return base.discrete_kl(p.log_pmf, q.log_pmf)
+
+
+def check_same_values(log_q, log_p):
+    here, there = log_q.shape[-1], log_p.shape[-1]
+    need = f"the same for model and guide, whose sites have {there} and {here} values"
+    ck.require(here == there, "num_values", need, "a difference")
+
+
+# --- the law of a discrete site ---------------------------------------------------------------
+
+
+class FiniteDiscrete(dist.Distribution):
+    """Integers with these log-probabilities: the discrete counterpart of a relaxed count."""
+
+    arg_constraints = {"logits": base.log_weights}
+    pytree_aux_fields = ("low",)
+    has_enumerate_support = True
+
+    def __init__(self, logits, low=0, *, validate_args=None):
+        self.logits, self.low = logits, low
+        super().__init__(logits.shape[:-1], (), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self):
+        return constraints.integer_interval(self.low, self.low + self.logits.shape[-1] - 1)
+
+    def sample(self, key, sample_shape=()):
+        draw = dist.CategoricalLogits(self.logits, validate_args=False).sample(key, sample_shape)
+        return draw + self.low
+
+    def log_prob(self, value):
+        return dist.CategoricalLogits(self.logits, validate_args=False).log_prob(value - self.low)
+
+    def enumerate_support(self, expand=True):
+        return dist.CategoricalLogits(self.logits, validate_args=False).enumerate_support(expand) + self.low
+
+
+BITS = (dist.BernoulliProbs, dist.BernoulliLogits)
+CLASSES = (dist.CategoricalProbs, dist.CategoricalLogits, base.OneHot)
+TRIALS = (dist.MultinomialProbs, dist.MultinomialLogits)
+TAIL = 1e-6  # mass that a truncated count may leave to its last value
+MOST_VALUES = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """The finite law of a discrete site."""
+
+    kind: str  # bit, class, count
+    log_pmf: jax.Array  # of the batch shape and a last axis for the values, normalised
+    values: np.ndarray | None = None  # of a count
+
+    @property
+    def logits(self):
+        """What the relaxations of this kind take."""
+        if self.kind != "bit":
+            return self.log_pmf
+        return self.log_pmf[..., 1] - self.log_pmf[..., 0]
+
+
+def law_of(name, d, num_values=None):
+    """The law of the innermost distribution of the site `name`."""
+    if isinstance(d, dist.BernoulliLogits):
+        return Law("bit", base.log_pmf_of_bits(jnp.asarray(d.logits)))
+    if isinstance(d, dist.BernoulliProbs):
+        return Law("bit", jnp.stack([jnp.log1p(-d.probs), jnp.log(d.probs)], -1))
+    if isinstance(d, CLASSES):
+        return Law("class", base.log_pmf_of_classes(d.logits))
+    if isinstance(d, TRIALS):
+        concrete = not isinstance(d.total_count, jax.core.Tracer)
+        ck.require(
+            concrete and np.all(np.asarray(d.total_count) == 1),
+            f"site '{name}'", "a Multinomial with one trial to be relaxed", f"{d.total_count} trials",
+        )  # fmt: skip
+        return Law("class", base.log_pmf_of_classes(d.logits))
+    if isinstance(d, FiniteDiscrete):
+        low, k = d.low, d.logits.shape[-1]
+        return Law("count", base.log_pmf_of_classes(d.logits), np.arange(low, low + k, dtype=np.float32))
+    ck.require(
+        getattr(d, "event_dim", 1) == 0 and _lower_bound(d.support) is not None,
+        f"site '{name}'", "observed, enumerated, or one of the discrete distributions that relax knows, or "
+        "else left as it is by config={'" + name + "': None}", type(d).__name__,
+    )  # fmt: skip
+    return _law_of_count(name, d, num_values)
+
+
+def _lower_bound(support):
+    """The least value of a support of integers, None of any other."""
+    if isinstance(support, type(constraints.nonnegative_integer)):
+        return 0
+    return getattr(support, "lower_bound", None)
+
+
+def _law_of_count(name, d, num_values):
+    low, high = _lower_bound(d.support), getattr(d.support, "upper_bound", None)
+    visible = not any(isinstance(x, jax.core.Tracer) for x in (low, high))
+    need = f"given for the site '{name}', whose range is traced"
+    ck.require(visible or num_values is not None, "num_values", need, num_values)
+    low = int(np.min(low)) if visible else 0
+    if num_values is None:
+        k = _enough_values(name, d, low) if high is None else int(np.max(high)) - low + 1
+    else:
+        k = ck.as_static_int("num_values", num_values, 1, MOST_VALUES)
+    # A tail is folded into the last value. Its terms are added up in log space, as far again as the
+    # values reach: one minus the others would cancel, and have no gradient where it is rounded to 0.
+    beyond = k + 64 if high is None else 0
+    log_pmf = _log_pmf(d, np.arange(low, low + k + beyond))
+    if beyond:
+        last = jax.nn.logsumexp(log_pmf[..., k - 1 :], -1, keepdims=True)
+        log_pmf = jnp.concatenate([log_pmf[..., : k - 1], last], -1)
+    values = np.arange(low, low + k, dtype=np.float32)
+    return Law("count", jax.nn.log_softmax(log_pmf, -1), values)
+
+
+def _log_pmf(d, values):
+    """log P(value) on a last axis; -inf outside the support."""
+    quiet = copy.copy(d)
+    quiet._validate_args = False  # values outside are meant
+    at = jnp.asarray(values).reshape(-1, *(1,) * len(d.batch_shape))
+    inside = jnp.broadcast_to(quiet.support(at), (len(values), *d.batch_shape))
+    safe = jnp.where(inside, at, _lower_bound(d.support))
+    return jnp.moveaxis(jnp.where(inside, quiet.log_prob(safe), -jnp.inf), 0, -1)
+
+
+def _enough_values(name, d, low):
+    """So many values that what is beyond them has less mass than TAIL, by its geometric bound."""
+    need = (
+        f"given for the site '{name}', a {type(d).__name__} whose parameters are traced: the number of its "
+        "values is fixed before tracing (for a mean m and a standard deviation s, m + 6 s is enough)"
+    )
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(d))
+    ck.require(not traced, "num_values", need, None)
+    k = 16
+    with jax.ensure_compile_time_eval():
+        while k <= MOST_VALUES:
+            two = np.asarray(_log_pmf(d, low + np.array([k - 1, k])), np.float64)
+            ratio = np.exp(two[..., 1] - two[..., 0])
+            if np.all((ratio < 1) & (two[..., 1] - np.log1p(-np.minimum(ratio, 0.999999)) < np.log(TAIL))):
+                return k
+            k += max(8, k // 8)
+    raise ValueError(f"num_values must be given for the site '{name}', which has more than {MOST_VALUES}")

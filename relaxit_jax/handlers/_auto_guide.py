@@ -1,0 +1,180 @@
+"""A mean-field guide made from a model with discrete latents."""
+
+import contextlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from numpyro import distributions as dist
+from numpyro import handlers
+from numpyro.infer.autoguide import AutoNormal
+
+from relaxit_jax import distributions as rd
+from relaxit_jax.distributions import _site as site
+from relaxit_jax.handlers import _base as base
+
+
+class auto_guide:
+    """A mean-field guide for a model with discrete latents.
+
+    Every element of every discrete latent site gets logits of its own, which start at those of the
+    prior; Poisson and other counts get one for each of finitely many values. Continuous sites get
+    NumPyro's `AutoNormal`. The guide has discrete sites: wrap it in `relax` to train it, and leave
+    it unwrapped to draw from what was trained.
+
+    Masked sites are masked in the guide too where the mask can be seen when the guide is first
+    called. Sites in subsampled plates get parameters for the whole plate.
+
+    Args:
+      model: the model, not relaxed.
+      continuous: what makes the guide of the continuous sites from a model, an `AutoGuide` class or
+        the like.
+      num_values: how many values a count takes, as in `relax`.
+      prefix: part of the parameters' names, ``<site>_<prefix>_logits``.
+
+    Returns:
+      A guide: a callable with the arguments of the model. `probs` reads the trained probabilities.
+
+    Raises:
+      ValueError: when first called, for a site that cannot be relaxed.
+
+    References:
+      D. M. Blei, A. Kucukelbir, J. D. McAuliffe (2017), Variational Inference: A Review for
+      Statisticians, arXiv:1601.00670.
+
+    >>> model = lambda: numpyro.sample("z", dist.Categorical(jnp.array([0.1, 0.9])))
+    >>> guide = auto_guide(model)
+    >>> trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
+    >>> probs = guide.probs({"z_auto_logits": trace["z_auto_logits"]["value"]})
+    >>> print(f"{probs['z'][1]:.4f}")
+    0.9000
+    """
+
+    def __init__(self, model, *, continuous=AutoNormal, num_values=None, prefix="auto"):
+        self.model, self.continuous, self.num_values, self.prefix = model, continuous, num_values, prefix
+        self._parts = None
+
+    def __call__(self, *args, **kwargs):
+        if self._parts is None:
+            self._setup(args, kwargs)
+        self._plates = {
+            name: numpyro.plate(name, size, dim=dim, subsample_size=subsample)
+            for name, (size, subsample, dim) in self._frames.items()
+        }
+        values = {}
+        for part in self._parts:
+            values.update(part(*args, **kwargs))
+        return values
+
+    def probs(self, params):
+        """The probabilities of the discrete sites, by name: of a one for bits, else of every value."""
+        found = {}
+        for name, (kind, _) in self._sites.items():
+            logits = params[self._param(name)]
+            found[name] = jax.nn.sigmoid(logits) if kind == "bit" else jax.nn.softmax(logits, -1)
+        return found
+
+    def values(self, name):
+        """The values of a count, in the order of its probabilities."""
+        return self._sites[name][1]
+
+    def _param(self, name):
+        return f"{name}_{self.prefix}_logits"
+
+    def _setup(self, args, kwargs):
+        with handlers.block():
+            trace = handlers.trace(handlers.seed(self.model, numpyro.prng_key())).get_trace(*args, **kwargs)
+        latent = [s for s in trace.values() if _is_latent(s)]
+        sizes = {name: s["args"] for name, s in trace.items() if s["type"] == "plate"}
+        self._frames = {
+            frame.name: (sizes.get(frame.name, (frame.size,))[0], frame.size, frame.dim)
+            for s in latent
+            for frame in s["cond_indep_stack"]
+        }
+        self._sites, self._parts = {}, []
+        # in the order of the model, so that NumPyro can see that the guide is mean-field
+        for discrete, group in itertools.groupby(latent, lambda s: base.is_discrete(s["fn"])):
+            if discrete:
+                self._parts.extend(map(self._discrete_part, group))
+            else:
+                names = {s["name"] for s in group}
+                hide = lambda m, names=names: (
+                    m["type"] == "sample" and _is_latent(m) and m["name"] not in names
+                )
+                self._parts.append(
+                    self.continuous(
+                        handlers.block(self.model, hide_fn=hide),
+                        prefix=self.prefix,
+                        create_plates=lambda *_, **__: list(self._plates.values()),
+                    )
+                )
+
+    def _discrete_part(self, message):
+        name, fn, stack = message["name"], message["fn"], message["cond_indep_stack"]
+        d = base.innermost(fn)
+        count = self.num_values
+        law = site.law_of(name, d, count.get(name) if isinstance(count, dict) else count)
+        self._sites[name] = (law.kind, law.values)
+        shape = fn.shape()[: len(fn.shape()) - d.event_dim]
+        initial, possible = self._initial(law, shape, len(fn.batch_shape), stack)
+        event_dim = initial.ndim - len(fn.batch_shape)
+        mask = _concrete_mask(fn)
+
+        def part(*_, **__):
+            with contextlib.ExitStack() as plates:
+                for frame in stack:
+                    plates.enter_context(self._plates[frame.name])
+                logits = numpyro.param(self._param(name), initial, event_dim=event_dim)
+                logits = jnp.where(possible, logits, -jnp.inf)
+                own = _like(d, law, logits).to_event(len(shape) - len(fn.batch_shape))
+                return {name: numpyro.sample(name, own if mask is None else own.mask(mask))}
+
+        return part
+
+    def _initial(self, law, shape, batch_ndim, stack):
+        """The prior's logits, for the whole of a plate that the model has seen a part of."""
+        log_pmf = law.log_pmf
+        if isinstance(log_pmf, jax.core.Tracer):
+            log_pmf = np.zeros(log_pmf.shape, np.float32)
+        prior = np.asarray(log_pmf, np.float64)
+        prior = np.broadcast_to(prior, (*shape, prior.shape[-1]))
+        whole = True
+        for frame in stack:
+            size, subsample, dim = self._frames[frame.name]
+            if size != subsample and prior.shape[batch_ndim + dim] == subsample:
+                axis = batch_ndim + dim
+                mean = np.log(np.exp(prior).mean(axis, keepdims=True))
+                prior, whole = np.repeat(mean, size, axis), False
+        possible = np.isfinite(prior)
+        possible = possible if whole else possible.reshape(-1, prior.shape[-1]).any(0)
+        prior = np.where(np.isfinite(prior), prior, -30)
+        if law.kind == "bit":
+            return jnp.asarray(prior[..., 1] - prior[..., 0], jnp.float32), True
+        return jnp.asarray(prior, jnp.float32), possible
+
+
+def _is_latent(s):
+    return s["type"] == "sample" and not s["is_observed"] and s["infer"].get("enumerate") != "parallel"
+
+
+def _like(d, law, logits):
+    """The discrete distribution of the guide, of the kind of the model's."""
+    if law.kind == "bit":
+        return dist.BernoulliLogits(logits, validate_args=False)
+    if law.kind == "count":
+        return site.FiniteDiscrete(logits, int(law.values[0]), validate_args=False)
+    if isinstance(d, site.TRIALS):
+        return dist.MultinomialLogits(logits, total_count=1, validate_args=False)
+    if d.event_dim:
+        return rd.OneHotCategorical(logits, validate_args=False)
+    return dist.CategoricalLogits(logits, validate_args=False)
+
+
+def _concrete_mask(fn):
+    while not isinstance(fn, dist.MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
+    return None if isinstance(fn._mask, jax.core.Tracer) else fn._mask

@@ -1,0 +1,135 @@
+"""What the handlers share: wrappers that keep intermediates, and the draws scored before rounding."""
+
+import jax.numpy as jnp
+from numpyro import distributions as dist
+from numpyro.contrib.control_flow.scan import scan_wrapper
+from numpyro.handlers import replay
+from numpyro.primitives import _PYRO_STACK, Messenger
+
+from relaxit_jax.distributions import _site as site
+
+# --- wrappers ---------------------------------------------------------------------------------
+
+
+def innermost(fn):
+    """The distribution inside all of NumPyro's wrappers."""
+    while isinstance(fn, (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)):
+        fn = fn.base_dist
+    return fn
+
+
+def is_discrete(fn):
+    return bool(getattr(innermost(fn).support, "is_discrete", False))
+
+
+def rewrap(fn, replace):
+    """`replace` of the innermost distribution, in the wrappers of `fn`."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return Masked(rewrap(fn.base_dist, replace), fn._mask)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return rewrap(fn.base_dist, replace).expand(fn.batch_shape)
+    if isinstance(fn, dist.Independent):
+        return rewrap(fn.base_dist, replace).to_event(fn.reinterpreted_batch_ndims)
+    return replace(fn)
+
+
+class Masked(dist.MaskedDistribution):
+    """A masked distribution that passes on what NumPyro's drops: the intermediates of a draw."""
+
+    def mask(self, mask):
+        return Masked(self.base_dist, mask if self._mask is True else self._mask & mask)
+
+    def expand(self, batch_shape):
+        mask = self._mask if isinstance(self._mask, bool) else jnp.broadcast_to(self._mask, batch_shape)
+        return Masked(self.base_dist.expand(batch_shape), mask)
+
+    def sample_with_intermediates(self, key, sample_shape=()):
+        return self.base_dist.sample_with_intermediates(key, sample_shape)
+
+    def log_prob(self, value, intermediates=None):
+        if not intermediates or self._mask is False:
+            return super().log_prob(value)
+        law = self.base_dist.log_prob(value, intermediates)
+        return law if self._mask is True else jnp.where(self._mask, law, 0)
+
+
+# --- unrounded draws --------------------------------------------------------------------------
+
+
+class unrounded(Messenger):
+    """Score this library's draws by their unrounded log-space values, in the model as in the guide.
+
+    A relaxed draw at a low temperature rounds to a vertex, where no density is right. In the guide
+    the unrounded draw is at hand, but NumPyro hands only the rounded value on to the model: the two
+    log-densities then differ even where guide and prior are the same (by 100 at tau = 0.01). Under
+    this handler, around both, they are taken at the same point; masks are respected, and `scan`
+    passes it on to its body. `relax` does this by itself.
+
+    Args:
+      fn: a model or a guide; or nothing, to use it as a context or a decorator.
+
+    Returns:
+      The handled callable. Sites of other distributions are left alone.
+
+    References:
+      C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712, on
+      working with the logarithm of the draw.
+
+    >>> import numpyro, relaxit_jax.distributions as rd
+    >>> model = lambda: numpyro.sample("z", rd.RelaxedBernoulli(0.0, 0.01))
+    >>> loss = numpyro.infer.Trace_ELBO(num_particles=100).loss
+    >>> print(abs(loss(jax.random.key(0), {}, unrounded(model), unrounded(model))))
+    0.0
+    """
+
+    def __init__(self, fn=None):
+        super().__init__(fn)
+        self._infer = {}  # by message: what its `infer` was when it came in
+
+    def __enter__(self):
+        self._infer = {}
+        return super().__enter__()
+
+    def process_message(self, msg):
+        if msg["type"] == "control_flow":
+            if msg["fn"] is scan_wrapper:  # handlers do not reach inside its body: go there
+                body, *rest = msg["args"]
+                msg["args"] = (self._again(body), *rest)
+        elif msg["type"] == "sample" and not msg["is_observed"]:
+            self._infer[id(msg)] = msg["infer"]
+            if _has_intermediates(msg["fn"]) and not isinstance(msg["fn"], Masked):
+                msg["fn"] = Masked(rewrap(msg["fn"], lambda d: d), True)
+
+    def postprocess_message(self, msg):
+        # in place: a `trace` further out has already taken its copy of the message
+        infer = self._infer.pop(id(msg), None)
+        if infer is None or not isinstance(msg["intermediates"], list) or msg["intermediates"]:
+            return
+        source = replayed(msg["value"])
+        if source and source["intermediates"] and _has_intermediates(msg["fn"]):
+            index = infer.get("_scan_current_index")
+            (carried,) = source["intermediates"]
+            inner = innermost(msg["fn"])
+            # a step of a scan replays one element of the value, but gets all intermediates
+            scored = isinstance(inner, site.Relaxed)
+            own = jnp.ndim(msg["value"]) + (1 - inner.event_dim if scored else 0)
+            msg["intermediates"].append(carried if jnp.ndim(carried) == own else carried[index])
+
+    def _again(self, fn):
+        """The same handler around another function."""
+        return unrounded(fn)
+
+
+def _has_intermediates(fn):
+    d = innermost(fn)
+    return isinstance(d, site.Relaxed) or getattr(d, "_log_space", False)
+
+
+def replayed(value):
+    """The guide's site whose value this is."""
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, replay):
+            for site in handler.trace.values():
+                if site["type"] == "sample" and site["value"] is value:
+                    return site
+    return None

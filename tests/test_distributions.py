@@ -1,0 +1,431 @@
+"""Every class of relaxit_jax.distributions against every law of a NumPyro distribution."""
+
+import inspect
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special as sp
+import scipy.stats as st
+from test_samplers import KEY, P_VALUE, cast
+
+from cases import DISTRIBUTIONS
+from relaxit_jax import distributions as rd
+
+rows = lambda *conditions: pytest.mark.parametrize(
+    "case", [case for case in DISTRIBUTIONS if all(holds(case) for holds in conditions)], ids=str
+)
+DISCRETE = {
+    rd.OneHotCategorical,
+    rd.StraightThroughBernoulli,
+    rd.StraightThroughRelaxedBernoulli,
+    rd.StraightThroughGumbelSoftmax,
+}  # those with a fixed list of values, and with all that can be summed over it
+# a sum over atoms, and an integral of a Gaussian between them
+MOMENTS = DISCRETE | {rd.StochasticTimesSmooth, rd.GaussianRelaxedBernoulli, rd.GeneralizedGumbelSoftmax}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation():
+    """Compiling is most of the time here; no law depends on how well the code is optimised."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def has_law(case):
+    """Soft numbers and soft subsets have no density in closed form."""
+    return case.support not in ("number", "k_hot_soft")
+
+
+def has_moments(case):
+    return case.distribution in MOMENTS and has_law(case)
+
+
+def has_cdf(case):
+    return not case.event and "values" not in case.params
+
+
+def has_atoms_only(case):
+    return case.outcome is not None
+
+
+def arrays(case):
+    return {name: jnp.asarray(x) for name, x in case.floats.items()}
+
+
+def spread(params, shape):
+    """Parameters whose batch axis stands at `shape`, as (2, 1); of scalars, nothing changes."""
+    return {
+        name: x if jnp.ndim(x) == 0 else jnp.reshape(x, shape + x.shape[1:]) for name, x in params.items()
+    }
+
+
+def outcomes(case):
+    """The values of a discrete law, shape (outcomes, 2, *event), and their probabilities."""
+    law = np.stack([case.discrete(**case.element(i)) for i in range(2)], 1)
+    if case.support == "atoms":
+        root = np.sqrt(sp.expit(case.params["logits"]))
+        return np.stack([0 * root, root]), law
+    if "values" in case.params:
+        return case.params["values"].T, law
+    if not case.event:
+        return np.float32([[0, 0], [1, 1]]), law
+    n, k = case.event[0], case.params.get("k", 1)
+    hot = [np.isin(np.arange(n), subset) for subset in itertools.combinations(range(n), k)]
+    return np.repeat(np.float32(hot)[:, None], 2, 1), law
+
+
+def test_every_class_has_a_row():
+    classes = {x for name in rd.__all__ if isinstance(x := getattr(rd, name), type)}
+    assert {case.distribution for case in DISTRIBUTIONS} == classes
+    for case in DISTRIBUTIONS:  # and takes the arguments of its sampler
+        taken = set(inspect.signature(case.distribution).parameters)
+        assert case.params.keys() | {"validate_args"} <= taken
+
+
+# --- draws ------------------------------------------------------------------------------------
+
+
+@rows()
+def test_draws_are_those_of_the_sampler(case):
+    shapes = (), (3,), (3, 2)
+
+    @jax.jit
+    def compiled(key, raw, params):
+        d = case.build(**params)
+        ours = [d.sample(key, shape) for shape in shapes]
+        other = [case.draw(key, (*shape, 2), **params) for shape in shapes]
+        return ours, other, d.sample(raw, (3, 2)), d.rsample(key) if d.has_rsample else ours[0]
+
+    ours, other, raw, rsample = compiled(KEY, jax.random.key_data(KEY), arrays(case))
+    for shape, draw, expected in zip(shapes, ours, other, strict=True):
+        chex.assert_shape(draw, (*shape, 2, *case.event))
+        np.testing.assert_allclose(draw, expected, rtol=1e-6)
+        assert draw.dtype == jnp.float32
+    np.testing.assert_array_equal(raw, ours[2])
+    np.testing.assert_array_equal(rsample, ours[0])
+    np.testing.assert_allclose(case.build().sample(KEY), ours[0], rtol=3e-6, atol=1e-6)  # eager
+    with pytest.raises(ValueError, match="key must be one JAX random key"):
+        case.build().sample(None)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@rows()
+def test_draws_in_half_precision_are_in_the_support(case, dtype):
+    case = cast(case, dtype)
+
+    @jax.jit
+    def inside(params):
+        d = case.build(**params)
+        draw = d.sample(KEY, (500,))
+        assert draw.dtype == dtype
+        if has_law(case):
+            assert jax.eval_shape(d.log_prob, draw).dtype == jnp.float32
+        return d.support(draw), draw, d.cdf(draw) if has_cdf(case) else draw
+
+    supported, draw, cdf = inside(arrays(case))
+    assert supported.all() and supported.shape == (500, 2)
+    if case.support in ("bits", "atoms"):  # the upper atom is where rounding puts it
+        np.testing.assert_array_equal(cdf == 1, draw > 0)
+
+
+@rows(lambda case: case.log_space)
+def test_intermediates_hold_what_the_draw_rounds_away(case):
+    """At tau = 0.01 the law of a draw is that of its log-space form, to the digits of float64."""
+    params = arrays(case) | ({"tau": jnp.float32(0.01)} if "tau" in case.params else {})
+
+    @jax.jit
+    def draw(params):
+        d = case.build(**params)
+        value, (unrounded,) = d.sample_with_intermediates(KEY, (200,))
+        wide = d.expand((3, 2)).sample_with_intermediates(KEY, (5,))
+        laws = d.log_prob(value, [unrounded]), d.expand((3, 2)).log_prob(*wide)
+        return value, d.sample(KEY, (200,)), unrounded, laws, wide[1][0]
+
+    value, alone, unrounded, laws, wide = draw(params)
+    np.testing.assert_array_equal(value, alone)
+    if case.support == "simplex":
+        np.testing.assert_allclose(np.exp(unrounded), value, rtol=1e-5, atol=1e-37)  # but for subnormals
+    else:
+        low, high = {"unit": (0, 1), "gate": case.options.get("stretch", (-0.1, 1.1))}[case.support]
+        gate = low + (high - low) * sp.expit(np.asarray(unrounded, float))
+        np.testing.assert_allclose(np.clip(gate, 0, 1), value, rtol=1e-5, atol=1e-6)
+    with jax.enable_x64(True):
+        exact_law = jax.jit(lambda y, params: case.density(y, log_space=True, **params))
+        for law, y in zip(laws, (unrounded, wide), strict=True):
+            exact = exact_law(*jax.tree.map(lambda x: jnp.asarray(np.asarray(x, float)), (y, params)))
+            np.testing.assert_allclose(law, exact, rtol=1e-4, atol=1e-4)
+
+
+@rows(lambda case: not case.log_space and has_law(case))
+def test_without_a_log_space_there_are_no_intermediates(case):
+    value, intermediates = case.build().sample_with_intermediates(KEY)
+    assert intermediates == []
+    law = jax.jit(lambda z: (case.build().log_prob(z, intermediates), case.build().log_prob(z)))
+    np.testing.assert_array_equal(*law(value))
+
+
+@rows()
+def test_only_what_is_declared_discrete_has_no_gradient(case):
+    d = case.build()
+    assert d.has_rsample == (not d.is_discrete) == (not d.support.is_discrete)
+    assert d.has_rsample == (case.distribution is not rd.OneHotCategorical)
+    assert d.expand((3, 2)).has_rsample == d.to_event(1).has_rsample == d.has_rsample
+
+
+def test_one_hot_categorical_draws():
+    case = DISTRIBUTIONS[-2]
+    assert case.distribution is rd.OneHotCategorical
+    weights = jnp.arange(3.0)
+    loss = lambda logits: (jnp.sum(weights * (z := rd.OneHotCategorical(logits).sample(KEY, (100_000,)))), z)
+    gradient, draws = jax.jit(jax.grad(loss, has_aux=True))(case.params["logits"])
+    assert (gradient == 0).all()
+    counts = np.asarray(draws, int).sum(0)
+    for i in range(2):
+        expected = sp.softmax(case.params["logits"][i].astype(float)) * 100_000
+        assert st.chisquare(counts[i], expected / expected.sum() * counts[i].sum()).pvalue > P_VALUE
+    mode = rd.OneHotCategorical(case.params["logits"]).mode
+    np.testing.assert_array_equal(mode, np.eye(3)[[2, 1]])
+
+
+# --- shapes -----------------------------------------------------------------------------------
+
+
+@rows()
+def test_shapes_are_inferred(case):
+    """Positional, by keyword, and as probs; with batches that broadcast, also of one parameter alone."""
+    names = list(inspect.signature(case.distribution).parameters)
+    one = {name: np.asarray(x) for name, x in case.element(0).items()}
+    grown = [
+        {n: np.broadcast_to(x, (4, *x.shape)) if n == name else x for n, x in one.items()} for name in one
+    ]
+    both = {n: np.broadcast_to(x, ((3, 1) if i else (2,)) + x.shape) for i, (n, x) in enumerate(one.items())}
+    for params in (one, *grown, both):
+        params = {n: case.params[n] if n == "k" else jnp.asarray(x) for n, x in params.items()}
+        shapes = {n: np.shape(x) for n, x in params.items()}
+        abstract = {n: jax.ShapeDtypeStruct(np.shape(x), np.float32) for n, x in params.items() if n != "k"}
+        static = {n: x for n, x in params.items() if n == "k"}
+        d = jax.eval_shape(lambda p, static=static: case.build(**p, **static), abstract)
+        batch = jnp.broadcast_shapes(
+            *(
+                s[: len(s) - case.distribution.arg_constraints[n].event_dim]
+                for n, s in shapes.items()
+                if n != "k"
+            )
+        )
+        assert (d.batch_shape, d.event_shape) == (batch, case.event)
+        assert case.distribution.infer_shapes(**shapes) == (batch, case.event)
+        if not {"scale_tril", "delta"} & shapes.keys() or case.distribution is rd.CorrelatedRelaxedBernoulli:
+            assert case.distribution.infer_shapes(*(shapes[n] for n in names if n in shapes)) == (
+                batch,
+                case.event,
+            )
+        if "logits" in shapes:
+            probs = {"probs" if n == "logits" else n: s for n, s in shapes.items()}
+            assert case.distribution.infer_shapes(**probs) == (batch, case.event)
+
+        def results(d, z, case=case):  # of an event alone: the batch shape is the distribution's
+            out = {"sample": d.sample(KEY, (5,))}
+            if has_law(case):
+                out["law"] = d.log_prob(z)
+            if case.distribution in DISCRETE:
+                out |= {"entropy": d.entropy(), "support": d.enumerate_support()}
+                out["unexpanded"] = d.enumerate_support(expand=False)
+            if has_moments(case):
+                out |= {"mean": d.mean, "variance": d.variance}
+            if has_cdf(case):
+                out |= {"cdf": d.cdf(z), "icdf": d.icdf(jnp.float32(0.3))}
+            return out
+
+        event = jax.ShapeDtypeStruct(case.event, np.float32)
+        got = {n: x.shape for n, x in jax.eval_shape(results, d, event).items()}
+        count = case.event or (2,)
+        expected = dict.fromkeys(("law", "entropy", "cdf", "icdf"), batch) | {
+            "sample": (5, *batch, *case.event), "support": (*count, *batch, *case.event),
+            "unexpanded": (*count, *(1,) * len(batch), *case.event),
+            "mean": batch + case.event, "variance": batch + case.event,
+        }  # fmt: skip
+        assert got == {n: expected[n] for n in got}
+
+
+def test_a_scalar_scale_counts_for_every_class():
+    for cls, args, event in ((rd.LogisticNormalSoftmax, (), 3), (rd.InvertibleGaussian, (0.5,), 4)):
+        d = cls(jnp.zeros((2, 3)), 0.5, *args)
+        shapes = ((2,), (event,))
+        assert (d.batch_shape, d.event_shape) == shapes
+        assert cls.infer_shapes((2, 3), (), *((),) * len(args)) == shapes
+        assert cls.infer_shapes((2, 3), (1,), *((),) * len(args)) == shapes
+
+
+# --- laws -------------------------------------------------------------------------------------
+
+
+@rows(lambda case: case.log_prob is not None)
+def test_law_is_that_of_the_library(case):
+    @jax.jit
+    def laws(params):
+        d = case.build(**params)
+        z = d.sample(KEY, (50,))
+        return d.log_prob(z), case.density(z, **params)
+
+    np.testing.assert_allclose(*laws(arrays(case)), rtol=1e-6, atol=1e-6)
+
+
+@rows(has_atoms_only)
+def test_law_of_every_outcome(case):
+    values, law = outcomes(case)
+
+    @jax.jit
+    def log_prob(params, values):
+        d = case.build(**params)
+        enumerated = d.enumerate_support() if d.has_enumerate_support else values
+        return d.log_prob(values), enumerated, d.log_prob(values + 0.4)
+
+    ours, enumerated, off = log_prob(arrays(case), values)
+    np.testing.assert_allclose(np.exp(ours), law, rtol=2e-5)
+    np.testing.assert_allclose(np.exp(ours).sum(0), 1, rtol=1e-5)
+    np.testing.assert_array_equal(enumerated, values)
+    assert (off == -np.inf).all()
+
+
+@rows(has_law)
+def test_gradient_of_the_law_is_its_derivative(case):
+    """In every parameter, by central differences in float64, through the class."""
+    moving = case.support == "atoms"  # of an atom that moves with its parameter, follow it
+    with jax.enable_x64(True):
+        # numbers that are only compared with have no slope
+        params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items() if n != "values"}
+
+        @jax.jit
+        def slopes(params):
+            draw = lambda params: jax.lax.stop_gradient(case.build(**params).sample(KEY, (20,)))
+            fixed = draw(params)
+
+            def total(params):
+                law = case.build(**params).log_prob(draw(params) if moving else fixed)
+                return jnp.sum(jnp.cos(jnp.arange(law.size)).reshape(law.shape) * law)
+
+            gradient = jax.grad(total)(params)
+            found, steps = {}, jnp.array([1e-6, -1e-6])
+            for name, x in params.items():
+                way = jnp.cos(1.0 + jnp.arange(x.size)).reshape(x.shape)
+                way = jnp.tril(way) if name == "scale_tril" else way
+                ends = jax.vmap(lambda h, n=name, x=x, way=way: total(params | {n: x + h * way}))(steps)
+                found[name] = (ends[0] - ends[1]) / 2e-6, jnp.sum(gradient[name] * way)
+            return found
+
+        for name, (difference, slope) in slopes(params).items():
+            np.testing.assert_allclose(difference, slope, rtol=1e-5, atol=1e-5, err_msg=name)
+            assert slope != 0 or (name == "tau" and has_atoms_only(case))
+
+
+OUTSIDE = {
+    "unit": [-0.1, 1.1], "gate": [-0.1, 1.1], "bits": [-1.0, 1.1], "atoms": [-0.1, 1.1],
+    "simplex": [[0.5, 0.2, 0.1], [1.2, -0.1, -0.1]], "k_hot": [[0.5, 0.2, 0.1], [1.2, -0.1, -0.1]],
+}  # fmt: skip
+
+
+@rows(has_law)
+def test_outside_of_the_support_is_impossible(case):
+    if case.support == "exact_number":  # any number is one; what is not of the list is above
+        return
+    z = np.float32(OUTSIDE[case.support])
+    if len(case.event) and case.event != (3,):
+        z = -np.ones((2, *case.event), np.float32)
+    with pytest.warns(UserWarning, match="Out-of-support"):
+        law = case.build(validate_args=True).log_prob(z)
+    assert (law == -np.inf).all()
+
+
+@rows()
+def test_mean_and_variance(case):
+    if not has_moments(case):
+        for name in ("mean", "variance"):
+            with pytest.raises(NotImplementedError):
+                getattr(case.build(), name)
+        return
+    n = 40_000
+
+    @jax.jit
+    def moments(params):
+        d = case.build(**params)
+        return d.sample(KEY, (n,)), d.mean, d.variance
+
+    draws, mean, variance = (np.asarray(x, float) for x in moments(arrays(case)))
+    centred = draws - draws.mean(0)
+    assert mean.shape == variance.shape == (2, *case.event)
+    assert (np.abs(draws.mean(0) - mean) < 4.5 * np.sqrt(variance / n)).all()
+    spread_of_squares = np.sqrt(((centred**2 - centred.var(0)) ** 2).mean(0) / n)
+    assert (np.abs(centred.var(0) - variance) < 4.5 * spread_of_squares + 1e-6).all()
+
+
+@rows()
+def test_entropy(case):
+    if case.distribution not in DISCRETE:
+        with pytest.raises(NotImplementedError):
+            case.build().entropy()
+        return
+    _, law = outcomes(case)
+    np.testing.assert_allclose(case.build().entropy(), -(law * np.log(law)).sum(0), rtol=1e-5)
+    certain = np.full_like(case.params["logits"], -np.inf)
+    certain[..., :1] = 0 if case.event else -np.inf
+    d = case.build(logits=certain)
+    assert (d.entropy() == 0).all()
+    assert jnp.isfinite(jax.grad(lambda x: case.build(logits=x).entropy().sum())(jnp.asarray(certain))).all()
+
+
+@rows()
+def test_cdf(case):
+    """cdf and icdf are inverse, have the jumps and the slope of the law, and are those of the draws."""
+    if not has_cdf(case):
+        for call in (case.build().cdf, case.build().icdf):
+            with pytest.raises(NotImplementedError):
+                call(0.5)
+        return
+    n, v = 5000, np.random.default_rng(3).uniform(size=(5000, 2))
+    levels = np.repeat(np.linspace(0, 1, 41, dtype=np.float32)[:, None], 2, 1)
+
+    @jax.jit
+    def compiled(params):
+        d = case.build(**params)
+        z = d.sample(KEY, (n,))
+        inside = jnp.repeat(jnp.linspace(0.02, 0.98, 25)[:, None], 2, 1)
+        slope = jax.jvp(d.cdf, (inside,), (jnp.ones_like(inside),))[1]
+        points = d.icdf(levels)
+        ends = d.cdf(jnp.float32([-0.1, -1e-6, 1, 1.1])[:, None])
+        return (
+            z,
+            d.cdf(z),
+            jnp.exp(d.log_prob(z)),
+            slope,
+            jnp.exp(d.log_prob(inside)),
+            points,
+            d.cdf(points),
+            ends,
+        )
+
+    z, f, law, slope, density, points, back, ends = (np.asarray(x, float) for x in compiled(arrays(case)))
+    np.testing.assert_array_equal(ends, np.repeat([[0], [0], [1], [1]], 2, 1))
+    np.testing.assert_allclose(slope, np.where(has_atoms_only(case), 0, density), rtol=1e-4)
+    atom = (z == 0) | (z == 1) if case.support == "gate" else np.full(z.shape, has_atoms_only(case))
+    uniform = f - np.where(atom, v * law, 0)  # spread over the jump of the atom
+    for i in range(2):
+        assert st.kstest(uniform[:, i], "uniform").pvalue > P_VALUE
+    assert (back >= levels - 1e-6).all() and (points >= 0).all() and (points <= 1).all()
+    smooth = (points > 0) & (points < 1) & ~np.full(points.shape, has_atoms_only(case))
+    np.testing.assert_allclose(back[smooth], levels[smooth], atol=3e-6)
+    assert smooth[1:-1].mean() > 0.3 or has_atoms_only(case)
+    assert (np.diff(points, axis=0) >= 0).all()
+
+
+@rows(has_cdf, lambda case: "logits" in case.params)
+def test_cdf_of_certain_bits(case):
+    d = case.build(logits=np.float32([-np.inf, np.inf]))
+    z = np.float32([-0.5, 0, 0.5, 1, 2])[:, None]
+    np.testing.assert_array_equal(d.cdf(z), [[0, 0], [1, 0], [1, 0], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(d.icdf(np.float32([0.2, 0.7, 1])[:, None]), [[0, 1]] * 3)
+    assert not jnp.isnan(d.icdf(np.float32([0, 1])[:, None])).any()

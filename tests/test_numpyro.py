@@ -1,0 +1,331 @@
+"""Every class of relaxit_jax.distributions in NumPyro's hands: expand, vmap, arguments, constraints, models."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+import scipy.special as sp
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
+from numpyro.distributions import biject_to
+from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
+from test_distributions import (
+    DISCRETE,
+    arrays,
+    fast_compilation,
+    has_law,
+    has_moments,
+    rows,
+    spread,
+)
+from test_samplers import KEY
+
+from relaxit_jax import distributions as rd
+from relaxit_jax.distributions import _base as base
+
+__all__ = ["fast_compilation"]  # a fixture of this file too
+
+
+@rows()
+def test_expanded_reinterpreted_and_masked(case):
+    """Against the distribution whose parameters were broadcast by hand; (2, 1) becomes (3, 2, 4)."""
+    shape, mask = (3, 2, 4), np.array([True, False, True, False])
+
+    @jax.jit
+    def compiled(params):
+        d = case.build(**spread(params, (2, 1)))
+        wide = d.expand(shape)
+        again = d.expand((2, 4)).expand(shape)
+        dims = {n: case.distribution.arg_constraints[n].event_dim for n in params}
+        full = case.build(**{
+            n: jnp.broadcast_to(x, shape + x.shape[x.ndim - dims[n] :]) for n, x in spread(params, (2, 1)).items()
+        })  # fmt: skip
+        z = wide.sample(KEY, (1500,))
+        few = z[:5]
+        for other in (again, wide.mask(mask), wide.to_event(2)):
+            assert jax.eval_shape(other.sample, KEY).shape == (*shape, *case.event)
+        pairs = {}
+        if has_law(case):
+            law = full.log_prob(few)
+            pairs["law"] = wide.log_prob(few), law
+            pairs["law again"] = again.log_prob(few), law
+            pairs["event"] = wide.to_event(2).log_prob(few), law.sum((-1, -2))
+            pairs["mask"] = wide.mask(mask).log_prob(few), jnp.where(mask, law, 0)
+            pairs["no mask"] = wide.mask(False).log_prob(few), 0 * law
+        if has_moments(case):
+            pairs["mean"], pairs["variance"] = (wide.mean, full.mean), (wide.variance, full.variance)
+        if case.distribution in DISCRETE:
+            pairs["entropy"] = wide.entropy(), full.entropy()
+            pairs["entropy of the event"] = wide.to_event(1).entropy(), full.entropy().sum(-1)
+            pairs["support"] = wide.enumerate_support(), full.enumerate_support()
+            pairs["unexpanded"] = (wide.enumerate_support(False), full.enumerate_support(False))
+        return z, case.build(**params).sample(KEY, (20_000,)), pairs
+
+    draws, alone, pairs = compiled(arrays(case))
+    for name, (ours, by_hand) in pairs.items():
+        assert ours.shape == by_hand.shape, name
+        np.testing.assert_allclose(ours, by_hand, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert draws.shape == (1500, *shape, *case.event)
+    flat = np.asarray(draws, float).reshape(1500, 24, -1)[..., 0]
+    correlations = np.corrcoef(flat.T)[np.triu_indices(24, 1)]
+    assert np.abs(correlations).max() * np.sqrt(1500) < 4.5  # no two elements share their noise
+    means, error = flat.mean(0).reshape(shape), flat.std(0).reshape(shape) / np.sqrt(1500)
+    alone = np.asarray(alone, float).reshape(20_000, 2, -1)[..., 0].mean(0)
+    # and each has the parameters of its place, to 4.5 errors of either mean
+    assert (np.abs(means - alone[:, None]) < 4.5 * np.sqrt(1 + 1500 / 20_000) * error).all()
+    d = case.build()
+    for reinterpreted in (d.to_event(1), case.build().expand((3, 2)).to_event(1)):
+        assert reinterpreted.event_shape == (2, *case.event)
+        with pytest.raises(NotImplementedError):  # as of NumPyro's own
+            reinterpreted.enumerate_support()
+    if case.distribution not in DISCRETE:
+        assert not d.has_enumerate_support and not d.expand((3, 2)).has_enumerate_support
+        for one in (d, d.expand((3, 2))):
+            with pytest.raises(NotImplementedError):
+                one.enumerate_support()
+
+
+# --- pytrees, vmap ----------------------------------------------------------------------------
+
+
+@rows()
+def test_it_is_a_pytree(case):
+    d = case.build(validate_args=False)
+    leaves, tree = jax.tree.flatten(d)
+    back = jax.tree.unflatten(tree, leaves)
+    assert jax.tree.structure(back) == tree == jax.tree.structure(case.build(validate_args=False))
+
+    @jax.jit
+    def through(d):
+        carried, laws = jax.lax.scan(lambda d, key: (d, d.sample(key)), d, jax.random.split(KEY, 2))
+        return d, carried, laws
+
+    draw = jax.jit(lambda d: d.sample(jax.random.split(KEY, 2)[0]))
+    returned, carried, draws = through(d)
+    for other in (back, returned, carried):
+        assert type(other) is case.distribution
+        assert (other.batch_shape, other.event_shape) == (d.batch_shape, d.event_shape)
+        assert other._validate_args is False
+        for name in (*case.options, *(n for n in case.params if n == "k")):
+            assert getattr(other, name) == getattr(d, name)
+        for name in case.floats:
+            np.testing.assert_array_equal(getattr(other, name), getattr(d, name))
+    np.testing.assert_allclose(draws[0], draw(back), rtol=3e-6, atol=1e-6)
+
+
+@rows()
+def test_vmap_over_each_parameter(case):
+    """Built under vmap over one parameter, its other batches left as they are, and over all at once."""
+    params = arrays(case)
+    changed = {
+        n: jnp.stack([x, x[::-1] if n == "scale_tril" else 1.2 * x, x if n == "scale_tril" else 0.9 * x])
+        for n, x in params.items()
+    }
+
+    @jax.jit
+    def compiled(params, changed):
+        d = case.build(**params)
+        result = lambda d: (d.sample(KEY), d.log_prob(z)) if has_law(case) else (d.sample(KEY),)
+        z = d.sample(KEY)
+        found = {}
+        for n in [*params, "all"]:
+            names = list(params) if n == "all" else [n]
+            make = lambda moved: case.build(**params | moved)
+            moved = {name: changed[name] for name in names}
+            loop = jax.lax.map(lambda one, make=make: result(make(one)), moved)
+            axes = vmap_over(d, **dict.fromkeys(names, 0))
+            for out, kind in ((0, "all leaves"), (axes, "one leaf")):
+                batched = jax.vmap(make, out_axes=out)(moved)
+                promoted = promote_batch_shape(batched)
+                assert promoted.batch_shape == (3, 2), (n, kind)
+                assert promoted.sample(KEY, (4,)).shape == (4, 3, 2, *case.event)
+                mapped = jax.vmap(result, in_axes=(out,))(batched)
+                laws = [promoted.log_prob(z)] if has_law(case) else []
+                found[n, kind] = mapped, loop, laws, loop[-1]
+            expanded = jax.vmap(lambda one, make=make: make(one).expand((5, 2)))(moved)
+            wide = promote_batch_shape(expanded)
+            assert wide.batch_shape == (3, 5, 2)
+            if has_law(case):
+                law = wide.log_prob(jnp.broadcast_to(z, (3, 5, *z.shape)))
+                found[n, "expanded"] = (), (), [law[:, 4]], loop[1]
+        return found
+
+    for name, (mapped, loop, laws, law) in compiled(params, changed).items():
+        for one, other in zip(mapped, loop, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=str(name))
+        for other in laws:
+            np.testing.assert_allclose(other, law, rtol=1e-5, atol=1e-5, err_msg=str(name))
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+@rows(lambda case: "logits" in case.params)
+def test_probs_are_logits(case):
+    """Certain and impossible ones too: nothing is clamped to an epsilon."""
+    logits = np.array(case.params["logits"])
+    bits = (case.event == () and "values" not in case.params) or "scale_tril" in case.params
+    if bits:
+        logits.flat[:2] = [-np.inf, np.inf]
+        probs = sp.expit(logits)
+    else:
+        logits[0, 0] = -np.inf
+        logits = sp.log_softmax(logits, -1)
+        probs = sp.softmax(logits, -1)
+    rest = {n: x for n, x in case.params.items() if n != "logits"}
+
+    @jax.jit
+    def both(probs, logits):
+        ds = [
+            case.distribution(probs=probs, **rest, **case.options),
+            case.distribution(logits=logits, **rest, **case.options),
+        ]
+        z = ds[0].sample(KEY, (20,))
+        out = [(d.logits, d.sample(KEY, (20,)), d.log_prob(z) if has_law(case) else z) for d in ds]
+        return out
+
+    by_probs, by_logits = both(jnp.asarray(probs), jnp.asarray(logits))
+    np.testing.assert_array_equal(np.isinf(by_probs[0]), np.isinf(logits))
+    for one, other in zip(by_probs, by_logits, strict=True):
+        assert not jnp.isnan(one).any()
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    arguments = rest | case.options
+    for wrong in ({}, {"logits": logits, "probs": probs}):
+        with pytest.raises(ValueError, match="logits must be given, or else probs"):
+            case.distribution(**wrong, **arguments)
+    with pytest.raises(ValueError, match="probs must be"):
+        case.distribution(probs=-probs, **arguments)
+    if not bits:
+        with pytest.raises(ValueError, match="probs must be of sum 1"):
+            case.distribution(probs=2 * probs, **arguments)
+
+
+BAD = {
+    "logits": np.nan, "tau": 0.0, "scale": -1.0, "loc": np.nan, "delta": -1.0, "values": np.nan,
+    "scale_tril": 3.0,
+}  # fmt: skip
+
+
+@rows()
+def test_bad_values_are_named_if_validated(case):
+    for name, x in case.floats.items():
+        bad = jnp.full_like(x, BAD[name])
+        with pytest.raises(ValueError, match=f"invalid {name} parameter"):
+            case.build(**{name: bad}, validate_args=True)
+        case.build(**{name: bad}, validate_args=False)
+        with pytest.raises(ValueError, match=name):
+            case.build(**{name: None})
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            case.build(**{name: np.ones_like(x, int)}, validate_args=True)
+    if "tau" in case.params and case.floats.keys() != {"tau"}:
+        with pytest.raises(ValueError, match="batch shapes that broadcast"):
+            case.build(tau=jnp.ones(3))
+
+
+def test_options_are_checked_and_kept():
+    with pytest.raises(ValueError, match="stretch must be two numbers"):
+        rd.HardConcrete(0.0, 0.5, stretch=(0.1, 1.1))
+    for k in (0, 5, 1.5, None):
+        with pytest.raises(ValueError, match=r"k must be an integer in \[1, 4\]"):
+            rd.GumbelSoftmaxTopK(jnp.zeros(4), k, 0.5)
+    with pytest.raises(ValueError, match="scale must be given, or else scale_tril"):
+        rd.LogisticNormalSoftmax(jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"values must be of shape \(\.\.\., 3\)"):
+        rd.GeneralizedGumbelSoftmax(jnp.zeros(3), jnp.zeros(2), 0.5)
+    for cls in (rd.OneHotCategorical, rd.GumbelSoftmaxTopK):
+        with pytest.raises(ValueError, match="logits"):
+            cls(jnp.float32(0.0), **({} if cls is rd.OneHotCategorical else {"k": 1, "tau": 0.5}))
+
+    class Marked(rd.HardConcrete):
+        """A class of somebody else keeps the options of its base."""
+
+    marked, plain = (cls(-1.0, 0.5, stretch=(-0.5, 1.1)) for cls in (Marked, rd.HardConcrete))
+    assert marked.log_prob(0.0) == plain.log_prob(0.0) != rd.HardConcrete(-1.0, 0.5).log_prob(0.0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_names_with_the_signature_of_pyro(hard):
+    alias = rd.RelaxedOneHotCategoricalStraightThrough if hard else rd.RelaxedOneHotCategorical
+    cls = rd.StraightThroughGumbelSoftmax if hard else rd.GumbelSoftmax
+    probs = np.float32([0.2, 0.8])
+    for d in (alias(0.5, probs), alias(0.5, logits=np.log(probs)), alias(temperature=0.5, probs=probs)):
+        assert type(d) is cls and d.tau == 0.5
+        np.testing.assert_allclose(d.probs, probs, rtol=1e-6)
+    assert alias(0.5, probs, validate_args=True)._validate_args
+
+
+CONSTRAINTS = [base.log_odds, base.log_weights, base.simplex, base.one_hot]
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: type(c).__name__)
+def test_constraints(constraint):
+    leaves, tree = jax.tree.flatten(constraint)
+    assert jax.tree.unflatten(tree, leaves) == constraint and not leaves
+    assert not any(constraint == other for other in CONSTRAINTS if other is not constraint)
+    prototype = jnp.full((4, 3), 7.0)
+    feasible = constraint.feasible_like(prototype)
+    assert feasible.shape == (4, 3)
+    within = constraint(feasible)
+    assert within.shape == (4,) + (3,) * (1 - constraint.event_dim) and within.all()
+    assert not constraint(jnp.full((4, 3), np.nan)).any()
+    if not constraint.is_discrete:
+        bijection = biject_to(constraint)
+        y = 3 * jax.random.normal(KEY, (50, *bijection.inverse_shape((3,))))
+        z = bijection(y)
+        assert constraint(z).all() and z.shape == (50, 3)
+        np.testing.assert_allclose(bijection.inv(z), y, rtol=1e-3, atol=1e-3)
+
+
+@rows()
+def test_feasible_values_of_every_support(case):
+    event_dim = len(case.event)
+    assert case.build().support.event_dim == event_dim
+
+    @jax.jit
+    def compiled(params):
+        d = case.build(**params)
+        feasible = d.support.feasible_like(jnp.full((2, *case.event), 0.3))
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        if has_law(case):  # of a masked element nothing is seen, not even that it is impossible
+            outside = jnp.full((2, *case.event), 9.0)
+            masked = lambda p: case.build(**p).mask(np.array([True, False])).log_prob(outside)[1]
+            nothing = jax.grad(masked)(params)
+        return d.support(feasible), d.support(d.sample(KEY)), nothing
+
+    feasible, drawn, nothing = compiled(arrays(case))
+    assert feasible.all() and drawn.all() and feasible.shape == (2,)
+    assert not any(jnp.any(x != 0) for x in jax.tree.leaves(nothing))
+
+
+# --- in a model -------------------------------------------------------------------------------
+
+
+@rows()
+def test_in_a_model(case):
+    """Plates expand it, seed draws from it, trace and the log-density see it; also in a scan."""
+
+    def model(params):
+        with numpyro.plate("outer", 3, dim=-2), numpyro.plate("inner", 2, dim=-1):
+            numpyro.sample("z", case.build(**params))
+
+        def step(carry, _):
+            z = numpyro.sample("s", case.build(**params))
+            return carry + z.mean(), z
+
+        scan(step, jnp.float32(0), jnp.arange(4))
+
+    def density(params):
+        trace = handlers.trace(handlers.seed(model, KEY)).get_trace(params)
+        z, s = trace["z"]["value"], trace["s"]["value"]
+        assert z.shape == (3, 2, *case.event) and s.shape == (4, 2, *case.event)
+        assert trace["s"]["fn"].batch_shape == (4, 2)
+        if not has_law(case):
+            return 0, 0
+        d = case.build(**params)
+        seen = trace["z"]["fn"].log_prob(z), trace["s"]["fn"].log_prob(s)
+        return seen, (d.log_prob(z), d.log_prob(s))
+
+    seen, expected = jax.jit(density)(arrays(case))
+    chex.assert_trees_all_close(seen, expected, rtol=1e-5, atol=1e-5)
