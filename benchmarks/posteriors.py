@@ -37,7 +37,7 @@ class Problem:
     model: Callable
     answer: Callable  # -> probabilities of the discrete sites, by name, under the best guide
     init: dict = dataclasses.field(default_factory=dict)  # of the continuous sites
-    particles: int = 10
+    particles: int = 30
 
     def guide(self):
         continuous = lambda model, **kwargs: AutoNormal(
@@ -129,8 +129,8 @@ def binomial_answer():
 
 # --- a mixture of Gaussians -------------------------------------------------------------------
 
-CENTRES = np.array([[-1.8, 0.0], [0.0, 1.8], [1.8, 0.0], [0.0, -1.8]], np.float32)
-FAR_CENTRES = np.array([[-3.0, 0.0], [0.0, 3.0], [3.0, 0.0], [0.0, -3.0]], np.float32)
+CENTRES = 1.5 * np.array([[-1, 0], [0, 1], [1, 0], [0, -1]], np.float32)
+FAR_CENTRES = 2 * CENTRES
 
 
 def mixture_data(centres, n=500):
@@ -158,7 +158,7 @@ def mixture_answer(x, centres):
 def mixture_problem(centres):
     x = mixture_data(centres)
     answer = lambda: mixture_answer(x, centres)
-    return Problem(lambda: mixture(x), answer, {"loc": centres}, particles=30)
+    return Problem(lambda: mixture(x), answer, {"loc": centres})
 
 
 # --- a sparse linear regression ---------------------------------------------------------------
@@ -258,7 +258,7 @@ def train(problem, tau, steps, seed=0, loss=Trace_ELBO, **options):
     """Trained probabilities of the discrete sites; without a tau, of the discrete model itself."""
     guide = problem.guide()
     handled = lambda f: f if tau is None else relax(f, tau=tau, **options)
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps, exponent=2))
     svi = SVI(handled(problem.model), handled(guide), optimizer, loss(num_particles=problem.particles))
     result = svi.run(jax.random.key(seed), steps, progress_bar=False)
     return {name: np.asarray(p) for name, p in guide.probs(result.params).items()}

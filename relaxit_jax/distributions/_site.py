@@ -159,14 +159,16 @@ def _lower_bound(support):
 
 def _law_of_count(name, d, num_values):
     low, high = _lower_bound(d.support), getattr(d.support, "upper_bound", None)
-    visible = not any(isinstance(x, jax.core.Tracer) for x in (low, high))
-    need = f"given for the site '{name}', whose range is traced"
-    ck.require(visible or num_values is not None, "num_values", need, num_values)
-    low = int(np.min(low)) if visible else 0
-    if num_values is None:
-        k = _enough_values(name, d, low) if high is None else int(np.max(high)) - low + 1
-    else:
+    seen = lambda x: not isinstance(x, jax.core.Tracer)
+    ck.require(seen(low), f"site '{name}'", "a count whose least value is known before tracing", low)
+    low = int(np.min(np.asarray(low)))
+    if num_values is not None:
         k = ck.as_static_int("num_values", num_values, 1, MOST_VALUES)
+    elif high is None:
+        k = _enough_values(name, d, low)
+    else:
+        ck.require(seen(high), "num_values", f"given for the site '{name}', whose range is traced", None)
+        k = int(np.max(np.asarray(high))) - low + 1
     # A tail is folded into the last value. Its terms are added up in log space, as far again as the
     # values reach: one minus the others would cancel, and have no gradient where it is rounded to 0.
     beyond = k + 64 if high is None else 0

@@ -5,7 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import Delta
+from numpyro.distributions import Delta, Distribution
 from numpyro.primitives import _PYRO_STACK
 
 from relaxit_jax import _checks as ck
@@ -26,6 +26,10 @@ METHODS = {
         "count": rd.GeneralizedGumbelSoftmax,
     },
 }
+
+
+# what JAX, NumPy and Python say of a vector of floats that is used as an index
+AS_INDEX = "Indexer must have|indices must|used as indices|nly integer|list indices|__index__|__array__"
 
 
 class relax(base.unrounded):
@@ -106,9 +110,7 @@ class relax(base.unrounded):
 
     def __exit__(self, exc_type, exc, traceback):
         super().__exit__(exc_type, exc, traceback)
-        used_as_index = isinstance(exc, (TypeError, IndexError)) and re.search(
-            "ind(ex|ices)|__array__", str(exc)
-        )
+        used_as_index = isinstance(exc, (TypeError, IndexError, ValueError)) and re.search(AS_INDEX, str(exc))
         if used_as_index and self._vectors and not isinstance(exc, _NotAnIndex):
             names = ", ".join(map(repr, self._vectors))
             raise _NotAnIndex(
@@ -138,14 +140,17 @@ class relax(base.unrounded):
             relaxation = method(d)
         else:
             relaxation = _relaxation(name, law, method, self.options["tau"])
-        shape = (*d.batch_shape, *law.log_pmf.shape[-1:]) if law.kind == "class" else d.batch_shape
-        need = f"a relaxation of shape {shape} for the site '{name}'"
-        got = getattr(relaxation, "shape", lambda: type(relaxation).__name__)()
-        ck.require(got == shape, "config", need, got)
+        event = law.log_pmf.shape[-1:] if law.kind == "class" else ()
+        need = f"a relaxation of batch shape {d.batch_shape} and event shape {event} for the site '{name}'"
+        fits = isinstance(relaxation, Distribution)
+        got = (relaxation.batch_shape, relaxation.event_shape) if fits else type(relaxation).__name__
+        ck.require(got == (d.batch_shape, event), "config", need, got)
         if self.options["kl"] == "discrete":
             return site.Relaxed(relaxation, law.log_pmf, law.values)
         need = f"'discrete' for the site '{name}', as {type(relaxation).__name__} has no density"
-        ck.require(law.kind != "count" and relaxation._density is not None, "kl", need, "'relaxed'")
+        discrete = law.kind == "count" or relaxation.has_enumerate_support
+        has_density = getattr(relaxation, "_density", True) is not None
+        ck.require(has_density and not discrete, "kl", need, "'relaxed'")
         return relaxation
 
     def postprocess_message(self, msg):
@@ -221,7 +226,7 @@ class _NeedsRelaxedModel(dict):
         mine = any(site.get("infer") is self for handler in replays for site in handler.trace.values())
         if mine and not any(isinstance(handler, relax) for handler in _PYRO_STACK):
             raise ValueError(
-                "a site is relaxed in the guide and not in the model: wrap the model in relax as well"
+                "a site is relaxed in the guide, not in the model: wrap the model in relax as well"
             )
         return dict(self)
 

@@ -1,0 +1,360 @@
+"""`unrounded` carries what rounding loses; `relax` says what it cannot do, and truncates counts rightly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import scipy.stats as st
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
+from numpyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoDelta
+
+from cases import DISTRIBUTIONS
+from relaxit_jax import distributions as rd
+from relaxit_jax.distributions import _site
+from relaxit_jax.handlers import auto_guide, relax, take, unrounded
+
+KEY = jax.random.key(20261122)
+ELBOS = [Trace_ELBO(num_particles=3), TraceMeanField_ELBO(num_particles=3), TraceGraph_ELBO(num_particles=3)]
+CONTINUOUS = [case for case in DISTRIBUTIONS if case.support in ("unit", "simplex", "gate") and case.log_prob]
+MASK = np.arange(20).reshape(10, 2) % 3 > 0
+
+
+def losses(handle, prior, params, mask=MASK):
+    """The loss and its gradient under every ELBO, of a guide that is the prior."""
+
+    def site(d):
+        with numpyro.plate("outer", 10, dim=-2), numpyro.plate("inner", 2, dim=-1):
+            numpyro.sample("z", d.expand([10, 2]).mask(mask))
+
+    def loss(params, elbo):
+        scaled = lambda p: handlers.scale(handle(lambda: site(prior(p))), 100.0)()
+        return elbo.loss(KEY, {}, lambda: scaled(fixed), lambda: scaled(params))
+
+    fixed = params
+    return [jax.value_and_grad(loss)(params, elbo) for elbo in ELBOS]
+
+
+@pytest.mark.parametrize("case", CONTINUOUS, ids=str)
+def test_guide_equal_to_prior_costs_nothing_at_low_temperature(case):
+    """In masked plates, scaled by 100, at tau = 0.01: loss 0 and finite gradients under every ELBO."""
+    params = {n: jnp.asarray(x) for n, x in case.floats.items()}
+    if "tau" in params:
+        params["tau"] = jnp.full((2,), 0.01)
+    elif "scale" in params and case.support == "simplex":  # of draws that round to vertices as well
+        params["scale"] = 100 * params["scale"]
+    prior = lambda p: case.build(**p, validate_args=True)
+    for value, gradients in jax.jit(lambda p: losses(unrounded, prior, p))(params):
+        scale = 100 * MASK.sum() * 20  # of what is subtracted
+        assert abs(value) < 1e-6 * scale
+        for name, gradient in gradients.items():
+            assert jnp.isfinite(gradient).all(), name
+
+
+def test_without_the_handler_it_costs_a_lot():
+    """The loss that NumPyro's own class has too; here the rounded draws of guide and prior disagree."""
+    logits = jnp.array([0.3, -0.7])
+    own = lambda logits: rd.RelaxedBernoulli(logits, 0.01)
+    for prior in (own, lambda logits: dist.RelaxedBernoulliLogits(0.01, logits)):
+        (value, _), *_ = jax.jit(lambda p, prior=prior: losses(lambda f: f, prior, p, True))(logits)
+        assert not abs(value) < 1000
+    relaxed = lambda f: relax(f, tau=0.01, kl="relaxed")
+    bernoulli = lambda logits: dist.Bernoulli(logits=logits)
+    for value, _ in jax.jit(lambda p: losses(relaxed, bernoulli, p))(logits):
+        assert abs(value) < 1
+
+
+def test_masks_outside_of_the_handler():
+    def prior():
+        with numpyro.plate("n", 4):
+            numpyro.sample("z", rd.GumbelSoftmax(jnp.zeros(3), 0.01))
+
+    mask = np.array([True, False, True, True])
+    wrapped = handlers.mask(unrounded(prior), mask=mask)
+    for elbo in ELBOS:
+        assert abs(elbo.loss(KEY, {}, wrapped, wrapped)) < 1e-3
+    drawn = handlers.trace(handlers.seed(wrapped, 0)).get_trace()["z"]
+    law = drawn["fn"].log_prob(drawn["value"], drawn["intermediates"])
+    own = rd.GumbelSoftmax(jnp.zeros((4, 3)), 0.01).log_prob(drawn["value"], drawn["intermediates"])
+    np.testing.assert_array_equal(law, np.where(mask, own, 0))
+
+
+# --- scan -------------------------------------------------------------------------------------
+
+MOVES = np.log(np.array([[0.7, 0.3], [0.2, 0.8]], np.float32))
+
+
+def chain(body=lambda f: f):
+    def step(before, y):
+        z = numpyro.sample("z", dist.Categorical(logits=take(MOVES, before)))
+        return z, z
+
+    first = numpyro.sample("first", dist.Categorical(logits=jnp.zeros(2)))
+    scan(body(step), first, jnp.zeros(5))
+
+
+@pytest.mark.parametrize("kl", ["discrete", "relaxed"])
+@pytest.mark.parametrize("wrap", ["whole", "body"])
+def test_scan_carries_every_step(kl, wrap):
+    """A guide that is the prior costs nothing, also with the unrounded densities at tau = 0.01."""
+    soft = functools.partial(relax, tau=0.01, kl=kl)
+    whole = soft(chain) if wrap == "whole" else soft(functools.partial(chain, soft))
+    for elbo in ELBOS[:2]:
+        loss = jax.jit(lambda key, elbo=elbo: elbo.loss(key, {}, whole, whole))
+        assert abs(loss(KEY)) < 1e-3
+    other = soft(functools.partial(shifted, soft))
+    shifts = [jax.jit(lambda key, e=e: e.loss(key, {}, whole, other))(KEY) for e in ELBOS[:2]]
+    assert (np.array(shifts) > 0.5).all()  # and a guide that is not the prior does
+
+
+def shifted(body):
+    def step(before, y):
+        z = numpyro.sample("z", dist.Categorical(logits=take(MOVES[::-1], before)))
+        return z, z
+
+    first = numpyro.sample("first", dist.Categorical(logits=jnp.array([1.0, 0.0])))
+    scan(body(step), first, jnp.zeros(5))
+
+
+def test_scan_scores_by_the_guide_of_the_same_step():
+    """The KL of a chain with a mean-field guide, each of whose steps has a law of its own."""
+    q = jax.nn.log_softmax(jnp.linspace(-2, 2, 10).reshape(5, 2))
+    prior = jnp.log(jnp.array([0.3, 0.7]))
+
+    def model():
+        scan(lambda c, x: (c, numpyro.sample("z", dist.Categorical(logits=prior))), 0.0, jnp.zeros(5))
+
+    guide = lambda: numpyro.sample("z", dist.Categorical(logits=q))
+    expected = jnp.sum(jnp.exp(q) * (q - prior))
+    for elbo in ELBOS[:2]:
+        loss = elbo.loss(KEY, {}, relax(model, tau=0.3), relax(guide, tau=0.3))
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+# --- counts -----------------------------------------------------------------------------------
+
+LOW, HIGH = np.array([2, 4]), np.array([9, 6])
+COUNTS = {
+    "poisson": (dist.Poisson(np.array([0.1, 4.0, 30.0])), st.poisson(np.array([0.1, 4.0, 30.0]))),
+    "large poisson": (dist.Poisson(400.0), st.poisson(400.0)),
+    "geometric": (dist.Geometric(0.3), st.geom(0.3, loc=-1)),
+    "geometric logits": (dist.Geometric(logits=-2.0), st.geom(1 / (1 + np.exp(2.0)), loc=-1)),
+    "negative binomial": (dist.NegativeBinomialProbs(3.0, 0.6), st.nbinom(3.0, 0.4)),
+    "binomial": (dist.Binomial(np.array([3, 12]), 0.3), st.binom(np.array([3, 12]), 0.3)),
+    "uniform": (
+        dist.DiscreteUniform(np.array([2, 4]), np.array([9, 6])),
+        st.randint(np.array([2, 4]), np.array([10, 7])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_truncated_counts(name):
+    """Less than 1e-6 is beyond the last value, which has it; the moments are those of SciPy to 1e-3."""
+    d, exact = COUNTS[name]
+    law = _site.law_of("n", d)
+    p, values = np.exp(np.asarray(law.log_pmf, np.float64)), law.values.astype(float)
+    np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
+    assert np.max(exact.sf(values[-1])) < 1e-6
+    expected = exact.pmf(values[(slice(None), *(None,) * len(d.batch_shape))])
+    np.testing.assert_allclose(p[..., :-1], np.moveaxis(expected, 0, -1)[..., :-1], rtol=1e-3, atol=1e-7)
+    mean = (p * values).sum(-1)
+    np.testing.assert_allclose(mean, exact.mean(), rtol=1e-3)
+    np.testing.assert_allclose((p * (values - mean[..., None]) ** 2).sum(-1), exact.var(), rtol=1e-3)
+
+
+def test_a_tail_is_folded_into_the_last_value():
+    law = _site.law_of("n", dist.Poisson(4.0), num_values=6)
+    expected = [*st.poisson(4).pmf(range(5)), st.poisson(4).sf(4)]
+    np.testing.assert_allclose(jnp.exp(law.log_pmf), expected, rtol=1e-5)
+    slope = jax.grad(lambda rate: _site.law_of("n", dist.Poisson(rate), 6).log_pmf[-1])(4.0)
+    h = 1e-4
+    ends = [np.log(st.poisson(4 + step).sf(4)) for step in (h, -h)]
+    np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-4)
+    far = jax.grad(lambda rate: _site.law_of("n", dist.Poisson(rate), 60).log_pmf[-1])(0.5)
+    assert np.isfinite(far)  # where one minus the rest is 0
+
+
+# --- what cannot be done, said ----------------------------------------------------------------
+
+
+def bits():
+    return numpyro.sample("z", dist.Bernoulli(0.3))
+
+
+def classes():
+    return numpyro.sample("z", dist.Categorical(np.array([0.2, 0.3, 0.5])))
+
+
+def loss(model, guide, elbo=ELBOS[0]):
+    return elbo.loss(KEY, {}, model, guide)
+
+
+@pytest.mark.parametrize("elbo", ELBOS, ids=lambda elbo: type(elbo).__name__)
+@pytest.mark.parametrize("site", [bits, classes])
+def test_only_one_of_model_and_guide_relaxed(site, elbo):
+    soft = relax(site, tau=0.5)
+    with pytest.raises(ValueError, match="relaxed in the guide, not in the model: wrap the model"):
+        loss(site, soft, elbo)
+    with pytest.raises(ValueError, match="'z' is relaxed in the model, not in the guide: wrap the guide"):
+        loss(soft, site, elbo)
+
+
+def test_other_guides_that_do_not_fit():
+    with pytest.raises(ValueError, match="'z' must be relaxed alike in model and guide, got kl='discrete'"):
+        loss(relax(bits, tau=0.5), lambda: numpyro.sample("z", rd.RelaxedBernoulli(0.0, 0.5)))
+    with pytest.raises(ValueError, match="'z' must be relaxed alike in model and guide, got kl='relaxed'"):
+        loss(relax(bits, tau=0.5, kl="relaxed"), relax(bits, tau=0.5))
+    soft = relax(bits, tau=0.5, kl="relaxed")
+    with pytest.raises(ValueError, match="'z' has a point estimate in the guide"):
+        loss(soft, lambda: numpyro.sample("z", dist.Delta(0.4)))
+    count = lambda: numpyro.sample("z", dist.Poisson(3.0))
+    with pytest.raises(ValueError, match="num_values must be the same for model and guide"):
+        loss(relax(count, tau=0.5), relax(count, tau=0.5, num_values=5))
+
+
+def test_conditioned_after_relaxed():
+    with pytest.raises(ValueError, match=r"write relax\(condition\(model, data\)\)"):
+        handlers.seed(handlers.condition(relax(bits, tau=0.5), {"z": 1.0}), 0)()
+    fine = handlers.trace(handlers.seed(relax(handlers.condition(bits, {"z": 1}), tau=0.5), 0)).get_trace()
+    assert fine["z"]["is_observed"] and fine["z"]["value"] == 1
+
+
+INDEXED = {
+    "jax": lambda z: jnp.arange(3.0)[z],
+    "numpy": lambda z: np.arange(3.0)[z],
+    "take": lambda z: jnp.take(jnp.arange(3.0), z),
+    "list": lambda z: [1.0, 2.0, 3.0][z],
+}
+
+
+@pytest.mark.parametrize("how", INDEXED)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_relaxed_categorical_is_no_index(how, compiled):
+    soft = relax(lambda: INDEXED[how](classes()), tau=0.5)
+    run = lambda key: handlers.seed(soft, key)()
+    with pytest.raises(TypeError, match=r"relaxed here: 'z'.*take\(table, z\)"):
+        (jax.jit(run) if compiled else run)(KEY)
+    with pytest.raises(TypeError) as other:  # what has nothing to do with it is left as it was
+        handlers.seed(relax(lambda: (classes(), None + 1), tau=0.5), 0)()
+    assert "take(table, z)" not in str(other.value)
+
+
+BAD = [
+    ({"tau": 0.0}, "tau must be positive"),
+    ({"tau": np.ones(2)}, "tau must be a scalar"),
+    ({"tau": 0.5, "method": "soft"}, "method must be one of 'relaxed', 'straight_through' or a class"),
+    ({"tau": 0.5, "method": dist.Normal}, "method must be one of"),
+    ({"tau": 0.5, "method": rd.InvertibleGaussian}, "method must be one of"),
+    ({"tau": 0.5, "config": {"z": 3}}, r"config\['z'\] must be one of"),
+    ({"tau": 0.5, "kl": "exact"}, "kl must be 'discrete' or 'relaxed'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        relax(bits, **options)
+
+
+def traced_rate(rate):
+    return handlers.seed(relax(lambda: numpyro.sample("n", dist.Poisson(rate)), tau=0.5), 0)()
+
+
+def test_bad_sites():
+    def draw(d, **options):
+        return handlers.seed(relax(lambda: numpyro.sample("z", d), tau=0.5, **options), 0)()
+
+    with pytest.raises(
+        ValueError, match="site 'z' must be a Multinomial with one trial to be relaxed, got 3"
+    ):
+        draw(dist.Multinomial(3, np.array([0.2, 0.8])))
+    with pytest.raises(
+        ValueError, match="kl must be 'discrete' for the site 'z', as GeneralizedGumbelSoftmax"
+    ):
+        draw(dist.Poisson(3.0), kl="relaxed")
+    with pytest.raises(ValueError, match=r"kl must be 'discrete' for the site 'z'.*StraightThrough"):
+        draw(dist.Bernoulli(0.3), kl="relaxed", method="straight_through")
+    with pytest.raises(ValueError, match="num_values must be given for the site 'n', a Poisson whose"):
+        jax.jit(traced_rate)(3.0)
+    with pytest.raises(ValueError, match="config must be a relaxation of batch shape"):
+        draw(dist.Categorical(np.array([0.2, 0.8])), config={"z": rd.RelaxedBernoulli})
+    with pytest.raises(ValueError, match="method of the site 'z' must be one for a bit"):
+        draw(dist.Bernoulli(0.3), config={"z": rd.GeneralizedGumbelSoftmax})
+    with pytest.raises(ValueError, match="site 'z' must be observed, enumerated, or one of the discrete"):
+        draw(Unknown())
+
+
+class Unknown(dist.Distribution):
+    support = dist.constraints.multinomial(3)
+
+    def __init__(self):
+        super().__init__((), (2,))
+
+
+# --- auto_guide -------------------------------------------------------------------------------
+
+
+SEEN = np.array([True, True, False, True])
+
+
+def everything(y=None):
+    n = numpyro.sample("n", dist.Poisson(3.0))
+    loc = numpyro.sample("loc", dist.Normal(0, 1))
+    one = numpyro.sample("one", rd.OneHotCategorical(jnp.zeros(3)))
+    trial = numpyro.sample("trial", dist.Multinomial(1, np.array([0.2, 0.8], np.float32)))
+    with numpyro.plate("points", 4), handlers.mask(mask=SEEN):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        mean = n + loc * z + one @ jnp.arange(3.0) + trial[0]
+        numpyro.sample("y", dist.Normal(mean, 1), obs=jnp.ones(4))
+
+
+def test_auto_guide_covers_the_model_in_its_order():
+    """So that NumPyro's mean-field ELBO has nothing to warn of; all its parameters get gradients."""
+    guide = auto_guide(everything)
+    soft = [relax(f, tau=0.5) for f in (everything, guide)]
+    trace = handlers.trace(handlers.seed(soft[1], 0)).get_trace()
+    sites = [name for name, site in trace.items() if site["type"] == "sample"]
+    assert sites == ["n", "loc", "one", "trial", "z"]
+    params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
+    assert set(params) == {
+        "n_auto_logits", "loc_auto_loc", "loc_auto_scale",
+        "one_auto_logits", "trial_auto_logits", "z_auto_logits",
+    }  # fmt: skip
+    np.testing.assert_allclose(guide.probs(params)["n"][:9], st.poisson(3).pmf(range(9)), rtol=1e-3)
+    np.testing.assert_array_equal(guide.values("n"), np.arange(params["n_auto_logits"].size))
+    gradients = jax.jit(jax.grad(lambda p: ELBOS[1].loss(KEY, p, *soft)))(params)
+    for name, gradient in gradients.items():
+        assert jnp.isfinite(gradient).all() and (gradient != 0).any(), name
+    np.testing.assert_array_equal(gradients["z_auto_logits"] != 0, SEEN)
+    hard = handlers.trace(handlers.seed(guide, 0)).get_trace()
+    assert all(jnp.issubdtype(hard[name]["value"].dtype, jnp.integer) for name in ("n", "z", "trial"))
+    assert np.isfinite(Trace_ELBO().loss(KEY, params, everything, guide))
+
+
+def test_auto_guide_takes_other_guides_for_the_continuous_sites():
+    guide = auto_guide(everything, continuous=AutoDelta, num_values={"n": 12})
+    trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
+    assert trace["loc"]["fn"].__class__.__name__ == "Delta" and trace["n_auto_logits"]["value"].shape == (12,)
+
+
+def test_an_impossible_value_stays_impossible():
+    """Of a Binomial with fewer trials than its neighbour: probability 0, gradient 0, no NaN."""
+
+    def model():
+        n = numpyro.sample("n", dist.Binomial(np.array([2, 5]), 0.4).to_event(1))
+        numpyro.sample("y", dist.Normal(n, 1).to_event(1), obs=jnp.array([1.0, 4.0]))
+
+    guide = auto_guide(model)
+    soft = [relax(f, tau=0.5) for f in (model, guide)]
+    start = handlers.trace(handlers.seed(guide, 0)).get_trace()["n_auto_logits"]["value"]
+    for elbo in ELBOS:
+        f = lambda x, elbo=elbo: elbo.loss(KEY, {"n_auto_logits": x}, *soft)
+        value, gradient = jax.jit(jax.value_and_grad(f))(start)
+        assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
+        assert (gradient[0, 3:] == 0).all() and (gradient[1] != 0).all()

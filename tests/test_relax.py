@@ -1,0 +1,283 @@
+"""`relax` finds the posteriors that are known, and its objective is what it says."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+import scipy.stats as st
+from numpyro import handlers
+from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+
+import posteriors
+from relaxit_jax import distributions as rd
+from relaxit_jax.handlers import auto_guide, relax, select, take
+
+KEY = jax.random.key(20261122)
+ELBOS = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO)
+
+
+# The bias of the relaxation is proportional to tau and to the curvature of the log-likelihood between two
+# values; the far mixture has four times that of the mixture, misses 0.04 for it, and is in the benchmark.
+@pytest.mark.parametrize("name", sorted(set(posteriors.PROBLEMS) - {"far mixture"}))
+def test_known_posteriors(name):
+    problem = posteriors.PROBLEMS[name]
+    found = posteriors.train(problem, tau=0.1, steps=3000)
+    assert posteriors.error(found, problem.answer()) < 0.04
+    if name == "spike and slab":
+        assert set(np.flatnonzero(found["on"] > 0.5)) == {0, 3, 7}  # the support the data were made with
+
+
+def test_a_poisson_guide_finds_the_best_rate():
+    """A guide of a family that does not hold the posterior, written by hand."""
+
+    def guide():
+        rate = numpyro.param("rate", 4.0, constraint=dist.constraints.positive)
+        numpyro.sample("z", dist.Poisson(rate))
+
+    k = np.arange(40)
+    log_joint = st.poisson(4).logpmf(k) + st.norm(k, 2).logpdf(6.5)
+    bound = lambda rate: np.sum(st.poisson(rate).pmf(k) * (log_joint - st.poisson(rate).logpmf(k)))
+    rates = np.linspace(2, 10, 2001)
+    best = rates[np.argmax([bound(rate) for rate in rates])]
+    soft = functools.partial(relax, tau=0.1, num_values=40)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 1500))
+    svi = SVI(soft(posteriors.poisson), soft(guide), optimizer, Trace_ELBO(num_particles=20))
+    found = svi.run(KEY, 1500, progress_bar=False).params["rate"]
+    np.testing.assert_allclose(found, best, rtol=0.02)
+
+
+# --- the objective ----------------------------------------------------------------------------
+
+LOC = np.array([-1.0, 0.5, 2.0], np.float32)
+PRIOR = np.log(np.array([0.2, 0.3, 0.5], np.float32))
+Y = np.linspace(-2, 2, 24, dtype=np.float32).reshape(4, 6)
+KEPT = np.arange(24).reshape(4, 6) % 3 > 0
+
+
+def model(y=Y):
+    """Every kind of site, in plates, subsampled, masked, expanded and under to_event."""
+    on = numpyro.sample("on", dist.Bernoulli(0.3).expand([3]).to_event(1))
+    n = numpyro.sample("n", dist.Binomial(4, 0.4))
+    with (
+        numpyro.plate("rows", 8, subsample_size=4, dim=-2),
+        numpyro.plate("columns", 6, dim=-1),
+        handlers.mask(mask=KEPT),
+    ):
+        z = numpyro.sample("z", dist.Categorical(logits=PRIOR))
+        numpyro.sample("y", dist.Normal(take(LOC, z) + on @ LOC + n, 1), obs=y)
+
+
+def guide(params, y=Y):
+    numpyro.sample("on", dist.Bernoulli(logits=params["on"]).to_event(1))
+    numpyro.sample("n", dist.Binomial(4, logits=params["n"]))
+    with (
+        numpyro.plate("rows", 8, subsample_size=4, dim=-2),
+        numpyro.plate("columns", 6, dim=-1),
+        handlers.mask(mask=KEPT),
+    ):
+        numpyro.sample("z", dist.Categorical(logits=params["z"]))
+
+
+PARAMS = {"on": jnp.array([0.5, -1.0, 0.2]), "n": jnp.array(0.3), "z": jnp.array([0.1, -0.4, 0.7])}
+
+
+def bernoulli_kl(logits, p):
+    q = jax.nn.sigmoid(logits)
+    return q * (jnp.log(q) - np.log(p)) + (1 - q) * (jnp.log1p(-q) - np.log(1 - p))
+
+
+def by_hand(params, soft_model, soft_guide, key):
+    """- log p(y | z) at the guide's draws, and the KL in closed form, scaled by the plates."""
+    model_key, guide_key = jax.random.split(key)
+    drawn = handlers.trace(handlers.seed(soft_guide, guide_key)).get_trace(params)
+    replayed = handlers.replay(handlers.seed(soft_model, model_key), drawn)
+    y = handlers.trace(replayed).get_trace()["y"]
+    fit = 2 * jnp.sum(jnp.where(KEPT, dist.Normal(y["fn"].mean, 1).log_prob(Y), 0))
+    kl = jnp.sum(bernoulli_kl(params["on"], 0.3)) + 4 * bernoulli_kl(params["n"], 0.4)
+    log_q, log_p = jax.nn.log_softmax(params["z"]), jax.nn.log_softmax(PRIOR)
+    return kl + 2 * KEPT.sum() * jnp.sum(jnp.exp(log_q) * (log_q - log_p)) - fit
+
+
+@pytest.mark.parametrize("method", ["relaxed", "straight_through"])
+def test_the_objective_under_every_elbo(method):
+    """-E log p(y | z) + KL(q || p), the same number and gradient under each, with scale and mask."""
+    soft_model, soft_guide = relax(model, tau=0.5, method=method), relax(guide, tau=0.5, method=method)
+
+    @jax.jit
+    def losses(params, key):
+        hand = lambda p: by_hand(p, soft_model, soft_guide, key)
+        of = lambda elbo: lambda p: elbo.loss(key, {}, lambda: soft_model(), lambda: soft_guide(p))
+        return [jax.value_and_grad(f)(params) for f in [*(of(elbo()) for elbo in ELBOS), hand]]
+
+    *found, expected = losses(PARAMS, KEY)
+    for value, gradient in found:
+        np.testing.assert_allclose(value, expected[0], rtol=2e-5)
+        chex.assert_trees_all_close(gradient, expected[1], rtol=1e-4, atol=1e-4)
+    assert all((abs(g) > 1e-4).all() for g in jax.tree.leaves(expected[1]))
+
+
+def test_temperature_may_be_traced():
+    """Annealing gives other draws and does not trace the model again."""
+    traces = []
+
+    def counted():
+        traces.append(None)
+        return model()
+
+    @jax.jit
+    def loss(params, tau):
+        soft = [relax(f, tau=tau) for f in (counted, lambda: guide(params))]
+        return Trace_ELBO().loss(KEY, {}, *soft)
+
+    losses = [float(loss(PARAMS, jnp.float32(tau))) for tau in (0.1, 0.3, 1.0)]
+    assert len(traces) == 1 and len(set(losses)) == 3
+
+
+def test_subsampled_plates_get_unbiased_gradients():
+    """The guide's parameters are those of the whole plate; the mean over subsamples is the full gradient."""
+    table = jnp.array([-1.0, 1.0, 3.0])
+    data = np.linspace(-1, 3, 6, dtype=np.float32)
+
+    def plated(subsample_size):
+        with numpyro.plate("n", 6, subsample_size=subsample_size):
+            y = numpyro.subsample(jnp.asarray(data), event_dim=0)
+            z = numpyro.sample("z", dist.Categorical(logits=PRIOR))
+            numpyro.sample("y", dist.Normal(take(table, z), 1), obs=y)
+
+    def gradient(subsample_size):
+        m = lambda: plated(subsample_size)
+        g = auto_guide(m)
+        soft = [relax(f, tau=0.5) for f in (m, g)]
+        with handlers.seed(rng_seed=0):
+            start = handlers.trace(g).get_trace()["z_auto_logits"]["value"]
+        assert start.shape == (6, 3)
+        np.testing.assert_allclose(jax.nn.softmax(start), jnp.broadcast_to(jnp.exp(PRIOR), (6, 3)), rtol=1e-5)
+        start = start + jnp.linspace(0, 1, 18).reshape(6, 3)
+        loss = lambda x, key: Trace_ELBO(num_particles=1).loss(key, {"z_auto_logits": x}, *soft)
+        keys = jax.random.split(KEY, 4000)
+        grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(start, keys)
+        return grads.mean(0), grads.std(0) / np.sqrt(len(keys))
+
+    (whole, error), (part, part_error) = gradient(6), gradient(2)
+    assert np.abs((whole - part) / np.hypot(error, part_error)).max() < 4.5
+    assert np.abs(whole / error).max() > 10  # so that a wrong scale would show
+
+
+# --- what is relaxed, and to what -------------------------------------------------------------
+
+SITES = {
+    "probs": (dist.Bernoulli(0.3), (), "unit"),
+    "logits": (dist.Bernoulli(logits=jnp.zeros(2)).to_event(1), (2,), "unit"),
+    "categorical": (dist.Categorical(jnp.array([0.2, 0.8])), (2,), "simplex"),
+    "categorical_logits": (dist.Categorical(logits=jnp.zeros((2, 3))).to_event(1), (2, 3), "simplex"),
+    "one_hot": (rd.OneHotCategorical(jnp.zeros(3)), (3,), "simplex"),
+    "one_hot_wide": (rd.OneHotCategorical(jnp.zeros(3)).expand([4]).to_event(1), (4, 3), "simplex"),
+    "multinomial": (dist.Multinomial(1, jnp.array([0.2, 0.8])), (2,), "simplex"),
+    "multinomial_logits": (dist.Multinomial(1, logits=jnp.zeros(3)), (3,), "simplex"),
+    "uniform": (dist.DiscreteUniform(2, 5), (), (2, 5)),
+    "binomial": (dist.Binomial(jnp.array([3, 7]), 0.4).to_event(1), (2,), (0, 7)),
+    "poisson": (dist.Poisson(3.0), (), (0, 40)),
+    "geometric": (dist.Geometric(0.4), (), (0, 60)),
+    "negative_binomial": (dist.NegativeBinomialProbs(3.0, 0.4), (), (0, 60)),
+    "negative_binomial_2": (dist.NegativeBinomial2(3.0, 2.0), (), (0, 80)),
+    "masked": (
+        dist.Bernoulli(jnp.full(3, 0.3)).mask(jnp.array([True, False, True])).to_event(1),
+        (3,),
+        "unit",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["relaxed", "straight_through"])
+def test_every_discrete_site_is_relaxed(method):
+    def everything():
+        return {name: numpyro.sample(name, d) for name, (d, _, _) in SITES.items()}
+
+    draw = lambda key: handlers.seed(relax(everything, tau=0.5, method=method), key)()
+    draws = jax.jit(jax.vmap(draw))(jax.random.split(KEY, 200))
+    for name, (d, shape, support) in SITES.items():
+        z = np.asarray(draws[name])
+        assert z.shape == (200, *shape), name
+        low, high = (0, 1) if isinstance(support, str) else support
+        assert z.min() >= low and z.max() <= high, name
+        if support == "simplex":
+            np.testing.assert_allclose(z.sum(-1), 1, rtol=1e-5)
+        whole = z == np.round(z)
+        assert whole.all() if method == "straight_through" else (~whole).mean() > 0.3, name
+        if method == "straight_through" and support != "simplex":  # and of the site's own law
+            error = np.sqrt(np.asarray(d.variance) / 200)
+            assert (abs(z.mean(0) - d.mean) < 4.5 * error).all(), name
+
+
+def test_other_sites_stay():
+    def mixed():
+        numpyro.sample("seen", dist.Bernoulli(0.3), obs=1)
+        numpyro.sample("enumerated", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        numpyro.sample("kept", dist.Poisson(3.0))
+        numpyro.sample("normal", dist.Normal(0, 1))
+        numpyro.sample("conditioned", dist.Categorical(jnp.array([0.2, 0.8])))
+        numpyro.sample("substituted", dist.Categorical(jnp.array([0.2, 0.8])))
+
+    inner = handlers.substitute(handlers.condition(mixed, {"conditioned": 1}), {"substituted": 0})
+    soft = relax(inner, tau=0.5, config={"kept": None})
+    trace = handlers.trace(handlers.seed(soft, 0)).get_trace()
+    plain = handlers.trace(handlers.seed(inner, 0)).get_trace()
+    for name, site in plain.items():
+        assert type(trace[name]["fn"]) is type(site["fn"]), name
+        assert jnp.result_type(trace[name]["value"]) == jnp.result_type(site["value"]), name
+
+
+def test_config_gives_single_sites_their_own_method():
+    def two():
+        numpyro.sample("z", dist.Categorical(PRIOR_P))
+        numpyro.sample("b", dist.Bernoulli(0.3))
+        numpyro.sample("g", dist.Bernoulli(0.3))
+
+    config = {
+        "z": rd.StraightThroughGumbelSoftmax,
+        "b": rd.HardConcrete,
+        "g": lambda d: rd.GaussianRelaxedBernoulli(d.probs, 0.2),
+    }
+    trace = handlers.trace(handlers.seed(relax(two, tau=0.3, config=config), 1)).get_trace()
+    kinds = {name: type(site["fn"].base_dist.relaxation).__name__ for name, site in trace.items()}
+    assert kinds == {
+        "z": "StraightThroughGumbelSoftmax",
+        "b": "HardConcrete",
+        "g": "GaussianRelaxedBernoulli",
+    }
+    assert set(np.unique(trace["z"]["value"])) == {0, 1}
+
+
+PRIOR_P = np.exp(PRIOR)
+
+
+def test_the_trained_guide_draws_discrete_values():
+    guide = auto_guide(posteriors.classes)
+    with handlers.seed(rng_seed=0):
+        params = {"z_auto_logits": handlers.trace(guide).get_trace()["z_auto_logits"]["value"]}
+    draws = Predictive(guide, params=params, num_samples=2000)(KEY)["z"]
+    assert draws.shape == (2000, 5) and jnp.issubdtype(draws.dtype, jnp.integer)
+    share = np.bincount(np.asarray(draws).ravel(), minlength=4) / draws.size
+    np.testing.assert_allclose(share, posteriors.CLASS_P, atol=4.5 * 0.5 / np.sqrt(draws.size))
+    np.testing.assert_allclose(guide.probs(params)["z"], np.tile(posteriors.CLASS_P, (5, 1)), rtol=1e-5)
+
+
+def test_take_and_select_are_indexing_and_where():
+    table = jnp.arange(12.0).reshape(3, 2, 2)
+    index = jnp.array([[0, 2], [1, 1]])
+    np.testing.assert_array_equal(take(table, index), table[index])
+    np.testing.assert_array_equal(take(table, jax.nn.one_hot(index, 3)), table[index])
+    gradient = jax.grad(lambda z: take(jnp.array([1.0, 5.0, 7.0]), z))(jnp.array([0.0, 1.0, 0.0]))
+    np.testing.assert_array_equal(gradient, [1, 5, 7])  # also for what is not chosen
+    bit = jnp.array([0.0, 1.0])
+    np.testing.assert_array_equal(select(bit, 3.0, jnp.array([5.0, 6.0])), [5, 3])
+    np.testing.assert_array_equal(select(jnp.array([False, True]), 3.0, 5.0), [5, 3])
+    assert jax.grad(lambda b: select(b, 3.0, 5.0))(0.25) == -2
+    with pytest.raises(ValueError, match="z must be integers, or vectors of 3 weights"):
+        take(table, jnp.ones(2))
