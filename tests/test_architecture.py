@@ -17,7 +17,7 @@ ROOMS = {
     "laplace_bridge": {"_numerics", "_checks"},
     "samplers": {"_numerics", "_checks"},
     "distributions": {"_numerics", "_checks", "samplers", "laplace_bridge", "distributions"},
-    "handlers": {"_checks", "distributions"},
+    "handlers": {"_checks", "distributions", "handlers"},
 }
 PURE = {
     "jax",

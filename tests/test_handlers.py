@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
 from numpyro import handlers
-from numpyro.contrib.control_flow import scan
+from numpyro.contrib.control_flow import cond, scan
 from numpyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta
 
@@ -288,6 +288,14 @@ def test_bad_sites():
         draw(dist.Bernoulli(0.3), config={"z": rd.GeneralizedGumbelSoftmax})
     with pytest.raises(ValueError, match="site 'z' must be observed, enumerated, or one of the discrete"):
         draw(Unknown())
+
+
+def test_a_site_inside_of_cond():
+    branch = lambda p: lambda _: numpyro.sample("z", dist.Bernoulli(p))
+    inside = lambda: cond(jnp.array(True), branch(0.2), branch(0.4), None)
+    with pytest.raises(ValueError, match="'z' is inside of a cond"):
+        handlers.seed(relax(inside, tau=0.5), 0)()
+    assert handlers.seed(relax(inside, tau=0.5, config={"z": None}), 0)() in (0, 1)
 
 
 class Unknown(dist.Distribution):

@@ -1,4 +1,4 @@
-"""Every class of relaxit_jax.distributions in NumPyro's hands: expand, vmap, arguments, constraints, models."""
+"""Every class of relaxit_jax.distributions in NumPyro's hands: expand, vmap, arguments, models."""
 
 import chex
 import jax
@@ -7,6 +7,7 @@ import numpy as np
 import numpyro
 import pytest
 import scipy.special as sp
+import scipy.stats as st
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import biject_to
@@ -18,14 +19,21 @@ from test_distributions import (
     has_law,
     has_moments,
     rows,
-    spread,
 )
-from test_samplers import KEY
+from test_samplers import KEY, P_VALUE
 
+from cases import DISTRIBUTIONS
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _base as base
 
 __all__ = ["fast_compilation"]  # a fixture of this file too
+
+
+def spread(params, shape):
+    """Parameters whose batch axis stands at `shape`, as (2, 1); of scalars, nothing changes."""
+    return {
+        name: x if jnp.ndim(x) == 0 else jnp.reshape(x, shape + x.shape[1:]) for name, x in params.items()
+    }
 
 
 @rows()
@@ -39,9 +47,11 @@ def test_expanded_reinterpreted_and_masked(case):
         wide = d.expand(shape)
         again = d.expand((2, 4)).expand(shape)
         dims = {n: case.distribution.arg_constraints[n].event_dim for n in params}
-        full = case.build(**{
-            n: jnp.broadcast_to(x, shape + x.shape[x.ndim - dims[n] :]) for n, x in spread(params, (2, 1)).items()
-        })  # fmt: skip
+        by_hand = {
+            n: jnp.broadcast_to(x, shape + x.shape[x.ndim - dims[n] :])
+            for n, x in spread(params, (2, 1)).items()
+        }
+        full = case.build(**by_hand)
         z = wide.sample(KEY, (1500,))
         few = z[:5]
         for other in (again, wide.mask(mask), wide.to_event(2)):
@@ -85,6 +95,38 @@ def test_expanded_reinterpreted_and_masked(case):
         for one in (d, d.expand((3, 2))):
             with pytest.raises(NotImplementedError):
                 one.enumerate_support()
+
+
+def test_a_scalar_scale_counts_for_every_class():
+    for cls, args, event in ((rd.LogisticNormalSoftmax, (), 3), (rd.InvertibleGaussian, (0.5,), 4)):
+        d = cls(jnp.zeros((2, 3)), 0.5, *args)
+        shapes = ((2,), (event,))
+        assert (d.batch_shape, d.event_shape) == shapes
+        assert cls.infer_shapes((2, 3), (), *((),) * len(args)) == shapes
+        assert cls.infer_shapes((2, 3), (1,), *((),) * len(args)) == shapes
+
+
+@rows()
+def test_only_what_is_declared_discrete_has_no_gradient(case):
+    d = case.build()
+    assert d.has_rsample == (not d.is_discrete) == (not d.support.is_discrete)
+    assert d.has_rsample == (case.distribution is not rd.OneHotCategorical)
+    assert d.expand((3, 2)).has_rsample == d.to_event(1).has_rsample == d.has_rsample
+
+
+def test_one_hot_categorical_draws():
+    case = DISTRIBUTIONS[-2]
+    assert case.distribution is rd.OneHotCategorical
+    weights = jnp.arange(3.0)
+    loss = lambda logits: (jnp.sum(weights * (z := rd.OneHotCategorical(logits).sample(KEY, (100_000,)))), z)
+    gradient, draws = jax.jit(jax.grad(loss, has_aux=True))(case.params["logits"])
+    assert (gradient == 0).all()
+    counts = np.asarray(draws, int).sum(0)
+    for i in range(2):
+        expected = sp.softmax(case.params["logits"][i].astype(float)) * 100_000
+        assert st.chisquare(counts[i], expected / expected.sum() * counts[i].sum()).pvalue > P_VALUE
+    mode = rd.OneHotCategorical(case.params["logits"]).mode
+    np.testing.assert_array_equal(mode, np.eye(3)[[2, 1]])
 
 
 # --- pytrees, vmap ----------------------------------------------------------------------------
@@ -136,27 +178,30 @@ def test_vmap_over_each_parameter(case):
             moved = {name: changed[name] for name in names}
             loop = jax.lax.map(lambda one, make=make: result(make(one)), moved)
             axes = vmap_over(d, **dict.fromkeys(names, 0))
-            for out, kind in ((0, "all leaves"), (axes, "one leaf")):
-                batched = jax.vmap(make, out_axes=out)(moved)
-                promoted = promote_batch_shape(batched)
-                assert promoted.batch_shape == (3, 2), (n, kind)
-                assert promoted.sample(KEY, (4,)).shape == (4, 3, 2, *case.event)
-                mapped = jax.vmap(result, in_axes=(out,))(batched)
-                laws = [promoted.log_prob(z)] if has_law(case) else []
-                found[n, kind] = mapped, loop, laws, loop[-1]
+            batched = jax.vmap(make, out_axes=axes)(moved)
+            mapped = jax.vmap(result, in_axes=(axes,))(batched)
             expanded = jax.vmap(lambda one, make=make: make(one).expand((5, 2)))(moved)
-            wide = promote_batch_shape(expanded)
-            assert wide.batch_shape == (3, 5, 2)
-            if has_law(case):
-                law = wide.log_prob(jnp.broadcast_to(z, (3, 5, *z.shape)))
-                found[n, "expanded"] = (), (), [law[:, 4]], loop[1]
+            wide, promoted = promote_batch_shape(expanded), promote_batch_shape(batched)
+            everything = promote_batch_shape(jax.vmap(make)(moved))
+            assert promoted.batch_shape == everything.batch_shape == (3, 2), n
+            assert wide.batch_shape == (3, 5, 2), n
+            # (NumPyro's promotion of an expanded one leaves the sizes to expand as they were: no draws)
+            for other in (promoted, everything):
+                draw = jax.eval_shape(lambda d: d.sample(KEY, (4,)), other)
+                assert draw.shape == (4, *other.batch_shape, *case.event), n
+            laws = []
+            if has_law(case) and n == "all":
+                laws = [promoted.log_prob(z), everything.log_prob(z), wide.log_prob(z)[:, 4]]
+            elif has_law(case):
+                assert jax.eval_shape(promoted.log_prob, z).shape == (3, 2), n
+            found[n] = mapped, loop, laws
         return found
 
-    for name, (mapped, loop, laws, law) in compiled(params, changed).items():
+    for name, (mapped, loop, laws) in compiled(params, changed).items():
         for one, other in zip(mapped, loop, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=str(name))
         for other in laws:
-            np.testing.assert_allclose(other, law, rtol=1e-5, atol=1e-5, err_msg=str(name))
+            np.testing.assert_allclose(other, loop[1], rtol=1e-5, atol=1e-5, err_msg=str(name))
 
 
 # --- arguments --------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpyro
 
 import relaxit_jax
+from relaxit_jax import distributions, handlers
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,6 +21,8 @@ def test_snippets_run_and_do_what_they_say():
         exec(snippet, names)
     assert jnp.argmax(names["logits"]) == 2
     assert jax.nn.softmax(names["logits"])[2] > 0.9
+    left = names["guide"].probs(names["result"].params)["z"][:, 0]  # of the first cluster
+    assert (left > 0.9).sum() in (2, 3) and (left < 0.1).sum() in (2, 3)
 
 
 def test_commands_are_those_that_ci_runs():
@@ -38,8 +42,11 @@ def test_the_table_lists_every_sampler_and_only_what_exists():
         and next(iter(inspect.signature(f).parameters)) == "key"
     }
     assert listed == samplers | {"laplace_bridge"}
+    rooms = (relaxit_jax, distributions, handlers, numpyro.distributions, numpyro.infer)
     for name in re.findall(r"`(\w+)`", README):
-        assert hasattr(relaxit_jax, name) or name in ("shape", "tau", "runs")
+        assert any(hasattr(room, name) for room in rooms) or name in ("shape", "tau", "runs"), name
+    for name in distributions.__all__:  # a class with its sampler; the aliases have Pyro's names
+        assert f"`{name}`" in README or name.startswith("RelaxedOneHot"), name
 
 
 def test_what_the_readme_points_to_is_there():

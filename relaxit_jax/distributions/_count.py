@@ -63,10 +63,13 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
 
     @property
     def mean(self):
-        return self._full(jnp.sum(jnp.exp(self._log_pmf()) * self.values, -1))
+        return self._moment(jnp.sum(jnp.exp(self._log_pmf()) * self.values, -1))
 
     @property
     def variance(self):
         p = jnp.exp(self._log_pmf())
         centred = self.values - jnp.sum(p * self.values, -1, keepdims=True)
-        return self._full(jnp.sum(p * centred**2, -1))
+        return self._moment(jnp.sum(p * centred**2, -1))
+
+    def _moment(self, x):
+        return self._full(x.astype(jnp.result_type(self.logits, self.values)))

@@ -7,6 +7,7 @@ from jax.nn import sigmoid
 from jax.scipy.special import ndtr, ndtri
 from numpyro.distributions import constraints
 
+from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
@@ -43,38 +44,44 @@ class GaussianRelaxedBernoulli(base.Bit):
 
     @property
     def log_odds(self):
-        """Log-odds of ``z > 1/2``."""
-        return nm.probit_to_logit((self.loc - 0.5) / self.scale)
+        """Log-odds of ``z > 1/2``, in float32 or wider."""
+        _, loc, scale = self._wide()
+        return nm.probit_to_logit((loc - 0.5) / scale)
 
-    def _ends(self):
-        """Where 0 and 1 lie in the noise, and the probability between."""
-        low, high = -self.loc / self.scale, (1 - self.loc) / self.scale
-        return low, high, ndtr(high) - ndtr(low)
+    def _wide(self):
+        return ck.widen(loc=self.loc, scale=self.scale)  # ndtr knows no half precision
+
+    def _moments(self):
+        """Mean and variance, of the parts between 0 and 1 and of the atoms there."""
+        dtype, loc, scale = self._wide()
+        low, high = -loc / scale, (1 - loc) / scale
+        inside = ndtr(high) - ndtr(low)
+        at_low, at_high = jnp.exp(nm.log_normal_pdf(low)), jnp.exp(nm.log_normal_pdf(high))
+        mean = ndtr(-high) + loc * inside + scale * (at_low - at_high)
+        # about the mean, not about 0: the difference of two second moments would cancel
+        atoms = (1 - mean) ** 2 * ndtr(-high) + mean**2 * ndtr(low)
+        d = loc - mean
+        second = inside + low * at_low - high * at_high
+        between = d**2 * inside + 2 * d * scale * (at_low - at_high) + scale**2 * second
+        return self._full(mean.astype(dtype)), self._full((atoms + between).astype(dtype))
 
     @property
     def mean(self):
-        low, high, inside = self._ends()
-        slopes = jnp.exp(nm.log_normal_pdf(low)) - jnp.exp(nm.log_normal_pdf(high))
-        return self._full(ndtr(-high) + self.loc * inside + self.scale * slopes)
+        return self._moments()[0]
 
     @property
     def variance(self):
-        low, high, inside = self._ends()
-        at_low, at_high = jnp.exp(nm.log_normal_pdf(low)), jnp.exp(nm.log_normal_pdf(high))
-        atoms = (1 - self.mean) ** 2 * ndtr(-high) + self.mean**2 * ndtr(low)
-        # about the mean, not about 0: the difference of two second moments would cancel
-        d = self.loc - self.mean
-        second = inside + low * at_low - high * at_high
-        between = d**2 * inside + 2 * d * self.scale * (at_low - at_high) + self.scale**2 * second
-        return self._full(atoms + between)
+        return self._moments()[1]
 
     def cdf(self, value):
+        _, loc, scale = self._wide()
         value = jnp.asarray(value)
-        inside = jnp.where(value < 1, ndtr((value - self.loc) / self.scale), 1)
+        inside = jnp.where(value < 1, ndtr((value - loc) / scale), 1)
         return jnp.where(value < 0, 0, inside)
 
     def icdf(self, q):
-        return jnp.clip(self.loc + self.scale * ndtri(q), 0, 1)
+        _, loc, scale = self._wide()
+        return jnp.clip(loc + scale * ndtri(q), 0, 1)
 
 
 class HardConcrete(base.Bit):

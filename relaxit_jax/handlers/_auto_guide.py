@@ -86,7 +86,7 @@ class auto_guide:
     def _setup(self, args, kwargs):
         with handlers.block():
             trace = handlers.trace(handlers.seed(self.model, numpyro.prng_key())).get_trace(*args, **kwargs)
-        latent = [s for s in trace.values() if _is_latent(s)]
+        latent = [s for s in trace.values() if s["type"] == "sample" and base.is_latent(s)]
         sizes = {name: s["args"] for name, s in trace.items() if s["type"] == "plate"}
         self._frames = {
             frame.name: (sizes.get(frame.name, (frame.size,))[0], frame.size, frame.dim)
@@ -99,10 +99,7 @@ class auto_guide:
             if discrete:
                 self._parts.extend(map(self._discrete_part, group))
             else:
-                names = {s["name"] for s in group}
-                hide = lambda m, names=names: (
-                    m["type"] == "sample" and _is_latent(m) and m["name"] not in names
-                )
+                hide = _all_but({s["name"] for s in group})
                 self._parts.append(
                     self.continuous(
                         handlers.block(self.model, hide_fn=hide),
@@ -155,8 +152,8 @@ class auto_guide:
         return jnp.asarray(prior, jnp.float32), possible
 
 
-def _is_latent(s):
-    return s["type"] == "sample" and not s["is_observed"] and s["infer"].get("enumerate") != "parallel"
+def _all_but(names):
+    return lambda msg: msg["type"] == "sample" and base.is_latent(msg) and msg["name"] not in names
 
 
 def _like(d, law, logits):

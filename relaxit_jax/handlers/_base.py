@@ -18,6 +18,11 @@ def innermost(fn):
     return fn
 
 
+def is_latent(msg):
+    """Of a sample site: neither observed nor enumerated."""
+    return not msg["is_observed"] and msg["infer"].get("enumerate") != "parallel"
+
+
 def is_discrete(fn):
     return bool(getattr(innermost(fn).support, "is_discrete", False))
 

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.distributions import Delta, Distribution
 from numpyro.primitives import _PYRO_STACK
 
@@ -47,6 +48,11 @@ class relax(base.unrounded):
     DiscreteUniform, Binomial, Poisson, Geometric, NegativeBinomial and other integers (to a number,
     a weighted mean of finitely many values); in plates, under `to_event`, `expand` and masks, and
     inside of `scan`. Observed, conditioned, substituted and enumerated sites stay as they are.
+
+    What runs, but loses the gradient of a relaxed site: `jnp.where` and `jax.lax.cond` of it (see
+    `select`), comparing it, rounding it. What is not meant: MCMC on the relaxed model, whose
+    posterior is another one; RenyiELBO, whose importance weights need draws of the discrete law;
+    `flax.nnx.Rngs` inside the model with several particles (take keys from `numpyro.prng_key()`).
 
     To anneal without recompiling, let the model take the temperature:
     ``lambda data, tau: relax(model, tau=tau)(data)``.
@@ -101,11 +107,15 @@ class relax(base.unrounded):
         self.options = {
             "tau": tau, "method": method, "kl": kl, "config": config or {}, "num_values": num_values
         }  # fmt: skip
+        self._reset()
+
+    def _reset(self):
         self._relaxed = set()  # messages whose site was relaxed here
-        self._vectors = []  # names of relaxed Categorical sites
+        self._vectors = {}  # names of relaxed Categorical sites, in order
+        self._flow = None  # the last control flow that was met
 
     def __enter__(self):
-        self._relaxed, self._vectors = set(), []
+        self._reset()
         return super().__enter__()
 
     def __exit__(self, exc_type, exc, traceback):
@@ -122,20 +132,26 @@ class relax(base.unrounded):
         return relax(fn, **self.options)
 
     def process_message(self, msg):
-        latent = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None
-        if latent and base.is_discrete(msg["fn"]) and msg["infer"].get("enumerate") != "parallel":
+        if msg["type"] == "control_flow":
+            self._flow = msg["fn"]
+        elif msg["type"] == "sample" and base.is_latent(msg) and base.is_discrete(msg["fn"]):
             own = self.options["config"].get(msg["name"], self.options["method"])
-            if own is not None:
+            if own is not None and msg["value"] is None:
                 msg["fn"] = base.rewrap(msg["fn"], lambda d: self._replace(msg["name"], d, own))
                 msg["infer"] = _NeedsRelaxedModel(msg["infer"])
                 self._relaxed.add(id(msg))
+            elif own is not None and msg.get("_control_flow_done") and self._flow is cond_wrapper:
+                raise ValueError(
+                    f"the site '{msg['name']}' is inside of a cond, where NumPyro replays nothing: draw it "
+                    "before the cond, or leave it as it is by config"
+                )
         super().process_message(msg)
 
     def _replace(self, name, d, method):
         count = self.options["num_values"]
         law = site.law_of(name, d, count.get(name) if isinstance(count, dict) else count)
         if law.kind == "class" and not d.event_dim:
-            self._vectors.append(name)
+            self._vectors[name] = None
         if callable(method) and not isinstance(method, type):
             relaxation = method(d)
         else:
