@@ -13,12 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpyro.infer import Trace_ELBO
+from scipy.special import softmax
+from scipy.stats import multivariate_normal
 
 import common
 import correlated_gates
 import laplace_bridge
+import mixture
+import posteriors
+import spike_and_slab
 import vae
 from latents import METHODS, family_of
+from relaxit_jax.handlers import auto_guide
 
 KEY = jax.random.key(3)
 EXAMPLES = pathlib.Path(vae.__file__).parent
@@ -37,12 +44,12 @@ def images(tmp_path_factory):
     return path
 
 
-def run(*arguments):
+def run(*arguments, example=vae):
     """The exit code of an example's command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vae.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"{example.__name__}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
-            common.run(vae.main)
+            common.run(example.main)
     return exit.value.code or 0
 
 
@@ -254,12 +261,13 @@ def test_mnist_without_a_network_is_one_line(monkeypatch, capsys):
     assert "use the 5,000 images that need none: --data mnist5k" in capsys.readouterr().err
 
 
-def test_help_explains_every_option(capsys):
-    assert run("--help") == 0
+@pytest.mark.parametrize("example", [vae, mixture, spike_and_slab], ids=lambda e: e.__name__)
+def test_help_explains_every_option(example, capsys):
+    assert run("--help", example=example) == 0
     text = capsys.readouterr().out
-    for parameter in vae.main.params:
+    for parameter in example.main.params:
         assert parameter.opts[0] in text and (getattr(parameter, "help", "") or "").strip()
-    for method in METHODS:
+    for method in METHODS if example is vae else ("relaxed", "straight_through"):
         assert method in text
 
 
@@ -293,3 +301,96 @@ def test_correlated_gates_example(tmp_path):
     for row in read(tmp_path)["table"]:
         assert abs(row["seen"] - row["exact"]) < 4.5 * row["standard_error"], row
     assert (tmp_path / "gates.png").stat().st_size > 10_000
+
+
+def unrelaxed_losses(model, params, *args, draws=2000):
+    """-ELBO of the discrete guide with these parameters, one draw each."""
+    guide = auto_guide(model)
+    loss = lambda key: Trace_ELBO().loss(key, params, model, guide, *args)
+    loss(KEY)  # the guide reads the model on its first call, outside of the trace
+    return np.asarray(jax.jit(jax.vmap(loss))(jax.random.split(KEY, draws)), float)
+
+
+def test_mixture_answer_is_the_optimum_of_the_bound_of_its_model():
+    """Its -ELBO is that of NumPyro for the same guide, and every other guide of the family is worse."""
+    centres, _, x = mixture.make_data(3, 40, 2.0, 0)
+    q, loc, loss = mixture.coordinate_ascent(x, centres)
+    variance = 1 / (1 / mixture.PRIOR_SCALE**2 + q.sum(0))[:, None]
+    scale = np.sqrt(np.broadcast_to(variance, loc.shape))
+    rng = np.random.default_rng(0)
+    move = lambda size: {
+        "z_auto_logits": jnp.asarray(np.log(q) + size * rng.normal(size=q.shape), jnp.float32),
+        "loc_auto_loc": jnp.asarray(loc + size * scale * rng.normal(size=loc.shape), jnp.float32),
+        "loc_auto_scale": jnp.asarray(scale * np.exp(size * rng.normal(size=loc.shape)), jnp.float32),
+    }
+    seen = unrelaxed_losses(mixture.model, move(0), x, 3)
+    assert abs(seen.mean() - loss) < 4.5 * seen.std() / np.sqrt(len(seen))
+    for size in (0.3, 0.6):
+        other = unrelaxed_losses(mixture.model, move(size), x, 3)
+        assert other.mean() - loss > 4.5 * other.std() / np.sqrt(len(other))
+
+
+@pytest.mark.parametrize("method", ["relaxed", "straight_through"])
+def test_mixture_example(method, tmp_path):
+    flags = "--clusters 3 --points 60 --separation 2 --steps 600 --particles 10 --tau 0.05 --seed 1 --method"
+    assert run(*flags.split(), method, "--out", tmp_path, example=mixture) == 0
+    metrics = read(tmp_path)
+    assert metrics["mean_difference"] < 0.03 and metrics["largest_difference"] < 0.15
+    assert metrics["final_loss_unrelaxed"] > metrics["loss_closed_form"] - 0.5
+    assert abs(metrics["accuracy"] - metrics["accuracy_closed_form"]) <= 3 / 60
+    assert (tmp_path / "mixture.png").stat().st_size > 10_000
+
+
+def test_exact_inclusion_is_that_of_every_support_written_out():
+    x, y, _ = spike_and_slab.make_data(9, 2, 1, 0.5, 0)
+    x, y = x.astype(float), y.astype(float)
+    joint, slopes = {}, {}
+    for support in ([], [0], [1], [0, 1]):
+        own = x[:, support]
+        law = multivariate_normal(cov=np.eye(9) + 4 * own @ own.T)
+        joint[tuple(support)] = law.logpdf(y) + len(support) * np.log(0.2) + (2 - len(support)) * np.log(0.8)
+        slopes[tuple(support)] = 4 * own.T @ np.linalg.solve(np.eye(9) + 4 * own @ own.T, y)
+    weights = dict(zip(joint, softmax(list(joint.values())), strict=True))
+    q, w, evidence = spike_and_slab.enumerate_supports(x, y)
+    np.testing.assert_allclose(q, [weights[(k,)] + weights[(0, 1)] for k in (0, 1)])
+    means = [weights[(k,)] * slopes[(k,)][0] + weights[(0, 1)] * slopes[(0, 1)][k] for k in (0, 1)]
+    np.testing.assert_allclose(w, means)
+    np.testing.assert_allclose(evidence, np.log(np.exp(list(joint.values())).sum()))
+
+
+def test_best_mean_field_inclusion_is_that_of_a_general_optimizer():
+    q, _, loss = spike_and_slab.best_mean_field(*posteriors.regression_data())
+    np.testing.assert_allclose(q, posteriors.spike_and_slab_answer()["on"], atol=1e-4)
+    assert loss > -spike_and_slab.enumerate_supports(*posteriors.regression_data())[2]
+
+
+@pytest.mark.parametrize("method", ["relaxed", "straight_through"])
+def test_spike_and_slab_example(method, tmp_path):
+    flags = "--rows 60 --columns 5 --support 2 --correlation 0.3 --steps 800 --particles 10 --method"
+    assert run(*flags.split(), method, "--out", tmp_path, example=spike_and_slab) == 0
+    metrics = read(tmp_path)
+    assert metrics["support_found"] == metrics["support_true"] == metrics["support_exact"]
+    assert metrics["largest_difference_from_mean_field"] < 0.04
+    assert metrics["minus_log_evidence"] < metrics["loss_mean_field"]
+    assert metrics["final_loss_unrelaxed"] > metrics["loss_mean_field"] - 0.1
+    assert (tmp_path / "spike_and_slab.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("example", "flags", "words"),
+    [
+        (mixture, "--tau 0", "0.0 is not in the range x>=0.001"),
+        (mixture, "--method nonsense", "is not one of 'relaxed', 'straight_through'"),
+        (mixture, "--clusters 8 --points 20 --seed 2", "leave a cluster of 8 empty; raise --points"),
+        (mixture, "--points 20 --steps 3 --learning-rate 1e30 --out {}", "the loss is not finite from step"),
+        (spike_and_slab, "--columns 17", "means 2^17 supports for the exact answer; give at most 16"),
+        (spike_and_slab, "--support 13", "is above the 12 columns; lower it"),
+        (spike_and_slab, "--correlation 1", "is not in the range -1.0<x<1.0"),
+        (spike_and_slab, "--out {}/file/run", "choose another folder with --out"),
+    ],
+)
+def test_bad_input_of_the_numpyro_examples_is_one_line(example, flags, words, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert run(*flags.format(tmp_path).split(), example=example) == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # below the progress bar, if it came so far
+    assert line.startswith("error: ") and words in line

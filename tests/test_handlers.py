@@ -1,6 +1,7 @@
 """`unrounded` carries what rounding loses; `relax` says what it cannot do, and truncates counts rightly."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,20 @@ def test_without_the_handler_it_costs_a_lot():
     bernoulli = lambda logits: dist.Bernoulli(logits=logits)
     for value, _ in jax.jit(lambda p: losses(relaxed, bernoulli, p))(logits):
         assert abs(value) < 1
+
+
+def test_a_draw_of_another_kind_is_scored_by_its_value():
+    """The unrounded draw of a hard concrete gate is that before stretching: of no use to another class."""
+    kinds = [
+        lambda: rd.HardConcrete(0.0, 0.5), lambda: rd.HardConcrete(0.0, 0.5, stretch=(-0.2, 1.2)),
+        lambda: rd.RelaxedBernoulli(0.0, 0.5),
+    ]  # fmt: skip
+    for guide, model in itertools.permutations(kinds, 2):
+        run = lambda kind: unrounded(lambda: numpyro.sample("z", kind()))
+        drawn = handlers.trace(handlers.seed(run(guide), 3)).get_trace()
+        scored = handlers.trace(handlers.replay(run(model), drawn)).get_trace()["z"]
+        law = scored["fn"].log_prob(scored["value"], scored["intermediates"])
+        np.testing.assert_allclose(law, model().log_prob(drawn["z"]["value"]), rtol=1e-4)
 
 
 def test_masks_outside_of_the_handler():

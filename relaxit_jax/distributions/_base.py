@@ -139,7 +139,7 @@ class SamplerDistribution(Distribution):
 
     pytree_aux_fields = ()
     _density = None
-    _log_space = False  # whether the sampler has an unrounded form for the density
+    _log_space = None  # what the sampler returns unrounded, for the density
     _optional = ()  # parameters that may be None
     _per_coordinate = ()  # parameters of which a scalar counts for every coordinate of the event
     _event = staticmethod(lambda shapes: ())

@@ -36,7 +36,7 @@ class RelaxedBernoulli(base.Bit):
     support = constraints.unit_interval
     _sampler = staticmethod(samplers.relaxed_bernoulli)
     _density = staticmethod(samplers.relaxed_bernoulli_log_prob)
-    _log_space = True
+    _log_space = "logit"
 
     def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
         super().__init__(validate_args, logits=base.bit_logits(logits, probs), tau=tau)
@@ -230,7 +230,7 @@ class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
     support = constraints.independent(constraints.unit_interval, 1)
     _sampler = staticmethod(samplers.correlated_bernoulli)
     _density = staticmethod(samplers.correlated_bernoulli_log_prob)
-    _log_space = True
+    _log_space = "logit"
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])
 
     def __init__(self, logits=None, tau=None, scale_tril=None, *, probs=None, validate_args=None):

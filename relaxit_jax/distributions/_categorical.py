@@ -102,7 +102,7 @@ class GumbelSoftmax(base.OneHot):
     support = base.simplex
     _sampler = staticmethod(samplers.gumbel_softmax)
     _density = staticmethod(samplers.gumbel_softmax_log_prob)
-    _log_space = True
+    _log_space = "log"
 
     def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
         super().__init__(validate_args, logits=base.class_logits(logits, probs), tau=tau)
@@ -191,7 +191,7 @@ class InvertibleGaussian(base.SamplerDistribution):
     support = base.simplex
     _sampler = staticmethod(samplers.invertible_gaussian)
     _density = staticmethod(samplers.invertible_gaussian_log_prob)
-    _log_space = True
+    _log_space = "log"
     _per_coordinate = ("scale",)
     _event = staticmethod(lambda shapes: (shapes["loc"][-1] + 1,))
 

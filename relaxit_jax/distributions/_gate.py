@@ -113,13 +113,16 @@ class HardConcrete(base.Bit):
     support = constraints.unit_interval
     _sampler = staticmethod(samplers.hard_concrete)
     _density = staticmethod(samplers.hard_concrete_log_prob)
-    _log_space = True
 
     def __init__(self, logits=None, tau=None, *, probs=None, stretch=(-0.1, 1.1), validate_args=None):
         logits = base.bit_logits(logits, probs)
         samplers.hard_concrete_gate(0.0, stretch=stretch)  # checks the stretch
         static = {"stretch": tuple(map(float, stretch))}
         super().__init__(validate_args, static, logits=logits, tau=tau)
+
+    @property
+    def _log_space(self):
+        return "logit before stretching", self.stretch
 
     @property
     def log_odds(self):

@@ -46,7 +46,7 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
     support = base.simplex
     _sampler = staticmethod(samplers.logistic_normal)
     _density = staticmethod(samplers.logistic_normal_log_prob)
-    _log_space = True
+    _log_space = "log"
     _optional = ("scale", "scale_tril")
     _per_coordinate = ("scale",)
     _event = staticmethod(lambda shapes: shapes["loc"][-1:])

@@ -6,6 +6,7 @@ from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.handlers import replay
 from numpyro.primitives import _PYRO_STACK, Messenger
 
+from relaxit_jax import _checks as ck
 from relaxit_jax.distributions import _site as site
 
 # --- wrappers ---------------------------------------------------------------------------------
@@ -74,7 +75,12 @@ class unrounded(Messenger):
       fn: a model or a guide; or nothing, to use it as a context or a decorator.
 
     Returns:
-      The handled callable. Sites of other distributions are left alone.
+      The handled callable. Sites of other distributions are left alone, and so are those of which
+      model and guide have different kinds (a hard concrete gate is another function of its
+      unrounded draw than a relaxed Bernoulli).
+
+    Raises:
+      ValueError: for an ``fn`` that cannot be called.
 
     References:
       C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712, on
@@ -88,6 +94,7 @@ class unrounded(Messenger):
     """
 
     def __init__(self, fn=None):
+        ck.require(fn is None or callable(fn), "fn", "a model or a guide", repr(fn))
         super().__init__(fn)
         self._infer = {}  # by message: what its `infer` was when it came in
 
@@ -102,7 +109,7 @@ class unrounded(Messenger):
                 msg["args"] = (self._again(body), *rest)
         elif msg["type"] == "sample" and not msg["is_observed"]:
             self._infer[id(msg)] = msg["infer"]
-            if _has_intermediates(msg["fn"]) and not isinstance(msg["fn"], Masked):
+            if _carried_form(msg["fn"]) and not isinstance(msg["fn"], Masked):
                 msg["fn"] = Masked(rewrap(msg["fn"], lambda d: d), True)
 
     def postprocess_message(self, msg):
@@ -110,8 +117,8 @@ class unrounded(Messenger):
         infer = self._infer.pop(id(msg), None)
         if infer is None or not isinstance(msg["intermediates"], list) or msg["intermediates"]:
             return
-        source = replayed(msg["value"])
-        if source and source["intermediates"] and _has_intermediates(msg["fn"]):
+        source, form = replayed(msg["value"]), _carried_form(msg["fn"])
+        if form and source and source["intermediates"] and _carried_form(source["fn"]) == form:
             index = infer.get("_scan_current_index")
             (carried,) = source["intermediates"]
             inner = innermost(msg["fn"])
@@ -125,9 +132,10 @@ class unrounded(Messenger):
         return unrounded(fn)
 
 
-def _has_intermediates(fn):
+def _carried_form(fn):
+    """What the intermediates of a draw are, None if nothing is carried: a site takes its own kind only."""
     d = innermost(fn)
-    return isinstance(d, site.Relaxed) or getattr(d, "_log_space", False)
+    return "the law of the guide" if isinstance(d, site.Relaxed) else getattr(d, "_log_space", None)
 
 
 def replayed(value):
