@@ -70,6 +70,23 @@ def test_without_the_handler_it_costs_a_lot():
         assert abs(value) < 1
 
 
+def test_draws_whose_largest_weight_rounds_to_one():
+    """Compiled with its gradient, a draw is computed in more than one way: its log z may end above 0."""
+
+    def loss(loc, key):
+        def site(loc):
+            with numpyro.plate("b", 5, dim=-1), numpyro.plate("a", 4, dim=-2):
+                numpyro.sample("z", rd.LogisticNormalSoftmax(loc * 100, 50.0).expand([4, 5]))
+
+        fixed = jnp.array([0.3, -0.7, 1.1])
+        return ELBOS[0].loss(key, {}, unrounded(lambda: site(fixed)), unrounded(lambda: site(loc)))
+
+    compiled = jax.jit(jax.value_and_grad(loss))
+    for key in jax.random.split(KEY, 5):
+        value, gradient = compiled(jnp.array([0.3, -0.7, 1.1]), key)
+        assert abs(value) < 1e-3 and jnp.isfinite(gradient).all()
+
+
 def test_a_draw_of_another_kind_is_scored_by_its_value():
     """The unrounded draw of a hard concrete gate is that before stretching: of no use to another class."""
     kinds = [
@@ -354,7 +371,11 @@ def test_auto_guide_covers_the_model_in_its_order():
     gradients = jax.jit(jax.grad(lambda p: ELBOS[1].loss(KEY, p, *soft)))(params)
     for name, gradient in gradients.items():
         assert jnp.isfinite(gradient).all() and (gradient != 0).any(), name
-    np.testing.assert_array_equal(gradients["z_auto_logits"] != 0, SEEN)
+    np.testing.assert_array_equal(
+        gradients["z_auto_logits"] != 0, SEEN
+    )  # the mask of the model is the guide's
+    alone = jax.jit(jax.grad(lambda p: ELBOS[0].loss(KEY, p, *soft)))(params)["z_auto_logits"]
+    np.testing.assert_allclose(alone, gradients["z_auto_logits"], rtol=1e-4)
     hard = handlers.trace(handlers.seed(guide, 0)).get_trace()
     assert all(jnp.issubdtype(hard[name]["value"].dtype, jnp.integer) for name in ("n", "z", "trial"))
     assert np.isfinite(Trace_ELBO().loss(KEY, params, everything, guide))

@@ -30,7 +30,7 @@ METHODS = {
 
 
 # what JAX, NumPy and Python say of a vector of floats that is used as an index
-AS_INDEX = "Indexer must have|indices must|used as indices|nly integer|list indices|__index__|__array__"
+AS_INDEX = r"Indexer must have|indices must|used as indices|nly integer|list indices|__(index|array)__.* float"
 
 
 class relax(base.unrounded):
