@@ -52,6 +52,46 @@ out_option = click.option(
 )
 
 
+def training_options(command):
+    """The flags of the examples that train a NumPyro model by `relax`."""
+    options = [
+        click.option("--tau", type=click.FloatRange(min=0.001), default=0.1, help="Temperature."),
+        click.option(
+            "--method",
+            type=click.Choice(["relaxed", "straight_through"]),
+            default="relaxed",
+            help="What goes forward: relaxed draws, or exact ones with the gradient of the relaxed.",
+        ),
+        click.option("--steps", type=click.IntRange(min=1), default=5000, help="Of Adam."),
+        click.option("--particles", type=click.IntRange(min=1), default=40, help="Draws for each step."),
+        click.option(
+            "--learning-rate",
+            type=click.FloatRange(min=0, min_open=True),
+            default=0.05,
+            help="Of Adam at the start; it falls to zero by a cosine.",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**32 - 1),
+            default=0,
+            help="Of the data and of the training.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def check_losses(losses):
+    losses = np.asarray(losses, float)
+    if not np.isfinite(losses).all():
+        raise UserError(
+            f"the loss is not finite from step {np.argmin(np.isfinite(losses))} on; lower --learning-rate "
+            "or raise --tau"
+        )
+    return losses
+
+
 def output_folder(path, name):
     """Make the folder, a new one if none is named, and prove that it can be written to."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -68,7 +108,7 @@ def output_folder(path, name):
 
 def versions():
     """Of what a result depends on."""
-    packages = ("relaxit_jax", "jax", "jaxlib", "numpy", "flax", "optax")
+    packages = ("relaxit_jax", "jax", "jaxlib", "numpy", "numpyro", "flax", "optax")
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
 
 

@@ -376,9 +376,21 @@ def test_auto_guide_covers_the_model_in_its_order():
     )  # the mask of the model is the guide's
     alone = jax.jit(jax.grad(lambda p: ELBOS[0].loss(KEY, p, *soft)))(params)["z_auto_logits"]
     np.testing.assert_allclose(alone, gradients["z_auto_logits"], rtol=1e-4)
+    np.testing.assert_array_equal(guide.median(params)["loc"], params["loc_auto_loc"])
     hard = handlers.trace(handlers.seed(guide, 0)).get_trace()
     assert all(jnp.issubdtype(hard[name]["value"].dtype, jnp.integer) for name in ("n", "z", "trial"))
     assert np.isfinite(Trace_ELBO().loss(KEY, params, everything, guide))
+
+
+def test_auto_guide_may_first_be_called_inside_of_jit():
+    """Nothing of the trace stays behind; the logits start at zero then."""
+    guide = auto_guide(lambda: numpyro.sample("z", dist.Categorical(jnp.array([0.2, 0.8]))))
+    traced = jax.jit(
+        lambda key: handlers.trace(handlers.seed(guide, key)).get_trace()["z_auto_logits"]["value"]
+    )
+    np.testing.assert_array_equal(traced(KEY), [0, 0])
+    again = handlers.trace(handlers.seed(guide, 0)).get_trace()
+    np.testing.assert_array_equal(again["z_auto_logits"]["value"], [0, 0])
 
 
 def test_auto_guide_takes_other_guides_for_the_continuous_sites():

@@ -24,18 +24,23 @@ class auto_guide:
     NumPyro's `AutoNormal`. The guide has discrete sites: wrap it in `relax` to train it, and leave
     it unwrapped to draw from what was trained.
 
+    It reads the model when it is first called, which should be outside of `jax.jit` (`SVI.init` does
+    so): inside, the prior's probabilities cannot be seen, and the logits start at zero.
+
     Masked sites are masked in the guide too where the mask can be seen when the guide is first
     called. Sites in subsampled plates get parameters for the whole plate.
 
     Args:
       model: the model, not relaxed.
-      continuous: what makes the guide of the continuous sites from a model, an `AutoGuide` class or
-        the like.
+      continuous: what makes the guide of the continuous sites from a model: an `AutoGuide` class, or
+        one with its options, ``functools.partial(AutoNormal, init_loc_fn=init_to_mean)``. NumPyro
+        starts at random otherwise, where a coefficient of the wrong sign can switch a bit off.
       num_values: how many values a count takes, as in `relax`.
       prefix: part of the parameters' names, ``<site>_<prefix>_logits``.
 
     Returns:
-      A guide: a callable with the arguments of the model. `probs` reads the trained probabilities.
+      A guide: a callable with the arguments of the model. `probs` and `median` read what was
+      trained, of the discrete and of the continuous sites.
 
     Raises:
       ValueError: when first called, for a site that cannot be relaxed.
@@ -75,6 +80,11 @@ class auto_guide:
             logits = params[self._param(name)]
             found[name] = jax.nn.sigmoid(logits) if kind == "bit" else jax.nn.softmax(logits, -1)
         return found
+
+    def median(self, params):
+        """The median of the continuous sites, by name."""
+        guides = (part for part in self._parts if hasattr(part, "median"))
+        return {name: x for guide in guides for name, x in guide.median(params).items()}
 
     def values(self, name):
         """The values of a count, in the order of its probabilities."""
@@ -148,8 +158,8 @@ class auto_guide:
         possible = possible if whole else possible.reshape(-1, prior.shape[-1]).any(0)
         prior = np.where(np.isfinite(prior), prior, -30)
         if law.kind == "bit":
-            return jnp.asarray(prior[..., 1] - prior[..., 0], jnp.float32), True
-        return jnp.asarray(prior, jnp.float32), possible
+            return (prior[..., 1] - prior[..., 0]).astype(np.float32), True
+        return prior.astype(np.float32), possible
 
 
 def _all_but(names):

@@ -30,7 +30,9 @@ METHODS = {
 
 
 # what JAX, NumPy and Python say of a vector of floats that is used as an index
-AS_INDEX = r"Indexer must have|indices must|used as indices|nly integer|list indices|__(index|array)__.* float"
+AS_INDEX = (
+    r"Indexer must have|indices must|used as indices|nly integer|list indices|__(index|array)__.* float"
+)
 
 
 class relax(base.unrounded):
@@ -41,7 +43,8 @@ class relax(base.unrounded):
     itself costs the KL of the two discrete laws, in closed form: the objective is
     ``E log p(x | z) - sum_sites KL(q || p)``, under `Trace_ELBO`, `TraceMeanField_ELBO` and
     `TraceGraph_ELBO` alike. The trained parameters belong in the unrelaxed model and guide, whose
-    draws are discrete.
+    draws are discrete; the loss of the relaxed ones may lie below that of any discrete guide, so
+    take the bound from the unrelaxed ones as well: ``Trace_ELBO().loss(key, params, model, guide)``.
 
     Relaxed are: Bernoulli (to a number in [0, 1]), Categorical, `OneHotCategorical` and Multinomial
     of one trial (to a point of the simplex: a Categorical site becomes a vector, see `take`),
@@ -85,13 +88,13 @@ class relax(base.unrounded):
       E. Jang, S. Gu, B. Poole (2017), Categorical Reparameterization with Gumbel-Softmax,
       arXiv:1611.01144, which takes the KL of the discrete laws.
 
-    >>> import numpyro
+    >>> import functools, numpyro
     >>> import numpyro.distributions as dist
     >>> def model():
     ...     z = numpyro.sample("z", dist.Bernoulli(0.3))
     ...     numpyro.sample("y", dist.Normal(z, 1.0), obs=0.9)
-    >>> soft = numpyro.handlers.seed(relax(model, tau=0.5), 0)
-    >>> 0 < numpyro.handlers.trace(soft).get_trace()["z"]["value"] < 1
+    >>> soft = functools.partial(relax, tau=0.5)  # the same for model and guide
+    >>> 0 < numpyro.handlers.trace(numpyro.handlers.seed(soft(model), 0)).get_trace()["z"]["value"] < 1
     Array(True, dtype=bool)
     """
 
