@@ -1,4 +1,4 @@
-"""What the doctests find in their namespace."""
+"""What the doctests find in their namespace, and quicker compilation for the tests that ask for it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,3 +8,13 @@ import pytest
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):
     doctest_namespace.update(jax=jax, jnp=jnp)
+
+
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """Compiling is most of the time of these tests; no law depends on how well the code is optimised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that a test starts
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

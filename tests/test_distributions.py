@@ -28,12 +28,7 @@ DISCRETE = {
 MOMENTS = DISCRETE | {rd.StochasticTimesSmooth, rd.GaussianRelaxedBernoulli, rd.GeneralizedGumbelSoftmax}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    """Compiling is most of the time here; no law depends on how well the code is optimised."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def has_law(case):

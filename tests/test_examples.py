@@ -28,6 +28,7 @@ from latents import METHODS, family_of
 from relaxit_jax.handlers import auto_guide
 
 KEY = jax.random.key(3)
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 EXAMPLES = pathlib.Path(vae.__file__).parent
 TINY = ["--hidden", 8, "--latents", 3, "--variables", 2, "--classes", 3, "--batch-size", 16, "--no-augment"]
 

@@ -9,13 +9,12 @@ import numpyro.distributions as dist
 import pytest
 import scipy.special as sp
 from numpyro.distributions import kl_divergence
-from test_distributions import fast_compilation
 from test_samplers import KEY
 
 from relaxit_jax import distributions as rd
 from relaxit_jax.laplace_bridge import dirichlet_to_gaussian
 
-__all__ = ["fast_compilation"]  # a fixture of this file too
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 LOC = np.float32([[0.5, -1.0, 1.2], [0.0, 2.0, -0.5]])
 SCALE = np.float32([[0.6, 1.1, 0.8], [0.9, 0.5, 1.3]])

@@ -15,7 +15,6 @@ from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
 from test_distributions import (
     DISCRETE,
     arrays,
-    fast_compilation,
     has_law,
     has_moments,
     rows,
@@ -26,7 +25,7 @@ from cases import DISTRIBUTIONS
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _base as base
 
-__all__ = ["fast_compilation"]  # a fixture of this file too
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def spread(params, shape):

@@ -16,7 +16,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMea
 
 import posteriors
 from relaxit_jax import distributions as rd
-from relaxit_jax.handlers import auto_guide, relax, select, take
+from relaxit_jax.handlers import auto_guide, relax, select, take, unrounded
 
 KEY = jax.random.key(20261122)
 ELBOS = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO)
@@ -281,3 +281,22 @@ def test_take_and_select_are_indexing_and_where():
     assert jax.grad(lambda b: select(b, 3.0, 5.0))(0.25) == -2
     with pytest.raises(ValueError, match="z must be integers, or vectors of 3 weights"):
         take(table, jnp.ones(2))
+
+
+def test_draws_whose_largest_weight_rounds_to_one():
+    """Compiled with its gradient, a draw is computed in more than one way: its log z may end above 0."""
+
+    def loss(loc, key):
+        def site(loc):
+            with numpyro.plate("b", 5, dim=-1), numpyro.plate("a", 4, dim=-2):
+                numpyro.sample("z", rd.LogisticNormalSoftmax(loc * 100, 50.0).expand([4, 5]))
+
+        fixed = jnp.array([0.3, -0.7, 1.1])
+        return Trace_ELBO(num_particles=3).loss(
+            key, {}, unrounded(lambda: site(fixed)), unrounded(lambda: site(loc))
+        )
+
+    compiled = jax.jit(jax.value_and_grad(loss))
+    for key in jax.random.split(KEY, 5):
+        value, gradient = compiled(jnp.array([0.3, -0.7, 1.1]), key)
+        assert abs(value) < 1e-3 and jnp.isfinite(gradient).all()
