@@ -1,8 +1,20 @@
 """What the doctests find in their namespace, and quicker compilation for the tests that ask for it."""
 
+import os
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import pytest
+
+
+def pytest_configure(config):
+    """What one worker of pytest-xdist has compiled, the others and the examples' processes need not."""
+    if config.getoption("numprocesses", None) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="relaxit_jax-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        config.add_cleanup(cache.cleanup)
 
 
 @pytest.fixture(autouse=True)
