@@ -119,6 +119,8 @@ def chain(body=lambda f: f):
 def test_scan_carries_every_step(kl, wrap):
     """A guide that is the prior costs nothing, also with the unrounded densities at tau = 0.01."""
     soft = functools.partial(relax, tau=0.01, kl=kl)
+    if wrap == "whole":  # a site inside of the scan is one of the model's
+        soft = functools.partial(soft, config={"z": "relaxed", "first": "relaxed"})
     whole = soft(chain) if wrap == "whole" else soft(functools.partial(chain, soft))
     for elbo in ELBOS[:2]:
         loss = jax.jit(lambda key, elbo=elbo: elbo.loss(key, {}, whole, whole))
@@ -188,6 +190,9 @@ def test_a_tail_is_folded_into_the_last_value():
     law = _site.law_of("n", dist.Poisson(4.0), num_values=6)
     expected = [*st.poisson(4).pmf(range(5)), st.poisson(4).sf(4)]
     np.testing.assert_allclose(jnp.exp(law.log_pmf), expected, rtol=1e-5)
+    short = _site.law_of("n", dist.Binomial(10, 0.3), num_values=4)  # of a count with a bound, too
+    expected = [*st.binom(10, 0.3).pmf(range(3)), st.binom(10, 0.3).sf(2)]
+    np.testing.assert_allclose(jnp.exp(short.log_pmf), expected, rtol=1e-5)
     slope = jax.grad(lambda rate: _site.law_of("n", dist.Poisson(rate), 6).log_pmf[-1])(4.0)
     h = 1e-4
     ends = [np.log(st.poisson(4 + step).sf(4)) for step in (h, -h)]
@@ -302,6 +307,8 @@ def test_bad_sites():
         draw(dist.Categorical(np.array([0.2, 0.8])), config={"z": rd.RelaxedBernoulli})
     with pytest.raises(ValueError, match="method of the site 'z' must be one for a bit"):
         draw(dist.Bernoulli(0.3), config={"z": rd.GeneralizedGumbelSoftmax})
+    with pytest.raises(ValueError, match=r"config must be names of the sites \['z'\], got 'zz'"):
+        draw(dist.Bernoulli(0.3), config={"zz": rd.HardConcrete})
     with pytest.raises(ValueError, match="site 'z' must be observed, enumerated, or one of the discrete"):
         draw(Unknown())
 

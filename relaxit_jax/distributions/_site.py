@@ -162,16 +162,18 @@ def _law_of_count(name, d, num_values):
     seen = lambda x: not isinstance(x, jax.core.Tracer)
     ck.require(seen(low), f"site '{name}'", "a count whose least value is known before tracing", low)
     low = int(np.min(np.asarray(low)))
+    bounded = high is not None and seen(high)
+    whole = int(np.max(np.asarray(high))) - low + 1 if bounded else None
     if num_values is not None:
         k = ck.as_static_int("num_values", num_values, 1, MOST_VALUES)
     elif high is None:
         k = _enough_values(name, d, low)
     else:
-        ck.require(seen(high), "num_values", f"given for the site '{name}', whose range is traced", None)
-        k = int(np.max(np.asarray(high))) - low + 1
+        ck.require(bounded, "num_values", f"given for the site '{name}', whose range is traced", None)
+        k = whole
     # A tail is folded into the last value. Its terms are added up in log space, as far again as the
     # values reach: one minus the others would cancel, and have no gradient where it is rounded to 0.
-    beyond = k + 64 if high is None else 0
+    beyond = max(whole - k, 0) if bounded else k + 64
     log_pmf = _log_pmf(d, np.arange(low, low + k + beyond))
     if beyond:
         last = jax.nn.logsumexp(log_pmf[..., k - 1 :], -1, keepdims=True)

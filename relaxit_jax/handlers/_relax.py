@@ -116,6 +116,7 @@ class relax(base.unrounded):
         self._relaxed = set()  # messages whose site was relaxed here
         self._vectors = {}  # names of relaxed Categorical sites, in order
         self._flow = None  # the last control flow that was met
+        self._met = set()  # names of sites
 
     def __enter__(self):
         self._reset()
@@ -123,6 +124,11 @@ class relax(base.unrounded):
 
     def __exit__(self, exc_type, exc, traceback):
         super().__exit__(exc_type, exc, traceback)
+        unknown = set(self.options["config"]) - self._met
+        inside = any(isinstance(handler, relax) for handler in _PYRO_STACK)  # as the body of a scan is
+        if exc is None and not inside:
+            need = f"names of the sites {sorted(self._met)}"
+            ck.require(not unknown, "config", need, ", ".join(map(repr, sorted(unknown))))
         used_as_index = isinstance(exc, (TypeError, IndexError, ValueError)) and re.search(AS_INDEX, str(exc))
         if used_as_index and self._vectors and not isinstance(exc, _NotAnIndex):
             names = ", ".join(map(repr, self._vectors))
@@ -135,6 +141,8 @@ class relax(base.unrounded):
         return relax(fn, **self.options)
 
     def process_message(self, msg):
+        if msg["type"] == "sample":
+            self._met.add(msg["name"])
         if msg["type"] == "control_flow":
             self._flow = msg["fn"]
         elif msg["type"] == "sample" and base.is_latent(msg) and base.is_discrete(msg["fn"]):
