@@ -112,6 +112,11 @@ def as_static_int(name, x, low, high):
     return number
 
 
+def as_num_samples(x):
+    """How many draws an estimate averages."""
+    return as_static_int("num_samples", x, 1, 1_000_000)
+
+
 def batch_shape(shape, **batches):
     """The batch shape of a result: `shape`, which the parameters must broadcast to, or their own."""
     try:

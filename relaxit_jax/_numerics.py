@@ -15,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import ndtri
 
 # --- noise ------------------------------------------------------------------------------------
@@ -41,17 +42,57 @@ def logistic(key, shape, dtype):
     return jnp.where(r < 0, -tail, tail)
 
 
-def gumbel(key, shape, dtype):
-    """Gumbel(0, 1) noise, -log(-log U)."""
+def exponential(key, shape, dtype):
+    """Exponential(1) noise, -log U."""
     r = tail_uniform(key, shape, dtype)
     v = jnp.abs(r)
     u = jnp.where(r < 0, 1 - v, v)
     # In the upper half -log U is -log1p(-v). Kahan's form of it costs no second logarithm: the
     # rounding of u = 1 - v is undone by the factor v / (1 - u), in which 1 - u is exact.
     gap = 1 - u
-    exponential = -jnp.log(u)
-    upper = jnp.where(gap == 0, v, exponential * v / jnp.where(gap == 0, 1, gap))
-    return -jnp.log(jnp.where(r < 0, upper, exponential))
+    lower = -jnp.log(u)
+    upper = jnp.where(gap == 0, v, lower * v / jnp.where(gap == 0, 1, gap))
+    return jnp.where(r < 0, upper, lower)
+
+
+def gumbel(key, shape, dtype):
+    """Gumbel(0, 1) noise, -log(-log U)."""
+    return -jnp.log(exponential(key, shape, dtype))
+
+
+def largest(x):
+    """Which along the last axis is the largest, the first of equals, as booleans; of NaN none is.
+
+    Two plain reductions. XLA's argmax is one of pairs, which CPUs run one number at a time: with it
+    straight-through Gumbel-softmax takes half as long again.
+    """
+    index = jnp.arange(x.shape[-1])
+    at_top = x == jnp.max(x, -1, keepdims=True)
+    return index == jnp.min(jnp.where(at_top, index, x.shape[-1]), -1, keepdims=True)
+
+
+def one_hot_draw(key, probs, shape):
+    """Which class was drawn, as booleans of shape (*shape, K).
+
+    The first to arrive in a race of exponentials, argmin E / p. It is the law of argmax(l + G) at
+    half of the logarithms, and no class is too rare for it, as one is for a cumulative sum.
+    """
+    return largest(probs / exponential(key, (*shape, probs.shape[-1]), probs.dtype))
+
+
+def conditional_gumbel_gap(key, log_p, winner):
+    """How far the others of log_p + G lie below the largest, given which is the largest; 0 or less.
+
+    With normalised log_p the largest is -log E_i and any other -log(E_j / p_j + E_i), E standard
+    exponential (C. J. Maddison, D. Tarlow, T. Minka, 2014, A* Sampling, arXiv:1411.0030).
+    """
+    key, top_key = jax.random.split(key)
+    e = exponential(key, winner.shape, log_p.dtype)
+    top = exponential(top_key, (*winner.shape[:-1], 1), log_p.dtype)
+    rare = log_p < -60  # exp(-log_p) would overflow, and E_i no longer counts
+    ratio = e / top * jnp.exp(-jnp.where(rare, 0, log_p))
+    gap = jnp.where(rare, log_p, 0) - jnp.log(jnp.where(rare, ratio, 1 + ratio))
+    return jnp.where(winner, 0, gap)
 
 
 # Phi^-1(v) = -(1 - 2 v) f(w) with w = -log(4 v (1 - v)), the form of M. Giles (2010), Approximating the
@@ -105,6 +146,23 @@ def over_tau(x, tau):
     """x / tau, with gradient 0 in x and tau where x is infinite (elsewhere it would be inf * 0)."""
     finite = jnp.isfinite(x)
     return jnp.where(finite, jnp.where(finite, x, 0) / tau, jax.lax.stop_gradient(x))
+
+
+@jax.custom_jvp
+def softmax_at(p, logits):
+    """p itself, with the gradient in the logits of a softmax whose value is p."""
+    return p
+
+
+@softmax_at.defjvp
+def _softmax_at_jvp(primals, tangents):
+    p = primals[0]
+    return p, softmax_tangent(p, tangents[1])
+
+
+def softmax_tangent(p, tangent):
+    """(diag(p) - p p^T) times a tangent of the logits."""
+    return p * (tangent - jnp.sum(p * tangent, -1, keepdims=True))
 
 
 def centre(logits):
@@ -222,6 +280,48 @@ def _logit_to_probit_jvp(primals, tangents):
     finite = jnp.where(jnp.isinf(v), 0, v)
     slope = 1 / (log_ndtr_slope(finite) + log_ndtr_slope(-finite))
     return v, dx * jnp.where(jnp.isinf(x), 0, slope)
+
+
+# --- truncated counts -------------------------------------------------------------------------
+
+MOST_VALUES = 10_000
+
+
+def enough_values(log_pmf, eps):
+    """The least n for which the mass of n, n + 1, ... is below eps, or None if it is above MOST_VALUES.
+
+    ``log_pmf(values)`` has the values on its last axis. As many again as are kept are added up; the
+    rest counts as the geometric series that the last two begin.
+    """
+    size = 64
+    with jax.ensure_compile_time_eval():
+        while size <= 4 * MOST_VALUES:
+            log_p = np.asarray(log_pmf(np.arange(size)), np.float64)
+            p, last = np.exp(log_p), log_p[..., -1:]
+            before = np.where(last > -np.inf, log_p[..., -2:-1], 0)
+            ratio = np.exp(last - before)
+            beyond = np.where(ratio < 1, p[..., -1:] * ratio / np.maximum(1 - ratio, 1e-9), np.inf)
+            tail = np.cumsum(np.concatenate([beyond, p[..., ::-1]], -1), -1)[..., ::-1]
+            small = np.all(tail[..., : size // 2] < eps, tuple(range(tail.ndim - 1)))
+            if small.any():
+                n = max(int(np.argmax(small)), 1)
+                return n if n <= MOST_VALUES else None
+            size *= 2
+    return None
+
+
+def fold_tail(log_pmf, num_values):
+    """The log-masses of the first num_values - 1 values, and of all others together.
+
+    ``log_pmf`` goes on for some values behind those: a light tail is their sum, since one minus the
+    others would cancel, and have no gradient where it is rounded to 0. A heavy one, which may go on
+    for longer, is one minus the others.
+    """
+    head, tail = log_pmf[..., : num_values - 1], log_sum_exp(log_pmf[..., num_values - 1 :])
+    below = log_sum_exp(head)
+    heavy = below < math.log(0.999)
+    rest = jnp.log(-jnp.expm1(jnp.where(heavy, below, -1)))
+    return jnp.concatenate([head, jnp.where(heavy, rest, tail)[..., None]], -1)
 
 
 def as_log(value, log_space):

@@ -10,8 +10,10 @@ import inspect
 import itertools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.integrate
 import scipy.special as sp
 import scipy.stats as st
 
@@ -25,7 +27,7 @@ class Case:
     sampler: Callable
     params: dict  # argument name -> value, batch shape (2,) where an array
     event: tuple = ()  # event shape of a draw
-    support: str = "unit"  # unit, simplex, gate, bits, atoms, k_hot, order, number
+    support: str = "unit"  # unit, simplex, decoupled, gate, bits, atoms, k_hot, order, number
     log_prob: Callable | None = None
     sample_options: dict = dataclasses.field(default_factory=dict)  # static, of the sampler alone
     log_space: bool = False
@@ -36,6 +38,8 @@ class Case:
     outcome: Callable | None = None
     # and, for a relaxation, the outcome nearest to it: its law at a low temperature
     nearest: Callable | None = None
+    # of a draw with another's gradient: that other one, from the same arguments
+    soft: Callable | None = None
     atoms: Callable | None = None  # of one element: (P(0), P(1))
     no_gradient: tuple = ()  # differentiable arguments that rightly have none
     distribution: type | None = None  # the NumPyro class, of the same argument names
@@ -62,10 +66,23 @@ class Case:
         taken = inspect.signature(self.distribution).parameters
         return {name: x for name, x in self.sample_options.items() if name in taken}
 
+    def soft_draw(self, key, shape, **params):
+        """The draw whose gradient a draw of this row has."""
+        return (self.soft or self.sampler)(key, shape=shape, **{**self.params, **params})
+
     @property
     def floats(self):
-        """The arguments that can be differentiated."""
-        return {name: x for name, x in self.params.items() if not isinstance(x, int)}
+        """The arguments that are arrays."""
+        return {name: x for name, x in self.params.items() if name not in self.integers}
+
+    @property
+    def integers(self):
+        """The arguments that set shapes or loops."""
+        return {name: x for name, x in self.params.items() if isinstance(x, int)}
+
+    @property
+    def temperatures(self):
+        return [name for name in self.params if name.startswith("tau")]
 
     def element(self, i):
         """The parameters of element i of the batch alone."""
@@ -81,6 +98,10 @@ def f32(*rows):
 
 LOGITS = f32(-1.2, 0.7)
 GATES = f32([-1.2, 0.7], [0.3, 2.0])
+GAUSSIANS = {
+    "loc": f32([0.5, -1.0], [-0.3, 0.4]), "scale": f32([0.6, 1.1], [0.9, 0.5]), "tau": np.float32(0.7),
+    "delta": np.float32(0.6),
+}  # fmt: skip
 CLASSES = f32([0.5, -1.0, 1.2], [0.0, 2.0, -0.5])
 ITEMS = f32([0.5, -1.0, 1.2, 0.1], [0.0, 2.0, -0.5, 0.7])
 TAU = np.float32(0.7)
@@ -159,6 +180,23 @@ def hard_concrete_atoms(logits, tau, **_):
     return sp.expit(tau * low - logits), sp.expit(logits - tau * high)
 
 
+def gaussian_argmax(loc, scale, tau, delta):
+    """Which of independent normal numbers is the largest, or the last class if none is above log delta."""
+    low = tau * np.log(delta)
+
+    def largest_at(y, k):
+        others = np.delete(np.arange(len(loc)), k)
+        return st.norm.pdf(y, loc[k], scale[k]) * st.norm.cdf(y, loc[others], scale[others]).prod()
+
+    law = [scipy.integrate.quad(largest_at, low, np.inf, args=(k,))[0] for k in range(len(loc))]
+    return np.array([*law, 1 - sum(law)])
+
+
+def tempered(key, logits, tau, shape):
+    """The probabilities at a temperature, for every element of a batch."""
+    return jnp.broadcast_to(jax.nn.softmax(logits / jnp.asarray(tau)[..., None]), (*shape, logits.shape[-1]))
+
+
 def gaussian_bits(loc, scale):
     return np.array([sp.ndtr((0.5 - loc) / scale), sp.ndtr((loc - 0.5) / scale)])
 
@@ -166,6 +204,19 @@ def gaussian_bits(loc, scale):
 ORDER = Case(
     "gumbel_top_k", rj.gumbel_top_k, {"logits": ITEMS, "k": 2}, (2,), "order",
     pick=lambda draw: draw[1],
+)  # fmt: skip
+
+ONE_HOT = Case(
+    "one_hot", None, {"logits": CLASSES, "tau": TAU}, (3,), "k_hot", discrete=categorical, outcome=largest,
+)  # fmt: skip
+
+DECOUPLED = dataclasses.replace(
+    ONE_HOT, name="decoupled_gumbel_softmax", sampler=rj.decoupled_gumbel_softmax,
+    params={"logits": CLASSES, "tau_forward": np.float32(0.4), "tau_backward": TAU},
+    no_gradient=("tau_forward",),
+    soft=lambda key, logits, tau_forward, tau_backward, shape:
+        rj.gumbel_softmax(key, logits, tau_backward, shape=shape),
+    distribution=rd.DecoupledStraightThroughGumbelSoftmax,
 )  # fmt: skip
 
 COUNT = Case(
@@ -212,6 +263,7 @@ CASES = [
     Case(
         "straight_through_bernoulli", rj.straight_through_bernoulli, {"logits": LOGITS}, (), "bits",
         log_prob=rj.straight_through_bernoulli_log_prob, discrete=bernoulli, outcome=above_half,
+        soft=lambda key, logits, shape: jnp.broadcast_to(jax.nn.sigmoid(logits), shape),
         distribution=rd.StraightThroughBernoulli,
     ),
     Case(
@@ -243,11 +295,42 @@ CASES = [
         sample_options={"hard": True}, discrete=categorical, outcome=largest,
         distribution=rd.StraightThroughGumbelSoftmax,
     ),
+    dataclasses.replace(
+        ONE_HOT, name="straight_through_categorical", sampler=rj.straight_through_categorical,
+        log_prob=lambda value, logits, tau: rj.straight_through_categorical_log_prob(value, logits),
+        soft=tempered,
+        distribution=rd.StraightThroughCategorical,
+    ),
+    DECOUPLED,
+    dataclasses.replace(
+        DECOUPLED, name="decoupled_gumbel_softmax_soft", support="decoupled", sample_options={"hard": False},
+        discrete=None, outcome=None, distribution=None,
+    ),
+    dataclasses.replace(
+        ONE_HOT, name="gapped_straight_through", sampler=rj.gapped_straight_through,
+        params=ONE_HOT.params | {"gap": np.float32(0.6)}, no_gradient=("gap",),
+        distribution=rd.GappedStraightThrough,
+    ),
+    dataclasses.replace(
+        ONE_HOT, name="reinmax", sampler=rj.reinmax, no_gradient=("tau",), distribution=rd.ReinMax,
+    ),
+    dataclasses.replace(
+        ONE_HOT, name="gumbel_rao", sampler=rj.gumbel_rao,
+        params=ONE_HOT.params | {"num_samples": 3}, distribution=rd.GumbelRao,
+    ),
+    dataclasses.replace(
+        ONE_HOT, name="reinmax_rao", sampler=rj.reinmax_rao,
+        params=ONE_HOT.params | {"num_samples": 3}, no_gradient=("tau",), distribution=rd.ReinMaxRao,
+    ),
     Case(
-        "invertible_gaussian", rj.invertible_gaussian,
-        {"loc": CLASSES[:, :2], "scale": f32([0.6, 1.1], [0.9, 0.5]), "tau": TAU, "delta": np.float32(0.6)},
-        (3,), "simplex", log_prob=rj.invertible_gaussian_log_prob, log_space=True,
+        "invertible_gaussian", rj.invertible_gaussian, GAUSSIANS, (3,), "simplex",
+        log_prob=rj.invertible_gaussian_log_prob, log_space=True,
+        discrete=gaussian_argmax, nearest=largest,
         distribution=rd.InvertibleGaussian,
+    ),
+    Case(
+        "invertible_gaussian_hard", rj.invertible_gaussian, GAUSSIANS, (3,), "k_hot",
+        sample_options={"hard": True}, discrete=gaussian_argmax, outcome=largest,
     ),
     Case(
         "logistic_normal", rj.logistic_normal,
@@ -326,7 +409,11 @@ def has_logits(case):
 
 
 def is_differentiable(case):
-    return not case.no_gradient
+    return not set(case.floats) <= set(case.no_gradient)
+
+
+def has_soft_draw(case):
+    return case.soft is not None or case.sample_options.get("hard")
 
 
 def log_density_coordinates(case, y):

@@ -149,7 +149,7 @@ def test_it_is_a_pytree(case):
         assert type(other) is case.distribution
         assert (other.batch_shape, other.event_shape) == (d.batch_shape, d.event_shape)
         assert other._validate_args is False
-        for name in (*case.options, *(n for n in case.params if n == "k")):
+        for name in (*case.options, *case.integers):
             assert getattr(other, name) == getattr(d, name)
         for name in case.floats:
             np.testing.assert_array_equal(getattr(other, name), getattr(d, name))
@@ -248,7 +248,7 @@ def test_probs_are_logits(case):
 
 BAD = {
     "logits": np.nan, "tau": 0.0, "scale": -1.0, "loc": np.nan, "delta": -1.0, "values": np.nan,
-    "scale_tril": 3.0,
+    "scale_tril": 3.0, "tau_forward": 0.0, "tau_backward": 0.0, "gap": 0.0,
 }  # fmt: skip
 
 
@@ -271,6 +271,10 @@ def test_bad_values_are_named_if_validated(case):
 def test_options_are_checked_and_kept():
     with pytest.raises(ValueError, match="stretch must be two numbers"):
         rd.HardConcrete(0.0, 0.5, stretch=(0.1, 1.1))
+    for cls in (rd.GumbelRao, rd.ReinMaxRao):
+        assert cls(jnp.zeros(3), 0.5, 7).num_samples == 7
+        with pytest.raises(ValueError, match="num_samples must be an integer"):
+            cls(jnp.zeros(3), 0.5, 0)
     for k in (0, 5, 1.5, None):
         with pytest.raises(ValueError, match=r"k must be an integer in \[1, 4\]"):
             rd.GumbelSoftmaxTopK(jnp.zeros(4), k, 0.5)

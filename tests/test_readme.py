@@ -44,7 +44,7 @@ def test_the_table_lists_every_sampler_and_only_what_exists():
     assert listed == samplers | {"laplace_bridge"}
     rooms = (relaxit_jax, distributions, handlers, numpyro.distributions, numpyro.infer)
     for name in re.findall(r"`(\w+)`", README):
-        assert any(hasattr(room, name) for room in rooms) or name in ("shape", "tau", "runs"), name
+        assert any(hasattr(room, name) for room in rooms) or name in ("shape", "tau", "eps", "runs"), name
     for name in distributions.__all__:  # a class with its sampler; the aliases have Pyro's names
         assert f"`{name}`" in README or name.startswith("RelaxedOneHot"), name
 

@@ -12,34 +12,44 @@ from relaxit_jax.distributions._binary import (
     StraightThroughBernoulli,
     StraightThroughRelaxedBernoulli,
 )
-from relaxit_jax.distributions._categorical import (
-    GumbelSoftmax,
-    InvertibleGaussian,
-    OneHotCategorical,
-    RelaxedOneHotCategorical,
-    RelaxedOneHotCategoricalStraightThrough,
-    StraightThroughGumbelSoftmax,
-)
+from relaxit_jax.distributions._categorical import GumbelSoftmax, InvertibleGaussian, RelaxedOneHotCategorical
 from relaxit_jax.distributions._count import GeneralizedGumbelSoftmax
 from relaxit_jax.distributions._gate import GaussianRelaxedBernoulli, HardConcrete
 from relaxit_jax.distributions._logistic_normal import LogisticNormalSoftmax, to_dirichlet, to_logistic_normal
+from relaxit_jax.distributions._straight_through import (
+    DecoupledStraightThroughGumbelSoftmax,
+    GappedStraightThrough,
+    GumbelRao,
+    OneHotCategorical,
+    ReinMax,
+    ReinMaxRao,
+    RelaxedOneHotCategoricalStraightThrough,
+    StraightThroughCategorical,
+    StraightThroughGumbelSoftmax,
+)
 from relaxit_jax.distributions._subset import GumbelSoftmaxTopK
 
 __all__ = [
     "CorrelatedRelaxedBernoulli",
+    "DecoupledStraightThroughGumbelSoftmax",
+    "GappedStraightThrough",
     "GaussianRelaxedBernoulli",
     "GeneralizedGumbelSoftmax",
+    "GumbelRao",
     "GumbelSoftmax",
     "GumbelSoftmaxTopK",
     "HardConcrete",
     "InvertibleGaussian",
     "LogisticNormalSoftmax",
     "OneHotCategorical",
+    "ReinMax",
+    "ReinMaxRao",
     "RelaxedBernoulli",
     "RelaxedOneHotCategorical",
     "RelaxedOneHotCategoricalStraightThrough",
     "StochasticTimesSmooth",
     "StraightThroughBernoulli",
+    "StraightThroughCategorical",
     "StraightThroughGumbelSoftmax",
     "StraightThroughRelaxedBernoulli",
     "to_dirichlet",

@@ -1,79 +1,11 @@
-"""One-hot vectors and points of the simplex as NumPyro distributions."""
+"""Points of the simplex as NumPyro distributions."""
 
-import jax
 import jax.numpy as jnp
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
-
-
-class OneHotCategorical(base.OneHot):
-    """The categorical distribution over one-hot vectors: exact draws, no gradient through them.
-
-    ``P(z = e_k) = softmax(logits)_k``.
-
-    Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
-      probs: probabilities, shape (..., K), instead of ``logits``.
-      validate_args: as in NumPyro.
-
-    Raises:
-      ValueError: for both or neither of ``logits`` and ``probs``, no class axis, or, if validated,
-        logits that are NaN, +inf or all -inf; for ``probs`` that are negative or do not sum to 1.
-
-    References:
-      E. Jang, S. Gu, B. Poole (2017), Categorical Reparameterization with Gumbel-Softmax,
-      arXiv:1611.01144, of which these are the draws at temperature 0.
-
-    >>> d = OneHotCategorical(probs=jnp.array([0.25, 0.75]))
-    >>> d.sample(jax.random.key(0)), d.mean.round(4)
-    (Array([0., 1.], dtype=float32), Array([0.25, 0.75], dtype=float32))
-    """
-
-    arg_constraints = {"logits": base.log_weights}
-    support = base.one_hot
-    has_enumerate_support = True
-
-    def __init__(self, logits=None, *, probs=None, validate_args=None):
-        super().__init__(validate_args, logits=base.class_logits(logits, probs))
-
-    @staticmethod
-    def _sampler(key, logits, *, shape):
-        return jax.lax.stop_gradient(samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True))
-
-    @staticmethod
-    def _density(value, logits, **_):
-        log_pmf = base.log_pmf_of_classes(logits)
-        value = jnp.asarray(value).astype(log_pmf.dtype)
-        ck.require_event("value", value)
-        ck.require_same_event(value, logits)
-        chosen = value != 0  # 0 log 0 is 0
-        law = jnp.sum(jnp.where(chosen, value * jnp.where(chosen, log_pmf, 0), 0), -1)
-        return jnp.where(base.one_hot(value), law, -jnp.inf)
-
-    @property
-    def mean(self):
-        return self._full(self.probs)
-
-    @property
-    def variance(self):
-        return self._full(self.probs * (1 - self.probs))
-
-    @property
-    def mode(self):
-        best = jnp.argmax(self.logits, -1)
-        return self._full(jax.nn.one_hot(best, self.event_shape[0], dtype=self.logits.dtype))
-
-    def entropy(self):
-        log_pmf = base.log_pmf_of_classes(self.logits)
-        return self._batched(-base.expected_log_pmf(log_pmf, log_pmf))
-
-    def enumerate_support(self, expand=True):
-        (k,) = self.event_shape
-        values = jnp.eye(k, dtype=self.logits.dtype).reshape(k, *(1,) * len(self.batch_shape), k)
-        return jnp.broadcast_to(values, (k, *self.batch_shape, k)) if expand else values
 
 
 class GumbelSoftmax(base.OneHot):
@@ -108,40 +40,6 @@ class GumbelSoftmax(base.OneHot):
         super().__init__(validate_args, logits=base.class_logits(logits, probs), tau=tau)
 
 
-class StraightThroughGumbelSoftmax(OneHotCategorical):
-    """Exact one-hot draws with the gradient of `GumbelSoftmax`.
-
-    Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau)``. The
-    support is the simplex, so that NumPyro takes the draws as differentiable.
-
-    Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
-      tau: temperature of the gradient, positive, of the batch shape.
-      probs: probabilities, shape (..., K), instead of ``logits``.
-      validate_args: as in NumPyro.
-
-    Raises:
-      ValueError: as for `GumbelSoftmax`.
-
-    References:
-      E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
-
-    >>> StraightThroughGumbelSoftmax(jnp.zeros(3), 0.5).sample(jax.random.key(0))
-    Array([0., 1., 0.], dtype=float32)
-    """
-
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    support = base.simplex
-
-    @staticmethod
-    def _sampler(key, logits, tau, *, shape):
-        return samplers.gumbel_softmax(key, logits, tau, shape=shape, hard=True)
-
-    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
-        logits = base.class_logits(logits, probs)
-        base.OneHot.__init__(self, validate_args, logits=logits, tau=tau)
-
-
 def RelaxedOneHotCategorical(temperature, probs=None, logits=None, *, validate_args=None):
     """`GumbelSoftmax` with Pyro's signature.
 
@@ -149,15 +47,6 @@ def RelaxedOneHotCategorical(temperature, probs=None, logits=None, *, validate_a
     (3,)
     """
     return GumbelSoftmax(logits, temperature, probs=probs, validate_args=validate_args)
-
-
-def RelaxedOneHotCategoricalStraightThrough(temperature, probs=None, logits=None, *, validate_args=None):
-    """`StraightThroughGumbelSoftmax` with Pyro's signature.
-
-    >>> RelaxedOneHotCategoricalStraightThrough(0.5, logits=jnp.zeros(3)).event_shape
-    (3,)
-    """
-    return StraightThroughGumbelSoftmax(logits, temperature, probs=probs, validate_args=validate_args)
 
 
 class InvertibleGaussian(base.SamplerDistribution):
@@ -201,12 +90,6 @@ class InvertibleGaussian(base.SamplerDistribution):
 
 
 # --- KL ---------------------------------------------------------------------------------------
-
-
-@base.kl_rule((OneHotCategorical, OneHotCategorical), (GumbelSoftmax, OneHotCategorical))
-def _kl_of_classes(p, q):
-    """The KL of the categoricals that the two stand for."""
-    return base.discrete_kl(base.log_pmf_of_classes(p.logits), base.log_pmf_of_classes(q.logits))
 
 
 @base.kl_rule((InvertibleGaussian, InvertibleGaussian))

@@ -10,6 +10,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
 from relaxit_jax.distributions import _base as base
 
 # --- a relaxed site ---------------------------------------------------------------------------
@@ -90,22 +91,23 @@ class FiniteDiscrete(dist.Distribution):
     def support(self):
         return constraints.integer_interval(self.low, self.low + self.logits.shape[-1] - 1)
 
+    @property
+    def _from_zero(self):
+        return dist.CategoricalLogits(self.logits, validate_args=False)
+
     def sample(self, key, sample_shape=()):
-        draw = dist.CategoricalLogits(self.logits, validate_args=False).sample(key, sample_shape)
-        return draw + self.low
+        return self._from_zero.sample(key, sample_shape) + self.low
 
     def log_prob(self, value):
-        return dist.CategoricalLogits(self.logits, validate_args=False).log_prob(value - self.low)
+        return self._from_zero.log_prob(value - self.low)
 
     def enumerate_support(self, expand=True):
-        return dist.CategoricalLogits(self.logits, validate_args=False).enumerate_support(expand) + self.low
+        return self._from_zero.enumerate_support(expand) + self.low
 
 
-BITS = (dist.BernoulliProbs, dist.BernoulliLogits)
 CLASSES = (dist.CategoricalProbs, dist.CategoricalLogits, base.OneHot)
 TRIALS = (dist.MultinomialProbs, dist.MultinomialLogits)
-TAIL = 1e-6  # mass that a truncated count may leave to its last value
-MOST_VALUES = 10_000
+TAIL = 1e-8  # mass that a truncated count may leave to its last value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Law:
 
 
 def law_of(name, d, num_values=None):
-    """The law of the innermost distribution of the site `name`."""
+    """The law of the innermost distribution of the site `name`; `num_values` may be given by site."""
+    num_values = num_values.get(name) if isinstance(num_values, dict) else num_values
     if isinstance(d, dist.BernoulliLogits):
         return Law("bit", base.log_pmf_of_bits(jnp.asarray(d.logits)))
     if isinstance(d, dist.BernoulliProbs):
@@ -165,19 +168,16 @@ def _law_of_count(name, d, num_values):
     bounded = high is not None and seen(high)
     whole = int(np.max(np.asarray(high))) - low + 1 if bounded else None
     if num_values is not None:
-        k = ck.as_static_int("num_values", num_values, 1, MOST_VALUES)
+        k = ck.as_static_int("num_values", num_values, 1, nm.MOST_VALUES)
     elif high is None:
         k = _enough_values(name, d, low)
     else:
         ck.require(bounded, "num_values", f"given for the site '{name}', whose range is traced", None)
         k = whole
-    # A tail is folded into the last value. Its terms are added up in log space, as far again as the
-    # values reach: one minus the others would cancel, and have no gradient where it is rounded to 0.
     beyond = max(whole - k, 0) if bounded else k + 64
     log_pmf = _log_pmf(d, np.arange(low, low + k + beyond))
     if beyond:
-        last = jax.nn.logsumexp(log_pmf[..., k - 1 :], -1, keepdims=True)
-        log_pmf = jnp.concatenate([log_pmf[..., : k - 1], last], -1)
+        log_pmf = nm.fold_tail(log_pmf, k)
     values = np.arange(low, low + k, dtype=np.float32)
     return Law("count", jax.nn.log_softmax(log_pmf, -1), values)
 
@@ -193,19 +193,13 @@ def _log_pmf(d, values):
 
 
 def _enough_values(name, d, low):
-    """So many values that what is beyond them has less mass than TAIL, by its geometric bound."""
+    """So many values that what is beyond them has less mass than TAIL."""
     need = (
         f"given for the site '{name}', a {type(d).__name__} whose parameters are traced: the number of its "
         "values is fixed before tracing (for a mean m and a standard deviation s, m + 6 s is enough)"
     )
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(d))
     ck.require(not traced, "num_values", need, None)
-    k = 16
-    with jax.ensure_compile_time_eval():
-        while k <= MOST_VALUES:
-            two = np.asarray(_log_pmf(d, low + np.array([k - 1, k])), np.float64)
-            ratio = np.exp(two[..., 1] - two[..., 0])
-            if np.all((ratio < 1) & (two[..., 1] - np.log1p(-np.minimum(ratio, 0.999999)) < np.log(TAIL))):
-                return k
-            k += max(8, k // 8)
-    raise ValueError(f"num_values must be given for the site '{name}', which has more than {MOST_VALUES}")
+    k = nm.enough_values(lambda values: _log_pmf(d, low + values), TAIL)
+    ck.require(k is not None, "num_values", f"given for the site '{name}'", f"more than {nm.MOST_VALUES}")
+    return k

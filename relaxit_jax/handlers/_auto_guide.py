@@ -121,8 +121,7 @@ class auto_guide:
     def _discrete_part(self, message):
         name, fn, stack = message["name"], message["fn"], message["cond_indep_stack"]
         d = base.innermost(fn)
-        count = self.num_values
-        law = site.law_of(name, d, count.get(name) if isinstance(count, dict) else count)
+        law = site.law_of(name, d, self.num_values)
         self._sites[name] = (law.kind, law.values)
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
         initial, possible = self._initial(law, shape, len(fn.batch_shape), stack)

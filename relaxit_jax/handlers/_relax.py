@@ -159,8 +159,7 @@ class relax(base.unrounded):
         super().process_message(msg)
 
     def _replace(self, name, d, method):
-        count = self.options["num_values"]
-        law = site.law_of(name, d, count.get(name) if isinstance(count, dict) else count)
+        law = site.law_of(name, d, self.options["num_values"])
         if law.kind == "class" and not d.event_dim:
             self._vectors[name] = None
         if callable(method) and not isinstance(method, type):
@@ -242,7 +241,7 @@ def _check_use(msg, kl):
 
 
 class _NotAnIndex(TypeError):
-    pass
+    """A relaxed value where NumPyro or the model asks for an integer."""
 
 
 class _NeedsRelaxedModel(dict):

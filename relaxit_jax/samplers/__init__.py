@@ -18,7 +18,13 @@ from relaxit_jax.samplers._categorical import (
     logistic_normal,
     logistic_normal_log_prob,
 )
-from relaxit_jax.samplers._count import generalized_gumbel_softmax
+from relaxit_jax.samplers._count import (
+    binomial_support,
+    generalized_gumbel_softmax,
+    geometric_support,
+    negative_binomial_support,
+    poisson_support,
+)
 from relaxit_jax.samplers._gate import (
     gaussian_bernoulli,
     gaussian_bernoulli_log_prob,
@@ -27,14 +33,28 @@ from relaxit_jax.samplers._gate import (
     hard_concrete_l0,
     hard_concrete_log_prob,
 )
+from relaxit_jax.samplers._straight_through import (
+    decoupled_gumbel_softmax,
+    gapped_straight_through,
+    gumbel_rao,
+    reinmax,
+    reinmax_rao,
+    straight_through_categorical,
+    straight_through_categorical_log_prob,
+)
 from relaxit_jax.samplers._subset import gumbel_top_k, gumbel_top_k_log_prob, relaxed_top_k
 
 __all__ = [
+    "binomial_support",
     "correlated_bernoulli",
     "correlated_bernoulli_log_prob",
+    "decoupled_gumbel_softmax",
+    "gapped_straight_through",
     "gaussian_bernoulli",
     "gaussian_bernoulli_log_prob",
     "generalized_gumbel_softmax",
+    "geometric_support",
+    "gumbel_rao",
     "gumbel_softmax",
     "gumbel_softmax_log_prob",
     "gumbel_top_k",
@@ -47,6 +67,10 @@ __all__ = [
     "invertible_gaussian_log_prob",
     "logistic_normal",
     "logistic_normal_log_prob",
+    "negative_binomial_support",
+    "poisson_support",
+    "reinmax",
+    "reinmax_rao",
     "relaxed_bernoulli",
     "relaxed_bernoulli_log_prob",
     "relaxed_top_k",
@@ -54,4 +78,6 @@ __all__ = [
     "stochastic_times_smooth_log_prob",
     "straight_through_bernoulli",
     "straight_through_bernoulli_log_prob",
+    "straight_through_categorical",
+    "straight_through_categorical_log_prob",
 ]

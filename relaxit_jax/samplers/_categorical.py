@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.nn import log_softmax, softmax
 from jax.scipy.special import gammaln
@@ -48,14 +47,12 @@ def gumbel_softmax(key, logits, tau, *, shape=None, hard=False, log_space=False)
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     shape = ck.batch_shape(shape, logits=logits.shape[:-1], tau=tau.shape)
-    classes = logits.shape[-1]
-    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, classes), logits.dtype)
+    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, logits.shape[-1]), logits.dtype)
     y = nm.over_tau(perturbed, tau[..., None])
     if log_space:
         return log_softmax(y)
     if hard:
-        winner = jax.nn.one_hot(jnp.argmax(perturbed, -1), classes, dtype=y.dtype)
-        return nm.straight_through(winner, softmax(y)).astype(dtype)
+        return nm.straight_through(nm.largest(perturbed), softmax(y)).astype(dtype)
     return softmax(y).astype(dtype)
 
 
@@ -115,7 +112,7 @@ def gumbel_softmax_log_prob(value, logits, tau, *, log_space=False):
     return jnp.where(off, -jnp.inf, jnp.where(zeros > 0, limit, inside))
 
 
-def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, log_space=False):
+def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, hard=False, log_space=False):
     """A draw from the invertible Gaussian reparameterization, softmax++ of a Gaussian.
 
     ``y = loc + scale eps`` in R^(K-1), eps standard normal;
@@ -128,6 +125,8 @@ def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, log_spac
       tau: temperature, positive, of the batch shape (no axis for K).
       delta: weight of the last class, positive, of the batch shape.
       shape: batch shape of the result; default: that of the broadcast parameters.
+      hard: return the one-hot vector of z's largest coordinate, with the gradient of z. It is class
+        k < K if y_k is the largest and above ``tau log delta``, else class K.
       log_space: return ``log z`` in float32 or wider: z itself rounds to a vertex at low tau.
 
     Returns:
@@ -135,7 +134,8 @@ def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, log_spac
 
     Raises:
       ValueError: for a ``scale``, ``tau`` or ``delta`` that is not positive, a dtype that is not
-        floating point, no event axis, or shapes that do not fit together.
+        floating point, no event axis, shapes that do not fit together, or ``hard`` together with
+        ``log_space``.
 
     References:
       A. Potapczynski, G. Loaiza-Ganem, J. P. Cunningham (2020), Invertible Gaussian
@@ -145,12 +145,15 @@ def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, log_spac
     Array([0.333, 0.333, 0.333], dtype=float32)
     """
     ck.check_key(key)
+    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
     dtype, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
     shape = ck.batch_shape(shape, **batch)
     y = loc + scale * nm.normal(key, (*shape, loc.shape[-1]), loc.dtype)
     last = jnp.broadcast_to(jnp.log(delta)[..., None], (*shape, 1))
     y = jnp.concatenate([y / tau[..., None], last], -1)
-    return log_softmax(y) if log_space else softmax(y).astype(dtype)
+    if log_space:
+        return log_softmax(y)
+    return (nm.straight_through(nm.largest(y), softmax(y)) if hard else softmax(y)).astype(dtype)
 
 
 def invertible_gaussian_log_prob(value, loc, scale, tau, *, delta=1.0, log_space=False):

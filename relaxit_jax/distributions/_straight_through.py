@@ -1,0 +1,321 @@
+"""One-hot vectors drawn exactly, with and without a gradient, as NumPyro distributions."""
+
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import constraints
+
+from relaxit_jax import _checks as ck
+from relaxit_jax import samplers
+from relaxit_jax.distributions import _base as base
+
+
+class OneHotCategorical(base.OneHot):
+    """The categorical distribution over one-hot vectors: exact draws, no gradient through them.
+
+    ``P(z = e_k) = softmax(logits)_k``.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      probs: probabilities, shape (..., K), instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: for both or neither of ``logits`` and ``probs``, no class axis, or, if validated,
+        logits that are NaN, +inf or all -inf; for ``probs`` that are negative or do not sum to 1.
+
+    References:
+      E. Jang, S. Gu, B. Poole (2017), Categorical Reparameterization with Gumbel-Softmax,
+      arXiv:1611.01144, of which these are the draws at temperature 0.
+
+    >>> d = OneHotCategorical(probs=jnp.array([0.25, 0.75]))
+    >>> d.sample(jax.random.key(0)), d.mean.round(4)
+    (Array([0., 1.], dtype=float32), Array([0.25, 0.75], dtype=float32))
+    """
+
+    arg_constraints = {"logits": base.log_weights}
+    support = base.one_hot
+    has_enumerate_support = True
+
+    def __init__(self, logits=None, *, probs=None, validate_args=None):
+        super().__init__(validate_args, logits=base.class_logits(logits, probs))
+
+    @staticmethod
+    def _sampler(key, logits, *, shape):
+        return jax.lax.stop_gradient(samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True))
+
+    @staticmethod
+    def _density(value, logits, **_):
+        return samplers.straight_through_categorical_log_prob(value, logits)
+
+    @property
+    def mean(self):
+        return self._full(self.probs)
+
+    @property
+    def variance(self):
+        return self._full(self.probs * (1 - self.probs))
+
+    @property
+    def mode(self):
+        best = jnp.argmax(self.logits, -1)
+        return self._full(jax.nn.one_hot(best, self.event_shape[0], dtype=self.logits.dtype))
+
+    def entropy(self):
+        log_pmf = base.log_pmf_of_classes(self.logits)
+        return self._batched(-base.expected_log_pmf(log_pmf, log_pmf))
+
+    def enumerate_support(self, expand=True):
+        (k,) = self.event_shape
+        values = jnp.eye(k, dtype=self.logits.dtype).reshape(k, *(1,) * len(self.batch_shape), k)
+        return jnp.broadcast_to(values, (k, *self.batch_shape, k)) if expand else values
+
+
+class StraightThroughGumbelSoftmax(OneHotCategorical):
+    """Exact one-hot draws with the gradient of `GumbelSoftmax`.
+
+    Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau)``. The
+    support is the simplex, so that NumPyro takes the draws as differentiable.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      tau: temperature of the gradient, positive, of the batch shape.
+      probs: probabilities, shape (..., K), instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `GumbelSoftmax`.
+
+    References:
+      E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
+
+    >>> StraightThroughGumbelSoftmax(jnp.zeros(3), 0.5).sample(jax.random.key(0))
+    Array([0., 1., 0.], dtype=float32)
+    """
+
+    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
+    support = base.simplex
+
+    @staticmethod
+    def _sampler(key, logits, tau, *, shape):
+        return samplers.gumbel_softmax(key, logits, tau, shape=shape, hard=True)
+
+    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
+        logits = base.class_logits(logits, probs)
+        base.OneHot.__init__(self, validate_args, logits=logits, tau=tau)
+
+
+def RelaxedOneHotCategoricalStraightThrough(temperature, probs=None, logits=None, *, validate_args=None):
+    """`StraightThroughGumbelSoftmax` with Pyro's signature.
+
+    >>> RelaxedOneHotCategoricalStraightThrough(0.5, logits=jnp.zeros(3)).event_shape
+    (3,)
+    """
+    return StraightThroughGumbelSoftmax(logits, temperature, probs=probs, validate_args=validate_args)
+
+
+class StraightThroughCategorical(OneHotCategorical):
+    """Exact one-hot draws with the gradient of probabilities, `relaxit_jax.straight_through_categorical`.
+
+    Forward ``D ~ OneHotCategorical(logits)``, backward that of ``softmax(logits / tau)``.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      tau: temperature of the gradient, positive, of the batch shape.
+      probs: probabilities, shape (..., K), instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `GumbelSoftmax`.
+
+    References:
+      Y. Bengio, N. Léonard, A. Courville (2013), arXiv:1308.3432.
+
+    >>> StraightThroughCategorical(jnp.zeros(3)).sample(jax.random.key(0)).sum()
+    Array(1., dtype=float32)
+    """
+
+    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
+    support = base.simplex
+    _sampler = staticmethod(samplers.straight_through_categorical)
+
+    def __init__(self, logits=None, tau=1.0, *, probs=None, validate_args=None):
+        base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
+
+
+class DecoupledStraightThroughGumbelSoftmax(OneHotCategorical):
+    """Exact one-hot draws with a Gumbel-softmax gradient, `relaxit_jax.decoupled_gumbel_softmax`.
+
+    Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau_backward)``.
+    ``tau_forward`` does not matter to draws that are exact; it is the sampler's, whose soft draws have
+    it.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      tau_forward: temperature of the value, positive, of the batch shape.
+      tau_backward: temperature of the gradient, positive, of the batch shape.
+      probs: probabilities, shape (..., K), instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `GumbelSoftmax`.
+
+    References:
+      R. Shah, M. Yan, M. C. Mozer, D. Liu (2024), arXiv:2410.13331.
+
+    >>> DecoupledStraightThroughGumbelSoftmax(jnp.zeros(3), 0.3, 0.7).sample(jax.random.key(0))
+    Array([0., 1., 0.], dtype=float32)
+    """
+
+    arg_constraints = {
+        "logits": base.log_weights,
+        "tau_forward": constraints.positive,
+        "tau_backward": constraints.positive,
+    }
+    support = base.simplex
+    _sampler = staticmethod(samplers.decoupled_gumbel_softmax)
+
+    def __init__(self, logits=None, tau_forward=None, tau_backward=None, *, probs=None, validate_args=None):
+        logits = base.class_logits(logits, probs)
+        taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
+        base.OneHot.__init__(self, validate_args, logits=logits, **taus)
+
+
+class GappedStraightThrough(OneHotCategorical):
+    """Exact one-hot draws with a gapped gradient, `relaxit_jax.gapped_straight_through`.
+
+    Backward that of ``softmax((logits + sg(m1 - m2)) / tau)``, in which the class drawn has the
+    largest logit and leads by ``gap``.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      tau: temperature of the gradient, positive, of the batch shape.
+      gap: by how much the class drawn leads, positive, of the batch shape.
+      probs: probabilities, shape (..., K), instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `GumbelSoftmax`.
+
+    References:
+      T.-H. Fan, T.-C. Chi, A. I. Rudnicky, P. J. Ramadge (2022), arXiv:2206.07235.
+
+    >>> GappedStraightThrough(jnp.zeros(3), 0.5).sample(jax.random.key(0)).sum()
+    Array(1., dtype=float32)
+    """
+
+    arg_constraints = {
+        "logits": base.log_weights,
+        "tau": constraints.positive,
+        "gap": constraints.positive,
+    }
+    support = base.simplex
+    _sampler = staticmethod(samplers.gapped_straight_through)
+
+    def __init__(self, logits=None, tau=None, gap=1.0, *, probs=None, validate_args=None):
+        logits = base.class_logits(logits, probs)
+        base.OneHot.__init__(self, validate_args, logits=logits, tau=tau, gap=gap)
+
+
+class ReinMax(OneHotCategorical):
+    """Exact one-hot draws with a gradient of second order, `relaxit_jax.reinmax`.
+
+    Backward that of ``2 p1 - softmax(logits) / 2``, p1 the softmax of value
+    ``(D + softmax(logits / tau)) / 2``.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      tau: temperature of the gradient, positive, of the batch shape.
+      probs: probabilities, shape (..., K), instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `GumbelSoftmax`.
+
+    References:
+      L. Liu, C. Dong, X. Liu, B. Yu, J. Gao (2023), arXiv:2304.08612.
+
+    >>> ReinMax(jnp.zeros(3)).sample(jax.random.key(0)).sum()
+    Array(1., dtype=float32)
+    """
+
+    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
+    support = base.simplex
+    _sampler = staticmethod(samplers.reinmax)
+
+    def __init__(self, logits=None, tau=1.0, *, probs=None, validate_args=None):
+        base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
+
+
+class GumbelRao(OneHotCategorical):
+    """Exact one-hot draws with a Rao-Blackwellised Gumbel-softmax gradient, `relaxit_jax.gumbel_rao`.
+
+    Backward the mean over ``num_samples`` of that of ``softmax((logits + sg(G_k)) / tau)``, given
+    that ``logits + G_k`` is largest at the class drawn.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      tau: temperature of the gradient, positive, of the batch shape.
+      num_samples: Gumbel vectors a draw, a Python integer, 1 or more.
+      probs: probabilities, shape (..., K), instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `GumbelSoftmax`, or for a ``num_samples`` that is no such integer.
+
+    References:
+      M. B. Paulus, C. J. Maddison, A. Krause (2021), arXiv:2010.04838.
+
+    >>> GumbelRao(jnp.zeros(3), 0.5, 20).sample(jax.random.key(0)).sum()
+    Array(1., dtype=float32)
+    """
+
+    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
+    pytree_aux_fields = ("num_samples",)
+    support = base.simplex
+    _sampler = staticmethod(samplers.gumbel_rao)
+
+    def __init__(self, logits=None, tau=None, num_samples=10, *, probs=None, validate_args=None):
+        static = {"num_samples": ck.as_num_samples(num_samples)}
+        base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
+
+
+class ReinMaxRao(OneHotCategorical):
+    """Exact one-hot draws with a Rao-Blackwellised gradient of second order, `relaxit_jax.reinmax_rao`.
+
+    Backward ``2 J - J0 / 2``, J a mean over ``num_samples`` Gumbel vectors, J0 the Jacobian of
+    ``softmax(logits)``.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      tau: temperature of the gradient, positive, of the batch shape.
+      num_samples: Gumbel vectors a draw, a Python integer, 1 or more.
+      probs: probabilities, shape (..., K), instead of ``logits``.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: as for `GumbelRao`.
+
+    References:
+      Wang, Bui (2026), arXiv:2603.08257.
+
+    >>> ReinMaxRao(jnp.zeros(3)).sample(jax.random.key(0)).sum()
+    Array(1., dtype=float32)
+    """
+
+    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
+    pytree_aux_fields = ("num_samples",)
+    support = base.simplex
+    _sampler = staticmethod(samplers.reinmax_rao)
+
+    def __init__(self, logits=None, tau=1.0, num_samples=10, *, probs=None, validate_args=None):
+        static = {"num_samples": ck.as_num_samples(num_samples)}
+        base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
+
+
+# --- KL ---------------------------------------------------------------------------------------
+
+
+@base.kl_rule((base.OneHot, OneHotCategorical))
+def _kl_of_classes(p, q):
+    """The KL of the categoricals that the two stand for."""
+    return base.discrete_kl(base.log_pmf_of_classes(p.logits), base.log_pmf_of_classes(q.logits))

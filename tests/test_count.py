@@ -1,0 +1,186 @@
+"""Counts on finitely many values: their laws against scipy, and what is learned through their draws."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special as sp
+import scipy.stats as st
+
+import relaxit_jax as rj
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+KEY = jax.random.key(9)
+
+
+def f32(x):
+    return float(np.float32(x))
+
+
+LAWS = [
+    *((rj.poisson_support, (rate,), st.poisson(f32(rate))) for rate in (1e-3, 0.1, 1.0, 10.0, 300.0, 5000.0)),
+    *((rj.geometric_support, (l,), st.geom(sp.expit(f32(l)), loc=-1)) for l in (-5.0, -2.0, 0.5, 6.0)),
+    *(
+        (rj.binomial_support, (n, l), st.binom(n, sp.expit(l)))
+        for n, l in ((1, 0.5), (12, -2.0), (2000, 0.5))
+    ),
+    *(
+        (rj.negative_binomial_support, (r, l), st.nbinom(f32(r), sp.expit(-l)))
+        for r, l in ((0.05, 3.0), (2.0, 0.0), (7.5, -1.0), (1e4, -3.0))
+    ),
+]
+names = [f"{support.__name__}{parameters}" for support, parameters, _ in LAWS]
+laws = pytest.mark.parametrize(("support", "parameters", "law"), LAWS, ids=names)
+
+
+@laws
+def test_law_against_scipy(support, parameters, law):
+    eps = 1e-8
+    logits, values = support(*parameters)
+    logits, values = np.asarray(logits, np.float64), np.asarray(values, np.float64)
+    n = len(values)
+    np.testing.assert_array_equal(values, np.arange(n))
+    assert law.sf(n - 1) < eps
+    assert support is rj.binomial_support or law.sf(n - 2) > 0.99 * eps  # no more values than it takes
+    expected = law.logpmf(values)
+    expected[-1] = law.logsf(n - 2)  # what lies beyond is in the last value, not lost
+    likely = expected > np.log(1e-12)
+    np.testing.assert_allclose(logits[likely], expected[likely], rtol=0, atol=3e-5)
+    p = np.exp(logits)
+    np.testing.assert_allclose(p.sum(), 1, rtol=1e-6)
+    mean = p @ values
+    np.testing.assert_allclose(mean, law.mean(), rtol=1e-3)
+    np.testing.assert_allclose(p @ (values - mean) ** 2, law.var(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("support", "parameters", "law"),
+    [
+        (rj.poisson_support, (2.0,), st.poisson(2)),
+        (rj.poisson_support, (40.0,), st.poisson(40)),
+        (rj.geometric_support, (-4.0,), st.geom(sp.expit(-4), loc=-1)),
+        (rj.binomial_support, (50, 1.0), st.binom(50, sp.expit(1))),
+        (rj.negative_binomial_support, (3.0, 2.0), st.nbinom(3, sp.expit(-2))),
+    ],
+)
+def test_tails_of_every_weight_are_folded_into_the_last_value(support, parameters, law):
+    *shape, last = parameters
+    traced = jax.jit(lambda x: support(*shape, x, 12)[0])
+    logits = np.asarray(traced(last), np.float64)
+    expected = np.append(law.logpmf(np.arange(11)), law.logsf(10))
+    np.testing.assert_allclose(logits, expected, rtol=3e-5, atol=3e-5)
+
+
+@laws
+def test_gradient_of_the_logits(support, parameters, law):
+    """Of all parameters but the number of trials, against central differences in float64."""
+    fixed = parameters[:1] if support is rj.binomial_support else ()
+    free = np.array(parameters[len(fixed) :])
+    n = support(*parameters)[1].size
+    with jax.enable_x64(True):
+        total = jax.jit(lambda x: jnp.sum(jnp.cos(jnp.arange(n)) * jnp.exp(support(*fixed, *x, n)[0])))
+        gradient = jax.jit(jax.grad(total))(free)
+        for i in range(len(free)):
+            step = np.eye(len(free))[i] * 1e-5 * max(1e-2, abs(free[i]))
+            slope = (total(free + step) - total(free - step)) / (2 * step[i])
+            np.testing.assert_allclose(gradient[i], slope, rtol=1e-4, atol=1e-8)
+    assert (np.abs(gradient) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "support",
+    [
+        lambda x: rj.geometric_support(x, 20),
+        lambda x: rj.binomial_support(5, x),
+        lambda x: rj.negative_binomial_support(2.5, x, 20),
+        lambda x: rj.poisson_support(jnp.exp(jnp.clip(x, -80, 80)), 20),
+    ],
+    ids=["geometric", "binomial", "negative_binomial", "poisson"],
+)
+def test_extreme_parameters_have_finite_gradients(support):
+    x = jnp.array([-jnp.inf, -1e4, -100.0, 100.0, 1e4, jnp.inf])
+
+    def total(x):
+        logits, values = support(x)
+        z = rj.generalized_gumbel_softmax(KEY, logits, values, 0.5, shape=(10, 6))
+        return jnp.sum(z * jnp.cos(jnp.arange(6.0))), (jnp.exp(logits) @ values, z, values)
+
+    gradient, (mean, z, values) = jax.jit(jax.grad(total, has_aux=True))(x)
+    assert jnp.isfinite(gradient).all() and jnp.isfinite(z).all()
+    assert set(np.round(mean, 4).tolist()) == {0, values[-1].item()}  # all mass at one end or the other
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize(
+    ("mean", "support", "largest"),
+    [
+        (jnp.exp, rj.poisson_support, 20.0),
+        (lambda x: jnp.exp(-x), rj.geometric_support, -np.log(20)),
+        (lambda x: 12 * jax.nn.sigmoid(x), functools.partial(rj.binomial_support, 12), 5.0),
+        (lambda x: 3 * jnp.exp(x), functools.partial(rj.negative_binomial_support, 3.0), np.log(7)),
+    ],
+    ids=["poisson", "geometric", "binomial", "negative_binomial"],
+)
+def test_a_rate_is_learned_through_the_relaxed_draw(mean, support, largest, hard):
+    """From the mean of counts with a true mean of 7.5, by Adam, to within 2 %."""
+    true, tau, adam = 7.5, 0.1, optax.adam(optax.cosine_decay_schedule(0.05, 300))
+    parameter = jnp.exp if support is rj.poisson_support else lambda x: x
+    num_values = support(largest)[1].size  # static, and once
+
+    def loss(x, key):
+        logits, values = support(parameter(x), num_values)
+        z = rj.generalized_gumbel_softmax(key, logits, values, tau, shape=(1000,), hard=hard)
+        return (jnp.mean(z) - true) ** 2
+
+    @jax.jit
+    def learn(x):
+        def step(carry, key):
+            x, state = carry
+            updates, state = adam.update(jax.grad(loss)(x, key), state)
+            return (optax.apply_updates(x, updates), state), None
+
+        return jax.lax.scan(step, (x, adam.init(x)), jax.random.split(KEY, 300))[0][0]
+
+    np.testing.assert_allclose(mean(learn(0.0)), true, rtol=0.02)
+
+
+def test_batches_and_low_precision():
+    rates = jnp.array([[0.5, 3.0], [8.0, 20.0]], jnp.bfloat16)
+    logits, values = rj.poisson_support(rates)
+    assert logits.dtype == values.dtype == jnp.float32 and logits.shape == (2, 2, values.size)
+    law = [st.poisson(float(rate)).pmf(3) for rate in rates.ravel()]
+    np.testing.assert_allclose(jnp.exp(logits[..., 3]).ravel(), law, rtol=1e-5)
+    both, _ = rj.negative_binomial_support(jnp.array([[1.0], [4.0]]), jnp.array([-1.0, 0.5]), 80)
+    assert both.shape == (2, 2, 80)
+    np.testing.assert_allclose(jnp.exp(both[1, 0, 5]), st.nbinom(4, sp.expit(1)).pmf(5), rtol=1e-5)
+    some, _ = rj.binomial_support(np.array([2, 5]), jnp.array([0.3, 0.3]))
+    expected = np.append(st.binom(2, sp.expit(0.3)).logpmf([0, 1, 2]), [-np.inf] * 3)
+    np.testing.assert_allclose(some[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rj.poisson_support(-1.0), "rate must be positive, got -1.0"),
+        (lambda: rj.poisson_support(jnp.array([1, 2])), "rate must be floating point"),
+        (lambda: rj.poisson_support(1e5), "num_values must be at most 10000"),
+        (lambda: rj.poisson_support(10.0, 12), "num_values must be at least 33 .* got 12"),
+        (lambda: rj.poisson_support(10.0, 0), r"num_values must be an integer in \[1, 10000\]"),
+        (lambda: rj.poisson_support(10.0, 12.5), "num_values must be an integer"),
+        (lambda: jax.jit(rj.poisson_support)(10.0), "num_values must be given, as the parameters are traced"),
+        (lambda: jax.jit(rj.negative_binomial_support)(1.0, 0.0), "num_values must be given"),
+        (lambda: rj.poisson_support(1.0, eps=0.0), r"eps must be in \(0, 1\)"),
+        (lambda: rj.geometric_support("one"), "logits must be"),
+        (lambda: rj.binomial_support(2.5, 0.0), "total_count must be integers"),
+        (lambda: rj.binomial_support(0, 0.0), "total_count must be integers"),
+        (lambda: jax.jit(rj.binomial_support)(3, 0.0), "total_count must be .*known before tracing"),
+        (lambda: rj.negative_binomial_support(0.0, 0.0), "total_count must be positive"),
+        (lambda: rj.negative_binomial_support(jnp.ones(2), jnp.zeros(3)), "must have batch shapes that"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
