@@ -22,7 +22,7 @@ def _doctest_names(doctest_namespace):
     doctest_namespace.update(jax=jax, jnp=jnp)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fast_compilation():
     """Compiling is most of the time of these tests; no law depends on how well the code is optimised."""
     with pytest.MonkeyPatch.context() as patch:

@@ -166,8 +166,8 @@ def binomial_support(total_count, logits, num_values=None, *, eps=1e-8):
       C. Loader (2000), Fast and Accurate Computation of Binomial Probabilities.
 
     >>> logits, values = binomial_support(4, 0.0)
-    >>> print(jnp.exp(logits[:3]) * 16)
-    [1. 4. 6.]
+    >>> print(*(f"{16 * p:.3f}" for p in jnp.exp(logits)))
+    1.000 4.000 6.000 4.000 1.000
     """
     need = "integers, 1 or more, known before tracing"
     ck.require(not isinstance(total_count, jax.core.Tracer), "total_count", need, total_count)
