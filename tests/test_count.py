@@ -12,7 +12,7 @@ import scipy.stats as st
 
 import relaxit_jax as rj
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+quick = pytest.mark.usefixtures("fast_compilation")
 KEY = jax.random.key(9)
 
 
@@ -36,6 +36,7 @@ names = [f"{support.__name__}{parameters}" for support, parameters, _ in LAWS]
 laws = pytest.mark.parametrize(("support", "parameters", "law"), LAWS, ids=names)
 
 
+@quick
 @laws
 def test_law_against_scipy(support, parameters, law):
     eps = 1e-8
@@ -56,6 +57,7 @@ def test_law_against_scipy(support, parameters, law):
     np.testing.assert_allclose(p @ (values - mean) ** 2, law.var(), rtol=1e-3)
 
 
+@quick
 @pytest.mark.parametrize(
     ("support", "parameters", "law"),
     [
@@ -74,6 +76,7 @@ def test_tails_of_every_weight_are_folded_into_the_last_value(support, parameter
     np.testing.assert_allclose(logits, expected, rtol=3e-5, atol=3e-5)
 
 
+@quick
 @laws
 def test_gradient_of_the_logits(support, parameters, law):
     """Of all parameters but the number of trials, against central differences in float64."""
@@ -147,6 +150,7 @@ def test_a_rate_is_learned_through_the_relaxed_draw(mean, support, largest, hard
     np.testing.assert_allclose(mean(learn(0.0)), true, rtol=0.02)
 
 
+@quick
 def test_batches_and_low_precision():
     rates = jnp.array([[0.5, 3.0], [8.0, 20.0]], jnp.bfloat16)
     logits, values = rj.poisson_support(rates)

@@ -144,3 +144,8 @@ def test_static_checks_hold_inside_a_jitted_function():
         jax.jit(lambda x: rj.relaxed_bernoulli(KEY, x, -1.0))(0.0)
     with pytest.raises(ValueError, match="known before tracing"):
         jax.jit(lambda x, k: rj.relaxed_top_k(KEY, x, k, 1.0))(jnp.zeros(3), 2)
+
+
+def test_largest_is_the_first_of_equals():
+    x = jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-jnp.inf, 0.0, -jnp.inf]])
+    np.testing.assert_array_equal(nm.largest(x), np.eye(3, dtype=bool)[[1, 0, 1]])
