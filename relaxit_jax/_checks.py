@@ -112,9 +112,9 @@ def as_static_int(name, x, low, high):
     return number
 
 
-def as_num_samples(x):
+def as_num_samples(x, least=1):
     """How many draws an estimate averages."""
-    return as_static_int("num_samples", x, 1, 1_000_000)
+    return as_static_int("num_samples", x, least, 1_000_000)
 
 
 def batch_shape(shape, **batches):

@@ -80,8 +80,8 @@ def one_hot_draw(key, probs, shape):
     return largest(probs / exponential(key, (*shape, probs.shape[-1]), probs.dtype))
 
 
-def conditional_gumbel_gap(key, log_p, winner):
-    """How far the others of log_p + G lie below the largest, given which is the largest; 0 or less.
+def conditional_gumbel(key, log_p, winner):
+    """The largest of log_p + G, given which it is, and how far each lies below it; 0 or less.
 
     With normalised log_p the largest is -log E_i and any other -log(E_j / p_j + E_i), E standard
     exponential (C. J. Maddison, D. Tarlow, T. Minka, 2014, A* Sampling, arXiv:1411.0030).
@@ -92,7 +92,7 @@ def conditional_gumbel_gap(key, log_p, winner):
     rare = log_p < -60  # exp(-log_p) would overflow, and E_i no longer counts
     ratio = e / top * jnp.exp(-jnp.where(rare, 0, log_p))
     gap = jnp.where(rare, log_p, 0) - jnp.log(jnp.where(rare, ratio, 1 + ratio))
-    return jnp.where(winner, 0, gap)
+    return -jnp.log(top), jnp.where(winner, 0, gap)
 
 
 # Phi^-1(v) = -(1 - 2 v) f(w) with w = -log(4 v (1 - v)), the form of M. Giles (2010), Approximating the

@@ -8,7 +8,7 @@ import sys
 
 import relaxit_jax
 from cases import CASES
-from relaxit_jax import distributions, handlers
+from relaxit_jax import distributions, estimators, handlers
 
 PACKAGE = pathlib.Path(relaxit_jax.__file__).parent
 # room -> what of the package, and which other libraries, it may see
@@ -17,6 +17,7 @@ ROOMS = {
     "_checks": set(),
     "laplace_bridge": {"_numerics", "_checks"},
     "samplers": {"_numerics", "_checks"},
+    "estimators": {"_numerics", "_checks", "estimators"},
     "distributions": {"_numerics", "_checks", "samplers", "laplace_bridge", "distributions"},
     "handlers": {"_checks", "distributions", "handlers"},
 }
@@ -73,7 +74,7 @@ def test_every_sampler_has_a_row():
 
 
 def test_docstrings_say_what_the_design_asks():
-    for room in (relaxit_jax, distributions, handlers):
+    for room in (relaxit_jax, distributions, estimators, handlers):
         for name in room.__all__:
             thing = getattr(room, name)
             if not callable(thing) or name.startswith("RelaxedOneHot"):  # these point to their originals

@@ -261,9 +261,8 @@ def reinmax_rao(key, logits, tau=1.0, num_samples=10, *, shape=None):
     draw_key, noise_key = jax.random.split(key)
     p0 = softmax(logits)
     winner = nm.one_hot_draw(draw_key, p0, logits.shape[:-1])
-    # log_softmax keeps what p0 loses: a rare class, which counts at a high temperature
-    theta = jnp.where(winner, jnp.log1p(p0), log_softmax(logits)) - jnp.log(2)
-    theta, tau = jax.lax.stop_gradient((theta, tau))
+    # theta of the others; that of the class drawn does not count, given that it wins
+    theta, tau = jax.lax.stop_gradient((log_softmax(logits) - jnp.log(2), tau))
     mean = _mean_softmax(num_samples, noise_key, winner, theta, logits, tau)
     return nm.straight_through(winner, 2 * mean - p0 / 2).astype(dtype)
 
@@ -297,7 +296,8 @@ def _mean_softmax_jvp(num_samples, primals, tangents):
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(total, key):
-        y = nm.conditional_gumbel_gap(key, log_p, winner) / tau
+        _, gap = nm.conditional_gumbel(key, log_p, winner)
+        y = gap / tau
         weights = jnp.exp(y)  # at most 1, that of the winner
         # d(x / tau) = dx / tau - (x / tau) dtau / tau, and what is at -inf stays there
         y_dot = (logits_dot - jnp.where(y == -jnp.inf, 0, y) * tau_dot) / tau

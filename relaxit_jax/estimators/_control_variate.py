@@ -1,0 +1,151 @@
+"""Score-function estimators with a control variate on relaxed draws, and how the variate is trained."""
+
+import jax
+import jax.numpy as jnp
+
+from relaxit_jax import _checks as ck
+from relaxit_jax.estimators import _base as base
+
+
+def rebar(key, f, q, *, tau=0.5, eta=1.0):
+    """REBAR: f at a relaxed draw as control variate.
+
+    Gradient ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with
+    ``c(z) = eta f(relaxed(z))``: z are the noisy logits that gave b, z~ those drawn again given b,
+    relaxed is the sigmoid or softmax of ``z / tau``. Value f(b). Three calls of f; for the
+    parameters of f only that at b counts.
+
+    Args:
+      key: a JAX random key.
+      f: from a sample of shape ``q.shape``, also a relaxed one, to values of shape ``q.batch_shape``.
+      q: `Bernoulli` or `OneHotCategorical`.
+      tau: temperature of the relaxation, a positive scalar.
+      eta: scale of the control variate, a scalar. Both are trained by `value_and_grads`; the value
+        has no gradient in them.
+
+    Returns:
+      f(b), of shape ``q.batch_shape``, with that gradient.
+
+    Raises:
+      ValueError: for an f as in `reinforce`, a ``tau`` that is not positive, or a ``tau`` or ``eta``
+        that is not a scalar.
+
+    References:
+      G. Tucker, A. Mnih, C. J. Maddison, D. Lawson, J. Sohl-Dickstein (2017), REBAR: Low-variance,
+      unbiased gradient estimates for discrete latent variable models, arXiv:1703.07370.
+
+    >>> from relaxit_jax.estimators import Bernoulli
+    >>> f = lambda b: (b.sum(-1) - 2) ** 2
+    >>> jax.grad(lambda l: rebar(jax.random.key(0), f, Bernoulli(l)))(jnp.zeros(2))
+    Array([...], dtype=float32)
+    """
+    ck.require_positive("tau", tau)
+    tau, eta = ck.as_float("tau", tau), ck.as_float("eta", eta)
+    for name, x in {"tau": tau, "eta": eta}.items():
+        ck.require(x.shape == (), name, "a scalar", f"shape {x.shape}")
+
+    def variate(z):
+        value = base.call(f, q, q.relaxed(z, tau))
+        return eta.astype(value.dtype) * value
+
+    return _with_variate(key, f, q, variate)
+
+
+def relax(key, f, q, *, control_variate):
+    """RELAX: any function of the noisy logits as control variate.
+
+    Gradient ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with c the control
+    variate, z the noisy logits that gave b and z~ those drawn again given b. Value f(b). One call of
+    f, two of c. For bits z is ``logits + L`` and ``b = 1[z > 0]``, for classes
+    ``log_softmax(logits) + G`` and b its largest.
+
+    Args:
+      key: a JAX random key.
+      f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``; it need not be
+        differentiable, nor known.
+      q: `Bernoulli` or `OneHotCategorical`.
+      control_variate: from noisy logits of shape ``q.shape`` to values of shape ``q.batch_shape``,
+        differentiable. What it depends on is trained by `value_and_grads`.
+
+    Returns:
+      f(b), of shape ``q.batch_shape``, with that gradient.
+
+    Raises:
+      ValueError: for an f or ``control_variate`` as in `reinforce`.
+
+    References:
+      W. Grathwohl, D. Choi, Y. Wu, G. Roeder, D. Duvenaud (2018), Backpropagation through the Void:
+      Optimizing control variates for black-box gradient estimation, arXiv:1711.00123.
+
+    >>> from relaxit_jax.estimators import Bernoulli
+    >>> f = lambda b: (b.sum(-1) - 2) ** 2
+    >>> estimate = lambda l: relax(
+    ...     jax.random.key(0), f, Bernoulli(l), control_variate=lambda z: jnp.sum(jnp.tanh(z), -1))
+    >>> jax.grad(estimate)(jnp.zeros(2))
+    Array([...], dtype=float32)
+    """
+    return _with_variate(key, f, q, lambda z: base.call(control_variate, q, z, "control_variate"))
+
+
+def _with_variate(key, f, q, variate):
+    ck.check_key(key)
+    # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
+    logits = jax.lax.stop_gradient(q.logits.astype(jnp.promote_types(q.logits.dtype, jnp.float32)))
+    sample, noisy, again = q.coupled(key)
+    value = base.call(f, q, sample)
+    variates, slopes = [], []
+    for draw in (noisy, again):
+        z, pull = jax.vjp(draw, logits)
+        c, slope = jax.vjp(variate, z)
+        variates.append(c)
+        slopes.append(pull(*slope(jnp.ones_like(c)))[0])
+    gain = value - variates[1].astype(value.dtype)
+    gradient = base.per_event(gain, q) * q.score(sample) + slopes[0] - slopes[1]
+    return base.with_gradient(value, q.logits, gradient)
+
+
+def value_and_grads(loss, params, variate, *args, **kwargs):
+    """A loss, its gradient, and how the gradient's variance falls with the control variate, in one pass.
+
+    With ``g = grad_params loss(params, variate, ...)``, a single estimate whose mean does not depend
+    on the control variate, the last is ``grad_variate |g|^2``: an unbiased gradient of the variance
+    ``E |g|^2 - |E g|^2``, summed over all parameters. Each is ready for an Optax optimiser of its own.
+
+    Args:
+      loss: ``loss(params, variate, *args, **kwargs)`` to a scalar, by `rebar` or `relax` with what
+        ``variate`` holds (eta, tau or its logarithm, the parameters of a network).
+      params: a pytree of what is learned.
+      variate: a pytree of the control variate's own parameters.
+      *args: further arguments of ``loss``, such as a key and data.
+      **kwargs: the same, by keyword.
+
+    Returns:
+      ``(value, params_gradient, variate_gradient)``.
+
+    Raises:
+      ValueError: for a ``loss`` that is not a scalar.
+
+    References:
+      G. Tucker et al. (2017), arXiv:1703.07370, section 3.2; W. Grathwohl et al. (2018),
+      arXiv:1711.00123, section 3.1.
+
+    >>> from relaxit_jax.estimators import Bernoulli
+    >>> def loss(logits, eta, key):
+    ...     return rebar(key, lambda b: (b.sum(-1) - 2) ** 2, Bernoulli(logits), eta=eta)
+    >>> value, gradient, eta_gradient = value_and_grads(loss, jnp.zeros(2), 0.5, jax.random.key(0))
+    >>> gradient.shape, eta_gradient.shape
+    ((2,), ())
+    """
+
+    def scalar(params, variate):
+        value = jnp.asarray(loss(params, variate, *args, **kwargs))
+        ck.require(value.shape == (), "loss", "a function to a scalar", f"shape {value.shape}")
+        return value
+
+    def squared_norm(variate):
+        value, gradient = jax.value_and_grad(scalar)(params, variate)
+        total = sum(jnp.sum(jnp.square(jnp.abs(g))) for g in jax.tree.leaves(gradient))
+        return total, (value, gradient)
+
+    variate_gradient, (value, gradient) = jax.grad(squared_norm, has_aux=True)(variate)
+    return value, gradient, variate_gradient

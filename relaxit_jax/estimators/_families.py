@@ -1,0 +1,223 @@
+"""The distributions whose draws the estimators differentiate through."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
+
+
+class Family:
+    """Independent variables; a sample has the shape of the logits."""
+
+    @property
+    def shape(self):
+        """The shape of a sample."""
+        return self.logits.shape
+
+    @property
+    def batch_shape(self):
+        """The shape of what f returns."""
+        return self.shape[: len(self.shape) - self.event_ndims]
+
+    @property
+    def event_shape(self):
+        """The shape of one event: all that f takes together."""
+        return self.shape[len(self.shape) - self.event_ndims :]
+
+    def _check(self, least):
+        """The logits in float32 or wider, once everything about them that can be known is checked."""
+        logits = ck.as_float("logits", self.logits)
+        ndims = ck.as_static_int("event_ndims", self.event_ndims, least, logits.ndim)
+        event = logits.shape[logits.ndim - ndims :]
+        ck.require(math.prod(event) > 0, "logits", "of one variable at least", f"events of shape {event}")
+        ck.require_values("logits", logits, "numbers, not NaN", lambda x: x == x)
+        object.__setattr__(self, "logits", logits)
+
+    def _wide(self):
+        return self.logits.astype(jnp.promote_types(self.logits.dtype, jnp.float32))
+
+    def _as_sample(self, booleans):
+        return jax.lax.stop_gradient(booleans.astype(self.logits.dtype))
+
+
+def family(cls):
+    """A frozen dataclass that is a pytree of its logits."""
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+
+    def unflatten(event_ndims, leaves):  # unchecked: JAX puts placeholders into pytrees
+        q = object.__new__(cls)
+        object.__setattr__(q, "logits", leaves[0])
+        object.__setattr__(q, "event_ndims", event_ndims)
+        return q
+
+    jax.tree_util.register_pytree_node(cls, lambda q: ((q.logits,), q.event_ndims), unflatten)
+    return cls
+
+
+@family
+class Bernoulli(Family):
+    """Independent bits, for the estimators.
+
+    ``P(b = 1) = sigmoid(logits)``.
+
+    Args:
+      logits: log-odds, of the shape of a sample.
+      event_ndims: how many of the last axes belong to one call of f; those before are the batch.
+
+    Raises:
+      ValueError: for logits that are not floating point, NaN or of no variable, or more
+        ``event_ndims`` than axes.
+
+    References:
+      R. J. Williams (1992), Simple statistical gradient-following algorithms for connectionist
+      reinforcement learning, Machine Learning 8.
+
+    >>> Bernoulli(jnp.zeros((5, 3))).batch_shape
+    (5,)
+    """
+
+    logits: jax.Array
+    event_ndims: int = 1
+
+    def __post_init__(self):
+        self._check(0)
+
+    def sample(self, key, shape=()):
+        """Exact draws, of shape (*shape, *self.shape)."""
+        p, q = self._probabilities()
+        return self._as_sample(nm.bernoulli(key, p, q, (*shape, *self.shape)))
+
+    def score(self, sample):
+        """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
+        p, q = self._probabilities()
+        return jnp.where(sample != 0, q, -p)
+
+    def log_prob(self, sample):
+        """log P(sample), of the batch shape; differentiable in the logits."""
+        logits = self._wide()
+        each = jax.nn.log_sigmoid(jnp.where(sample != 0, logits, -logits))
+        return jnp.sum(each, tuple(range(each.ndim - self.event_ndims, each.ndim)))
+
+    def outcomes(self):
+        """How many events there are, and a function from some of their numbers to the events."""
+        n = math.prod(self.event_shape)
+        digits = lambda index: (index[:, None] >> jnp.arange(n)) & 1
+        return 2**n, lambda index: digits(index).reshape(-1, *self.event_shape).astype(self.logits.dtype)
+
+    def coupled(self, key):
+        """Noisy logits z with b = 1[z > 0], and z drawn again given b; as functions of the logits.
+
+        With V logistic, ``z~ = softplus(V + softplus(l))`` given a one and ``-softplus(V + softplus(-l))``
+        given a zero, which are l + logit u' of Tucker et al. (2017) without a probability to round.
+        """
+        noise_key, again_key = jax.random.split(key)
+        logits, softplus = self._wide(), jax.nn.softplus
+        noise = nm.logistic(noise_key, self.shape, logits.dtype)
+        v = nm.logistic(again_key, self.shape, logits.dtype)
+        one = logits + noise > 0
+        sign = jnp.where(one, 1, -1)
+        return (
+            self._as_sample(one),
+            lambda l: l + noise,
+            lambda l: sign * softplus(v + softplus(sign * l)),
+        )
+
+    def relaxed(self, z, tau):
+        """The relaxed sample of noisy logits."""
+        return jax.nn.sigmoid(z / tau).astype(self.logits.dtype)
+
+    def antithetic(self, key):
+        """The draws 1[1 - u < p] and 1[u < p] of one uniform u, and u - 1/2."""
+        p, q = self._probabilities()
+        r = nm.tail_uniform(key, self.shape, p.dtype)  # of u; that of 1 - u is -r
+        below = lambda r: jnp.where(r < 0, -r > q, r < p)
+        return self._as_sample(below(-r)), self._as_sample(below(r)), jnp.where(r < 0, r + 0.5, r - 0.5)
+
+    def _probabilities(self):
+        logits = jax.lax.stop_gradient(self._wide())
+        return jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
+
+
+@family
+class OneHotCategorical(Family):
+    """Independent categorical variables as one-hot vectors, for the estimators.
+
+    ``P(b = e_k) = softmax(logits)_k`` on the last axis.
+
+    Args:
+      logits: unnormalised log-probabilities, of the shape of a sample, the classes last; -inf is an
+        impossible class.
+      event_ndims: how many of the last axes belong to one call of f, that of the classes among them;
+        those before are the batch.
+
+    Raises:
+      ValueError: for logits that are not floating point, NaN, all -inf or of no variable, or more
+        ``event_ndims`` than axes.
+
+    References:
+      R. J. Williams (1992), Machine Learning 8.
+
+    >>> OneHotCategorical(jnp.zeros((5, 3, 10))).batch_shape
+    (5,)
+    """
+
+    logits: jax.Array
+    event_ndims: int = 2
+
+    def __post_init__(self):
+        self._check(1)
+        ck.require_classes(self.logits)
+
+    def sample(self, key, shape=()):
+        """Exact draws, of shape (*shape, *self.shape)."""
+        return self._as_sample(nm.one_hot_draw(key, self._probabilities(), (*shape, *self.shape[:-1])))
+
+    def score(self, sample):
+        """The gradient of log P(sample) in the logits, b - p."""
+        return sample.astype(self._wide().dtype) - self._probabilities()
+
+    def log_prob(self, sample):
+        """log P(sample), of the batch shape; differentiable in the logits."""
+        each = jnp.where(sample != 0, jax.nn.log_softmax(self._wide()), 0)
+        return jnp.sum(each, tuple(range(each.ndim - self.event_ndims, each.ndim)))
+
+    def outcomes(self):
+        """How many events there are, and a function from some of their numbers to the events."""
+        *variables, k = self.event_shape
+        n = math.prod(variables)
+        powers = np.array([k**i for i in range(n)], dtype=object)
+        total = k**n
+
+        def events(index):
+            digits = jnp.stack([index // int(power) % k for power in powers], -1)
+            return jax.nn.one_hot(digits, k, dtype=self.logits.dtype).reshape(-1, *self.event_shape)
+
+        return total, events
+
+    def coupled(self, key):
+        """Noisy logits z with b their argmax, and z drawn again given b; as functions of the logits.
+
+        The logits are normalised first: the largest of z~ is then a Gumbel number whatever b is.
+        """
+        noise_key, again_key = jax.random.split(key)
+        log_p = jax.nn.log_softmax(self._wide())
+        noise = nm.gumbel(noise_key, self.shape, log_p.dtype)
+        winner = nm.largest(log_p + noise)
+
+        def again(l):
+            top, gap = nm.conditional_gumbel(again_key, jax.nn.log_softmax(l), winner)
+            return top + gap
+
+        return self._as_sample(winner), lambda l: jax.nn.log_softmax(l) + noise, again
+
+    def relaxed(self, z, tau):
+        """The relaxed sample of noisy logits."""
+        return jax.nn.softmax(nm.over_tau(z, tau)).astype(self.logits.dtype)
+
+    def _probabilities(self):
+        return jax.nn.softmax(jax.lax.stop_gradient(self._wide()))

@@ -1,0 +1,120 @@
+"""Score-function estimators, and the sum over all outcomes that they estimate."""
+
+import jax
+import jax.numpy as jnp
+
+from relaxit_jax import _checks as ck
+from relaxit_jax.estimators import _base as base
+
+MOST_OUTCOMES = 2**20
+AT_ONCE = 256  # outcomes that f sees at once
+
+
+def reinforce(key, f, q, *, baseline=0.0):
+    """The score-function estimator, with an optional baseline.
+
+    Gradient ``(f(b) - baseline) grad log P(b) + grad f(b)``, ``b ~ q``; value f(b). One call of f.
+
+    Args:
+      key: a JAX random key.
+      f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
+      q: `Bernoulli` or `OneHotCategorical`.
+      baseline: of the batch shape, near E f(b) and independent of the draw; it has no gradient.
+
+    Returns:
+      f(b), of shape ``q.batch_shape``, with that gradient.
+
+    Raises:
+      ValueError: for an f whose values are of another shape, not floating point or not finite (where
+        that can be seen), or a ``baseline`` that does not broadcast to the batch shape.
+
+    References:
+      R. J. Williams (1992), Simple statistical gradient-following algorithms for connectionist
+      reinforcement learning, Machine Learning 8.
+
+    >>> from relaxit_jax.estimators import Bernoulli
+    >>> f = lambda b: (b.sum(-1) - 2) ** 2
+    >>> jax.grad(lambda l: reinforce(jax.random.key(0), f, Bernoulli(l)))(jnp.zeros(2))
+    Array([...], dtype=float32)
+    """
+    ck.check_key(key)
+    baseline = ck.as_float("baseline", baseline)
+    ck.batch_shape(q.batch_shape, baseline=baseline.shape)
+    sample = q.sample(key)
+    value = base.call(f, q, sample)
+    gain = jnp.broadcast_to(value - baseline.astype(value.dtype), q.batch_shape)
+    return base.with_gradient(value, q.logits, base.per_event(gain, q) * q.score(sample))
+
+
+def rloo(key, f, q, *, num_samples=2):
+    """The score-function estimator with a leave-one-out baseline.
+
+    Gradient ``sum_k (f(b_k) - mean f) grad log P(b_k) / (K - 1) + mean grad f(b_k)``; value mean
+    f(b_k). K calls of f, as one under `jax.vmap`.
+
+    Args:
+      key: a JAX random key.
+      f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
+      q: `Bernoulli` or `OneHotCategorical`.
+      num_samples: K, a Python integer, 2 or more.
+
+    Returns:
+      The mean of f, of shape ``q.batch_shape``, with that gradient.
+
+    Raises:
+      ValueError: for an f as in `reinforce`, or a ``num_samples`` that is not an integer above 1.
+
+    References:
+      W. Kool, H. van Hoof, M. Welling (2019), Buy 4 REINFORCE Samples, Get a Baseline for Free!,
+      ICLR workshop.
+
+    >>> from relaxit_jax.estimators import Bernoulli
+    >>> f = lambda b: (b.sum(-1) - 2) ** 2
+    >>> jax.grad(lambda l: rloo(jax.random.key(0), f, Bernoulli(l), num_samples=4))(jnp.zeros(2))
+    Array([...], dtype=float32)
+    """
+    ck.check_key(key)
+    num_samples = ck.as_num_samples(num_samples, 2)
+    samples = q.sample(key, (num_samples,))
+    values = base.call(f, q, samples)
+    value = jnp.mean(values, 0)
+    gains = jax.vmap(lambda gain: base.per_event(gain, q))(values - value)
+    gradient = jnp.sum(gains * jax.vmap(q.score)(samples), 0) / (num_samples - 1)
+    return base.with_gradient(value, q.logits, gradient)
+
+
+def exact(f, q):
+    """E f(b) itself, with its gradient, by the sum over all outcomes.
+
+    ``sum_b P(b) f(b)``. As many calls of f as there are outcomes, some at once under `jax.vmap`.
+
+    Args:
+      f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
+      q: `Bernoulli` or `OneHotCategorical`.
+
+    Returns:
+      The expectation, of shape ``q.batch_shape``.
+
+    Raises:
+      ValueError: for an f as in `reinforce`, or a q whose events have more than 2^20 outcomes.
+
+    References:
+      R. J. Williams (1992), Machine Learning 8, for the expectation that the others estimate.
+
+    >>> from relaxit_jax.estimators import Bernoulli
+    >>> jax.grad(lambda l: exact(lambda b: (b.sum(-1) - 2) ** 2, Bernoulli(l)))(jnp.zeros(2))
+    Array([-0.5, -0.5], dtype=float32)
+    """
+    total, events = q.outcomes()
+    need = f"a family whose events have at most {MOST_OUTCOMES} outcomes"
+    ck.require(total <= MOST_OUTCOMES, "q", need, total)
+
+    @jax.checkpoint
+    def term(index):
+        sample = jnp.broadcast_to(events(index[None])[0], q.shape)
+        p = jnp.exp(q.log_prob(sample))
+        value = base.call(f, q, sample)
+        return jnp.where(p > 0, p.astype(value.dtype) * value, 0)  # of what is impossible f may be anything
+
+    terms = jax.lax.map(term, jnp.arange(total), batch_size=min(AT_ONCE, total))
+    return jnp.sum(terms, 0)

@@ -1,0 +1,326 @@
+"""Unbiased estimators against enumeration, their known orders of variance, and where they are used."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from relaxit_jax import estimators as es
+
+KEY = jax.random.key(11)
+FORMS = np.random.default_rng(7)
+BITS = np.array([[0.3, -1.0, 0.5, 2.0], [-0.5, 0.2, 0.0, 1.0]], np.float32)
+CLASSES = FORMS.normal(size=(2, 2, 3)).astype(np.float32)
+COUPLING = {4: FORMS.normal(size=(4, 4)), 6: FORMS.normal(size=(6, 6))}
+FAMILIES = {"bits": (es.Bernoulli, BITS), "classes": (es.OneHotCategorical, CLASSES)}
+
+
+def interacting(weight, event_ndims):
+    """In which every two variables interact, smooth, far from quadratic, and of a mean that is not 0."""
+
+    def f(b):
+        x = b.reshape(*b.shape[: b.ndim - event_ndims], -1)
+        pairs = jnp.einsum("...i,ij,...j->...", x, COUPLING[x.shape[-1]].astype(np.float32), x)
+        return 1 + jnp.tanh(pairs + weight * x[..., 0])
+
+    return f
+
+
+def network(z):
+    return jnp.sum(jnp.tanh(z - 0.3), tuple(range(1, z.ndim))) / 4
+
+
+ESTIMATORS = {
+    "reinforce": es.reinforce,
+    "baseline": functools.partial(es.reinforce, baseline=np.float32([0.5, -0.2])),
+    "rloo": es.rloo,
+    "rloo_5": functools.partial(es.rloo, num_samples=5),
+    "arm": es.arm,
+    "disarm": es.disarm,
+    "rebar": es.rebar,
+    "rebar_tuned": functools.partial(es.rebar, tau=1.3, eta=0.6),
+    "relax": functools.partial(es.relax, control_variate=network),
+}
+PAIRS = [(e, f) for e in ESTIMATORS for f in FAMILIES if f == "bits" or e not in ("arm", "disarm")]
+
+
+def value_of(estimator, family):
+    """(key, logits, weight) to the summed estimate, and the per-batch values."""
+
+    def total(logits, weight, key):
+        q = FAMILIES[family][0](logits)
+        values = estimator(key, interacting(weight, q.event_ndims), q)
+        return jnp.sum(values), values
+
+    return jax.grad(total, (0, 1), has_aux=True)
+
+
+@functools.cache
+def exact_gradient(family):
+    return jax.jit(value_of(lambda key, f, q: es.exact(f, q), family))(FAMILIES[family][1], 0.7, None)
+
+
+@functools.cache
+def draws(name, family, n=300_000):
+    """n gradients in the logits and in f's own parameter, and values."""
+    estimate = functools.partial(value_of(ESTIMATORS[name], family), FAMILIES[family][1], 0.7)
+    keys = jax.random.split(KEY, n)
+    (slopes, weights), values = jax.jit(lambda keys: jax.lax.map(estimate, keys, batch_size=10_000))(keys)
+    return np.asarray(slopes), np.asarray(weights), np.asarray(values)
+
+
+def test_exact_is_the_sum_over_all_outcomes():
+    """In float64, by numpy: the value and, by differences, its gradient."""
+
+    def expectation(logits):
+        total = np.zeros(2)
+        p = 1 / (1 + np.exp(-logits))
+        for bits in np.ndindex(2, 2, 2, 2):
+            b = np.array(bits, float)
+            chance = np.prod(np.where(b == 1, p, 1 - p), -1)
+            total += chance * (1 + np.tanh(b @ COUPLING[4] @ b + 0.7 * b[0]))
+        return total
+
+    (slopes, _), values = exact_gradient("bits")
+    logits = BITS.astype(float)
+    np.testing.assert_allclose(values, expectation(logits), rtol=1e-5)
+    for i in np.ndindex(logits.shape):
+        step = np.zeros_like(logits)
+        step[i] = 1e-6
+        difference = (expectation(logits + step) - expectation(logits - step)).sum() / 2e-6
+        np.testing.assert_allclose(slopes[i], difference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_mean_is_the_exact_gradient_and_value(name, family):
+    (slopes, weight), values = exact_gradient(family)
+    for found, expected in zip(draws(name, family), (slopes, weight, values), strict=True):
+        error = found.std(0, dtype=float) / len(found) ** 0.5
+        assert (np.abs(found.mean(0, dtype=float) - expected) < 4.8 * error).all()
+        assert (error > 0).all()
+
+
+def total_variance(name, family):
+    """Of the gradient in the logits, summed, and its standard error."""
+    slopes = draws(name, family)[0]
+    squares = ((slopes - slopes.mean(0)) ** 2).reshape(len(slopes), -1).sum(1)
+    return squares.mean(), squares.std() / len(squares) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("less", "more", "family"),
+    [
+        ("disarm", "arm", "bits"), ("rloo", "reinforce", "bits"), ("rloo", "reinforce", "classes"),
+        ("rloo_5", "rloo", "bits"), ("rloo_5", "rloo", "classes"), ("rebar", "reinforce", "bits"),
+    ],
+)  # fmt: skip
+def test_known_orders_of_variance(less, more, family):
+    (a, a_error), (b, b_error) = total_variance(less, family), total_variance(more, family)
+    assert b - a > 4.5 * np.hypot(a_error, b_error)
+
+
+def test_disarm_never_has_more_variance_than_arm():
+    """It is ARM's mean given the two draws: in every coordinate, for any f, at any logits."""
+    for scale in (0.0, 0.5, 4.0):
+        logits = scale * jnp.asarray(BITS)
+        estimates = {}
+        for estimator in (es.arm, es.disarm):
+            slope = jax.grad(lambda l, k, e=estimator: jnp.sum(e(k, interacting(0.2, 1), es.Bernoulli(l))))
+            estimates[estimator] = jax.jit(jax.vmap(slope, (None, 0)))(logits, jax.random.split(KEY, 50_000))
+        arm, disarm = (np.asarray(estimates[e], float) for e in (es.arm, es.disarm))
+        # the same uniforms: their difference is noise of mean zero given the draws
+        excess = (arm - arm.mean(0)) ** 2 - (disarm - disarm.mean(0)) ** 2
+        assert (excess.mean(0) > -4.5 * excess.std(0) / len(arm) ** 0.5).all()
+        assert excess.sum((1, 2)).mean() > 0
+
+
+# --- the control variate ----------------------------------------------------------------------
+
+
+def toy(theta, variate, key, target=0.499):
+    """min over theta of E (b - target)^2, the classic one, by REBAR."""
+    f = lambda b: jnp.sum((b - target) ** 2, -1)
+    return es.rebar(key, f, es.Bernoulli(theta), tau=jnp.exp(variate["log_tau"]), eta=variate["eta"])
+
+
+VARIATE = {"log_tau": jnp.float32(0.2), "eta": jnp.float32(0.3)}
+
+
+def test_value_and_grads_are_those_of_the_loss_and_of_the_variance():
+    theta, keys = jnp.array([0.4, -0.3]), jax.random.split(KEY, 100_000)
+    gradient = jax.vmap(jax.grad(toy), (None, None, 0))
+    variance = jax.jit(lambda variate: jnp.mean(jnp.sum(gradient(theta, variate, keys) ** 2, -1)))
+    value, slope, variate = jax.jit(
+        jax.vmap(lambda key: es.value_and_grads(toy, theta, VARIATE, key))
+    )(keys)  # fmt: skip
+    np.testing.assert_allclose(value, jax.vmap(toy, (None, None, 0))(theta, VARIATE, keys), rtol=1e-5)
+    np.testing.assert_allclose(slope, jax.jit(gradient)(theta, VARIATE, keys), rtol=1e-4, atol=1e-6)
+    for name, step in (("eta", 1e-2), ("log_tau", 1e-2)):
+        ends = [variance(VARIATE | {name: VARIATE[name] + h}) for h in (step, -step)]
+        np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), variate[name].mean(), rtol=0.01)
+
+
+def test_learned_control_variates_have_less_variance():
+    """Of REBAR's eta and tau, and of RELAX's network, by gradient descent from where they start."""
+
+    def with_network(theta, variate, key):
+        control = lambda z: jnp.sum(variate["out"] * jnp.tanh(variate["in"] * z + variate["bias"]), -1)
+        f = lambda b: jnp.sum((b - 0.499) ** 2, -1)
+        return es.relax(key, f, es.Bernoulli(theta), control_variate=control)
+
+    theta, descend = jnp.array([0.4, -0.3]), lambda x, slope: x - 0.5 * jnp.mean(slope, 0)
+    start = {"out": jnp.zeros(2), "in": jnp.ones(2), "bias": jnp.zeros(2)}
+    for loss, variate in ((toy, VARIATE), (with_network, start)):
+        grads = jax.vmap(
+            lambda variate, key, loss=loss: es.value_and_grads(loss, theta, variate, key), (None, 0)
+        )
+
+        def step(variate, key, grads=grads):
+            slopes = grads(variate, jax.random.split(key, 100))[2]
+            return jax.tree.map(descend, variate, slopes), None
+
+        learned, _ = jax.jit(lambda v, step=step: jax.lax.scan(step, v, jax.random.split(KEY, 300)))(variate)
+        keys = jax.random.split(jax.random.key(1), 50_000)
+        norms = [jnp.sum(jax.jit(grads)(v, keys)[1] ** 2, -1) for v in (variate, learned)]
+        error = np.hypot(*(float(x.std()) / len(keys) ** 0.5 for x in norms))
+        assert norms[0].mean() - norms[1].mean() > 4.5 * error
+
+
+def test_the_control_variate_does_not_reach_the_loss():
+    """Nor do the noisy logits: f's parameters get their gradient from the draw alone."""
+    slopes = jax.grad(toy, 1)(jnp.array([0.4, -0.3]), VARIATE, KEY)
+    chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, VARIATE))
+    f = lambda weight: lambda b: jnp.sum(weight * b**2, -1)
+    q = es.Bernoulli(jnp.asarray(BITS))
+    weight = jnp.arange(1.0, 5.0)
+    slope = jax.grad(lambda w: jnp.sum(es.rebar(KEY, f(w), q)))(weight)
+    assert set(np.unique(slope)) <= {0.0, 1.0, 2.0}  # how often the bit is one in the batch of two
+
+
+# --- calls, transformations, extremes ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("reinforce", 1), ("rloo", 2), ("rloo_5", 5), ("arm", 2), ("disarm", 2), ("rebar", 3), ("relax", 1)],
+)
+def test_f_is_called_as_often_as_the_docstring_says(name, calls):
+    seen = []
+
+    @jax.custom_jvp
+    def counted(b):
+        out = jax.ShapeDtypeStruct((2,), jnp.float32)
+        count = lambda b: (seen.append(None), np.float32(b).sum(-1))[1]
+        return jax.pure_callback(count, out, b, vmap_method="sequential")
+
+    counted.defjvp(lambda p, t: (counted(*p), jnp.sum(t[0], -1)))
+    f = lambda b: counted(b) ** 2
+    total = lambda logits: jnp.sum(ESTIMATORS[name](KEY, f, es.Bernoulli(logits)))
+    jax.block_until_ready(jax.jit(jax.value_and_grad(total))(BITS))
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "disarm", "rebar", "relax"])
+def test_under_jit_vmap_scan_and_checkpoint(name):
+    keys = jax.random.split(KEY, 3)
+    slope = jax.grad(lambda l, key: jnp.sum(ESTIMATORS[name](key, interacting(0.7, 1), es.Bernoulli(l))))
+    with_checkpoint = jax.grad(
+        jax.checkpoint(lambda l, key: jnp.sum(ESTIMATORS[name](key, interacting(0.7, 1), es.Bernoulli(l))))
+    )
+    eager = jnp.stack([slope(jnp.asarray(BITS), key) for key in keys])
+    for other in (
+        jax.jit(jax.vmap(slope, (None, 0)))(BITS, keys),
+        jax.jit(lambda keys: jax.lax.scan(lambda _, key: (None, slope(BITS, key)), None, keys)[1])(keys),
+        jax.jit(jax.vmap(with_checkpoint, (None, 0)))(BITS, keys),
+    ):
+        np.testing.assert_allclose(other, eager, rtol=1e-4, atol=1e-5)
+    # the families are pytrees
+    q = es.Bernoulli(jnp.asarray(BITS))
+    passed = jax.jit(lambda q, key: ESTIMATORS[name](key, interacting(0.7, 1), q))(q, KEY)
+    np.testing.assert_allclose(passed, ESTIMATORS[name](KEY, interacting(0.7, 1), q), rtol=1e-5)
+
+
+def test_f_may_be_a_module_of_flax():
+    """The gradient reaches the module's parameters and those of the encoder that made the logits."""
+    encoder, decoder = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))
+    x = jnp.arange(6.0).reshape(2, 3) / 5
+
+    def loss(modules, key):
+        encoder, decoder = modules
+        q = es.Bernoulli(encoder(x))
+        return jnp.sum(es.disarm(key, lambda b: decoder(b)[..., 0] ** 2, q))
+
+    def by_hand(modules):
+        encoder, decoder = modules
+        return jnp.sum(es.exact(lambda b: decoder(b)[..., 0] ** 2, es.Bernoulli(encoder(x))))
+
+    gradient = nnx.jit(nnx.grad(loss))
+    found = [jax.tree.leaves(gradient((encoder, decoder), key)) for key in jax.random.split(KEY, 1000)]
+    exact = jax.tree.leaves(nnx.grad(by_hand)((encoder, decoder)))
+    for leaves, expected in zip(zip(*found, strict=True), exact, strict=True):
+        leaves = np.stack(leaves)
+        error = leaves.std(0) / len(leaves) ** 0.5
+        assert (np.abs(leaves.mean(0) - expected) < 4.8 * error + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_extreme_logits_have_finite_gradients(name, family, dtype):
+    cls, logits = FAMILIES[family]
+    pattern = np.resize([1e4, -1e4, 0.0, -np.inf, 3.0], logits.shape)
+
+    def total(logits, key):
+        q = cls(logits)
+        assert q.sample(key).dtype == dtype
+        f = lambda b: interacting(0.1, q.event_ndims)(b.astype(jnp.float32))
+        estimator = es.rebar if name == "relax" else ESTIMATORS[name]  # tanh of -inf is the network's matter
+        return jnp.sum(estimator(key, f, q))
+
+    slopes = jax.jit(jax.vmap(jax.grad(total), (None, 0)))(
+        jnp.asarray(pattern, dtype), jax.random.split(KEY, 50)
+    )
+    assert slopes.dtype == dtype
+    assert jnp.isfinite(slopes).all()
+    assert (np.asarray(slopes, float)[:, np.isneginf(pattern)] == 0).all()
+
+
+def test_bad_arguments_are_named():
+    q, f = es.Bernoulli(jnp.zeros((2, 3))), lambda b: jnp.sum(b, -1)
+    for estimator in (es.reinforce, es.rloo, es.arm, es.disarm, es.rebar):
+        with pytest.raises(ValueError, match=r"f must be a function .* batch shape \(2,\), got .*shape \(\)"):
+            estimator(KEY, jnp.sum, q)
+        with pytest.raises(ValueError, match="f must be finite for every draw"):
+            estimator(KEY, lambda b: jnp.log(jnp.sum(b, -1) - 5), q)
+        with pytest.raises(ValueError, match="f must be a function with floating-point values"):
+            estimator(KEY, lambda b: jnp.sum(b, -1).astype(int), q)
+        with pytest.raises(ValueError, match="key must be one JAX random key"):
+            estimator(0, f, q)
+    for bad in (jnp.zeros((2, 0)), jnp.zeros((2, 3), int), jnp.full(3, jnp.nan)):
+        with pytest.raises(ValueError, match="logits must be"):
+            es.Bernoulli(bad)
+    with pytest.raises(ValueError, match="event_ndims must be an integer in"):
+        es.Bernoulli(jnp.zeros(3), event_ndims=2)
+    with pytest.raises(ValueError, match="event_ndims must be an integer in"):
+        es.OneHotCategorical(jnp.zeros((2, 3)), event_ndims=0)
+    with pytest.raises(ValueError, match="logits must be above -inf"):
+        es.OneHotCategorical(jnp.full((2, 3), -jnp.inf))
+    with pytest.raises(ValueError, match="q must be Bernoulli, got OneHotCategorical"):
+        es.disarm(KEY, f, es.OneHotCategorical(jnp.zeros((2, 3))))
+    with pytest.raises(ValueError, match="num_samples must be an integer in"):
+        es.rloo(KEY, f, q, num_samples=1)
+    with pytest.raises(ValueError, match="tau must be positive"):
+        es.rebar(KEY, f, q, tau=0.0)
+    with pytest.raises(ValueError, match="eta must be a scalar"):
+        es.rebar(KEY, f, q, eta=jnp.ones(2))
+    with pytest.raises(ValueError, match="control_variate must be a function"):
+        es.relax(KEY, f, q, control_variate=jnp.sum)
+    with pytest.raises(ValueError, match="shape must be a tuple"):
+        es.reinforce(KEY, f, q, baseline=jnp.zeros(3))
+    with pytest.raises(ValueError, match="at most 1048576 outcomes, got 2097152"):
+        es.exact(lambda b: jnp.sum(b), es.Bernoulli(jnp.zeros(21)))
+    with pytest.raises(ValueError, match="loss must be a function to a scalar"):
+        es.value_and_grads(lambda p, v: p, jnp.zeros(2), 0.0)
