@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats as st
 from flax import nnx
 
 from relaxit_jax import estimators as es
@@ -36,7 +37,7 @@ def network(z):
 
 ESTIMATORS = {
     "reinforce": es.reinforce,
-    "baseline": functools.partial(es.reinforce, baseline=np.float32([0.5, -0.2])),
+    "baseline": functools.partial(es.reinforce, baseline=np.float32([0.5, 0.4])),
     "rloo": es.rloo,
     "rloo_5": functools.partial(es.rloo, num_samples=5),
     "arm": es.arm,
@@ -115,6 +116,7 @@ def total_variance(name, family):
     ("less", "more", "family"),
     [
         ("disarm", "arm", "bits"), ("rloo", "reinforce", "bits"), ("rloo", "reinforce", "classes"),
+        ("baseline", "reinforce", "bits"), ("baseline", "reinforce", "classes"),
         ("rloo_5", "rloo", "bits"), ("rloo_5", "rloo", "classes"), ("rebar", "reinforce", "bits"),
     ],
 )  # fmt: skip
@@ -136,6 +138,26 @@ def test_disarm_never_has_more_variance_than_arm():
         excess = (arm - arm.mean(0)) ** 2 - (disarm - disarm.mean(0)) ** 2
         assert (excess.mean(0) > -4.5 * excess.std(0) / len(arm) ** 0.5).all()
         assert excess.sum((1, 2)).mean() > 0
+
+
+def test_noisy_logits_drawn_again_have_the_law_of_the_first_given_the_draw():
+    for family, n in (("bits", 20_000), ("classes", 20_000)):
+        cls, logits = FAMILIES[family]
+
+        def both(key, cls=cls, logits=logits):
+            draw, noisy, again = cls(logits).coupled(key)
+            return draw, noisy(logits), again(logits)
+
+        draw, z, again = map(np.asarray, jax.jit(jax.vmap(both))(jax.random.split(KEY, n)))
+        chosen = (lambda z: z > 0) if family == "bits" else (lambda z: z == z.max(-1, keepdims=True))
+        np.testing.assert_array_equal(chosen(z), draw == 1)
+        np.testing.assert_array_equal(chosen(again), draw == 1)
+        for index in np.ndindex(logits.shape):
+            for won in (0, 1):
+                mine = draw[(slice(None), *index)] == won
+                pair = z[(mine, *index)], again[(mine, *index)]
+                assert st.ks_2samp(*pair).pvalue > 1e-4
+                assert abs(np.corrcoef(*pair)[0, 1]) < 4.5 / mine.sum() ** 0.5  # drawn anew
 
 
 # --- the control variate ----------------------------------------------------------------------
