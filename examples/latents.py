@@ -6,6 +6,7 @@ METHODS: how to draw in training, and from which family.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -201,6 +202,76 @@ class Subset(Bits):
         return jnp.sum(jax.nn.one_hot(order, self.size), -2)
 
 
+class Counts(Bits):
+    """n counts; q and the prior are the log-odds of their means, as parts of the largest mean.
+
+    The law is that of its name on finitely many values, all beyond them folded into the last. How many
+    leave out less than EPS at the largest mean is found once, here: inside of jit it has to be known.
+    """
+
+    EPS = 1e-4
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.largest = config.largest_mean
+        self.values = self.support(jnp.array(jnp.inf))[1]
+
+    def log_mean(self, q):
+        return math.log(self.largest) + jax.nn.log_sigmoid(q)
+
+    def support(self, q, size=None):
+        """Log-probabilities of the values, along a new last axis, and the values."""
+        return rj.poisson_support(jnp.exp(self.log_mean(q)), size, eps=self.EPS)
+
+    def law(self, q):
+        return self.support(q, self.values.size)[0]
+
+    def kl(self, key, q, g):
+        log_q, log_p = self.law(q), self.law(g["prior"])
+        return jnp.sum(jnp.exp(log_q) * (log_q - log_p), (-2, -1))
+
+    def relaxed(self, key, q, tau=1.0, **options):
+        return rj.generalized_gumbel_softmax(key, self.law(q), self.values, tau, **options)
+
+    def draw(self, key, q, g):
+        z = self.relaxed(key, q, hard=True)
+        return z, self.log_ratio(z, q, g)
+
+    def log_ratio(self, z, q, g):
+        chosen = z[..., None] == self.values
+        return jnp.sum(jnp.where(chosen, self.law(g["prior"]) - self.law(q), 0), (-2, -1))
+
+    def draw_prior(self, key, g, n):
+        return self.relaxed(key, g["prior"], shape=(n, self.size), hard=True)
+
+    def code(self, z):
+        return (z - self.largest / 2) / 2
+
+
+class GeometricCounts(Counts):
+    def support(self, q, size=None):
+        return rj.geometric_support(-self.log_mean(q), size, eps=self.EPS)
+
+    def code(self, z):
+        return jnp.log1p(z) - 1  # most counts are small, some large
+
+
+class NegativeBinomialCounts(GeometricCounts):
+    """Of the heads before the fourth tail."""
+
+    def support(self, q, size=None):
+        # jaxlib 0.10.2 compiles a constant here to wrong gradients on the CPU: hide it
+        tails = jax.lax.optimization_barrier(jnp.array(4.0))
+        return rj.negative_binomial_support(tails, self.log_mean(q) - math.log(4), size, eps=self.EPS)
+
+
+class BinomialCounts(Counts):
+    """Of as many trials as the largest mean, rounded up."""
+
+    def support(self, q, size=None):
+        return rj.binomial_support(math.ceil(self.largest), q, size, eps=self.EPS)
+
+
 class Method(NamedTuple):
     """How to draw in training, from which family; at which temperature, from the first to the last."""
 
@@ -213,6 +284,10 @@ class Method(NamedTuple):
 def correlated(family, key, q, g, tau):
     factor = family.scale_tril(g) if isinstance(family, CorrelatedBits) else jnp.eye(family.size)
     return rj.correlated_bernoulli(key, q, tau, factor)
+
+
+def counts(family, key, q, g, tau):
+    return family.relaxed(key, q, tau)
 
 
 METHODS = {
@@ -249,6 +324,32 @@ METHODS = {
         "exact categories, gradient of the relaxed ones", Categories,
         lambda family, key, q, g, tau: rj.gumbel_softmax(key, family.split(q), tau, hard=True), (1.0, 0.5),
     ),
+    "decoupled_gumbel_softmax": Method(
+        "relaxed categories, gradient of temperature 0.5", Categories,
+        lambda family, key, q, g, tau: rj.decoupled_gumbel_softmax(
+            key, family.split(q), tau, 0.5, hard=False
+        ), (0.5, 0.2),
+    ),
+    "straight_through_categorical": Method(
+        "exact categories, gradient of their probabilities", Categories,
+        lambda family, key, q, g, tau: rj.straight_through_categorical(key, family.split(q), tau),
+    ),
+    "gumbel_rao": Method(
+        "exact categories, gradient of 10 relaxed draws", Categories,
+        lambda family, key, q, g, tau: rj.gumbel_rao(key, family.split(q), tau, 10), (0.5, 0.5),
+    ),
+    "reinmax": Method(
+        "exact categories, gradient of second order", Categories,
+        lambda family, key, q, g, tau: rj.reinmax(key, family.split(q), tau), (2.0, 1.0),
+    ),
+    "reinmax_rao": Method(
+        "the same, of 10 relaxed draws", Categories,
+        lambda family, key, q, g, tau: rj.reinmax_rao(key, family.split(q), tau, 10),
+    ),
+    "gapped_straight_through": Method(
+        "exact categories, gradient of softmax led by a gap", Categories,
+        lambda family, key, q, g, tau: rj.gapped_straight_through(key, family.split(q), tau),
+    ),
     "invertible_gaussian": Method(
         "Gaussians mapped to the simplex", InvertibleGaussians,
         lambda family, key, q, g, tau: rj.invertible_gaussian(key, *family.split(q), tau),
@@ -256,6 +357,12 @@ METHODS = {
     "relaxed_top_k": Method(
         "relaxed subsets of k elements", Subset,
         lambda family, key, q, g, tau: rj.relaxed_top_k(key, q, family.k, tau), (1.0, 0.5),
+    ),
+    "poisson": Method("relaxed Poisson counts", Counts, counts, (0.5, 0.3)),
+    "geometric": Method("relaxed geometric counts", GeometricCounts, counts, (0.5, 0.2)),
+    "binomial": Method("relaxed binomial counts", BinomialCounts, counts, (1.0, 0.3)),
+    "negative_binomial": Method(
+        "relaxed negative binomial counts", NegativeBinomialCounts, counts, (0.5, 0.3)
     ),
 }  # fmt: skip
 

@@ -4,12 +4,12 @@ One program for every method of relaxit_jax: a row of METHODS in latents.py says
 in training, and their family how to draw them exactly at test time and which KL belongs to them.
 
 What is bounded. The model that is evaluated is p(z) p(x | z) with z drawn exactly from its law, bits
-or categories or subsets, never relaxed; by Jensen's inequality
+or categories or counts or subsets, never relaxed; by Jensen's inequality
 
     log p(x) >= E_q(z|x) log p(x | z) - KL(q(z | x) || p(z)),
 
 and this stays true with anything above the KL in its place. The families train on the exact KL of the
-discrete law (bits, categories) or an upper bound of it, the KL between variables of which z is a
+discrete law (bits, categories, counts) or an upper bound of it, the KL between variables of which z is a
 function (data-processing inequality): of the Gaussians that gates clip, of the Gaussian dependence that
 correlated bits threshold, of the order in which a subset is drawn. Where a method has no discrete
 counterpart (clipped Gaussian gates, the invertible Gaussian), z keeps its own law at test time too. In
@@ -61,6 +61,7 @@ class Config(NamedTuple):
     variables: int
     classes: int
     subset_size: int
+    largest_mean: float
     correlation: str
     tau_start: float
     tau_end: float
@@ -279,7 +280,7 @@ count = click.IntRange(min=1)
 
 @click.command(
     context_settings={"show_default": True, "max_content_width": 110},
-    epilog="\b\nMethods:\n" + "\n".join(f"  {name:28}{row.about}" for name, row in METHODS.items()),
+    epilog="\b\nMethods:\n" + "\n".join(f"  {name:30}{row.about}" for name, row in METHODS.items()),
 )
 @click.option(
     "--method",
@@ -299,15 +300,13 @@ count = click.IntRange(min=1)
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the initial weights and of all draws."
 )
-@click.option("--latents", type=count, default=48, help="Number of bits, gates or elements.")
+@click.option("--latents", type=count, default=48, help="Number of bits, gates, elements or counts.")
 @click.option("--variables", type=count, default=20, help="Number of categorical latents.")
 @click.option("--classes", type=click.IntRange(min=2), default=10, help="Classes of each categorical latent.")
 @click.option(
-    "--subset-size",
-    type=count,
-    help="k of relaxed_top_k.  [default: half of the latents]",
-    show_default=False,
+    "--subset-size", type=count, show_default=False, help="k of relaxed_top_k.  [default: half of --latents]"
 )
+@click.option("--largest-mean", type=click.FloatRange(0.1, 100), default=8.0, help="Of each count.")
 @click.option(
     "--correlation",
     type=click.Choice(["identity", "learned"]),
@@ -337,7 +336,7 @@ count = click.IntRange(min=1)
     "--activation",
     type=click.Choice(["gelu", "relu", "silu", "tanh"]),
     default="gelu",
-    help="Between the layers.",
+    help="Between layers.",
 )
 @click.option(
     "--prior",
