@@ -108,12 +108,12 @@ def _leave_one_out(log_q, cost):
 def _particle(model, guide, args, kwargs, params, key):
     """The bound with its pathwise gradient, each scored site's pair (log q, cost), the mutable values."""
     model_key, guide_key = jax.random.split(key)
-    guide_trace = trace(_Draws(substitute(seed(guide, guide_key), params), guide=True)).get_trace(
-        *args, **kwargs
-    )
+    with _Draws(guide=True):  # outside of the trace, which then sees what it has done
+        guide_trace = trace(substitute(seed(guide, guide_key), params)).get_trace(*args, **kwargs)
     mutable = _values(guide_trace, "mutable")
     replayed = replay(seed(model, model_key), guide_trace)
-    model_trace = trace(_Draws(substitute(replayed, {**params, **mutable}))).get_trace(*args, **kwargs)
+    with _Draws():
+        model_trace = trace(substitute(replayed, params | mutable)).get_trace(*args, **kwargs)
     mutable |= _values(model_trace, "mutable")
     check_model_guide_match(model_trace, guide_trace)
     _validate_model(model_trace, plate_warning="loose")
@@ -185,7 +185,7 @@ class _Draws(Messenger):
     It goes into the body of a `scan` itself, where the values that are carried are the draws.
     """
 
-    def __init__(self, fn, guide=False, in_scan=False):
+    def __init__(self, fn=None, guide=False, in_scan=False):
         super().__init__(fn)
         self.guide, self.in_scan = guide, in_scan
         self.flow, self.subsampled = None, set()
