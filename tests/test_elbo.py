@@ -154,7 +154,7 @@ def subsampled_model(p, whole=False):
     """A masked bit still reaches y, which is not masked."""
     b = numpyro.sample("b", dist.Bernoulli(0.4))
     rows = numpyro.plate("rows", 4, subsample_size=None if whole else 3, dim=-2)
-    with rows as i, handlers.scale(scale=0.7):
+    with rows as i, handlers.scale(scale=0.4):
         r = numpyro.sample("r", dist.Bernoulli(0.3 + 0.3 * b))
         with numpyro.plate("columns", 2, dim=-1):
             with handlers.mask(mask=jnp.asarray(KEPT)[i]):
@@ -165,7 +165,7 @@ def subsampled_model(p, whole=False):
 def subsampled_guide(p, whole=False, plain=False):
     numpyro.sample("b", dist.Bernoulli(logits=p["b"]))
     rows = numpyro.plate("rows", 4, subsample_size=None if whole else 3, dim=-2)
-    with rows as i, handlers.scale(scale=1.0 if plain else 0.7):
+    with rows as i, handlers.scale(scale=1.0 if plain else 0.4):
         r = numpyro.sample("r", dist.Bernoulli(logits=p["r"][i]))
         with numpyro.plate("columns", 2, dim=-1), handlers.mask(mask=plain | jnp.asarray(KEPT)[i]):
             numpyro.sample("z", dist.Bernoulli(logits=p["z"][i] + 0.8 * r))
