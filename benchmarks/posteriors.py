@@ -1,7 +1,8 @@
-"""Posterior probabilities by `relax` against known answers, beside TraceGraph_ELBO on the discrete model.
+"""Posterior probabilities by `relax` against known answers, beside RLOO_ELBO and TraceGraph_ELBO on the
+discrete model.
 
 Every model is small enough to enumerate, or has a mean-field optimum in closed form: the answer is the
-exact posterior where a mean-field guide holds it, else the best mean-field guide. Both methods train
+exact posterior where a mean-field guide holds it, else the best mean-field guide. All methods train
 the same guide, with the same optimizer, steps and particles, so with as many evaluations of the
 likelihood. Writes a table to the terminal and `benchmarks/results/posteriors.json`.
 """
@@ -29,6 +30,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.initialization import init_to_value
 
+from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import auto_guide, relax, take
 
 
@@ -288,6 +290,7 @@ def main(steps, seeds, only, out):
         "relaxed .1": {"tau": 0.1}, "relaxed .5": {"tau": 0.5},
         "straight-through .1": {"tau": 0.1, "method": "straight_through"},
         "relaxed .1, its own KL": {"tau": 0.1, "kl": "relaxed"},
+        "discrete, RLOO_ELBO": {"tau": None, "loss": RLOO_ELBO},
         "discrete, TraceGraph_ELBO": {"tau": None, "loss": TraceGraph_ELBO},
     }  # fmt: skip
     table = {}
