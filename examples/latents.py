@@ -260,9 +260,7 @@ class NegativeBinomialCounts(GeometricCounts):
     """Of the heads before the fourth tail."""
 
     def support(self, q, size=None):
-        # jaxlib 0.10.2 compiles a constant here to wrong gradients on the CPU: hide it
-        tails = jax.lax.optimization_barrier(jnp.array(4.0))
-        return rj.negative_binomial_support(tails, self.log_mean(q) - math.log(4), size, eps=self.EPS)
+        return rj.negative_binomial_support(4.0, self.log_mean(q) - math.log(4), size, eps=self.EPS)
 
 
 class BinomialCounts(Counts):

@@ -188,3 +188,29 @@ def test_batches_and_low_precision():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@quick
+@pytest.mark.parametrize(
+    "support",
+    [
+        lambda x: rj.poisson_support(jnp.exp(x), 20),
+        lambda x: rj.geometric_support(x, 20),
+        lambda x: rj.binomial_support(5, x),
+        lambda x: rj.negative_binomial_support(4.0, x, 20),
+    ],
+    ids=["poisson", "geometric", "binomial", "negative_binomial"],
+)
+def test_gradients_inside_of_a_scan_are_those_outside(support):
+    """With constants among the parameters, which compilers fold."""
+
+    def kl(x, y):
+        p, q = support(x)[0], support(y)[0]
+        return jnp.sum(jnp.exp(p) * (p - q))
+
+    slope = jax.grad(kl, (0, 1))
+    xs = jax.random.normal(KEY, (5, 3))
+    inside = jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, slope(x, jnp.zeros(3))), None, xs)[1])(xs)
+    for i, x in enumerate(xs):
+        for found, expected in zip(inside, jax.jit(slope)(x, jnp.zeros(3)), strict=True):
+            np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-6)

@@ -92,7 +92,14 @@ def test_vae_reports_bounds_of_the_model_that_it_trained(method, extra, images, 
 
 
 def small_family(method, tau, correlation):
-    fields = {"latents": 3, "variables": 2, "classes": 3, "subset_size": 2, "tau_end": tau}
+    fields = {
+        "latents": 3,
+        "variables": 2,
+        "classes": 3,
+        "subset_size": 2,
+        "largest_mean": 3.0,
+        "tau_end": tau,
+    }
     config = vae.Config(*[None] * len(vae.Config._fields))
     return family_of(config._replace(method=method, correlation=correlation, **fields))
 

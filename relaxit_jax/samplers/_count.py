@@ -215,6 +215,8 @@ def negative_binomial_support(total_count, logits, num_values=None, *, eps=1e-8)
     ck.require_positive("total_count", total_count)
     _, r, logits = ck.widen(total_count=total_count, logits=logits)
     ck.batch_shape(None, total_count=r.shape, logits=logits.shape)
+    # With a constant r jaxlib 0.10.2 compiles wrong gradients inside of a scan on CPUs: it is hidden.
+    r = jax.lax.optimization_barrier(r)
     return _support(_negative_binomial, (r, logits), num_values, eps)
 
 
