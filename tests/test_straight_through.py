@@ -231,13 +231,13 @@ def test_reinmax_rao_trades_variance_for_bias(f, record_property):
     n, sampler = 100_000, functools.partial(rj.reinmax_rao, num_samples=20)
     _, gradients = estimates(sampler, f, n)
     error = np.sqrt((gradients.var(0) / n).sum())
-    bias = {"reinmax_rao": np.linalg.norm(gradients.mean(0) - enumerated(f))}
-    bias["reinmax"] = np.linalg.norm(exact_mean(rj.reinmax, f) - enumerated(f))
+    bias = {"reinmax_rao": float(np.linalg.norm(gradients.mean(0) - enumerated(f)))}
+    bias["reinmax"] = float(np.linalg.norm(exact_mean(rj.reinmax, f) - enumerated(f)))
     record_property("bias", bias)
     if f is quadratic:
         assert bias["reinmax"] < 1e-5 and bias["reinmax_rao"] > 10 * error
     mine, theirs = estimates_of_variance(sampler, f), estimates_of_variance(rj.reinmax, f)
-    record_property("variance", {"reinmax_rao": mine, "reinmax": theirs})
+    record_property("variance", {"reinmax_rao": float(mine[0]), "reinmax": float(theirs[0])})
     assert theirs[0] - mine[0] > 4.5 * np.hypot(mine[1], theirs[1])
 
 
