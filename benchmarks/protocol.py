@@ -35,6 +35,13 @@ ROWS = {  # name: (flags, the number to be at or below)
     "gumbel_softmax_hard, 20 of 10": ("--method gumbel_softmax_hard --tau 0.5", None),
     "invertible_gaussian, 20 of 10": ("--method invertible_gaussian --tau 1", None),
     "relaxed_top_k, 10 of 20": ("--method relaxed_top_k --tau 0.5", None),
+    "disarm": ("--method disarm", 131.0),
+    "rebar": ("--method rebar", 132.8),
+    **{name: (f"--method {name}", None) for name in ("reinforce", "rloo", "arm", "relax")},
+    **{
+        f"{name}, 20 of 10": (f"--method {name}_categorical", None)
+        for name in ("reinforce", "rloo", "rebar", "relax")
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """What the examples share: data, an output folder, checkpoints, pictures, and errors of one line."""
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -13,6 +14,7 @@ import zipfile
 
 import click
 import jax
+import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")
@@ -191,6 +193,23 @@ def split_images(images):
     return images[:train], images[train:]
 
 
+def binarise(images):
+    return (jnp.asarray(images).reshape(len(images), -1) > 0.5).astype(jnp.float32)
+
+
+def augment(key, images):
+    """Small random affine maps about the centres of grey images."""
+    n, *shape = images.shape
+    centre = (jnp.array(shape) - 1) / 2
+    grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shape), indexing="ij")).reshape(2, -1)
+    shear_key, shift_key = jax.random.split(key)
+    shear = jnp.eye(2) + 0.07 * jax.random.normal(shear_key, (n, 2, 2))
+    shift = shape[0] / 56 * jax.random.normal(shift_key, (n, 2, 1))
+    where = shear @ (grid - centre[:, None]) + centre[:, None] + shift
+    sample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1)
+    return jax.vmap(sample)(images, where).reshape(images.shape)
+
+
 # --- checkpoints -------------------------------------------------------------------------------
 
 
@@ -255,7 +274,7 @@ class Checkpoints:
         arrays = [np.asarray(x) for x in restored.state]
         if digest(arrays) != info["digest"]:
             raise ValueError("its digest does not match")
-        return jax.tree.unflatten(tree, [jax.numpy.asarray(x) for x in arrays]), info["history"]
+        return jax.tree.unflatten(tree, [jnp.asarray(x) for x in arrays]), info["history"]
 
 
 def digest(arrays):

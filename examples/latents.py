@@ -1,20 +1,19 @@
-"""The latents of examples/vae.py: families of variables, and a table of the methods that train them.
+"""The latents of examples/vae.py: families of variables.
 
 A family knows what the encoder has to give for each image (q) and what all images share (g), its KL,
-its exact draws with log p(z) - log q(z | x), and what the decoder sees of a draw. A method is a row of
-METHODS: how to draw in training, and from which family.
+its exact draws with log p(z) - log q(z | x), and what the decoder sees of a draw. The methods that train
+them are in methods.py.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
 import relaxit_jax as rj
+from relaxit_jax.estimators import Bernoulli, OneHotCategorical
 
 
 class Bits:
@@ -26,6 +25,10 @@ class Bits:
 
     def shared(self):
         return {"prior": jnp.zeros(self.size)}
+
+    def variables(self, q):
+        """As relaxit_jax.estimators takes them."""
+        return Bernoulli(q)
 
     def kl(self, key, q, g):
         p = g["prior"]
@@ -129,6 +132,9 @@ class Categories:
 
     def split(self, q):
         return q.reshape(*q.shape[:-1], self.n, self.k)
+
+    def variables(self, q):
+        return OneHotCategorical(self.split(q))
 
     def kl(self, key, q, g):
         log_q, log_p = (jax.nn.log_softmax(self.split(x)) for x in (q, g["prior"]))
@@ -268,105 +274,3 @@ class BinomialCounts(Counts):
 
     def support(self, q, size=None):
         return rj.binomial_support(math.ceil(self.largest), q, size, eps=self.EPS)
-
-
-class Method(NamedTuple):
-    """How to draw in training, from which family; at which temperature, from the first to the last."""
-
-    about: str
-    family: type
-    train: Callable  # (family, key, q, g, tau) -> z with a gradient
-    tau: tuple[float, float] = (1.0, 1.0)
-
-
-def correlated(family, key, q, g, tau):
-    factor = family.scale_tril(g) if isinstance(family, CorrelatedBits) else jnp.eye(family.size)
-    return rj.correlated_bernoulli(key, q, tau, factor)
-
-
-def counts(family, key, q, g, tau):
-    return family.relaxed(key, q, tau)
-
-
-METHODS = {
-    "relaxed_bernoulli": Method(
-        "relaxed (Concrete) bits", Bits,
-        lambda family, key, q, g, tau: rj.relaxed_bernoulli(key, q, tau), (1.0, 0.3),
-    ),
-    "relaxed_bernoulli_hard": Method(
-        "exact bits, gradient of the relaxed ones", Bits,
-        lambda family, key, q, g, tau: rj.relaxed_bernoulli(key, q, tau, hard=True), (1.0, 0.5),
-    ),
-    "straight_through_bernoulli": Method(
-        "exact bits, gradient of their probabilities", Bits,
-        lambda family, key, q, g, tau: rj.straight_through_bernoulli(key, q),
-    ),
-    "stochastic_times_smooth": Method(
-        "a bit times the root of its probability", TimesSmoothBits,
-        lambda family, key, q, g, tau: rj.stochastic_times_smooth(key, q),
-    ),
-    "hard_concrete": Method(
-        "stretched and clipped relaxed bits", Bits,
-        lambda family, key, q, g, tau: rj.hard_concrete(key, q, tau), (1.0, 0.5),
-    ),
-    "gaussian_bernoulli": Method(
-        "clipped Gaussian gates", GaussianGates,
-        lambda family, key, q, g, tau: rj.gaussian_bernoulli(key, *family.split(q)),
-    ),
-    "correlated_bernoulli": Method("relaxed bits of a Gaussian copula", Bits, correlated, (1.0, 0.3)),
-    "gumbel_softmax": Method(
-        "relaxed (Concrete) categories", Categories,
-        lambda family, key, q, g, tau: rj.gumbel_softmax(key, family.split(q), tau), (1.0, 0.5),
-    ),
-    "gumbel_softmax_hard": Method(
-        "exact categories, gradient of the relaxed ones", Categories,
-        lambda family, key, q, g, tau: rj.gumbel_softmax(key, family.split(q), tau, hard=True), (1.0, 0.5),
-    ),
-    "decoupled_gumbel_softmax": Method(
-        "relaxed categories, gradient of temperature 0.5", Categories,
-        lambda family, key, q, g, tau: rj.decoupled_gumbel_softmax(
-            key, family.split(q), tau, 0.5, hard=False
-        ), (0.5, 0.2),
-    ),
-    "straight_through_categorical": Method(
-        "exact categories, gradient of their probabilities", Categories,
-        lambda family, key, q, g, tau: rj.straight_through_categorical(key, family.split(q), tau),
-    ),
-    "gumbel_rao": Method(
-        "exact categories, gradient of 10 relaxed draws", Categories,
-        lambda family, key, q, g, tau: rj.gumbel_rao(key, family.split(q), tau, 10), (0.5, 0.5),
-    ),
-    "reinmax": Method(
-        "exact categories, gradient of second order", Categories,
-        lambda family, key, q, g, tau: rj.reinmax(key, family.split(q), tau), (2.0, 1.0),
-    ),
-    "reinmax_rao": Method(
-        "the same, of 10 relaxed draws", Categories,
-        lambda family, key, q, g, tau: rj.reinmax_rao(key, family.split(q), tau, 10),
-    ),
-    "gapped_straight_through": Method(
-        "exact categories, gradient of softmax led by a gap", Categories,
-        lambda family, key, q, g, tau: rj.gapped_straight_through(key, family.split(q), tau),
-    ),
-    "invertible_gaussian": Method(
-        "Gaussians mapped to the simplex", InvertibleGaussians,
-        lambda family, key, q, g, tau: rj.invertible_gaussian(key, *family.split(q), tau),
-    ),
-    "relaxed_top_k": Method(
-        "relaxed subsets of k elements", Subset,
-        lambda family, key, q, g, tau: rj.relaxed_top_k(key, q, family.k, tau), (1.0, 0.5),
-    ),
-    "poisson": Method("relaxed Poisson counts", Counts, counts, (0.5, 0.3)),
-    "geometric": Method("relaxed geometric counts", GeometricCounts, counts, (0.5, 0.2)),
-    "binomial": Method("relaxed binomial counts", BinomialCounts, counts, (1.0, 0.3)),
-    "negative_binomial": Method(
-        "relaxed negative binomial counts", NegativeBinomialCounts, counts, (0.5, 0.3)
-    ),
-}  # fmt: skip
-
-
-def family_of(config):
-    family = METHODS[config.method].family
-    if config.method == "correlated_bernoulli" and config.correlation == "learned":
-        family = CorrelatedBits
-    return family(config)

@@ -1,7 +1,7 @@
 """A variational autoencoder with discrete latents on real handwritten digits.
 
-One program for every method of relaxit_jax: a row of METHODS in latents.py says how to draw the latents
-in training, and their family how to draw them exactly at test time and which KL belongs to them.
+One program for every method of relaxit_jax: a row of METHODS in methods.py says how latents are
+drawn in training, and their family in latents.py how at test time and which KL belongs to them.
 
 What is bounded. The model that is evaluated is p(z) p(x | z) with z drawn exactly from its law, bits
 or categories or counts or subsets, never relaxed; by Jensen's inequality
@@ -13,8 +13,9 @@ discrete law (bits, categories, counts) or an upper bound of it, the KL between 
 function (data-processing inequality): of the Gaussians that gates clip, of the Gaussian dependence that
 correlated bits threshold, of the order in which a subset is drawn. Where a method has no discrete
 counterpart (clipped Gaussian gates, the invertible Gaussian), z keeps its own law at test time too. In
-training a relaxed draw stands in for z in the first term, so that it has a gradient; there the sum is
-no bound of anything, and the curve calls it the training objective. The test bounds average
+training by a sampler a relaxed draw stands in for z in the first term, so that it has a gradient; there
+the sum is no bound of anything, and the curve calls it the training objective. The unbiased estimators
+draw exactly in training too. The test bounds average
 log p(x | z) + log p(z) - log q(z | x) over exact draws; for correlated bits with the density of the
 Gaussian noise, a bound again.
 """
@@ -37,6 +38,8 @@ from tqdm import tqdm
 from common import (
     Checkpoints,
     UserError,
+    augment,
+    binarise,
     image_rows,
     load_images,
     out_option,
@@ -47,7 +50,8 @@ from common import (
     versions,
     write_json,
 )
-from latents import METHODS, family_of
+from methods import METHODS, family_of
+from relaxit_jax.estimators import value_and_grads
 
 
 class Config(NamedTuple):
@@ -93,7 +97,10 @@ class VAE(nnx.Module):
 
     def encode(self, x):
         """The parameters q of each image, and those that all share."""
-        return self.encoder(x - self.mean[...]), {name: x[...] for name, x in self.shared.items()}
+        return self.encoder(x - self.mean[...]), self.shared_parameters()
+
+    def shared_parameters(self):
+        return {name: x[...] for name, x in self.shared.items()}
 
     def log_likelihood(self, x, code):
         logits = self.decoder(code)
@@ -126,17 +133,28 @@ class Experiment:
         self.train_key, self.test_key, self.picture_key = jax.random.split(jax.random.key(config.seed), 3)
         model = VAE(self.family, jnp.mean(binarise(train), 0), config, nnx.Rngs(config.seed))
         self.graph, params, self.constants = nnx.split(model, nnx.Param, ...)
-        self.state = (params, self.optimizer.init(params))
+        q = model.encode(self.test[:1])[0]
+        variate = self.method.variate(jax.random.key(config.seed), q, config.tau_start)
+        self.state = (params, variate, self.optimizer.init((params, variate)))
 
     def model(self, params):
         return nnx.merge(self.graph, params, self.constants)
 
-    def loss(self, params, x, key, tau):
+    def loss(self, params_and_q, variate, x, key, tau):
+        params, q = params_and_q
         model = self.model(params)
-        q, g = model.encode(x)
-        z = self.method.train(self.family, key, q, g, tau)
-        log_likelihood = model.log_likelihood(x, self.family.code(z))
+        g = model.shared_parameters()
+        f = lambda z: model.log_likelihood(x, self.family.code(z))
+        log_likelihood = self.method.expectation(self.family, key, f, q, g, tau, variate)
         return jnp.mean(self.family.kl(key, q, g) - log_likelihood)
+
+    def gradients(self, params, variate, x, key, tau):
+        """The training objective, its gradient, and that of the variance of its gradient in q."""
+        q, pull = jax.vjp(lambda params: self.model(params).encode(x)[0], params)
+        value, (direct, slope), variate_gradient = value_and_grads(
+            self.loss, (params, q), variate, x, key, tau
+        )
+        return value, (jax.tree.map(jnp.add, direct, pull(slope)[0]), variate_gradient)
 
     @functools.partial(jax.jit, static_argnums=0)
     def epoch(self, state, grey, number):
@@ -146,15 +164,15 @@ class Experiment:
         rows = order[: self.steps * self.config.batch_size].reshape(self.steps, -1)
 
         def step(state, batch):
-            params, optimizer_state = state
+            params, variate, optimizer_state = state
             rows, index = batch
             image_key, key = jax.random.split(jax.random.fold_in(step_key, index))
             images = grey[rows]
             x = binarise(augment(image_key, images) if self.config.augment else images)
             tau = self.tau(number * self.steps + index)
-            value, gradient = jax.value_and_grad(self.loss)(params, x, key, tau)
-            updates, optimizer_state = self.optimizer.update(gradient, optimizer_state)
-            return (optax.apply_updates(params, updates), optimizer_state), value
+            value, gradients = self.gradients(params, variate, x, key, tau)
+            updates, optimizer_state = self.optimizer.update(gradients, optimizer_state)
+            return (*optax.apply_updates((params, variate), updates), optimizer_state), value
 
         state, values = jax.lax.scan(step, state, (rows, jnp.arange(self.steps)))
         return state, jnp.mean(values)
@@ -186,23 +204,6 @@ class Experiment:
         prior = self.family.draw_prior(prior_key, g, 2 * n)
         decode = lambda z: jax.nn.sigmoid(model.decoder(self.family.code(z)))
         return [y.reshape(-1, *self.shape) for y in (x, decode(z), decode(prior))]
-
-
-def binarise(images):
-    return (jnp.asarray(images).reshape(len(images), -1) > 0.5).astype(jnp.float32)
-
-
-def augment(key, images):
-    """Small random affine maps about the centres of grey images."""
-    n, *shape = images.shape
-    centre = (jnp.array(shape) - 1) / 2
-    grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shape), indexing="ij")).reshape(2, -1)
-    shear_key, shift_key = jax.random.split(key)
-    shear = jnp.eye(2) + 0.07 * jax.random.normal(shear_key, (n, 2, 2))
-    shift = shape[0] / 56 * jax.random.normal(shift_key, (n, 2, 1))
-    where = shear @ (grid - centre[:, None]) + centre[:, None] + shift
-    sample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1)
-    return jax.vmap(sample)(images, where).reshape(images.shape)
 
 
 def train(experiment, checkpoints, resume):
