@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpyro
 
 import relaxit_jax
-from relaxit_jax import distributions, elbo, estimators, handlers
+from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,7 +42,8 @@ def test_the_table_lists_every_sampler_and_only_what_exists():
         and next(iter(inspect.signature(f).parameters)) == "key"
     }
     assert listed == samplers | {"laplace_bridge"}
-    rooms = (relaxit_jax, distributions, elbo, estimators, handlers, numpyro.distributions, numpyro.infer)
+    rooms = (relaxit_jax, diagnostics, distributions, elbo, estimators, handlers)
+    rooms += (numpyro.distributions, numpyro.infer)
     for name in re.findall(r"`(\w+)`", README):
         assert any(hasattr(room, name) for room in rooms) or name in ("shape", "tau", "eps", "runs"), name
     for name in distributions.__all__:  # a class with its sampler; the aliases have Pyro's names

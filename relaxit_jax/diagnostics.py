@@ -1,0 +1,400 @@
+"""Which estimator does a problem want? Bias, variance and cost of each, measured on the problem itself."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relaxit_jax import _checks as ck
+from relaxit_jax import estimators as es
+
+__all__ = ["GradientReport", "from_sampler", "gradient_report"]
+
+MOST_ENUMERATED = 2**14  # outcomes that "auto" sums over
+LONG_RUN = 16  # draws of one estimate of the long run
+ROUNDING = 1e-5  # of float32, in units of the gradient
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
+NUMBERS = ("bias_norm", "bias_norm_error", "variance", "mse", "mse_error")
+NUMBERS += ("cosine", "mean_cosine", "calls", "seconds")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientReport:
+    """Bias, variance and cost of estimators of one gradient, as `gradient_report` measures them.
+
+    With ``g`` an estimate of the true gradient ``G``: ``mse = E |g - G|^2 = |E g - G|^2 + variance``,
+    ``variance`` the sum of the variances of all coordinates. All arrays are NumPy's; those of E numbers
+    have one for each of the E estimators. ``report["rloo"]`` are those of one, ``str(report)`` is a table.
+
+    Args:
+      names: of the E estimators.
+      reference: in words, what stands for G.
+      num_samples: estimates drawn from each.
+      gradient: G, of the shape of the logits.
+      gradient_error: its standard error, 0 if it is exact, of the same shape.
+      bias: ``mean g - G``, of shape (E, *logits.shape).
+      bias_error: its standard error, that of G included, of the same shape.
+      bias_norm: ``|mean g - G|``, E numbers.
+      bias_norm_error: the root mean square of that norm where there is no bias at all; where there is
+        one, the standard error of the norm is at most this.
+      variance: of one estimate, the sum over all coordinates, E numbers.
+      mse: E numbers; bias^2 in it is without what the noise adds to it, at least 0.
+      mse_error: its standard error, that of G not included.
+      cosine: of the angle between mean g and G, E numbers; NaN where one of them is 0.
+      mean_cosine: the mean of that of single estimates, an estimate of 0 counted as 0.
+      calls: of f for one estimate, E integers. Of f for a whole batch of q; a gradient of f is no call.
+      seconds: for one estimate, forward and backward: the median over compiled batches, by their size.
+
+    Raises:
+      ValueError: by `plot`, for a ``cost`` that it does not know.
+
+    References:
+      T. van Krieken, J. Tomczak, A. ten Teije (2021), Storchastic: A Framework for General Stochastic
+      Automatic Differentiation, arXiv:2104.00428, for the estimators and what distinguishes them.
+
+    >>> from relaxit_jax.estimators import Bernoulli, rloo
+    >>> q = Bernoulli(jnp.zeros(2))
+    >>> report = gradient_report(jax.random.key(0), lambda b: (b.sum(-1) - 2) ** 2, q, {"rloo": rloo}, 1000)
+    >>> report["rloo"]["calls"], report.gradient.round(2)
+    (2, array([-0.5, -0.5]))
+    """
+
+    names: tuple
+    reference: str
+    num_samples: int
+    gradient: np.ndarray
+    gradient_error: np.ndarray
+    bias: np.ndarray
+    bias_error: np.ndarray
+    bias_norm: np.ndarray
+    bias_norm_error: np.ndarray
+    variance: np.ndarray
+    mse: np.ndarray
+    mse_error: np.ndarray
+    cosine: np.ndarray
+    mean_cosine: np.ndarray
+    calls: np.ndarray
+    seconds: np.ndarray
+
+    @property
+    def biased(self):
+        """Whether a bias is seen: of the norm, or of one coordinate at a level of 0.001 for all of them."""
+        size, norm = self.gradient.size, np.linalg.norm(self.gradient)
+        limit = math.sqrt(2 * math.log(2 * size / 0.001))  # above that quantile of the normal law
+        one = np.abs(self.bias) > limit * self.bias_error + ROUNDING * norm
+        norms = self.bias_norm > 3 * self.bias_norm_error + ROUNDING * norm
+        return one.reshape(len(self.names), -1).any(1) | norms
+
+    def __getitem__(self, name):
+        """The numbers of one estimator."""
+        row = self.names.index(name)
+        numbers = {field: getattr(self, field)[row].item() for field in NUMBERS}
+        return numbers | {"biased": bool(self.biased[row])}
+
+    def as_dict(self):
+        """What `json.dumps` takes: all but the arrays of coordinates; None for a cosine that is not."""
+        rows = {name: self[name] for name in self.names}
+        for row in rows.values():
+            row.update({k: None for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)})
+        norms = [float(np.linalg.norm(x)) for x in (self.gradient, self.gradient_error)]
+        return {
+            "reference": self.reference,
+            "num_samples": self.num_samples,
+            "gradient_norm": norms[0],
+            "gradient_norm_error": norms[1],
+            "estimators": rows,
+        }
+
+    def __str__(self):
+        width = max(map(len, (*self.names, "estimator")))
+        head = f"{'estimator':{width}} {'bias':>11} {'(noise)':>11} {'':6} {'variance':>11} {'mse':>11}"
+        lines = [
+            f"true gradient: {self.reference}; {self.gradient.size} coordinates, of norm "
+            f"{np.linalg.norm(self.gradient):.4g}; {self.num_samples} estimates of each",
+            head + f" {'cosine':>7} {'of one':>7} {'calls':>6} {'time':>10}",
+        ]
+        for name in self.names:
+            row = self[name]
+            seen = "biased" if row["biased"] else ""
+            lines.append(
+                f"{name:{width}} {row['bias_norm']:11.4g} {row['bias_norm_error']:11.4g} {seen:6} "
+                f"{row['variance']:11.4g} {row['mse']:11.4g} {row['cosine']:7.3f} {row['mean_cosine']:7.3f} "
+                f"{row['calls']:6d} {row['seconds'] * 1e6:7.1f} us"
+            )
+        return "\n".join(lines)
+
+    def plot(self, where, *, cost="calls"):
+        """Draw the error that is left when estimates are averaged, against what they cost together.
+
+        Each line starts at one estimate. It falls as the root of the cost, and towards its bias where
+        one is seen: the lowest line at the cost that you pay for a step is the estimator to take.
+
+        Args:
+          where: the path of a picture, or axes of matplotlib.
+          cost: "calls" of f, or "seconds".
+        """
+        ck.require(cost in ("calls", "seconds"), "cost", "'calls' or 'seconds'", repr(cost))
+        if hasattr(where, "plot"):
+            return _draw(self, where, cost)
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "plot needs matplotlib, which is in an extra: pip install 'relaxit_jax[examples]'"
+            ) from error
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        _draw(self, figure.subplots(), cost)
+        figure.savefig(where, dpi=120)
+
+
+def from_sampler(sampler):
+    """A relaxed or straight-through sampler, as an estimator that `gradient_report` takes.
+
+    ``estimator(key, f, q) = f(sampler(key, q.logits))``, with the gradient that the draw has.
+
+    Args:
+      sampler: ``sampler(key, logits)`` to a sample of the shape of the logits, such as
+        `relaxit_jax.reinmax`, or ``lambda key, logits: relaxed_bernoulli(key, logits, 0.5)``.
+
+    Returns:
+      A function ``(key, f, q)`` to values of shape ``q.batch_shape``.
+
+    Raises:
+      ValueError: when called, for a ``sampler`` whose draws have another shape than the logits.
+
+    References:
+      Y. Bengio, N. Leonard, A. Courville (2013), Estimating or Propagating Gradients Through Stochastic
+      Neurons for Conditional Computation, arXiv:1308.3432, for the first of these estimators.
+
+    >>> import relaxit_jax as rj
+    >>> q = rj.estimators.OneHotCategorical(jnp.zeros((2, 3)))
+    >>> from_sampler(rj.reinmax)(jax.random.key(0), lambda z: jnp.sum(z**2), q)
+    Array(2., dtype=float32)
+    """
+
+    def estimator(key, f, q):
+        sample = sampler(key, q.logits)
+        ck.require(sample.shape == q.shape, "sampler", f"one of draws of shape {q.shape}", sample.shape)
+        return f(sample)
+
+    return estimator
+
+
+def gradient_report(
+    key, f, q, estimators, num_samples=10_000, *, batch_size=100, reference="auto", reference_samples=None
+):
+    """Measure how well, and at what cost, estimators know the gradient of E f(b) in the logits of q.
+
+    With ``g_1 .. g_n`` gradients of one estimator and G the true one: bias ``mean g - G``, variance
+    ``sum |g_i - mean g|^2 / (n - 1)``, mean squared error ``|bias|^2 + variance``. Of single estimates:
+    averaging m of them divides the variance by m, and leaves the bias. G is the sum over all outcomes or,
+    where they are many, a long run of `rloo` with 16 draws, whose own error is in that of the bias.
+
+    No more than ``batch_size`` estimates are in memory at a time, whatever ``num_samples``. Each
+    estimator is compiled once, and once more, without its gradient, to count the calls of f. Batches of
+    all estimators take turns, so that what slows the machine slows all.
+
+    Args:
+      key: a JAX random key.
+      f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``; differentiable, and
+        defined between the outcomes, for estimators that ask for it. Gradients of its own parameters
+        are not compared.
+      q: `relaxit_jax.estimators.Bernoulli` or `OneHotCategorical`.
+      estimators: a dictionary from names to ``estimator(key, f, q)``, which returns an array of shape
+        ``q.batch_shape`` whose gradient in the logits is the estimate; samplers through `from_sampler`.
+      num_samples: estimates of each, a Python integer, 2 or more; rounded up to whole batches.
+      batch_size: estimates at once, a Python integer.
+      reference: "exact", "long_run", or "auto" for the first where there are at most 2^14 outcomes.
+      reference_samples: estimates of the long run, by default as many as of the others, each of 16 calls.
+
+    Returns:
+      A `GradientReport`.
+
+    Raises:
+      ValueError: for an f as in `relaxit_jax.estimators.reinforce`, a q that is not a family of
+        `relaxit_jax.estimators`, an estimator whose values have another shape, a ``num_samples``,
+        ``batch_size`` or ``reference_samples`` that is not an integer in range, an unknown
+        ``reference``, or "exact" with too many outcomes for `relaxit_jax.estimators.exact`.
+
+    References:
+      C. J. Maddison, A. Mnih, Y. W. Teh (2017), arXiv:1611.00712, and G. Tucker et al. (2017),
+      arXiv:1703.07370, who compare estimators so.
+
+    >>> import relaxit_jax as rj
+    >>> q = rj.estimators.OneHotCategorical(jnp.array([[0.0, 1.0, -1.0]]))
+    >>> f = lambda z: jnp.sum(jnp.array([0.0, 1.0, 3.0]) * z) ** 2
+    >>> methods = {"rloo": rj.estimators.rloo, "reinmax": from_sampler(rj.reinmax)}
+    >>> report = gradient_report(jax.random.key(0), f, q, methods)
+    >>> report.biased, report.calls, bool(report["reinmax"]["variance"] < report["rloo"]["variance"])
+    (array([False, False]), array([2, 1]), True)
+    """
+    ck.check_key(key)
+    ck.require(isinstance(q, (es.Bernoulli, es.OneHotCategorical)), "q", "a family of estimators", type(q))
+    good = isinstance(estimators, dict) and estimators and all(map(callable, estimators.values()))
+    ck.require(good, "estimators", "a dictionary from names to functions (key, f, q)", repr(estimators))
+    n = ck.as_static_int("num_samples", num_samples, 2, 10**9)
+    size = min(ck.as_static_int("batch_size", batch_size, 2, 10**6), n)
+    batches = -(-n // size)
+    n = batches * size
+    key, reference_key = jax.random.split(key)
+    truth, truth_error, words = _reference(reference_key, f, q, reference, reference_samples or n, size)
+
+    compiled, calls, totals, seconds = {}, {}, {}, {name: [] for name in estimators}
+    for name, estimator in estimators.items():
+        calls[name] = _count_calls(name, estimator, key, f, q)
+        compiled[name] = _compile(name, estimator, key, f, q, truth, size)
+    for index in range(batches):
+        for name, moments in compiled.items():
+            start = time.perf_counter()
+            part = jax.block_until_ready(moments(q.logits, jax.random.fold_in(key, index)))
+            seconds[name].append(time.perf_counter() - start)
+            totals[name] = _merge(totals.get(name), part, size)
+
+    column = {field: [] for field in ("bias", "bias_error", *NUMBERS)}
+    for name in estimators:
+        count, means, squares = totals[name]
+        bias, variance = means["error"], squares["error"] / (count - 1)
+        noise = variance / count + truth_error**2
+        norm, noise_norm = np.linalg.norm(bias), math.sqrt(noise.sum())
+        row = {
+            "bias": bias,
+            "bias_error": np.sqrt(noise),
+            "bias_norm": norm,
+            "bias_norm_error": noise_norm,
+            "variance": variance.sum(),
+            "mse": variance.sum() + max(norm**2 - noise_norm**2, 0),  # the noise is in the norm as well
+            "mse_error": math.sqrt(squares["length"] / (count - 1) / count),
+            "cosine": _cosine(truth + bias, truth),
+            "mean_cosine": means["cosine"],
+            "calls": calls[name],
+            "seconds": np.median(seconds[name]) / size,
+        }
+        for field, value in row.items():
+            column[field].append(value)
+    column = {field: np.stack(values) for field, values in column.items()}
+    return GradientReport(tuple(estimators), words, n, truth, truth_error, **column)
+
+
+def _with_logits(q, logits):
+    return type(q)(logits, q.event_ndims)
+
+
+def _reference(key, f, q, reference, samples, size):
+    """The true gradient, its standard error, and what it is in words."""
+    options = ("auto", "exact", "long_run")
+    ck.require(reference in options, "reference", f"one of {options}", repr(reference))
+    samples = ck.as_static_int("reference_samples", samples, 2, 10**9)
+    outcomes = q.outcomes()[0]
+    if reference == "exact" or (reference == "auto" and outcomes <= MOST_ENUMERATED):
+        slope = jax.jit(jax.grad(lambda logits: jnp.sum(es.exact(f, _with_logits(q, logits)))))
+        truth = np.asarray(slope(q.logits), float)
+        return truth, np.zeros_like(truth), f"exact, the sum over {outcomes} outcomes"
+    estimator = lambda key, f, q: es.rloo(key, f, q, num_samples=LONG_RUN)
+    size = min(size, samples)
+    moments = _compile("long_run", estimator, key, f, q, np.zeros(q.shape), size)
+    total = None
+    for index in range(-(-samples // size)):
+        total = _merge(total, moments(q.logits, jax.random.fold_in(key, index)), size)
+    count, means, squares = total
+    error = np.sqrt(squares["error"] / (count - 1) / count)
+    return means["error"], error, f"a long run, {count} estimates by rloo of {LONG_RUN} draws"
+
+
+def _compile(name, estimator, key, f, q, truth, size):
+    """A compiled function of logits and key: means of a batch, and sums of squares about them."""
+    truth = jnp.asarray(truth, jnp.promote_types(q.logits.dtype, jnp.float32))
+
+    def total(logits, key):
+        value = jnp.asarray(estimator(key, f, _with_logits(q, logits)))
+        need = f"a function to the batch shape {q.batch_shape} of q"
+        ck.require(value.shape == q.batch_shape, f"estimators[{name!r}]", need, f"shape {value.shape}")
+        return jnp.sum(value)
+
+    def moments(logits, key):
+        keys = jax.random.split(key, size)
+        # the values are not looked at, but who trains computes them: they belong to the time
+        values, gradients = jax.vmap(jax.value_and_grad(total), (None, 0))(logits, keys)
+        errors = gradients.astype(truth.dtype) - truth
+        axes = tuple(range(1, errors.ndim))
+        lengths = jnp.sum(errors**2, axes)
+        cosines = jax.vmap(lambda error: _cosine(truth + error, truth, jnp))(errors)
+        cosines = jnp.where(jnp.isnan(cosines), 0, cosines)
+        each = {"value": values, "error": errors, "length": lengths, "cosine": cosines}
+        means = {field: jnp.mean(x, 0) for field, x in each.items()}
+        return means, {field: jnp.sum((x - means[field]) ** 2, 0) for field, x in each.items()}
+
+    return jax.jit(moments).lower(q.logits, key).compile()
+
+
+def _merge(total, part, size):
+    """How many, their means and sums of squares about them, with those of another batch; in float64."""
+    means, squares = jax.tree.map(lambda x: np.asarray(x, float), part)
+    if total is None:
+        return size, means, squares
+    n, old_means, old_squares = total
+    for field, mean in means.items():
+        gap = mean - old_means[field]
+        means[field] = old_means[field] + gap * size / (n + size)
+        squares[field] = old_squares[field] + squares[field] + gap**2 * n * size / (n + size)
+    return n + size, means, squares
+
+
+def _cosine(x, y, np=np):
+    lengths = np.sqrt(np.sum(x**2) * np.sum(y**2))
+    return np.where(lengths > 0, np.sum(x * y) / np.where(lengths > 0, lengths, 1), np.nan)
+
+
+def _count_calls(name, estimator, key, f, q):
+    """How often f is evaluated for one estimate: counted as it runs, so under vmap and scan as well."""
+    seen = []
+
+    def counted(b):
+        # an operand of b, so that a vmapped call counts once for each element of its axis
+        jax.debug.callback(lambda _: seen.append(None), b.reshape(-1)[0])
+        return f(b)
+
+    jax.block_until_ready(jax.jit(lambda key: estimator(key, counted, q))(key))
+    jax.effects_barrier()
+    return len(seen)
+
+
+def _draw(report, axis, cost):
+    norm = np.linalg.norm(report.gradient)
+    unit = norm if norm > 0 else 1.0
+    starts = np.asarray(getattr(report, cost), float)
+    end = 1000 * starts.max()
+    variances = report.variance / unit**2
+    floors = np.where(report.biased, np.maximum(report.mse / unit**2 - variances, 0), 0)
+    ends = []
+    for place, (start, variance, floor) in enumerate(zip(starts, variances, floors, strict=True)):
+        draws = np.geomspace(1, end / start, 200)
+        error = np.sqrt(np.maximum(floor + variance / draws, 1e-12))
+        look = {"color": COLOURS[place % len(COLOURS)], "ls": "-" if place < len(COLOURS) else "--"}
+        axis.plot(start * draws, error, lw=1.8, **look)
+        axis.plot(start, error[0], "o", ms=6, color=look["color"])
+        ends.append((error[-1], place, look["color"]))
+    axis.set(xscale="log", yscale="log", xlim=(starts.min() / 1.3, end))
+    axis.set_xlabel({"calls": "calls of f, all estimates together", "seconds": "seconds"}[cost])
+    axis.set_ylabel("rms error of their mean" + (" / |gradient|" if norm > 0 else ""))
+    axis.grid(alpha=0.3)
+    # names at the right ends, moved apart so far that none covers another
+    low, high = np.log(axis.get_ylim())
+    ends.sort()
+    heights = [(math.log(error) - low) / (high - low) for error, *_ in ends]
+    gap = min(0.06, 1 / len(heights))
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    top = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = top = min(heights[i], top)
+        top -= gap
+    for (error, place, colour), height in zip(ends, heights, strict=True):
+        axis.annotate(
+            report.names[place] + (" (biased)" if report.biased[place] else ""), (end, error),
+            (1.04, height), xycoords="data", textcoords="axes fraction", va="center", color=colour,
+            fontsize=9, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 0},
+        )  # fmt: skip

@@ -1,0 +1,303 @@
+"""The report of estimators against what can be summed by hand: biases, variances, cosines, calls."""
+
+import functools
+import itertools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import relaxit_jax as rj
+from relaxit_jax import diagnostics as dg
+from relaxit_jax import estimators as es
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+KEY = jax.random.key(5)
+FORMS = np.random.default_rng(3)
+BITS = np.array([0.4, -1.0, 0.8], np.float32)
+CLASSES = FORMS.normal(size=(2, 3)).astype(np.float32)
+WEIGHTS = {n: FORMS.normal(size=(n, n)).astype(np.float32) for n in (3, 6)}
+
+
+def quadratic(b):
+    """Of bits or of one-hot vectors, all variables together."""
+    x = b.reshape(-1)
+    return 1 + x @ WEIGHTS[x.size] @ x / 2 + x[0]
+
+
+def network(z):
+    return jnp.sum(jnp.tanh(z - 0.3)) / 4
+
+
+UNBIASED = {
+    "reinforce": es.reinforce,
+    "rloo": es.rloo,
+    "rloo_5": functools.partial(es.rloo, num_samples=5),
+    "arm": es.arm,
+    "disarm": es.disarm,
+    "rebar": es.rebar,
+    "relax": functools.partial(es.relax, control_variate=network),
+}
+CALLS = {"reinforce": 1, "rloo": 2, "rloo_5": 5, "arm": 2, "disarm": 2, "rebar": 3, "relax": 1}
+
+
+@functools.cache
+def bits_report():
+    methods = UNBIASED | {"straight_through": dg.from_sampler(rj.straight_through_bernoulli)}
+    return dg.gradient_report(KEY, quadratic, es.Bernoulli(BITS), methods, 30_000, batch_size=1000)
+
+
+@functools.cache
+def classes_report(reference):
+    methods = {name: e for name, e in UNBIASED.items() if name not in ("arm", "disarm", "relax")}
+    methods["straight_through"] = dg.from_sampler(rj.straight_through_categorical)
+    methods["reinmax"] = dg.from_sampler(rj.reinmax)
+    q = es.OneHotCategorical(CLASSES)
+    return dg.gradient_report(
+        KEY, quadratic, q, methods, 30_000, batch_size=1000, reference=reference, reference_samples=20_000
+    )
+
+
+def outcomes(logits, kind):
+    """All events with their probabilities and scores, in float64."""
+    if kind == "bits":
+        events = np.array(list(np.ndindex(2, 2, 2)), float)
+        p = 1 / (1 + np.exp(-logits.astype(float)))
+        return events, np.prod(np.where(events == 1, p, 1 - p), 1), events - p
+    p = np.exp(logits.astype(float))
+    p /= p.sum(-1, keepdims=True)
+    index = np.array(list(np.ndindex(3, 3)))
+    events = np.eye(3)[index]
+    return events, np.prod(np.sum(events * p, -1), -1), events - p
+
+
+@functools.cache
+def by_hand(kind):
+    """The gradient of E f, and each outcome's probability and REINFORCE gradient."""
+    events, chance, score = outcomes(BITS if kind == "bits" else CLASSES, kind)
+    x = events.reshape(len(events), -1)
+    values = 1 + np.einsum("ni,ij,nj->n", x, WEIGHTS[x.shape[1]].astype(float), x) / 2 + x[:, 0]
+    slopes = values.reshape(-1, *[1] * (score.ndim - 1)) * score
+    return np.tensordot(chance, slopes, 1), chance, slopes
+
+
+@pytest.mark.parametrize("kind", ["bits", "classes"])
+def test_the_reference_is_the_sum_over_all_outcomes(kind):
+    report = bits_report() if kind == "bits" else classes_report("exact")
+    np.testing.assert_allclose(report.gradient, by_hand(kind)[0], rtol=1e-4, atol=1e-6)
+    assert (report.gradient_error == 0).all()
+    assert report.reference == f"exact, the sum over {8 if kind == 'bits' else 9} outcomes"
+
+
+def test_unbiased_estimators_have_no_bias_and_their_calls_are_counted():
+    report = bits_report()
+    scores = np.abs(report.bias) / report.bias_error
+    assert (scores[:-1] < 4.5).all()
+    assert list(report.biased) == [False] * 7 + [True]
+    assert dict(zip(report.names, report.calls, strict=True)) == CALLS | {"straight_through": 1}
+    scores = np.abs(classes_report("exact").bias) / classes_report("exact").bias_error
+    assert (scores[:3] < 4.5).all() and (scores[-1] < 4.5).all()  # of ReinMax on a quadratic too
+    assert list(classes_report("exact").biased) == [False, False, False, False, True, False]
+
+
+def test_the_bias_of_straight_through_on_a_quadratic_is_found():
+    """Its mean is the gradient of f at the mean: the covariance of the draws is what it does not see."""
+    report = classes_report("exact")
+
+    def of_covariance(logits):
+        p = jax.nn.softmax(logits)
+        blocks = [jnp.diag(row) - jnp.outer(row, row) for row in p]
+        return jnp.sum(WEIGHTS[6] * jax.scipy.linalg.block_diag(*blocks)) / 2
+
+    row = report.names.index("straight_through")
+    known = -np.asarray(jax.grad(of_covariance)(jnp.asarray(CLASSES)))
+    assert (np.abs(report.bias[row] - known) < 4.5 * report.bias_error[row]).all()
+    norm, error = report["straight_through"]["bias_norm"], report["straight_through"]["bias_norm_error"]
+    assert abs(norm - np.linalg.norm(known)) < 3 * error < 0.2 * norm
+
+
+@pytest.mark.parametrize("kind", ["bits", "classes"])
+def test_variance_error_and_cosines_are_those_of_reinforce_summed_by_hand(kind):
+    row = (bits_report() if kind == "bits" else classes_report("exact"))["reinforce"]
+    gradient, chance, slopes = by_hand(kind)
+    flat = slopes.reshape(len(slopes), -1)
+    variance = chance @ np.sum((flat - gradient.ravel()) ** 2, 1)
+    assert abs(row["variance"] - variance) < 4.5 * row["mse_error"] < 0.1 * variance
+    assert abs(row["mse"] - variance) < 4.5 * row["mse_error"]
+    fourth = chance @ np.sum((flat - gradient.ravel()) ** 2, 1) ** 2
+    assert row["mse_error"] == pytest.approx(np.sqrt((fourth - variance**2) / 30_000), rel=0.1)
+    cosines = flat @ gradient.ravel() / np.linalg.norm(flat, axis=1) / np.linalg.norm(gradient)
+    spread = np.sqrt(chance @ cosines**2 - (chance @ cosines) ** 2) / 30_000**0.5
+    assert abs(row["mean_cosine"] - chance @ cosines) < 4.5 * spread
+    assert row["cosine"] > 0.99
+
+
+def test_numbers_are_those_of_the_same_draws_kept_in_one_array():
+    """Batches are merged without a trace: NumPy on all gradients at once finds the same."""
+    n, size = 600, 100
+    q, sampler = es.OneHotCategorical(CLASSES), rj.reinmax
+    cubic = lambda z: jnp.sum(z @ jnp.array([1.0, -2.0, 0.5])) ** 3
+    report = dg.gradient_report(KEY, cubic, q, {"one": dg.from_sampler(sampler)}, n, batch_size=size)
+    keys = [jax.random.split(jax.random.fold_in(jax.random.split(KEY)[0], i), size) for i in range(n // size)]
+    slope = jax.jit(jax.vmap(jax.grad(lambda l, key: cubic(sampler(key, l))), (None, 0)))
+    draws = np.concatenate([slope(jnp.asarray(CLASSES), key) for key in keys]).astype(float)
+    error = draws - report.gradient
+    np.testing.assert_allclose(report.bias[0], error.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(report.variance[0], draws.var(0, ddof=1).sum(), rtol=1e-5)
+    np.testing.assert_allclose(report.bias_error[0], draws.std(0, ddof=1) / n**0.5, rtol=1e-5)
+    np.testing.assert_allclose(report.bias_norm[0], np.linalg.norm(error.mean(0)), rtol=1e-4)
+    # the plain mean of |g - G|^2 is bias^2, without what noise adds, and variance
+    lengths = np.sum(error**2, (1, 2))
+    np.testing.assert_allclose(report.mse[0], lengths.mean(), rtol=1e-5)
+    np.testing.assert_allclose(report.mse_error[0], lengths.std(ddof=1) / n**0.5, rtol=1e-4)
+    g, mean = report.gradient, draws.mean(0)
+    np.testing.assert_allclose(
+        report.cosine[0], np.sum(mean * g) / np.linalg.norm(mean) / np.linalg.norm(g), rtol=1e-5
+    )
+    lengths = np.sqrt(np.sum(draws**2, (1, 2)))
+    np.testing.assert_allclose(
+        report.mean_cosine[0],
+        np.mean(np.sum(draws * g, (1, 2)) / lengths) / np.linalg.norm(g),
+        rtol=1e-4,
+    )
+
+
+def test_a_long_run_agrees_with_the_exact_gradient_and_its_error_counts():
+    long, exact = classes_report("long_run"), classes_report("exact")
+    assert long.reference == "a long run, 20000 estimates by rloo of 16 draws"
+    assert (np.abs(long.gradient - exact.gradient) < 4.5 * long.gradient_error).all()
+    assert (long.gradient_error > 0).all()
+    # the same draws: what differs is the reference, and the error of the bias holds both
+    np.testing.assert_allclose(long.bias + long.gradient, exact.bias + exact.gradient, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        long.bias_error**2, exact.bias_error**2 + long.gradient_error**2, rtol=1e-3, atol=1e-9
+    )
+    np.testing.assert_allclose(long.variance, exact.variance, rtol=1e-4)
+    # both are mse less the same draws' variance, known to the errors of the two biases
+    slack = 9 * long.bias_norm * long.bias_norm_error + 5 * long.bias_norm_error**2
+    assert (np.abs(long.mse - exact.mse) < slack).all()
+
+
+def test_many_outcomes_ask_for_a_long_run():
+    q = es.Bernoulli(jnp.zeros(15))
+    f = lambda b: jnp.sum(b * jnp.arange(15.0))
+    report = dg.gradient_report(KEY, f, q, {"rloo": es.rloo}, 2000, batch_size=500)
+    assert report.reference.startswith("a long run, 2000 estimates")
+    assert (np.abs(report.gradient - np.arange(15) / 4) < 4.8 * report.gradient_error).all()
+
+
+def test_calls_under_vmap_scan_and_a_batch():
+    def many(key, f, q):
+        """Under both, 3 x 4 estimates of 2 calls each."""
+        inner = jax.vmap(lambda key: es.disarm(key, f, q))
+        step = lambda total, key: (total + jnp.mean(inner(jax.random.split(key, 4)), 0) / 3, None)
+        return jax.lax.scan(step, jnp.zeros(q.batch_shape), jax.random.split(key, 3))[0]
+
+    q = es.Bernoulli(np.stack([BITS, -BITS]))
+    f = lambda b: b @ jnp.array([1.0, -2.0, 0.5]) ** 2
+    report = dg.gradient_report(KEY, f, q, {"many": many, "one": es.disarm}, 2000)
+    assert list(report.calls) == [24, 2]
+    assert report.bias.shape == (2, 2, 3) and report.gradient.shape == (2, 3)
+    assert not report.biased.any()
+    ratio = report.variance[1] / report.variance[0]
+    assert ratio == pytest.approx(12, rel=0.25)
+
+
+def test_time_is_that_of_one_estimate(monkeypatch):
+    """By a clock that goes a second with every look: each batch of 20 takes one."""
+    clock = itertools.count()
+    monkeypatch.setattr(dg.time, "perf_counter", lambda: float(next(clock)))
+    report = dg.gradient_report(KEY, quadratic, es.Bernoulli(BITS), {"one": es.rloo}, 100, batch_size=20)
+    assert report["one"]["seconds"] == 1 / 20
+
+
+def test_impossible_classes_and_low_precision_have_finite_numbers():
+    logits = jnp.asarray([[0.0, 1.0, -jnp.inf], [2.0, 0.0, 1.0]], jnp.bfloat16)
+    f = lambda b: quadratic(b.astype(jnp.float32))
+    methods = {"rloo": es.rloo, "reinmax": dg.from_sampler(rj.reinmax)}
+    report = dg.gradient_report(jax.random.PRNGKey(0), f, es.OneHotCategorical(logits), methods, 1000)
+    for field in ("bias", "bias_error", "variance", "mse", "cosine", "mean_cosine"):
+        assert np.isfinite(getattr(report, field)).all()
+    assert (report.bias[:, 0, 2] == 0).all() and report.variance.dtype == np.float64
+
+
+def test_a_gradient_of_zero_has_no_cosine_and_is_json():
+    constant = lambda b: 0 * jnp.sum(b) + 2.0
+    methods = {"rloo": es.rloo, "reinforce": es.reinforce}
+    report = dg.gradient_report(KEY, constant, es.Bernoulli(BITS), methods, 1050)
+    assert report.num_samples == 1100  # whole batches
+    assert np.isnan(report.cosine).all() and (report.mean_cosine == 0).all()
+    found = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert found["estimators"]["rloo"]["cosine"] is None
+    assert found["estimators"]["rloo"]["variance"] < 1e-9 < found["estimators"]["reinforce"]["variance"]
+    assert "nan" in str(report)
+
+
+def test_table_and_pictures_show_the_numbers(tmp_path):
+    report = classes_report("exact")
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + len(report.names)
+    for name, line in zip(report.names, lines[2:], strict=True):
+        assert line.split()[0] == name
+        assert ("biased" in line) == (name == "straight_through")
+        assert f"{report[name]['variance']:.4g}" in line
+    for cost in ("calls", "seconds"):
+        figure, axis = plt.subplots()
+        report.plot(axis, cost=cost)
+        curves = [line for line in axis.get_lines() if len(line.get_xdata()) > 1]
+        norm = np.linalg.norm(report.gradient)
+        for curve, name in zip(curves, report.names, strict=True):
+            row = report[name]
+            bias2 = max(row["bias_norm"] ** 2 - row["bias_norm_error"] ** 2, 0) if row["biased"] else 0
+            x, y = curve.get_data()
+            np.testing.assert_allclose(x[0], row[cost])
+            np.testing.assert_allclose(y, np.sqrt(bias2 + row["variance"] * row[cost] / x) / norm, rtol=1e-6)
+        assert {text.get_text() for text in axis.texts} == {
+            name + " (biased)" * (name == "straight_through") for name in report.names
+        }
+        plt.close(figure)
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'relaxit_jax\[examples\]'"):
+        bits_report().plot(tmp_path / "report.png")
+
+
+def test_bad_arguments_are_named():
+    q, good = es.Bernoulli(jnp.zeros((2, 3))), {"rloo": es.rloo}
+    f = lambda b: jnp.sum(b, -1)
+    for bad in ({}, [es.rloo], {"rloo": 1}):
+        with pytest.raises(ValueError, match="estimators must be a dictionary from names"):
+            dg.gradient_report(KEY, f, q, bad)
+    with pytest.raises(ValueError, match="q must be a family of estimators"):
+        dg.gradient_report(KEY, f, jnp.zeros(3), good)
+    with pytest.raises(ValueError, match="key must be one JAX random key"):
+        dg.gradient_report(0, f, q, good)
+    with pytest.raises(ValueError, match=r"f must be a function .* batch shape \(2,\)"):
+        dg.gradient_report(KEY, jnp.sum, q, good)
+    with pytest.raises(
+        ValueError, match=r"estimators\['total'\] must be a function to the batch shape \(2,\)"
+    ):
+        dg.gradient_report(KEY, f, q, {"total": lambda *a: jnp.sum(es.rloo(*a))})
+    for name, bad in (
+        ("num_samples", 1), ("num_samples", 10.0), ("batch_size", 1), ("reference_samples", 1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be an integer in"):
+            dg.gradient_report(KEY, f, q, good, **{name: bad})
+    with pytest.raises(ValueError, match="reference must be one of"):
+        dg.gradient_report(KEY, f, q, good, reference="true")
+    with pytest.raises(ValueError, match="at most 1048576 outcomes"):
+        dg.gradient_report(KEY, jnp.sum, es.Bernoulli(jnp.zeros(21)), good, reference="exact")
+    with pytest.raises(ValueError, match=r"sampler must be one of draws of shape \(2, 3\)"):
+        dg.gradient_report(
+            KEY, f, q, {"s": dg.from_sampler(lambda key, logits: logits[0])}, reference="exact"
+        )
+    with pytest.raises(ValueError, match="cost must be 'calls' or 'seconds'"):
+        bits_report().plot(None, cost="money")
