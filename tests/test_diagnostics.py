@@ -185,8 +185,12 @@ def test_a_long_run_agrees_with_the_exact_gradient_and_its_error_counts():
 def test_many_outcomes_ask_for_a_long_run():
     q = es.Bernoulli(jnp.zeros(15))
     f = lambda b: jnp.sum(b * jnp.arange(15.0))
-    report = dg.gradient_report(KEY, f, q, {"rloo": es.rloo}, 2000, batch_size=500)
-    assert report.reference.startswith("a long run, 2000 estimates")
+    methods = {"of 16": functools.partial(es.rloo, num_samples=16)}
+    report = dg.gradient_report(KEY, f, q, methods, 2000, batch_size=500, reference_samples=8000)
+    assert report.reference.startswith("a long run, 8000 estimates by rloo of 16 draws")
+    # its own error is that of a mean of the same estimator
+    error = np.sum(report.gradient_error**2)
+    assert error == pytest.approx(report.variance[0] / 8000, rel=0.1)
     assert (np.abs(report.gradient - np.arange(15) / 4) < 4.8 * report.gradient_error).all()
 
 
