@@ -1,5 +1,6 @@
 """What the doctests find in their namespace, and quicker compilation for the tests that ask for it."""
 
+import functools
 import os
 import tempfile
 
@@ -7,10 +8,32 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+# How the workers of pytest-xdist compile: in half of the time, to code that is hardly slower; not all jaxlibs
+# know each of these. And what users get instead, for the tests that compile as they do.
+CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+DEFAULT = {"xla_cpu_use_fusion_emitters": True}
+
+
+def known(options):
+    """Those that this jaxlib knows: asked of a compilation each, as an unknown flag in XLA_FLAGS is fatal."""
+
+    def is_known(name):
+        try:
+            jax.jit(lambda x: x, compiler_options={name: options[name]}).lower(0.0).compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return {name: value for name, value in options.items() if is_known(name)}
+
 
 def pytest_configure(config):
     """What one worker of pytest-xdist has compiled, the others and the examples' processes need not."""
-    if config.getoption("numprocesses", None) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if not config.getoption("numprocesses", None):
+        return
+    cheap = [f"--{name}={str(value).lower()}" for name, value in known(CHEAP).items()]
+    os.environ["XLA_FLAGS"] = " ".join([*cheap, os.environ.get("XLA_FLAGS", "")])  # the last one counts
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = tempfile.TemporaryDirectory(prefix="relaxit_jax-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -30,3 +53,19 @@ def fast_compilation():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def _defaults():
+    return known(DEFAULT)
+
+
+@pytest.fixture
+def as_users_compile(_defaults, monkeypatch):
+    """What jax.jit compiles, it compiles as it does for users: optimisation has brought defects to light.
+
+    In test_samplers.py these are the agreement of jit, eager and vmap, the exact discrete laws and those of
+    low temperatures, so all samplers; in test_densities.py, the densities of own draws, so all that have a
+    form in log space; in test_estimators.py, the means of all estimators and their variances.
+    """
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=_defaults))

@@ -93,6 +93,7 @@ def test_gradient_of_the_logits(support, parameters, law):
     assert (np.abs(gradient) > 0).all()
 
 
+@quick
 @pytest.mark.parametrize(
     "support",
     [
@@ -116,6 +117,7 @@ def test_extreme_parameters_have_finite_gradients(support):
     assert set(np.round(mean, 4).tolist()) == {0, values[-1].item()}  # all mass at one end or the other
 
 
+@quick
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize(
     ("mean", "support", "largest"),

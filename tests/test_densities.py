@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats as st
-from test_samplers import KEY, P_VALUE, chi_square, dtypes, quick, rows, seen
+from test_samplers import KEY, P_VALUE, as_users, chi_square, dtypes, quick, rows, seen
 
 import relaxit_jax as rj
 from cases import cases, coordinates, has_density, has_log_space, log_density_coordinates
@@ -90,6 +90,7 @@ def test_both_forms_of_a_value_have_one_density(case):
     np.testing.assert_allclose(*both(warm), rtol=2e-4, atol=2e-3)
 
 
+@as_users
 @dtypes
 @rows(cases(has_log_space))
 def test_density_of_own_draws_agrees_with_float64(case, dtype):

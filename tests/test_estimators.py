@@ -13,6 +13,8 @@ from flax import nnx
 from relaxit_jax import estimators as es
 
 KEY = jax.random.key(11)
+quick = pytest.mark.usefixtures("fast_compilation")
+as_users = pytest.mark.usefixtures("as_users_compile")
 FORMS = np.random.default_rng(7)
 BITS = np.array([[0.3, -1.0, 0.5, 2.0], [-0.5, 0.2, 0.0, 1.0]], np.float32)
 CLASSES = FORMS.normal(size=(2, 2, 3)).astype(np.float32)
@@ -96,6 +98,7 @@ def test_exact_is_the_sum_over_all_outcomes():
         np.testing.assert_allclose(slopes[i], difference, rtol=1e-4, atol=1e-6)
 
 
+@as_users
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_mean_is_the_exact_gradient_and_value(name, family):
     (slopes, weight), values = exact_gradient(family)
@@ -112,6 +115,7 @@ def total_variance(name, family):
     return squares.mean(), squares.std() / len(squares) ** 0.5
 
 
+@as_users
 @pytest.mark.parametrize(
     ("less", "more", "family"),
     [
@@ -212,6 +216,7 @@ def test_learned_control_variates_have_less_variance():
         assert norms[0].mean() - norms[1].mean() > 4.5 * error
 
 
+@quick
 def test_the_control_variate_does_not_reach_the_loss():
     """Nor do the noisy logits: f's parameters get their gradient from the draw alone."""
     slopes = jax.grad(toy, 1)(jnp.array([0.4, -0.3]), VARIATE, KEY)
@@ -226,6 +231,7 @@ def test_the_control_variate_does_not_reach_the_loss():
 # --- calls, transformations, extremes ---------------------------------------------------------
 
 
+@quick
 @pytest.mark.parametrize(
     ("name", "calls"),
     [("reinforce", 1), ("rloo", 2), ("rloo_5", 5), ("arm", 2), ("disarm", 2), ("rebar", 3), ("relax", 1)],
@@ -246,6 +252,7 @@ def test_f_is_called_as_often_as_the_docstring_says(name, calls):
     assert len(seen) == calls
 
 
+@quick
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "disarm", "rebar", "relax"])
 def test_under_jit_vmap_scan_and_checkpoint(name):
     keys = jax.random.split(KEY, 3)
@@ -289,6 +296,7 @@ def test_f_may_be_a_module_of_flax():
         assert (np.abs(leaves.mean(0) - expected) < 4.8 * error + 1e-6).all()
 
 
+@quick
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_extreme_logits_have_finite_gradients(name, family, dtype):

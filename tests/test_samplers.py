@@ -28,6 +28,7 @@ rows = functools.partial(pytest.mark.parametrize, "case", ids=str)
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 # for laws that are not about the last digits, of arrays that are small: compiling is all of their time
 quick = pytest.mark.usefixtures("fast_compilation")
+as_users = pytest.mark.usefixtures("as_users_compile")
 
 
 def cast(case, dtype):
@@ -78,6 +79,7 @@ def test_raw_keys_draw_the_same():
         np.testing.assert_array_equal(*draws)
 
 
+@quick
 @rows(CASES)
 def test_support(case):
     z = np.asarray(jax.jit(lambda key: case.draw(key, (5000, 2)))(KEY), np.float64)
@@ -93,6 +95,7 @@ def test_support(case):
         assert set(np.unique(z)) == {0, 1}  # exactly, not 0.99999994
 
 
+@as_users
 @rows(CASES)
 def test_jit_eager_and_vmap_agree(case):
     keys = jax.random.split(KEY, 3)
@@ -138,6 +141,7 @@ def test_noise_is_independent_across_the_batch(case):
     assert abs(lagged) * np.sqrt(n) < 4.5
 
 
+@quick
 @rows(cases(is_differentiable))
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(case):
     weights = np.cos(np.arange(np.prod(case.event, dtype=int)).reshape(case.event) + 1.0)
@@ -174,6 +178,7 @@ def test_gradient_is_the_derivative_of_the_draw(case):
             np.testing.assert_allclose((up - down) / 2e-6, slope, rtol=1e-5, atol=1e-6)
 
 
+@quick
 @rows(cases(has_soft_draw))
 def test_straight_through_has_the_gradient_of_the_soft_draw(case):
     params = {n: jnp.asarray(x) for n, x in case.floats.items()}
@@ -183,6 +188,7 @@ def test_straight_through_has_the_gradient_of_the_soft_draw(case):
     chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@as_users
 @dtypes
 @rows(cases(is_discrete))
 def test_forward_value_has_exactly_the_discrete_law(case, dtype):
@@ -193,6 +199,7 @@ def test_forward_value_has_exactly_the_discrete_law(case, dtype):
         assert chi_square(case.outcome(draws[:, i]), law) > P_VALUE
 
 
+@as_users
 @rows(cases(has_discrete_limit))
 def test_low_temperature_has_the_discrete_law(case):
     draws = np.asarray(jax.jit(lambda tau: case.draw(KEY, (100_000, 2), tau=tau))(np.float32(1e-3)))
@@ -213,6 +220,7 @@ def at_extremes(case, dtype):
     return dataclasses.replace(case, params=params | {"logits": jnp.asarray(logits, dtype)})
 
 
+@quick
 @dtypes
 @rows(cases(has_logits, is_differentiable))
 def test_extreme_logits_and_temperatures(case, dtype):
@@ -277,6 +285,7 @@ def test_an_impossible_class_is_exactly_zero(case):
         assert (np.asarray(gradients["logits"])[where] == 0).all()
 
 
+@quick
 @rows(cases(has_log_space))
 def test_log_space_is_the_same_draw_unrounded(case):
     log_value = dataclasses.replace(case, sample_options={"log_space": True}).draw(KEY, (500, 2))
