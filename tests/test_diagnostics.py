@@ -1,5 +1,6 @@
 """The report of estimators against what can be summed by hand: biases, variances, cosines, calls."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -180,6 +181,30 @@ def test_a_long_run_agrees_with_the_exact_gradient_and_its_error_counts():
     # both are mse less the same draws' variance, known to the errors of the two biases
     slack = 9 * long.bias_norm * long.bias_norm_error + 5 * long.bias_norm_error**2
     assert (np.abs(long.mse - exact.mse) < slack).all()
+
+
+@pytest.mark.parametrize("errors", [[1.0], [1, 1, 1], [10, 1, 1, 1, 0.1], [1] * 50])
+def test_noise_alone_is_called_a_bias_once_in_a_thousand(errors):
+    """Reports of no bias at all, their noise drawn by NumPy: of one coordinate, and of many, unlike ones."""
+    n = 40_000
+    noise = np.random.default_rng(1).normal(size=(n, len(errors))) * errors
+    report = dataclasses.replace(
+        bits_report(),
+        names=tuple(range(n)),
+        gradient=np.zeros(len(errors)),
+        bias=noise,
+        bias_error=np.broadcast_to(errors, noise.shape),
+        bias_norm=np.linalg.norm(noise, axis=1),
+    )
+    assert 0.0005 < report.biased.mean() < 0.002  # by 40 reports, give or take 6
+
+
+def test_bits_that_are_never_seen_on_do_not_make_an_estimator_biased():
+    """REINFORCE, two bits with a gradient and a hundred of 1e-4: their spread is not seen in 1,000 draws."""
+    q = es.Bernoulli(jnp.concatenate([jnp.zeros(2), jnp.full(100, -9.2)]))
+    f = lambda b: 5 + b[0] - 2 * b[1] + 3 * jnp.sum(b[2:])
+    report = dg.gradient_report(KEY, f, q, {"reinforce": es.reinforce}, 1000)
+    assert np.max(np.abs(report.bias) / report.bias_error) > 6 and not report.biased.any()
 
 
 def test_many_outcomes_ask_for_a_long_run():
