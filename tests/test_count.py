@@ -117,15 +117,14 @@ def test_extreme_parameters_have_finite_gradients(support):
     assert set(np.round(mean, 4).tolist()) == {0, values[-1].item()}  # all mass at one end or the other
 
 
-@quick
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize(
     ("mean", "support", "largest"),
     [
-        (jnp.exp, rj.poisson_support, 20.0),
-        (lambda x: jnp.exp(-x), rj.geometric_support, -np.log(20)),
+        (jnp.exp, rj.poisson_support, 12.0),
+        (lambda x: jnp.exp(-x), rj.geometric_support, -np.log(12)),
         (lambda x: 12 * jax.nn.sigmoid(x), functools.partial(rj.binomial_support, 12), 5.0),
-        (lambda x: 3 * jnp.exp(x), functools.partial(rj.negative_binomial_support, 3.0), np.log(7)),
+        (lambda x: 3 * jnp.exp(x), functools.partial(rj.negative_binomial_support, 3.0), np.log(4)),
     ],
     ids=["poisson", "geometric", "binomial", "negative_binomial"],
 )
@@ -137,7 +136,7 @@ def test_a_rate_is_learned_through_the_relaxed_draw(mean, support, largest, hard
 
     def loss(x, key):
         logits, values = support(parameter(x), num_values)
-        z = rj.generalized_gumbel_softmax(key, logits, values, tau, shape=(1000,), hard=hard)
+        z = rj.generalized_gumbel_softmax(key, logits, values, tau, shape=(400,), hard=hard)
         return (jnp.mean(z) - true) ** 2
 
     @jax.jit

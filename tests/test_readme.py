@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpyro
+import pytest
 
 import relaxit_jax
 from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers
@@ -15,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_snippets_run_and_do_what_they_say():
     names = {}
     for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
