@@ -67,7 +67,8 @@ class Config(NamedTuple):
     evaluations: int
     hidden: int
     learning_rate: float
-    critic_rate: float
+    baseline_rate: float
+    variate_rate: float
 
 
 class Networks(NamedTuple):
@@ -195,7 +196,7 @@ def gradients(world, config, networks, key):
     features = jnp.concatenate([episodes.observation, left], -1)
 
     def squared_error(layers):
-        values = scalar(layers, features)
+        values = left[..., 0] * scalar(layers, features)
         error = jnp.where(episodes.alive, values - to_go, 0)
         return jnp.sum(error**2) / jnp.sum(episodes.alive), values
 
@@ -214,11 +215,12 @@ def gradients(world, config, networks, key):
 
 def make_training(world, config):
     """The state of each seed before training, and a compiled function: some updates, an evaluation."""
-    # the warm-up is for the baseline to find its size, before which gradients are large and of no use
-    warm, rate, updates = config.updates // 10, config.learning_rate, config.updates
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, updates, end_value=rate / 10)
-    critic = optax.adam(config.critic_rate)
-    optimizers = {"policy": optax.adam(schedule), "baseline": critic, "variate": critic}
+    # before V has found its size the gradient is nearly all noise, which Adam would make whole steps of
+    wait = config.updates // 10
+    falling = optax.cosine_decay_schedule(config.learning_rate, config.updates - wait, alpha=0.1)
+    schedule = optax.join_schedules([optax.constant_schedule(0.0), falling], [wait])
+    rates = {"policy": schedule, "baseline": config.baseline_rate, "variate": config.variate_rate}
+    optimizers = {name: optax.adam(rate) for name, rate in rates.items()}
     optimizer = optax.partition(optimizers, Networks(*Networks._fields))
 
     def start(key):
@@ -237,7 +239,7 @@ def make_training(world, config):
         episodes = roll_out(world, config.estimator, state[0].policy, evaluation_key, config.evaluations)
         return state, jnp.mean(jnp.sum(episodes.reward, 0)), jnp.sum(steps)
 
-    return jax.vmap(start), jax.jit(jax.vmap(advance), donate_argnums=0)
+    return jax.jit(jax.vmap(start)), jax.jit(jax.vmap(advance), donate_argnums=0)
 
 
 def train(name, world, config, seeds, seed):
@@ -253,7 +255,7 @@ def train(name, world, config, seeds, seed):
             if not all(np.isfinite(x).all() for x in jax.tree.leaves((state[0], returns))):
                 raise UserError(
                     f"{config.estimator} on {name} is not finite by update {bar.n + config.every}; "
-                    "lower --learning-rate or --critic-rate"
+                    "lower its learning rates"
                 )
             curve.append([float(x) for x in returns])
             steps += np.asarray(played)
@@ -338,9 +340,10 @@ count, rate = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
     "--learning-rate",
     type=rate,
     default=0.005,
-    help="Of the policy; it rises for a tenth of the updates, then falls to a tenth.",
+    help="Of the policy; 0 for the first tenth of the updates, then falling by a cosine.",
 )
-@click.option("--critic-rate", type=rate, default=0.01, help="Of the baseline and of the control variate.")
+@click.option("--baseline-rate", type=rate, default=0.01, help="Learning rate of V.")
+@click.option("--variate-rate", type=rate, default=0.001, help="Learning rate of h, of relax.")
 @out_option
 def main(names, estimators, seeds, seed, horizon, out, **options):
     """Train policies by REINFORCE with a baseline, RLOO and RELAX.
