@@ -10,8 +10,8 @@ so that each step is one call of an estimator of the library with q = pi(. | s_t
 was measured. The estimators draw their sample from a key: the episode is played with the draws of the same
 keys, and so each of them finds the action for which G_t was measured.
 
-- reinforce: (G_t - V(s_t, t)) grad log pi(a_t | s_t). V is a network, fitted by least squares to the rewards
-  to go of earlier updates only, and so it does not know this update's actions.
+- reinforce: (G_t - V(s_t, t)) grad log pi(a_t | s_t). V is the time left times a network, fitted by least
+  squares to the rewards to go of earlier updates only, and so it does not know this update's actions.
 - rloo: the baseline is the mean G_t of the other --copies episodes that began in the same state, 0 where
   they have ended. They have actions of their own, independent of this episode's given that state. The states
   at time t differ between copies, so each has a q of its own: `rloo` of the library, which draws all of its
@@ -21,9 +21,10 @@ keys, and so each of them finds the action for which G_t was measured.
   that of reinforce; h is 0 at first, where the two agree, and is trained on |g|^2 of the whole update's
   gradient g, of which the mean is the variance plus a constant (`value_and_grads`, exact).
 
-All three are unbiased for any V and h that earlier updates made. Nothing here biases them: advantages are
-not normalised, rewards not discounted, no entropy is added. Returns are divided by T, which Adam does
-not notice, so that V and h are of order 1 in every environment.
+All three are unbiased, whatever V and h earlier updates made: advantages are not normalised, rewards not
+discounted, and no entropy is added. (The draws are those of the episode up to float32 rounding of the
+logits, which may change an action of probability about 1e-7.) Returns are divided by T, which Adam does not
+notice, so that V and h are of order 1 in every environment.
 """
 
 import importlib.metadata
@@ -288,10 +289,11 @@ def draw(results, settings, path):
     for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
         solved = ENVIRONMENTS[name][0]
         axis.axhline(solved, color="0.4", ls=":", lw=1.2, label=f"solved: {solved}")
-        for estimator, row in rows.items():
+        for place, (estimator, row) in enumerate(rows.items()):
             colour = ESTIMATORS[estimator]
             axis.fill_between(row["updates"], row["lowest"], row["highest"], color=colour, alpha=0.18, lw=0)
-            axis.plot(row["updates"], row["mean"], color=colour, label=estimator)
+            width = 1.4 + 1.4 * (len(rows) - 1 - place)  # so that a curve on top of another hides none
+            axis.plot(row["updates"], row["mean"], color=colour, lw=width, label=estimator)
         axis.set(title=name, xlabel=f"updates, of {settings['environments']} episodes each")
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
@@ -324,7 +326,7 @@ count, rate = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 )
 @click.option("--seeds", type=count, default=5, help="Policies trained at once, each from a seed of its own.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="That all seeds follow from.")
-@click.option("--updates", type=count, default=120, help="Of Adam, each from new episodes.")
+@click.option("--updates", type=count, default=200, help="Of Adam, each from new episodes.")
 @click.option("--environments", type=count, default=32, help="Episodes played at once, one update's.")
 @click.option(
     "--copies",
