@@ -22,9 +22,9 @@ keys, and so each of them finds the action for which G_t was measured.
   gradient g, of which the mean is the variance plus a constant (`value_and_grads`, exact).
 
 All three are unbiased, whatever V and h earlier updates made: advantages are not normalised, rewards not
-discounted, and no entropy is added. (The draws are those of the episode up to float32 rounding of the
-logits, which may change an action of probability about 1e-7.) Returns are divided by T, which Adam does not
-notice, so that V and h are of order 1 in every environment.
+discounted, and no entropy is added. (Drawn again, an action may be another one where the logits round to
+other float32 numbers than in the episode; in 900,000 steps of Acrobot none was.) Returns are divided by T,
+which Adam does not notice, so that V and h are of order 1 in every environment.
 """
 
 import importlib.metadata
