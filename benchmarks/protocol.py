@@ -13,8 +13,9 @@ import tempfile
 
 import click
 import numpy as np
-from timing import RESULTS, write
 from tqdm import tqdm
+
+from timing import RESULTS, write
 
 VAE = pathlib.Path(__file__).parents[1] / "examples" / "vae.py"
 PROTOCOL = ["--data", "mnist5k", "--hidden", "400", "--latents", "20", "--activation", "relu"]

@@ -11,10 +11,10 @@ import click
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
-from timing import interleaved, ratio, write
 from tqdm import tqdm
 
 import relaxit_jax as rj
+from timing import interleaved, ratio, write
 
 TAU = 0.5
 

@@ -13,6 +13,7 @@ import sys
 import click
 import jax
 import numpy as np
+
 from timing import interleaved, ratio, write
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats as st
-from test_samplers import KEY, P_VALUE, as_users, chi_square, dtypes, quick, rows, seen
 
 import relaxit_jax as rj
 from cases import cases, coordinates, has_density, has_log_space, log_density_coordinates
+from test_samplers import KEY, P_VALUE, as_users, chi_square, dtypes, quick, rows, seen
 
 STEP, REACH = 0.05, 40.0
 EDGES = np.arange(-4.0, 4.5, 1.0)  # of the bins that draws are counted in; they lie on the grid

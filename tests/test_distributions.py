@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import scipy.special as sp
 import scipy.stats as st
-from test_samplers import KEY, P_VALUE, cast
 
 from cases import DISTRIBUTIONS
 from relaxit_jax import distributions as rd
+from test_samplers import KEY, P_VALUE, cast
 
 rows = lambda *conditions: pytest.mark.parametrize(
     "case", [case for case in DISTRIBUTIONS if all(holds(case) for holds in conditions)], ids=str

@@ -12,6 +12,10 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import biject_to
 from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
+
+from cases import DISTRIBUTIONS
+from relaxit_jax import distributions as rd
+from relaxit_jax.distributions import _base as base
 from test_distributions import (
     DISCRETE,
     arrays,
@@ -20,10 +24,6 @@ from test_distributions import (
     rows,
 )
 from test_samplers import KEY, P_VALUE
-
-from cases import DISTRIBUTIONS
-from relaxit_jax import distributions as rd
-from relaxit_jax.distributions import _base as base
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

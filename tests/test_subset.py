@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special as sp
-from test_samplers import KEY, P_VALUE, chi_square
 
 import relaxit_jax as rj
 from cases import ITEMS, orders, subsets
+from test_samplers import KEY, P_VALUE, chi_square
 
 SETS = np.array(list(itertools.combinations(range(4), 2)))
 
