@@ -24,8 +24,9 @@ import mixture
 import posteriors
 import spike_and_slab
 import vae
-from methods import METHODS, Sampler, family_of
+from methods import METHODS
 from relaxit_jax.handlers import auto_guide
+from test_methods import bars
 
 KEY = jax.random.key(3)
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -35,13 +36,8 @@ TINY = ["--hidden", 8, "--latents", 3, "--variables", 2, "--classes", 3, "--batc
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """Fifty images of 4 x 4 pixels: bars at random places."""
-    rng = np.random.default_rng(0)
-    data = np.zeros((50, 4, 4), np.float32)
-    data[np.arange(50), rng.integers(0, 4, 50)] = 1
-    data = np.where(rng.random((50, 1, 1)) < 0.5, data, data.swapaxes(1, 2))
     path = tmp_path_factory.mktemp("data") / "bars.npz"
-    np.savez(path, images=np.abs(data - (rng.random(data.shape) < 0.05)))
+    np.savez(path, images=bars())
     return path
 
 
@@ -59,91 +55,28 @@ def read(out):
     return {key: value for key, value in metrics.items() if key != "timing"}
 
 
-SAMPLERS = [name for name, row in METHODS.items() if isinstance(row, Sampler)]
-LEARNED = ("correlated_bernoulli", ("--correlation", "learned"))
-EVERY_ROW, EVERY_FAMILY = ([(name, ()) for name in names] + [LEARNED] for names in (METHODS, SAMPLERS))
+def config_of(settings):
+    return vae.Config(**{k: tuple(v) if k == "hidden" else v for k, v in settings.items()})
 
 
-def row_id(x):
-    return x if isinstance(x, str) else "".join(x)
-
-
-@pytest.mark.parametrize(("method", "extra"), EVERY_ROW, ids=row_id)
-def test_vae_reports_bounds_of_the_model_that_it_trained(method, extra, images, tmp_path):
-    """Each method runs; what it reports is above the model's own -log p(x), by a plain average over the
-    prior, and learning brought it down."""
+@pytest.mark.parametrize("method", ["relaxed_bernoulli", "poisson", "relax_categorical"])
+def test_vae_writes_what_it_trained(method, images, tmp_path):
+    """Its metrics are the bounds of the parameters in its last checkpoint; and its pictures are there."""
     out = tmp_path / "run"
-    flags = [*TINY, "--learning-rate", "0.02", *extra, "--data", images, "--method", method, "--out", out]
-    assert run(*flags, "--epochs", 12) == 0
+    assert run(*TINY, "--data", images, "--method", method, "--out", out, "--epochs", 3) == 0
     metrics = read(out)
-    elbo, weighted = metrics["test_negative_elbo"], metrics["test_negative_bound_100_samples"]
-    test = [row["test"] for row in metrics["history"]]
-    assert len(test) == 12 and min(test[-3:]) < test[0]
     for picture in ("reconstructions.png", "samples.png", "curve.png"):
         assert (out / picture).stat().st_size > 1000
-
-    training, held_out = common.split_images(common.load_images(str(images)))
-    config = vae.Config(**{k: tuple(v) if k == "hidden" else v for k, v in metrics["settings"].items()})
-    experiment = vae.Experiment(config, training, held_out)
+    split = common.split_images(common.load_images(str(images)))
+    experiment = vae.Experiment(config_of(metrics["settings"]), *split)
     checkpoints = common.Checkpoints(out / "checkpoints", metrics["settings"])
-    epoch, (params, *_), _ = checkpoints.restore(experiment.state)
-    assert epoch == 11
-    model = experiment.model(params)
-    _, g = model.encode(experiment.test)
-    z = experiment.family.draw_prior(KEY, g, 20_000)
-    likelihoods = jax.vmap(model.log_likelihood, (0, None))(experiment.test, experiment.family.code(z))
-    exact = -np.mean(jax.nn.logsumexp(likelihoods, -1) - np.log(20_000))
-    assert exact - 0.1 < weighted <= elbo
-    assert weighted - exact < 0.5  # a hundred samples all but close the gap of so small a model
-
-
-def small_family(method, tau, correlation):
-    fields = {
-        "latents": 3,
-        "variables": 2,
-        "classes": 3,
-        "subset_size": 2,
-        "largest_mean": 3.0,
-        "tau_end": tau,
-    }
-    config = vae.Config(*[None] * len(vae.Config._fields))
-    return family_of(config._replace(method=method, correlation=correlation, **fields))
-
-
-@pytest.mark.parametrize(("method", "extra"), EVERY_FAMILY, ids=row_id)
-def test_densities_of_draws_and_kl(method, extra):
-    """E_q p(z) / q(z) = 1, and the KL that is trained on is at least E_q log q(z) / p(z)."""
-    family = small_family(method, 0.8, extra[1] if extra else "identity")
-    key, *keys = jax.random.split(KEY, 4)
-    q = 0.3 * jax.random.normal(keys[0], (family.outputs,))
-    g = {name: x + 0.2 * jax.random.normal(keys[1], x.shape) for name, x in family.shared().items()}
-    n = 40_000
-    _, ratio = jax.jit(jax.vmap(lambda key: family.draw(key, q, g)))(jax.random.split(key, n))
-    weights = np.exp(np.asarray(ratio, np.float64))
-    assert abs(weights.mean() - 1) < 4.5 * weights.std() / np.sqrt(n)
-    kls = np.asarray(jax.jit(jax.vmap(lambda key: family.kl(key, q, g)))(jax.random.split(keys[2], n)), float)
-    error = np.hypot(kls.std(), np.std(ratio)) / np.sqrt(n)
-    assert kls.mean() + np.mean(ratio) > -4.5 * error
-    if method not in ("gaussian_bernoulli", "relaxed_top_k"):  # there it is a bound, here the mean itself
-        assert abs(kls.mean() + np.mean(ratio)) < 4.5 * error
-
-
-@pytest.mark.parametrize("method", sorted(set(SAMPLERS) - {"stochastic_times_smooth", "invertible_gaussian"}))
-def test_training_draws_become_exact_as_the_temperature_falls(method):
-    """Every sampler trains on what it is tested on, but for the two whose law is another at any tau."""
-    family, n = small_family(method, 1e-3, "identity"), 20_000
-    q, g = jnp.linspace(-1, 1, family.outputs), family.shared()
-
-    @jax.jit
-    @jax.vmap
-    def both(key):
-        relaxed = METHODS[method].train(family, key, q, g, 1e-3)
-        exact, _ = family.draw(jax.random.fold_in(key, 0), q, g)
-        return family.code(relaxed), family.code(exact)
-
-    relaxed, exact = both(jax.random.split(KEY, n))
-    error = np.hypot(np.std(relaxed, 0), np.std(exact, 0)) / np.sqrt(n)
-    assert (np.abs(np.mean(relaxed, 0) - np.mean(exact, 0)) < 4.5 * error + 1e-6).all()
+    epoch, state, history = checkpoints.restore(experiment.state)
+    assert epoch == 2 and len(history) == len(metrics["history"]) == 3
+    elbo, weighted = experiment.test_bounds(state[0], experiment.test, 100)
+    np.testing.assert_allclose(metrics["test_negative_elbo"], elbo, rtol=1e-5)
+    np.testing.assert_allclose(metrics["test_negative_bound_100_samples"], weighted, rtol=1e-5)
+    bound, _ = experiment.test_bounds(state[0], experiment.test, 1)
+    np.testing.assert_allclose(metrics["history"][-1]["test"], bound, rtol=1e-5)
 
 
 def start(out, images, *extra):
