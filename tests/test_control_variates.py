@@ -30,8 +30,9 @@ def test_how_much_rebar_helps_is_its_loss_where_the_bit_turns(loss):
         assert 4.5 * slopes.std() / len(slopes) ** 0.5 < 0.01  # of line it is -0.031
 
 
-def test_the_example_shows_who_converges(tmp_path):
+def test_the_example_shows_who_converges(tmp_path, monkeypatch):
     """Variance decides: the two whose variate fits are at the bit's 0, the others all over the place."""
+    monkeypatch.setattr(toy, "DRAWS", 100)
     toy.main(["--steps", "4000", "--seeds", "8", "--out", str(tmp_path)], standalone_mode=False)
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert set(results) == set(toy.METHODS)
