@@ -270,7 +270,8 @@ def test_under_jit_vmap_scan_and_checkpoint(name):
     # the families are pytrees
     q = es.Bernoulli(jnp.asarray(BITS))
     passed = jax.jit(lambda q, key: ESTIMATORS[name](key, interacting(0.7, 1), q))(q, KEY)
-    np.testing.assert_allclose(passed, ESTIMATORS[name](KEY, interacting(0.7, 1), q), rtol=1e-5)
+    # f is 1 + tanh: one unit in the last place of 1 is all that its smallest values are sure of
+    np.testing.assert_allclose(passed, ESTIMATORS[name](KEY, interacting(0.7, 1), q), rtol=1e-5, atol=5e-7)
 
 
 def test_f_may_be_a_module_of_flax():
