@@ -89,6 +89,15 @@ def require_classes(logits, at_least=1):
     require_values("logits", logits, need, lambda x: (x == -np.inf).sum(-1) <= x.shape[-1] - at_least)
 
 
+def subset_args(logits, k):
+    """k, logits of which at least k are possible, widened, and the dtype of a result."""
+    require_event("logits", logits)
+    k = as_static_int("k", k, 1, jnp.shape(logits)[-1])
+    require_classes(logits, at_least=k)
+    dtype, logits = widen(logits=logits)
+    return k, logits, dtype
+
+
 def require_square(name, x, size):
     """Matrices of shape (..., size, size)."""
     shape = jnp.shape(x)

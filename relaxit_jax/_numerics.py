@@ -71,6 +71,11 @@ def largest(x):
     return index == jnp.min(jnp.where(at_top, index, x.shape[-1]), -1, keepdims=True)
 
 
+def k_hot(indices, like):
+    """Ones at these indices of the last axis, and zeros."""
+    return jnp.put_along_axis(jnp.zeros_like(like), indices, 1, axis=-1, inplace=False)
+
+
 def one_hot_draw(key, probs, shape):
     """Which class was drawn, as booleans of shape (*shape, K).
 

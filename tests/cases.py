@@ -27,7 +27,7 @@ class Case:
     sampler: Callable
     params: dict  # argument name -> value, batch shape (2,) where an array
     event: tuple = ()  # event shape of a draw
-    support: str = "unit"  # unit, simplex, decoupled, gate, bits, atoms, k_hot, order, number
+    support: str = "unit"  # unit, simplex, decoupled, gate, bits, atoms, k_hot, order, number, doubly
     log_prob: Callable | None = None
     sample_options: dict = dataclasses.field(default_factory=dict)  # static, of the sampler alone
     log_space: bool = False
@@ -104,6 +104,7 @@ GAUSSIANS = {
 }  # fmt: skip
 CLASSES = f32([0.5, -1.0, 1.2], [0.0, 2.0, -0.5])
 ITEMS = f32([0.5, -1.0, 1.2, 0.1], [0.0, 2.0, -0.5, 0.7])
+PLACES = f32([[0.5, -1.0, 1.2], [0.1, 0.8, -0.3], [0, 0.4, 0.6]], [[0, 2.0, -0.5], [0.7, 0, 1], [-1, 0.3, 0]])
 TAU = np.float32(0.7)
 HALVES = f32([[1, 0], [0.6, 0.8]], [[1, 0], [-0.8, 0.6]])  # correlations 0.6 and -0.8
 FACTORS = f32([[0.9, 0, 0], [0.4, 0.7, 0], [-0.3, 0.2, 0.5]], [[1, 0, 0], [-1, 1.2, 0], [0, 0.3, 0.6]])
@@ -146,6 +147,12 @@ def subsets(logits, k, **_):
     sets = list(map(frozenset, itertools.combinations(range(len(logits)), k)))
     law = orders(logits, k)
     return np.array([sum(law[i] for i, name in enumerate(names) if name == s) for s in sets])
+
+
+def bits_given_their_sum(logits, k, **_):
+    """Independent bits of these log-odds, given that k are ones, by enumeration."""
+    sums = [logits[list(s)].astype(float).sum() for s in itertools.combinations(range(len(logits)), k)]
+    return sp.softmax(sums)
 
 
 def which_order(draws, n=4, k=2):
@@ -224,6 +231,11 @@ COUNT = Case(
     {"logits": CLASSES, "values": f32([0.0, 1.0, 3.0], [0.0, 1.0, 3.0]), "tau": TAU}, (), "number",
     discrete=categorical, nearest=which_value,
     distribution=rd.GeneralizedGumbelSoftmax,
+)  # fmt: skip
+
+MATCHING = Case(
+    "gumbel_sinkhorn", rj.gumbel_sinkhorn, {"logits": PLACES, "tau": TAU, "num_iters": 50}, (3, 3), "doubly",
+    distribution=rd.GumbelSinkhorn,
 )  # fmt: skip
 
 CASES = [
@@ -362,6 +374,17 @@ CASES = [
         "relaxed_top_k_hard", rj.relaxed_top_k, {"logits": ITEMS, "k": 2, "tau": TAU}, (4,), "k_hot",
         sample_options={"hard": True}, discrete=subsets, outcome=which_set,
         distribution=rd.GumbelSoftmaxTopK,
+    ),
+    Case(
+        "simple_top_k", rj.simple_top_k, {"logits": ITEMS, "k": 2}, (4,), "k_hot",
+        log_prob=rj.simple_top_k_log_prob, discrete=bits_given_their_sum, outcome=which_set,
+        soft=lambda key, logits, k, shape:
+            jnp.broadcast_to(rj.simple_top_k_marginals(logits, k), (*shape, logits.shape[-1])),
+        distribution=rd.SimpleTopK,
+    ),
+    MATCHING,
+    dataclasses.replace(
+        MATCHING, name="gumbel_sinkhorn_hard", support="permutation", sample_options={"hard": True},
     ),
 ]  # fmt: skip
 

@@ -25,14 +25,15 @@ DISCRETE = {
 }  # fmt: skip
 # a sum over atoms, and an integral of a Gaussian between them
 MOMENTS = DISCRETE | {rd.StochasticTimesSmooth, rd.GaussianRelaxedBernoulli, rd.GeneralizedGumbelSoftmax}
+MOMENTS |= {rd.SimpleTopK}
 
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def has_law(case):
-    """Soft numbers and soft subsets have no density in closed form."""
-    return case.support not in ("number", "k_hot_soft")
+    """Soft numbers, soft subsets and permutations have no density in closed form."""
+    return case.support not in ("number", "k_hot_soft", "doubly", "permutation")
 
 
 def has_moments(case):
@@ -326,14 +327,14 @@ def test_mean_and_variance(case):
 
 @rows()
 def test_entropy(case):
-    if case.distribution not in DISCRETE:
+    if case.distribution not in DISCRETE | {rd.SimpleTopK}:
         with pytest.raises(NotImplementedError):
             case.build().entropy()
         return
     _, law = outcomes(case)
     np.testing.assert_allclose(case.build().entropy(), -(law * np.log(law)).sum(0), rtol=1e-5)
     certain = np.full_like(case.params["logits"], -np.inf)
-    certain[..., :1] = 0 if case.event else -np.inf
+    certain[..., : case.params.get("k", 1)] = 0 if case.event else -np.inf
     d = case.build(logits=certain)
     assert (d.entropy() == 0).all()
     assert jnp.isfinite(jax.grad(lambda x: case.build(logits=x).entropy().sum())(jnp.asarray(certain))).all()

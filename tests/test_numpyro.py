@@ -215,7 +215,7 @@ def test_probs_are_logits(case):
         logits.flat[:2] = [-np.inf, np.inf]
         probs = sp.expit(logits)
     else:
-        logits[0, 0] = -np.inf
+        logits[(0,) * logits.ndim] = -np.inf
         logits = sp.log_softmax(logits, -1)
         probs = sp.softmax(logits, -1)
     rest = {n: x for n, x in case.params.items() if n != "logits"}

@@ -33,7 +33,7 @@ as_users = pytest.mark.usefixtures("as_users_compile")
 
 def cast(case, dtype):
     """The row with its parameters, but not its temperatures, in another dtype."""
-    kept = {*case.temperatures, "k", "num_samples", "delta", "gap"}
+    kept = {*case.temperatures, "k", "num_samples", "num_iters", "delta", "gap"}
     params = {n: x if n in kept else jnp.asarray(x, dtype) for n, x in case.params.items()}
     return dataclasses.replace(case, params=params)
 
@@ -89,9 +89,11 @@ def test_support(case):
     assert z.min() >= 0
     if case.support in ("simplex", "k_hot", "k_hot_soft"):
         np.testing.assert_allclose(z.sum(-1), case.params.get("k", 1), rtol=2e-6)
+    if case.support in ("doubly", "permutation"):
+        np.testing.assert_allclose([z.sum(-1), z.sum(-2)], 1, atol=1e-4)
     if case.support in ("unit", "gate"):
         assert z.max() <= 1 and ((z > 0) & (z < 1)).mean() > 0.2
-    if case.support in ("bits", "k_hot"):
+    if case.support in ("bits", "k_hot", "permutation"):
         assert set(np.unique(z)) == {0, 1}  # exactly, not 0.99999994
 
 
@@ -161,7 +163,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(case):
 @rows(
     cases(
         is_differentiable,
-        lambda case: case.support in ("unit", "simplex", "gate", "order", "k_hot_soft", "number"),
+        lambda case: case.support in ("unit", "simplex", "gate", "order", "k_hot_soft", "number", "doubly"),
     )
 )
 def test_gradient_is_the_derivative_of_the_draw(case):
@@ -333,6 +335,7 @@ BAD = [
     ("k", 1.5, r"k must be an integer in \[1, 4\]"),
     ("num_samples", 0, r"num_samples must be an integer in \[1, "),
     ("num_samples", 1.5, r"num_samples must be an integer in \[1, "),
+    ("num_iters", 0, r"num_iters must be an integer in \[1, "),
     ("tau_forward", 0.0, "tau_forward must be positive"),
     ("tau_backward", -1.0, "tau_backward must be positive"),
     ("gap", 0.0, "gap must be positive"),

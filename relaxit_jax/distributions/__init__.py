@@ -16,6 +16,7 @@ from relaxit_jax.distributions._categorical import GumbelSoftmax, InvertibleGaus
 from relaxit_jax.distributions._count import GeneralizedGumbelSoftmax
 from relaxit_jax.distributions._gate import GaussianRelaxedBernoulli, HardConcrete
 from relaxit_jax.distributions._logistic_normal import LogisticNormalSoftmax, to_dirichlet, to_logistic_normal
+from relaxit_jax.distributions._permutation import GumbelSinkhorn
 from relaxit_jax.distributions._straight_through import (
     DecoupledStraightThroughGumbelSoftmax,
     GappedStraightThrough,
@@ -27,7 +28,7 @@ from relaxit_jax.distributions._straight_through import (
     StraightThroughCategorical,
     StraightThroughGumbelSoftmax,
 )
-from relaxit_jax.distributions._subset import GumbelSoftmaxTopK
+from relaxit_jax.distributions._subset import GumbelSoftmaxTopK, SimpleTopK
 
 __all__ = [
     "CorrelatedRelaxedBernoulli",
@@ -36,6 +37,7 @@ __all__ = [
     "GaussianRelaxedBernoulli",
     "GeneralizedGumbelSoftmax",
     "GumbelRao",
+    "GumbelSinkhorn",
     "GumbelSoftmax",
     "GumbelSoftmaxTopK",
     "HardConcrete",
@@ -47,6 +49,7 @@ __all__ = [
     "RelaxedBernoulli",
     "RelaxedOneHotCategorical",
     "RelaxedOneHotCategoricalStraightThrough",
+    "SimpleTopK",
     "StochasticTimesSmooth",
     "StraightThroughBernoulli",
     "StraightThroughCategorical",

@@ -33,6 +33,8 @@ from relaxit_jax.samplers._gate import (
     hard_concrete_l0,
     hard_concrete_log_prob,
 )
+from relaxit_jax.samplers._permutation import gumbel_sinkhorn
+from relaxit_jax.samplers._simple import simple_top_k, simple_top_k_log_prob, simple_top_k_marginals
 from relaxit_jax.samplers._straight_through import (
     decoupled_gumbel_softmax,
     gapped_straight_through,
@@ -42,7 +44,12 @@ from relaxit_jax.samplers._straight_through import (
     straight_through_categorical,
     straight_through_categorical_log_prob,
 )
-from relaxit_jax.samplers._subset import gumbel_top_k, gumbel_top_k_log_prob, relaxed_top_k
+from relaxit_jax.samplers._subset import (
+    gumbel_top_k,
+    gumbel_top_k_log_prob,
+    relaxed_top_k,
+    stochastic_beam_search,
+)
 
 __all__ = [
     "binomial_support",
@@ -55,6 +62,7 @@ __all__ = [
     "generalized_gumbel_softmax",
     "geometric_support",
     "gumbel_rao",
+    "gumbel_sinkhorn",
     "gumbel_softmax",
     "gumbel_softmax_log_prob",
     "gumbel_top_k",
@@ -74,6 +82,10 @@ __all__ = [
     "relaxed_bernoulli",
     "relaxed_bernoulli_log_prob",
     "relaxed_top_k",
+    "simple_top_k",
+    "simple_top_k_log_prob",
+    "simple_top_k_marginals",
+    "stochastic_beam_search",
     "stochastic_times_smooth",
     "stochastic_times_smooth_log_prob",
     "straight_through_bernoulli",

@@ -1,0 +1,167 @@
+"""Permutations: doubly stochastic matrices, and the permutation matrices nearest to them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
+
+
+def gumbel_sinkhorn(key, logits, tau, num_iters=100, *, shape=None, hard=False):
+    """A relaxed permutation matrix: Gumbel-Sinkhorn.
+
+    ``Z = S((X + G) / tau)``, X the logits and ``S(A)`` the matrix ``exp(A_ij + u_i + v_j)`` whose
+    rows and columns sum to 1, the limit of normalising rows and columns in turn (Sinkhorn). It tends
+    to the permutation P with the largest ``sum_ij P_ij (X + G)_ij`` as tau falls.
+
+    At a low temperature that turn-taking needs tens of thousands of rounds. The same v is found by
+    some twenty steps of Newton's method on the convex dual
+    ``sum_i LSE_j(A_ij + v_j) - sum_j v_j``, damped, and first at higher temperatures. The gradient is
+    that of the limit, by the implicit function theorem, whatever the number of steps.
+
+    Args:
+      key: a JAX random key.
+      logits: X, weights of row i to go to column j, shape (..., n, n); -inf is impossible.
+      tau: temperature, positive, of the batch shape (no axes for n).
+      num_iters: steps of Newton's method, at most. They end when the columns sum to 1 within 2e-5
+        (float64: 1e-10), and if they are used up, the columns sum to what was reached.
+      shape: batch shape of the result; default: that of the broadcast parameters.
+      hard: return the permutation matrix that is best for the same noise, by the Hungarian algorithm
+        of Optax, with the gradient of Z.
+
+    Returns:
+      Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1. NaN where
+      no permutation is possible and a trace hid it. Memory is that of a few such matrices, also in
+      the backward pass, whatever ``num_iters``; time is O(n^3) a step.
+
+    Raises:
+      ValueError: for a ``tau`` that is not positive, a ``num_iters`` that is not a positive integer,
+        logits that are not square matrices of floating point or leave no permutation possible, or a
+        ``shape`` the parameters do not broadcast to.
+
+    References:
+      G. Mena, D. Belanger, S. Linderman, J. Snoek (2018), Learning Latent Permutations with
+      Gumbel-Sinkhorn Networks, arXiv:1802.08665; C. Brauer, C. Clason, D. Lorenz, B. Wirth (2017),
+      A Sinkhorn-Newton method for entropic optimal transport, arXiv:1710.06635.
+
+    >>> z = gumbel_sinkhorn(jax.random.key(0), jnp.zeros((3, 3)), 0.1)
+    >>> z.sum(-1).round(4), z.sum(-2).round(4)
+    (Array([1., 1., 1.], dtype=float32), Array([1., 1., 1.], dtype=float32))
+    """
+    ck.check_key(key)
+    num_iters = ck.as_static_int("num_iters", num_iters, 1, 1_000_000)
+    ck.require_classes(logits)
+    n = jnp.shape(logits)[-1]
+    ck.require_square("logits", logits, n)
+    ck.require_values("logits", logits, "such that a permutation is possible", _has_permutation)
+    dtype, logits = ck.widen(logits=logits)
+    tau = ck.as_tau(tau, logits.dtype)
+    shape = ck.batch_shape(shape, logits=logits.shape[:-2], tau=tau.shape)
+    # Newton's method starts from a dual that centres the rows; noise is not rounded off, see nm.centre
+    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, n, n), logits.dtype)
+    z = _sinkhorn(num_iters, nm.over_tau(perturbed, tau[..., None, None]))
+    if not hard:
+        return z.astype(dtype)
+    return nm.straight_through(_best_permutation(jax.lax.stop_gradient(perturbed)), z).astype(dtype)
+
+
+def _has_permutation(logits):
+    """Whether every matrix has a permutation that avoids -inf; SciPy says so by an error."""
+    from scipy.optimize import linear_sum_assignment  # jax's own dependency; not on import
+
+    blocked = np.asarray(logits, np.float64) == -np.inf
+    if not blocked.any():
+        return True
+    for matrix in blocked.reshape(-1, *blocked.shape[-2:]):
+        try:
+            linear_sum_assignment(np.where(matrix, np.inf, 0.0))
+        except ValueError:
+            return False
+    return True
+
+
+def _best_permutation(weights):
+    """The permutation matrix of the largest total weight, NaN where none is possible."""
+    from optax.assignment import hungarian_algorithm  # not on import: it is for this alone
+
+    n = weights.shape[-1]
+
+    def best(weights):
+        possible = weights > -jnp.inf
+        # one forbidden place costs more than all others together can gain, and is still a number
+        worst = jnp.min(jnp.where(possible, weights, 0)) - n * (jnp.ptp(jnp.where(possible, weights, 0)) + 1)
+        rows, columns = hungarian_algorithm(-jnp.where(possible, weights, worst))
+        chosen = jnp.zeros_like(weights).at[rows, columns].set(1)
+        return jnp.where(jnp.any((chosen == 1) & ~possible), jnp.nan, chosen)
+
+    flat = jax.vmap(best)(weights.reshape(-1, n, n))
+    return flat.reshape(weights.shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sinkhorn(num_iters, a):
+    """S(A) of a batch of matrices."""
+    flat = jax.vmap(functools.partial(_scale, num_iters))(a.reshape(-1, *a.shape[-2:]))
+    return flat.reshape(a.shape)
+
+
+@_sinkhorn.defjvp
+def _sinkhorn_jvp(num_iters, primals, tangents):
+    p = _sinkhorn(num_iters, *primals)
+    # dP = P (dA + du + dv), of which du keeps the rows at 1 and dv the columns
+    slope = nm.softmax_tangent(p, tangents[0])
+    dv = _solve_dual(p, -jnp.sum(slope, -2))
+    return p, slope + nm.softmax_tangent(p, dv[..., None, :])
+
+
+def _solve_dual(p, x):
+    """H^-1 x, H = diag(c) - P^T P the Hessian of the dual, as H is where the columns c sum to 1.
+
+    Then its rows sum to 0: a graph's Laplacian, whose diagonal is that of its other entries, however
+    small. The least multiple of the identity makes it definite, where all of P but a permutation has
+    vanished, and there is nothing left to move.
+    """
+    weights = jnp.einsum("...ij,...ik->...jk", p, p, precision="highest")
+    n, eps = p.shape[-1], jnp.finfo(p.dtype).eps
+    weights = jnp.where(jnp.eye(n, dtype=bool), 0, weights)
+    diagonal = jnp.sum(weights, -1) + 10 * eps
+    laplacian = jnp.where(jnp.eye(n, dtype=bool), diagonal[..., None], -weights)
+    return jnp.linalg.solve(laplacian, x[..., None])[..., 0]
+
+
+def _scale(num_iters, a):
+    """S(A) of one matrix.
+
+    Newton's step is damped by log(1 + d) / d, d the range of the step, with which a function as
+    smooth as this one always falls (T. Sun, Q. Tran-Dinh, 2019, Generalized Self-Concordant
+    Functions, arXiv:1703.04599). It begins where all of A is within 10 of its row's largest, and
+    doubles A when the columns are roughly right: each v is nearly right for the next.
+    """
+    possible = a > -jnp.inf
+    spread = jnp.max(jnp.where(possible, jnp.max(a, -1, keepdims=True) - a, 0))
+    close = 2e-5 if a.dtype == jnp.float32 else 1e-10
+
+    def unfinished(state):
+        _, _, done, steps = state
+        return ~done & (steps < num_iters)
+
+    def newton(state):
+        v, scale, _, steps = state
+        p = jax.nn.softmax(scale * (a + v))
+        columns = jnp.sum(p, -2)
+        error = jnp.max(jnp.abs(columns - 1))
+        step = _solve_dual(p, 1 - columns)
+        d = jnp.ptp(step)
+        v = v + step * jnp.where(d > 0, jnp.log1p(d) / jnp.where(d > 0, d, 1), 1) / scale
+        done = (scale == 1) & (error < close)
+        return v - jnp.mean(v), jnp.where(error < 0.3, jnp.minimum(2 * scale, 1), scale), done, steps + 1
+
+    scale = jnp.minimum(10 / jnp.maximum(spread, 1), 1)
+    start = jnp.zeros_like(a[0]), scale, jnp.array(False), 0
+    v, *_ = jax.lax.while_loop(unfinished, newton, start)
+    p = jax.nn.softmax(a + v)
+    lacking = jnp.max(1 - jnp.sum(p, -2)) * p.shape[-1] > 0.5  # by Hall, where no permutation is possible
+    return jnp.where(jnp.all(possible) | ~lacking, p, jnp.nan)

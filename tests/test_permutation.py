@@ -1,0 +1,121 @@
+"""Gumbel-Sinkhorn against its definition, its derivative, and SciPy's assignment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+import relaxit_jax as rj
+from relaxit_jax import _numerics as nm
+from test_samplers import KEY, P_VALUE, chi_square
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+def perturbed(logits, shape=()):
+    """logits + G of the same key, in float64."""
+    logits = jnp.asarray(logits, jnp.float32)
+    noise = nm.gumbel(KEY, (*shape, *logits.shape[-2:]), jnp.float32)
+    return np.asarray(nm.centre(logits) + noise, np.float64)
+
+
+def rounds(a, count):
+    """Rows and columns in turn."""
+
+    def one(a, _):
+        a = a - jax.nn.logsumexp(a, -1, keepdims=True)
+        return a - jax.nn.logsumexp(a, -2, keepdims=True), None
+
+    return jnp.exp(jax.lax.scan(one, a, length=count)[0])
+
+
+@pytest.mark.parametrize(("n", "tau"), [(3, 0.2), (12, 1.0)])
+def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
+    """In value and gradient, those of float32 beside a long unrolled loop in float64."""
+    logits, way = np.random.default_rng(n).normal(size=(2, n, n))
+    weights = jnp.float32(way)
+    total = lambda x: (jnp.sum(weights * (z := rj.gumbel_sinkhorn(KEY, x, tau))), z)
+    slope, z = jax.grad(total, has_aux=True)(jnp.float32(logits))
+    with jax.enable_x64(True):
+        exact = lambda x: (jnp.sum(jnp.asarray(way) * (z := rounds(x / tau, 5000))), z)
+        exact_slope, exact_z = jax.jit(jax.grad(exact, has_aux=True))(jnp.asarray(perturbed(logits)))
+        assert abs(exact_z.sum(-1) - 1).max() < 1e-8
+    np.testing.assert_allclose(z, exact_z, atol=2e-5)
+    np.testing.assert_allclose(slope, exact_slope, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 10, 100])
+def test_rows_and_columns_sum_to_one(n):
+    """Within 1e-4 at tau = 0.05, which normalising in turn reaches after some 10,000 rounds."""
+    scale = np.repeat([0.0, 1.0, 20.0], 3)[:, None, None]
+    logits = jnp.float32(scale * np.random.default_rng(n).normal(size=(9, n, n)))
+    z = jax.jit(rj.gumbel_sinkhorn)(KEY, logits, 0.05)
+    np.testing.assert_allclose([z.sum(-1), z.sum(-2)], 1, atol=1e-4)
+    assert (z >= 0).all()
+
+
+def test_a_hard_draw_is_the_best_assignment():
+    for n, count in ((7, 50), (60, 20)):
+        logits = np.float32(np.random.default_rng(n).normal(size=(count, n, n)))
+        hard = jax.jit(lambda l: rj.gumbel_sinkhorn(KEY, l, 0.5, hard=True))(logits)
+        for chosen, weights in zip(np.asarray(hard), perturbed(logits, (count,)), strict=True):
+            np.testing.assert_array_equal(chosen[linear_sum_assignment(weights, maximize=True)], 1)
+            assert chosen.sum() == n
+
+
+@pytest.mark.parametrize(("hard", "tau"), [(True, 0.5), (False, 1e-3)])
+def test_two_places_have_the_law_of_the_sum_of_two_logistics(hard, tau):
+    """They stay if d + L + L' > 0: F(d) = e^d (e^d - 1 - d) / (e^d - 1)^2."""
+    d, n = 1.3, 100_000
+    keep = np.exp(d) * (np.exp(d) - 1 - d) / (np.exp(d) - 1) ** 2
+    draw = jax.jit(
+        lambda key: rj.gumbel_sinkhorn(key, jnp.array([[d, 0], [0, 0.0]]), tau, shape=(n,), hard=hard)
+    )
+    stays = np.asarray(draw(KEY)[:, 0, 0] > 0.5).astype(int)
+    assert chi_square(stays, np.array([1 - keep, keep])) > P_VALUE
+
+
+def test_gradient_is_that_of_the_limit():
+    """By differences in float64, in the logits and in tau, also where rounds would take too long."""
+    rng = np.random.default_rng(3)
+    x, across, way = rng.normal(size=(3, 5, 5))
+
+    def total(scale, tau, way):
+        return jnp.sum(way * rj.gumbel_sinkhorn(KEY, scale, tau))
+
+    compiled = jax.jit(jax.value_and_grad(total, (0, 1)))
+    for tau, scale in ((1.0, 1.0), (0.3, 2.0), (0.05, 3.0)):
+        with jax.enable_x64(True):
+            logits, weights = jnp.asarray(scale * x), jnp.asarray(way)
+            slope, slope_of_tau = compiled(logits, tau, weights)[1]
+            ends = [compiled(logits + h * across, tau, weights)[0] for h in (1e-5, -1e-5)]
+            difference = (ends[0] - ends[1]) / 2e-5
+            np.testing.assert_allclose(difference, np.sum(slope * across), rtol=1e-5, atol=1e-8)
+            ends = [compiled(logits, tau + h, weights)[0] for h in (1e-6, -1e-6)]
+            np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope_of_tau, rtol=1e-5, atol=1e-7)
+
+
+def test_memory_does_not_grow_with_the_steps():
+    logits = jnp.zeros((8, 30, 30))
+    sizes = []
+    for num_iters in (20, 2000):
+        loss = jax.jit(jax.grad(lambda l, m=num_iters: jnp.sum(rj.gumbel_sinkhorn(KEY, l, 0.1, m) ** 2)))
+        sizes.append(loss.lower(logits).compile().memory_analysis().temp_size_in_bytes)
+    assert sizes[0] == sizes[1] < 12 * logits.nbytes
+
+
+def test_impossible_places():
+    """A triangle leaves one permutation; what leaves none is an error, or NaN where a trace hides it."""
+    logits = jnp.where(jnp.tril(jnp.ones((4, 4))) > 0, 0.3, -jnp.inf)
+    for hard in (False, True):
+        draw = jax.jit(lambda l, hard=hard: rj.gumbel_sinkhorn(KEY, l, 0.5, hard=hard))
+        np.testing.assert_allclose(draw(logits), np.eye(4), atol=1e-4)
+        slope = jax.grad(lambda l, draw=draw: jnp.sum(jnp.cos(draw(l))))(logits.at[0, 1].set(1.0))
+        assert jnp.isfinite(slope).all() and (slope[jnp.isinf(logits)][1:] == 0).all()
+        none = logits.at[1, 1].set(-jnp.inf)
+        with pytest.raises(ValueError, match="logits must be such that a permutation is possible"):
+            rj.gumbel_sinkhorn(KEY, none, 0.5, hard=hard)
+        assert jnp.isnan(draw(none)).all()
+    with pytest.raises(ValueError, match=r"logits must be of shape \(..., 3, 3\)"):
+        rj.gumbel_sinkhorn(KEY, jnp.zeros((2, 3)), 0.5)

@@ -1,0 +1,172 @@
+"""SIMPLE: its draws, marginals and gradient against all subsets written out, and at large sizes."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special as sp
+from numpyro.distributions import kl_divergence
+
+import relaxit_jax as rj
+from cases import ITEMS
+from relaxit_jax import distributions as rd
+from test_samplers import KEY, P_VALUE, chi_square
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+LOGITS = np.array([0.5, -1.0, 1.2, 0.1, -2.5, 3.0])
+
+
+def written_out(logits, k):
+    """All k-hot vectors and their probabilities."""
+    hot = np.array(
+        [np.isin(np.arange(len(logits)), s) for s in itertools.combinations(range(len(logits)), k)]
+    )
+    return hot.astype(float), sp.softmax(np.where(hot, logits, 0).sum(-1))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_marginals_and_their_derivative(k):
+    """The derivative of E z is the covariance of z; that of the marginals of a draw is the same."""
+    hot, law = written_out(LOGITS, k)
+    mean = law @ hot
+    covariance = (hot * law[:, None]).T @ hot - np.outer(mean, mean)
+
+    @jax.jit
+    def compiled(logits):
+        marginals = rj.simple_top_k_marginals(logits, k)
+        draw = lambda logits: rj.simple_top_k(KEY, logits, k)
+        forward = jax.jacfwd(rj.simple_top_k_marginals)(logits, k)
+        law = rj.simple_top_k_log_prob(jnp.asarray(hot), logits, k)
+        return marginals, jax.jacrev(draw)(logits), forward, law
+
+    marginals, backward, forward, log_law = compiled(jnp.float32(LOGITS))
+    np.testing.assert_allclose(marginals, mean, rtol=2e-6)
+    np.testing.assert_allclose(backward, covariance, atol=2e-7)
+    np.testing.assert_allclose(forward, covariance, atol=2e-7)
+    np.testing.assert_allclose(np.exp(log_law), law, rtol=2e-6)
+
+
+def test_backward_is_the_difference_of_marginals_in_float64():
+    with jax.enable_x64(True):
+        weights, way = jnp.cos(jnp.arange(30.0)), jnp.sin(1 + jnp.arange(30.0))
+        logits = jnp.asarray(3 * np.random.default_rng(0).normal(size=30))
+        total = jax.jit(lambda logits: jnp.sum(weights * rj.simple_top_k_marginals(logits, 7)))
+        slope = jax.jit(jax.grad(lambda l: jnp.sum(weights * rj.simple_top_k(KEY, l, 7))))(logits)
+        ends = [total(logits + step * way) for step in (1e-6, -1e-6)]
+        np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, jnp.sum(slope * way), rtol=1e-8)
+
+
+def test_draws_have_the_law_of_every_subset():
+    for k in (2, 4):
+        hot, law = written_out(LOGITS, k)
+        draws = np.asarray(
+            jax.jit(lambda key, k=k: rj.simple_top_k(key, jnp.float32(LOGITS), k, shape=(200_000,)))(KEY)
+        )
+        powers = 2.0 ** np.arange(6)
+        order = np.argsort(hot @ powers)
+        assert chi_square(np.searchsorted((hot @ powers)[order], draws @ powers), law[order]) > P_VALUE
+
+
+def test_hessian_of_the_log_probability_is_minus_the_covariance():
+    hot, law = written_out(LOGITS, 3)
+    mean = law @ hot
+    covariance = (hot * law[:, None]).T @ hot - np.outer(mean, mean)
+    value = jnp.float32(hot[4])
+    log_prob = lambda logits: rj.simple_top_k_log_prob(value, logits, 3)
+    slope, hessian = jax.jit(lambda l: (jax.grad(log_prob)(l), jax.hessian(log_prob)(l)))(jnp.float32(LOGITS))
+    np.testing.assert_allclose(slope, hot[4] - mean, atol=5e-7)
+    np.testing.assert_allclose(hessian, -covariance, atol=5e-7)
+
+
+def spread(n):
+    """Logits within +-1e4: even; on two levels; fewer on the upper level than k; more."""
+    rng = np.random.default_rng(n)
+    near = rng.normal(size=n)
+    return np.float32(
+        [
+            rng.uniform(-1e4, 1e4, n),
+            1e4 * np.sign(rng.normal(size=n)) + near,
+            np.where(np.arange(n) < n // 20, 1e4, -1e4) + near,
+            np.where(np.arange(n) < n // 5, 1e4, -1e4) + near,
+        ]
+    )
+
+
+def test_large_problems_are_right_in_float32_and_small_in_memory():
+    """n = 5,000, k = 500, logits of +-1e4: draws, marginals and gradient are those of float64."""
+    n, k = 5000, 500
+    weights = np.cos(np.arange(n))
+
+    def total(logits):
+        return jnp.sum(weights * rj.simple_top_k_marginals(logits, k).astype(logits.dtype))
+
+    draw = jax.jit(jax.grad(lambda logits: jnp.sum(jnp.float32(weights) * rj.simple_top_k(KEY, logits, k))))
+    logits = jnp.asarray(spread(n))
+    memory = draw.lower(logits[0]).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 12 * 4 * n * (k + 1)  # a tenth of a GiB
+    draws = jax.jit(lambda logits: rj.simple_top_k(KEY, logits, k))(logits)
+    assert (draws.sum(-1) == k).all() and ((draws == 0) | (draws == 1)).all()
+    # all at the level above what the k-th has are chosen, none below
+    assert (draws[2, : n // 20] == 1).all() and (draws[3, n // 5 :] == 0).all()
+    slopes = [np.asarray(draw(row)) for row in logits]
+    assert np.isfinite(slopes).all()
+    with jax.enable_x64(True):
+        exact = jax.jit(jax.grad(total))
+        for slope, row in zip(slopes, spread(n), strict=True):
+            np.testing.assert_allclose(slope, exact(jnp.asarray(row, jnp.float64)), atol=2e-6)
+
+
+def test_a_shape_does_not_multiply_the_table():
+    """Draws share the table of ratios of their logits, as its size says."""
+    n, k, draws = 200, 50, 500
+    sample = jax.jit(lambda logits: rj.simple_top_k(KEY, logits, k, shape=(draws,)))
+    memory = sample.lower(jnp.zeros(n)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 4 * n * (k + draws)
+
+
+def test_what_cannot_be_drawn():
+    logits = jnp.array([0.0, 1.0, -jnp.inf, 2.0])
+    marginals = rj.simple_top_k_marginals(logits, 2)
+    without = rj.simple_top_k_marginals(logits[jnp.array([0, 1, 3])], 2)
+    np.testing.assert_allclose(marginals, np.insert(without, 2, 0), rtol=1e-6)
+    values = jnp.array([[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 0, 1], [0.5, 0.5, 0, 1], [1, 1, 0, 0]])
+    law = jax.jit(lambda logits: rj.simple_top_k_log_prob(values, logits, 2))
+    assert (law(logits)[:4] == -jnp.inf).all()
+    np.testing.assert_allclose(jnp.exp(law(logits)[4]), 1 / (1 + np.exp(1) + np.exp(2)), rtol=1e-6)
+    slope = jax.jacobian(law)(logits)
+    assert jnp.isfinite(slope).all() and (slope[:4] == 0).all() and (slope[:, 2] == 0).all()
+    np.testing.assert_array_equal(rj.simple_top_k(KEY, logits, 3), [1, 1, 0, 1])
+    with pytest.raises(ValueError, match="logits must be above -inf for at least 4"):
+        rj.simple_top_k(KEY, logits, 4)
+    too_few = jax.jit(
+        lambda l: (
+            rj.simple_top_k(KEY, l, 4),
+            rj.simple_top_k_marginals(l, 4),
+            rj.simple_top_k_log_prob(jnp.ones(4), l, 4),
+        )
+    )
+    assert all(jnp.isnan(x).all() for x in too_few(logits))
+
+
+def test_kl_is_the_sum_over_all_subsets():
+    """In the value and in both gradients; inf where p draws what q cannot."""
+    p, q = ITEMS
+
+    def by_enumeration(p, q):
+        hot, _ = written_out(ITEMS[0], 2)
+        log_p, log_q = (jax.nn.log_softmax(hot @ l) for l in (p, q))
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
+
+    kl = lambda p, q: kl_divergence(rd.SimpleTopK(p, 2), rd.SimpleTopK(q, 2))
+    with jax.enable_x64(True):
+        wide = jnp.asarray(p, jnp.float64), jnp.asarray(q, jnp.float64)
+        both = [jax.jit(jax.value_and_grad(f, (0, 1)))(*wide) for f in (kl, by_enumeration)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *both)
+    np.testing.assert_allclose(kl(jnp.asarray(p), jnp.asarray(q)), both[1][0], rtol=1e-5)
+    assert kl(jnp.asarray(p), jnp.array([0.0, -jnp.inf, 0.0, 0.0])) == jnp.inf
+    assert jnp.isfinite(kl(jnp.array([0.0, -jnp.inf, 0.0, 0.0]), jnp.asarray(p)))
+    other = kl_divergence(rd.SimpleTopK(p, 2), rd.SimpleTopK(q, 3))
+    assert other == jnp.inf
