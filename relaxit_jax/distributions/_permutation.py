@@ -24,8 +24,9 @@ class GumbelSinkhorn(base.SamplerDistribution):
       validate_args: as in NumPyro.
 
     Raises:
-      ValueError: for both or neither of ``logits`` and ``probs``, for ``logits`` that are not square matrices, a ``num_iters`` that is not a positive
-        integer or, if validated, a ``tau`` that is not positive.
+      ValueError: for both or neither of ``logits`` and ``probs``, for ``logits`` that are not square
+        matrices, a ``num_iters`` that is not a positive integer or, if validated, a ``tau`` that is
+        not positive.
       NotImplementedError: for `log_prob`.
 
     References:
