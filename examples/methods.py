@@ -16,6 +16,7 @@ from latents import (
     BinomialCounts,
     Bits,
     Categories,
+    ConditionalBits,
     CorrelatedBits,
     Counts,
     GaussianGates,
@@ -170,6 +171,10 @@ METHODS = {
     "relaxed_top_k": Sampler(
         "relaxed subsets of k elements", Subset,
         lambda family, key, q, g, tau: rj.relaxed_top_k(key, q, family.k, tau), (1.0, 0.5),
+    ),
+    "simple_top_k": Sampler(
+        "exact subsets of k elements, gradient of their mean", ConditionalBits,
+        lambda family, key, q, g, tau: rj.simple_top_k(key, q, family.k),
     ),
     "poisson": Sampler("relaxed Poisson counts", Counts, counts, (0.5, 0.3)),
     "geometric": Sampler("relaxed geometric counts", GeometricCounts, counts, (0.5, 0.2)),

@@ -305,7 +305,7 @@ count = click.IntRange(min=1)
 @click.option("--variables", type=count, default=20, help="Number of categorical latents.")
 @click.option("--classes", type=click.IntRange(min=2), default=10, help="Classes of each categorical latent.")
 @click.option(
-    "--subset-size", type=count, show_default=False, help="k of relaxed_top_k.  [default: half of --latents]"
+    "--subset-size", type=count, show_default=False, help="k of subsets.  [default: half of --latents]"
 )
 @click.option("--largest-mean", type=click.FloatRange(0.1, 100), default=8.0, help="Of each count.")
 @click.option(

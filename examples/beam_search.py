@@ -1,0 +1,286 @@
+"""Expectations under a character model, from words drawn without replacement by stochastic beam search.
+
+A small recurrent network learns the words of a text, letter by letter. What is the mean length of the
+words it makes, and their entropy? k draws answer with an error that falls as 1 / sqrt(k), and they
+repeat themselves: the likeliest words come again and again. `relaxit_jax.stochastic_beam_search` draws k
+different words in one pass of the network; each word's weight is its probability over that of being
+drawn, as W. Kool, H. van Hoof, M. Welling (2019), Stochastic Beams and Where to Find Them,
+arXiv:1903.06059, have it, and the more of the probability the k words hold, the faster the error falls.
+
+    python examples/beam_search.py
+
+The text is Python's own documentation of its topics, which comes with every Python (another with
+--text); the network spends 1.16 nats a letter on words that it has not seen, where the letters' frequencies
+alone take 2.84. 200 words without replacement hold half of the probability, of 200 with it 63 are repeats.
+The root mean squared error over 500 runs, by k:
+
+                      letters in a word (4.81)              entropy, nats (7.05)
+        k       with   without   normalised           with   without   normalised
+        8        .95      2.34         1.05           1.38      3.38         1.40
+       32        .49       .93          .45            .68      1.34          .60
+      200       .185      .266         .118           .249      .402         .180
+
+Drawing with replacement has sd / sqrt(k), the classical answer. The normalised estimate is the better one
+from a few words on, by a third at 200, where it does with k = 200 what takes 500 draws with replacement;
+the weighted sum alone, which is unbiased, does not pay at this entropy.
+"""
+
+import pathlib
+import re
+
+import click
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import relaxit_jax as rj
+from common import UserError, out_option, output_folder, run, save_figure, versions, write_json
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+END = 0  # before the first letter and after the last; the letters are 1 to 26
+CHUNK = 50  # steps of training, or searches, in one compiled call
+
+
+# --- the text ----------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """All words of a text in lower case, in their order."""
+    if path is None:
+        from pydoc_data import topics
+
+        text = " ".join(topics.topics[name] for name in sorted(topics.topics))
+    else:
+        try:
+            text = pathlib.Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path} ({error}); give a text file in UTF-8 with --text") from error
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def encode(words, length):
+    """Words of at most so many letters as rows of tokens, filled up with END."""
+    kept = [word for word in words if len(word) <= length]
+    if len(kept) < 100:
+        raise UserError(f"the text has {len(kept)} words of up to {length} letters; give one of 100 or more")
+    rows = np.full((len(kept), length), END, np.int32)
+    for row, word in zip(rows, kept, strict=True):
+        row[: len(word)] = [1 + LETTERS.index(letter) for letter in word]
+    return rows
+
+
+def decode(tokens):
+    return "".join(LETTERS[token - 1] for token in tokens if token != END)
+
+
+# --- the model ---------------------------------------------------------------------------------
+
+
+class Model(nnx.Module):
+    """The next letter by the last one and the state of a GRU."""
+
+    def __init__(self, units, key):
+        rngs = nnx.Rngs(key)
+        self.letters = nnx.Embed(len(LETTERS) + 1, units, rngs=rngs)
+        self.cell = nnx.GRUCell(units, units, rngs=rngs)
+        self.read = nnx.Linear(units, len(LETTERS) + 1, rngs=rngs)
+
+    def __call__(self, state, token):
+        state, _ = self.cell(state, self.letters(token))
+        return self.read(state), state
+
+
+def before(tokens):
+    """The token before each, and whether the word still goes on there."""
+    last = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    return last, (last != END) | (jnp.arange(tokens.shape[1]) == 0)
+
+
+def log_probs(model, units, tokens):
+    """Of words, shape (n, length): the sum over their letters and, if there is place, their end."""
+    last, goes_on = before(tokens)
+
+    def step(state, pair):
+        last, token = pair
+        logits, state = model(state, last)
+        return state, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], -1)[:, 0]
+
+    _, law = jax.lax.scan(step, jnp.zeros((len(tokens), units)), (last.T, tokens.T))
+    return jnp.sum(jnp.where(goes_on.T, law, 0), 0)
+
+
+def train(words, units, steps, batch_size, learning_rate, seed):
+    """The model's graph and parameters after Adam on random words of the text."""
+    graph, state = nnx.split(Model(units, seed))
+    chunks = -(-steps // CHUNK)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, chunks * CHUNK))
+
+    def loss(state, batch):
+        return -jnp.mean(log_probs(nnx.merge(graph, state), units, batch))
+
+    def step(carry, key):
+        state, moments = carry
+        batch = words[jax.random.randint(key, (batch_size,), 0, len(words))]
+        updates, moments = optimizer.update(jax.grad(loss)(state, batch), moments)
+        return (optax.apply_updates(state, updates), moments), None
+
+    advance = jax.jit(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, CHUNK))[0])
+    carry = state, optimizer.init(state)
+    for key in tqdm(jax.random.split(jax.random.key(seed), chunks), "training", leave=False):
+        carry = advance(carry, key)
+    return graph, carry[0]
+
+
+# --- draws and estimates -----------------------------------------------------------------------
+
+
+def searches(model, units, keys, k, length):
+    """For each key k words without replacement: tokens, log-probabilities, perturbed ones."""
+    start = jnp.zeros(units)
+    search = lambda key: rj.stochastic_beam_search(key, model, start, k, length, end=END)
+    return jax.vmap(search)(keys)
+
+
+def in_chunks(draw, key, runs, title):
+    """`draw` of many keys, some at a time."""
+    keys = jax.random.split(key, -(-runs // CHUNK) * CHUNK).reshape(-1, CHUNK)
+    parts = [jax.device_get(draw(some)) for some in tqdm(keys, title, leave=False)]
+    return tuple(np.concatenate(part)[:runs] for part in zip(*parts, strict=True))
+
+
+def estimate_without(f, log_p, perturbed):
+    """E f from words without replacement, of which the last is the threshold: as is, and normalised.
+
+    Given the k-th largest perturbed value g, each of the k - 1 above it was drawn with probability
+    1 - exp(-exp(log p - g)), and p over that is its weight. The weighted sum is unbiased; over the sum of
+    the weights it is not, and mostly nearer.
+    """
+    log_p, f = log_p[..., :-1].astype(float), f[..., :-1]
+    weight = np.exp(log_p) / -np.expm1(-np.exp(log_p - perturbed[..., -1:]))
+    total = np.sum(weight * f, -1)
+    return total, total / np.sum(weight, -1)
+
+
+def questions(tokens, log_p):
+    """What is asked of words: their length, and -log p, whose mean is the entropy."""
+    return {"letters in a word": np.sum(tokens != END, -1), "entropy of a word, nats": -log_p.astype(float)}
+
+
+def compare(draws, with_draws, counts):
+    """Root mean squared errors of the three estimates for each number of words, beside the answer."""
+    tokens, log_p, perturbed = draws
+    asked, asked_with = questions(tokens, log_p), questions(*with_draws[:2])
+    table = {}
+    for name, f in asked_with.items():
+        answer, spread = f.mean(), f.std()
+        rmse = lambda estimates, answer=answer: np.sqrt(np.mean((estimates - answer) ** 2, -1)).tolist()
+        without = [estimate_without(asked[name][:, :k], log_p[:, :k], perturbed[:, :k]) for k in counts]
+        table[name] = {
+            "answer": answer,
+            "standard_error_of_the_answer": spread / np.sqrt(f.size),
+            "k": list(counts),
+            "with replacement": rmse(np.array([f[:, :k].mean(-1) for k in counts])),
+            "with replacement, by theory": (spread / np.sqrt(counts)).tolist(),
+            "without": rmse(np.array([total for total, _ in without])),
+            "without, normalised": rmse(np.array([ratio for _, ratio in without])),
+        }
+    return table
+
+
+def draw(table, path):
+    figure, axes = plt.subplots(1, len(table), figsize=(10, 4), layout="constrained")
+    for axis, (name, rows) in zip(axes, table.items(), strict=True):
+        axis.plot(rows["k"], rows["with replacement, by theory"], color="0.6", ls="--", label="sd / sqrt(k)")
+        for kind, colour in (("with replacement", "C7"), ("without", "C1"), ("without, normalised", "C0")):
+            axis.plot(rows["k"], rows[kind], "o-", ms=4, color=colour, label=kind)
+        axis.set(xscale="log", yscale="log", xlabel="k, words drawn", title=f"{name}: {rows['answer']:.2f}")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("root mean squared error of the mean")
+    axes[0].legend(fontsize=9)
+    save_figure(figure, path)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option(
+    "--text", metavar="FILE", default=None, help="Learn the words of this one.  [default: Python's topics]"
+)
+@click.option("--length", type=click.IntRange(min=2), default=14, help="Letters of the longest words.")
+@click.option("--units", type=click.IntRange(min=1), default=96, help="Of the recurrent network.")
+@click.option("--steps", type=click.IntRange(min=1), default=1500, help="Of Adam, in rounds of 50.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, help="Words in a step.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.005,
+    help="Of Adam at the start; it falls to zero by a cosine.",
+)
+@click.option("--words", type=click.IntRange(min=4), default=200, help="The most that are drawn at once, k.")
+@click.option(
+    "--runs", type=click.IntRange(min=2), default=500, help="Searches that an error is the mean of."
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the training and of the draws."
+)
+@out_option
+def main(text, length, units, steps, batch_size, learning_rate, words, runs, seed, out):
+    """Estimate expectations under a character model from k samples without replacement."""
+    out = output_folder(out, "beam_search")
+    rows = np.random.default_rng(0).permutation(encode(read_text(text), length))
+    held_out, rows = rows[: len(rows) // 10], jnp.asarray(rows[len(rows) // 10 :])
+    graph, state = train(rows, units, steps, batch_size, learning_rate, seed)
+    model = nnx.merge(graph, state)
+    held_out = jnp.asarray(held_out)
+    per_letter = -float(jnp.sum(log_probs(model, units, held_out)) / jnp.sum(before(held_out)[1]))
+    shares = np.bincount(rows[before(rows)[1]]) / np.sum(before(rows)[1])
+    by_frequency = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+    click.echo(
+        f"words it has not seen: {per_letter:.3f} nats a letter ({by_frequency:.3f} by frequency alone)"
+    )
+
+    counts = [k for k in (4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < words] + [words]
+    key, with_key = jax.random.split(jax.random.key(seed))
+    without = jax.jit(lambda keys: searches(model, units, keys, words, length))
+    draws = in_chunks(without, key, runs, "without replacement")
+    distinct = [len(np.unique(tokens, axis=0)) for tokens in draws[0]]
+    if min(distinct) < words:
+        raise click.ClickException(
+            f"a search gave {min(distinct)} different words, not {words}: this is a defect"
+        )
+    one_each = lambda keys: searches(model, units, keys, 1, length)
+    several = jax.jit(lambda keys: jax.vmap(lambda key: one_each(jax.random.split(key, words)))(keys))
+    with_draws = in_chunks(several, with_key, runs, "with replacement")
+    with_draws = tuple(x[:, :, 0] for x in with_draws)
+
+    table = compare(draws, with_draws, counts)
+    held = np.exp(draws[1].astype(float)).sum(-1)
+    repeated = np.mean([words - len(np.unique(tokens, axis=0)) for tokens in with_draws[0]])
+    click.echo("one search: " + " ".join(decode(tokens) for tokens in draws[0][0][:20]) + " ...")
+    click.echo(
+        f"{words} words without replacement hold {held.mean():.3f} of the probability; "
+        f"of {words} with it {repeated:.1f} are repeats"
+    )
+    for name, results in table.items():
+        click.echo(
+            f"{name}: {results['answer']:.3f}; rms error by k of the mean with, without, and normalised"
+        )
+        kinds = ("with replacement", "without", "without, normalised")
+        for k, *errors in zip(results["k"], *(results[kind] for kind in kinds), strict=True):
+            click.echo(f"  {k:5d}" + "".join(f"{error:10.4f}" for error in errors))
+    draw(table, out / "beam_search.png")
+    settings = {"length": length, "units": units, "steps": steps, "batch_size": batch_size}
+    settings |= {"learning_rate": learning_rate, "words": words, "runs": runs, "seed": seed, "text": text}
+    metrics = {
+        "nats_a_letter": per_letter, "nats_a_letter_by_frequency": by_frequency,
+        "probability_held": held.mean(), "repeats_with_replacement": repeated,
+        "results": table, "settings": settings, "versions": versions(),
+    }  # fmt: skip
+    write_json(out / "metrics.json", metrics)
+    click.echo(f"in {out}: beam_search.png, metrics.json")
+
+
+if __name__ == "__main__":
+    run(main)
