@@ -8,7 +8,7 @@ The third is the table's diagnosis. A network sees the columns through gates, an
     fit + penalty * sum over columns of P(gate is open)
 
 - stochastic gates: clipped Gaussians (Y. Yamada et al. 2020, arXiv:1810.04247), clip(loc, 0, 1) at test time;
-- correlated gates: straight-through bits of a Gaussian copula that has the columns' correlation (C. Lee et al.
+- correlated gates: straight-through bits of a Gaussian copula with the columns' correlation (C. Lee et al.
   2022, ICLR); the paper's first phase, self-supervised on rows without labels, is left out;
 - independent bits: the same with correlation 0, to see what the correlation does;
 - lasso (logistic, for the diagnosis), and lasso on all columns and their products.
@@ -31,8 +31,8 @@ error of the best. Mean ± standard error of five splits and targets (the papers
   accurate (right picture). The rule is too thrifty for them: at the best validation loss stochastic gates
   reach .960 ± .005 with 8 columns, .8 of them noise; lasso .954 ± .005 with 26, 13 of them noise.
 - Correlated gates gain nothing over independent bits here, and on the products they find less (F1 lower by
-  .19 ± .13). A likely reason: columns that are alike are open or shut together, so that the network seldom
-  sees the one without the other, which is what would tell them apart.
+  .19 ± .09, paired). A likely reason: columns that are alike are open or shut together, so that the network
+  seldom sees the one without the other, which is what would tell them apart.
 """
 
 import functools
