@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+import methods
 import relaxit_jax as rj
 import vae
 from common import (
@@ -133,11 +134,11 @@ def ascend(key, f, q, steps):
 def learned_rebar(key, f, q, steps=200):
     """REBAR with the eta and tau that 200 steps of Adam find, by the variance of its gradient."""
     adam = optax.adam(0.02)
-    variate = {"eta": jnp.array(1.0), "log_tau": jnp.log(0.5)}
+    variate = methods.rebar_variate(key, q, 0.5)
 
     def loss(logits, variate, key):
         family = type(q)(logits, q.event_ndims)
-        return jnp.sum(es.rebar(key, f, family, eta=variate["eta"], tau=jnp.exp(variate["log_tau"])))
+        return jnp.sum(methods.rebar(key, f, family, variate))
 
     def step(state, key):
         gradient = es.value_and_grads(loss, q.logits, state[0], key)[2]
@@ -145,23 +146,17 @@ def learned_rebar(key, f, q, steps=200):
         return (optax.apply_updates(state[0], updates), moments), None
 
     run = jax.jit(lambda key: jax.lax.scan(step, (variate, adam.init(variate)), jax.random.split(key, steps)))
-    variate = run(key)[0][0]
-    return functools.partial(es.rebar, eta=variate["eta"], tau=jnp.exp(variate["log_tau"]))
-
-
-def with_baseline(key, f, q):
-    """REINFORCE whose baseline is f at the mean of the draws."""
-    return es.reinforce(key, f, q, baseline=f(q.relaxed(q.logits, 1.0)))
+    return functools.partial(methods.rebar, variate=run(key)[0][0])
 
 
 def methods_of(key, problem):
     """Every estimator that takes these variables, and the samplers that stand for them, biased."""
-    methods = {
-        "reinforce": es.reinforce, "reinforce, baseline": with_baseline, "rloo": es.rloo,
-        "rloo, 8 draws": functools.partial(es.rloo, num_samples=8),
+    found = {
+        "reinforce": es.reinforce, "reinforce, baseline": functools.partial(methods.reinforce, variate=None),
+        "rloo": es.rloo, "rloo, 8 draws": functools.partial(es.rloo, num_samples=8),
     }  # fmt: skip
     if isinstance(problem.q, es.Bernoulli):
-        methods |= {"arm": es.arm, "disarm": es.disarm}
+        found |= {"arm": es.arm, "disarm": es.disarm}
         samplers = {
             "straight-through": rj.straight_through_bernoulli,
             "relaxed, tau 0.5": lambda key, logits: rj.relaxed_bernoulli(key, logits, 0.5),
@@ -173,8 +168,8 @@ def methods_of(key, problem):
             "Gumbel-softmax, 0.5": lambda key, logits: rj.gumbel_softmax(key, logits, 0.5),
             "ReinMax": rj.reinmax,
         }
-    methods |= {"rebar": es.rebar, "rebar, learned": learned_rebar(key, *problem[1:])}
-    return methods | {name: from_sampler(sampler) for name, sampler in samplers.items()}
+    found |= {"rebar": es.rebar, "rebar, learned": learned_rebar(key, *problem[1:])}
+    return found | {name: from_sampler(sampler) for name, sampler in samplers.items()}
 
 
 PROBLEMS = {"vae": encoder_of_digits, "regression": columns_of_diabetes, "lake": policy_of_the_lake}
@@ -219,9 +214,9 @@ def main(problems, num_samples, epochs, digits, seed, out):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), list(PROBLEMS).index(name)), 3)
         extra = (epochs, digits) if name == "vae" else ()
         problem = PROBLEMS[name](keys[0], *extra)
-        methods = methods_of(keys[1], problem)
-        click.echo(f"{problem.title}: {len(methods)} methods, {num_samples} estimates of each", err=True)
-        report = gradient_report(keys[2], problem.f, problem.q, methods, num_samples)
+        estimators = methods_of(keys[1], problem)
+        click.echo(f"{problem.title}: {len(estimators)} methods, {num_samples} estimates of each", err=True)
+        report = gradient_report(keys[2], problem.f, problem.q, estimators, num_samples)
         budgets = {str(budget): best(report, budget) for budget in BUDGETS}
         results[name] = report.as_dict() | {"title": problem.title, "best_at_calls": budgets}
         click.echo(f"\n{problem.title}\n{report}")
