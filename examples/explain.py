@@ -205,7 +205,7 @@ def draw(table, ks, examples, path):
     figure = plt.figure(figsize=(13, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.35])
     digits, shown = examples
-    axes = left.subplots(len(ks) * 2, 1)
+    axes = left.subplots(len(shown), 1, squeeze=False)[:, 0]
     for axis, ((name, k), masks) in zip(axes, shown.items(), strict=True):
         grey, pixels = digits.reshape(-1, SIDE, SIDE), np.asarray(to_pixels(masks)).reshape(-1, SIDE, SIDE)
         colour = np.array(to_rgb(COLOURS[name]))
