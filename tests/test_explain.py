@@ -17,6 +17,12 @@ KNOWN = np.array([8, 24, 40])  # where the hand-made classifier looks
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
+@pytest.fixture(autouse=True)
+def _small_networks(monkeypatch):
+    """In all of these tests, as what is compiled keeps the size that it has seen."""
+    monkeypatch.setattr(ex, "HIDDEN", 32)
+
+
 def pixels_of(patch):
     """By counting: the rows and columns of the image that a patch covers."""
     top, left = 4 * (patch // 7), 4 * (patch % 7)
@@ -89,7 +95,7 @@ def test_the_judges_count_the_answers_kept():
     answers = ((np.asarray(images) @ first + 1) @ last).argmax(1)
     telling = np.zeros((400, 49), np.float32)
     telling[np.arange(400), 45 + answers] = 1  # an empty part of the image, chosen by the answer
-    silent = np.asarray(ex.top_k(jax.random.normal(KEY, (400, 49)), 20))
+    silent = np.asarray(ex.top_k(jax.random.normal(KEY, (400, 49)), 40))
     kept = {}
     for name, mask in (("telling", telling), ("silent", silent)):
         kept[name] = ex.judge(KEY, classifier, images[:300], images[300:], (mask[:300], mask[300:]), 200)
@@ -102,22 +108,22 @@ def test_the_judges_count_the_answers_kept():
     share = np.bincount(answers[300:]).max() / 100
     assert kept["telling"]["mask alone"] == 1 and kept["telling"]["approximator"] > 0.9
     assert kept["telling"]["classifier"] < share + 0.2
-    assert kept["silent"]["mask alone"] < share + 0.2
+    assert kept["silent"]["mask alone"] < share + 0.2 < kept["silent"]["approximator"]
 
 
 def test_the_example_says_who_keeps_the_answer(tmp_path, monkeypatch):
     """Occlusion and gradients keep more than chance by far, also of a classifier that is hardly trained."""
-    names = ("random", "occlusion", "SIMPLE")
+    names = ("random", "occlusion", "L2X")
     monkeypatch.setattr(ex, "COLOURS", {name: ex.COLOURS[name] for name in names})
-    monkeypatch.setattr(ex, "load_labelled", lambda: [(x[:800], y[:800]) for x, y in load_labelled()])
-    arguments = ["--k", "10", "--seeds", "1", "--steps", "20", "--classifier-steps", "150"]
+    monkeypatch.setattr(ex, "load_labelled", lambda: [(x[:400], y[:400]) for x, y in load_labelled()])
+    arguments = ["--k", "4", "--seeds", "1", "--steps", "200", "--classifier-steps", "100"]
     ex.main([*arguments, "--out", str(tmp_path)], standalone_mode=False)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (tmp_path / "explain.png").stat().st_size > 10_000
-    assert metrics["accuracy"][0] > 0.75
-    kept = {name: metrics["kept"][name]["10"][0] for name in names}
+    assert metrics["accuracy"][0] > 0.6
+    kept = {name: metrics["kept"][name]["4"][0] for name in names}
     for row in kept.values():
         assert all(0 <= share <= 1 for share in row.values())
-    error = (0.25 / 800) ** 0.5
+    error = (0.25 / 400) ** 0.5
     assert kept["occlusion"]["classifier"] > kept["random"]["classifier"] + 6 * 2**0.5 * error
     assert kept["random"]["mask alone"] < 0.3

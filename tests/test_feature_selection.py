@@ -93,12 +93,15 @@ def test_a_task_has_the_truth_that_it_says():
         r = np.corrcoef(x.T)
         np.fill_diagonal(r, 0)
         assert abs(r[:, task.relevant]).max() < fs.TWIN + 0.03
+        factor = np.asarray(fs.copula_factor(task.train[0]))
+        np.testing.assert_allclose((factor**2).sum(1), 1, rtol=1e-5)
+        assert abs(factor @ factor.T - np.corrcoef(task.train[0].T)).max() < 0.1
         assert abs(r[30:]).max() < 5 / len(y) ** 0.5 < abs(r[:30, :30]).max()
 
 
 def test_the_example_reports_what_was_selected(tmp_path, monkeypatch):
     """F1 by sets, the count of noise, and lasso's score at its penalty, from the metrics alone."""
-    methods = {name: fs.METHODS[name] for name in ("lasso", "correlated gates")}
+    methods = {name: fs.METHODS[name] for name in ("lasso", "independent bits", "correlated gates")}
     monkeypatch.setattr(fs, "METHODS", methods)
     arguments = ["--seeds", "1", "--steps", "20", "--hidden", "4", "--out", str(tmp_path)]
     fs.main(arguments, standalone_mode=False)
@@ -114,6 +117,8 @@ def test_the_example_reports_what_was_selected(tmp_path, monkeypatch):
                     found, truth = set(row["columns"]), set(metrics["relevant"][target][0])
                     assert row["f1"] == pytest.approx(2 * len(found & truth) / (len(found) + len(truth)))
                     assert row["recall"] == len(found & truth) / 4
+        one, other = (results["linear"][name][0]["test"] for name in list(methods)[1:])
+        assert one != other  # of the same network, rows and noise: the correlation alone is another
         task, (row,) = fs.make_task("linear", 0, 30), results["linear"]["lasso"]
         scaler = StandardScaler().fit(task.train[0].astype(float))
         model = Lasso(row["penalty"]).fit(scaler.transform(task.train[0].astype(float)), task.train[1])
