@@ -348,7 +348,7 @@ def draw(results, clock, path):
     for name in METHODS:
         place, colour = (clock[f"{name}, last step"], score[name]), COLOURS[name]
         left.plot(*place, "o", color=colour)
-        where = {"xytext": (0, 7 if name in ("MAP", "probit", "normalised bridge") else -14)}
+        where = {"xytext": (0, 7 if name in ("MAP", "probit", "normalised bridge", REFERENCE) else -14)}
         where["ha"] = "center" if name in (*ONE_PASS, REFERENCE) else "left"
         left.annotate(name, place, **where, textcoords="offset points", fontsize=8, color=colour)
         if name in ONE_PASS or name == REFERENCE:
