@@ -54,7 +54,9 @@ def gaussian_to_dirichlet(loc, covariance):
 
     ``alpha_k = (1 - 2/K + exp(mu_k)/K^2 sum_l exp(-mu_l)) / Sigma_kk``, with mu and Sigma first
     projected by ``I - 11^T/K``: the formula holds for logits that sum to 0, and softmax does not
-    see the difference. It inverts `dirichlet_to_gaussian` exactly.
+    see the difference. It inverts `dirichlet_to_gaussian` exactly. Of a covariance that grows by a
+    factor alpha shrinks by that factor, so that the mean of the Dirichlet, ``alpha / sum alpha``, does
+    not tell how large the covariance is; their total does.
 
     Args:
       loc: mu, shape (..., K) with K >= 2.

@@ -11,6 +11,7 @@ import pytest
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
+import foreign
 import uncertainty as example
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -117,10 +118,10 @@ def test_scores_are_those_of_other_calculations():
 
 
 def test_letters_have_the_box_and_the_ink_of_digits():
-    images = example.letters().reshape(-1, len(example.LETTERS), 28, 28)
+    images = foreign.letters().reshape(-1, len(foreign.LETTERS), 28, 28)
     rows, columns = images.max((0, 1, 3)) > 0.1, images.max((0, 1, 2)) > 0.1
     assert np.flatnonzero(rows)[[0, -1]].tolist() == np.flatnonzero(columns)[[0, -1]].tolist() == [4, 23]
-    stem = images[:, example.LETTERS.index("T")]  # its bar is above, its stem below
+    stem = images[:, foreign.LETTERS.index("T")]  # its bar is above, its stem below
     assert np.all(stem[:, 4:9].max(1).sum(1) > stem[:, 17:20].max(1).sum(1))
     assert np.all((images.mean((2, 3)) > 0.02) & (images.mean((2, 3)) < 0.4))
 
