@@ -271,9 +271,12 @@ def logit_to_probit(x):
     """
     a = jnp.where(jnp.isinf(x), 1, jnp.abs(x))
     v = jnp.minimum(a * math.sqrt(math.pi / 8), jnp.sqrt(2 * a))
-    for _ in range(5):
+
+    def newton(_, v):
         upper, lower = log_ndtr(v), log_ndtr(-v)
-        v = v - (upper - lower - a) * jnp.exp(upper + lower - log_normal_pdf(v))
+        return v - (upper - lower - a) * jnp.exp(upper + lower - log_normal_pdf(v))
+
+    v = jax.lax.fori_loop(0, 5, newton, v)
     return jnp.where(jnp.isinf(x), x, jnp.sign(x) * v)
 
 

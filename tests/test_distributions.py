@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 def has_law(case):
     """Soft numbers, soft subsets and permutations have no density in closed form."""
-    return case.support not in ("number", "k_hot_soft", "doubly", "permutation")
+    return case.support not in ("number", "k_hot_soft", "doubly")
 
 
 def has_moments(case):

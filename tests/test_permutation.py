@@ -1,5 +1,6 @@
 """Gumbel-Sinkhorn against its definition, its derivative, and SciPy's assignment."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,24 @@ def test_a_hard_draw_is_the_best_assignment():
         for chosen, weights in zip(np.asarray(hard), perturbed(logits, (count,)), strict=True):
             np.testing.assert_array_equal(chosen[linear_sum_assignment(weights, maximize=True)], 1)
             assert chosen.sum() == n
+
+
+def test_a_hard_draw_has_the_gradient_of_the_soft_one_and_is_finite_at_extremes():
+    logits = np.random.default_rng(4).normal(size=(30, 4, 4))
+    way = jnp.float32(np.random.default_rng(5).normal(size=(4, 4)))
+
+    @jax.jit
+    def both(logits, tau):
+        total = lambda l, t, hard: (jnp.sum(way * (z := rj.gumbel_sinkhorn(KEY, l, t, hard=hard))), z)
+        return [jax.grad(total, (0, 1), has_aux=True)(logits, tau, hard) for hard in (False, True)]
+
+    (soft, _), (hard, z) = both(jnp.float32(logits), 0.5)
+    for one, other in zip(soft, hard, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert set(np.unique(z)) == {0, 1} and (z.sum(-1) == 1).all() and (z.sum(-2) == 1).all()
+    for scale, tau in ((1e4, 1e-3), (1e4, 1e3)):
+        chex.assert_tree_all_finite(both(jnp.float32(scale * np.sign(logits)), tau))
+    assert jnp.isnan(both(jnp.full((30, 4, 4), jnp.nan), 1.0)[1][1]).all()
 
 
 @pytest.mark.parametrize(("hard", "tau"), [(True, 0.5), (False, 1e-3)])

@@ -33,8 +33,8 @@ def simple_top_k(key, logits, k, *, shape=None):
     Returns:
       Zeros and k ones, shape ``shape + (n,)``, in the dtype of ``logits``; NaN where fewer than k
       elements are possible and a trace hid it. Time is O(n k), in n steps one after another; memory
-      beside the draws is two arrays of n k numbers for each element of the batch of ``logits``
-      (not of ``shape``), also in the backward pass.
+      beside the draws is one array of n (k + 1) numbers, and five with the backward pass, for each
+      element of the batch of ``logits`` (not of ``shape``).
 
     Raises:
       ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a dtype that is not
@@ -190,7 +190,7 @@ def _insert(ratios, logit):
 @_insert.defjvp
 def _insert_jvp(primals, tangents):
     _, logit = primals
-    (ratios_dot, none), logit_dot = tangents
+    (ratios_dot, _), logit_dot = tangents  # what rounding took has no slope
     log_odds, ratios = _insert(*primals)
     impossible = (logit == -jnp.inf)[..., None]
     keep = jax.nn.sigmoid(-log_odds[..., 1:])
@@ -198,7 +198,7 @@ def _insert_jvp(primals, tangents):
     logit_dot = jnp.where(impossible, 0, logit_dot[..., None])
     slope = keep * ratios_dot[..., 1:] + push * ratios_dot[..., :-1] + (1 - keep - push) * logit_dot
     slope = jnp.concatenate([jnp.zeros_like(slope[..., :1]), slope], -1)
-    return (log_odds, ratios), (logit_dot - ratios_dot, (slope, none))
+    return (log_odds, ratios), (logit_dot - ratios_dot, (slope, jnp.zeros_like(slope)))
 
 
 def _log_odds(logits, k):
