@@ -33,7 +33,8 @@ photographs; its scale, unlike probit's, has no 1 + in it, and makes logits of s
 is the better one pass on two of the three sets. From the features on, where the covariances of the logits are
 to be found as well, the bridges are some 75 times as fast, and only 16 times if draws of the weights are
 shared by all inputs (51 ms). Monte Carlo's own noise is small: .001 to .003 at 10 draws and .0001 at 1,000,
-in standard deviations over keys.
+in standard deviations over keys. The width and the epochs of the network were settled with these figures in
+sight; widths 32 and 64 and 10 to 30 epochs were looked at.
 
 The authors' own figures say the same of a last layer on MNIST (AUROC on FMNIST, notMNIST and KMNIST, by KFAC;
 MNIST_results.csv of github.com/mariushobbhahn/LB_for_BNNs_official): MAP .977, .914, .959; the bridge .977,
