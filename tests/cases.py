@@ -7,17 +7,32 @@ how to call the method and what else to compare it with. Nothing here is a speci
 import dataclasses
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.integrate
 import scipy.special as sp
-import scipy.stats as st
 
 import relaxit_jax as rj
+from laws import (
+    above_half,
+    bernoulli,
+    bit_pairs,
+    bits_given_their_sum,
+    categorical,
+    gaussian_argmax,
+    gaussian_bits,
+    hard_concrete_atoms,
+    largest,
+    orders,
+    pair_index,
+    root,
+    subsets,
+    which_order,
+    which_set,
+    which_value,
+)
 from relaxit_jax import distributions as rd
 
 
@@ -110,102 +125,9 @@ HALVES = f32([[1, 0], [0.6, 0.8]], [[1, 0], [-0.8, 0.6]])  # correlations 0.6 an
 FACTORS = f32([[0.9, 0, 0], [0.4, 0.7, 0], [-0.3, 0.2, 0.5]], [[1, 0, 0], [-1, 1.2, 0], [0, 0.3, 0.6]])
 
 
-def bernoulli(logits, **_):
-    return np.array([sp.expit(-logits), sp.expit(logits)])
-
-
-def categorical(logits, **_):
-    return sp.softmax(logits)
-
-
-def root(logits, **_):
-    p = np.sqrt(sp.expit(logits))
-    return np.array([1 - p, p])
-
-
-def bit_pairs(logits, scale_tril, **_):
-    """Of two correlated bits, in the order 00, 01, 10, 11, by the bivariate normal."""
-    probit = sp.ndtri(sp.expit(logits.astype(float)))
-    covariance = scale_tril @ scale_tril.T
-    both = st.multivariate_normal([0, 0], covariance).cdf(probit)
-    a, b = sp.ndtr(probit / np.sqrt(covariance.diagonal()))
-    return np.array([1 - a - b + both, b - both, a - both, both])
-
-
-def orders(logits, k, **_):
-    """Ordered draws without replacement, by enumeration."""
-    p = np.exp(logits.astype(float))
-    law = []
-    for order in itertools.permutations(range(len(p)), k):
-        left = [p[list(set(range(len(p))) - set(order[:j]))].sum() for j in range(k)]
-        law.append(np.prod(p[list(order)] / left))
-    return np.array(law)
-
-
-def subsets(logits, k, **_):
-    names = [frozenset(order) for order in itertools.permutations(range(len(logits)), k)]
-    sets = list(map(frozenset, itertools.combinations(range(len(logits)), k)))
-    law = orders(logits, k)
-    return np.array([sum(law[i] for i, name in enumerate(names) if name == s) for s in sets])
-
-
-def bits_given_their_sum(logits, k, **_):
-    """Independent bits of these log-odds, given that k are ones, by enumeration."""
-    sums = [logits[list(s)].astype(float).sum() for s in itertools.combinations(range(len(logits)), k)]
-    return sp.softmax(sums)
-
-
-def which_order(draws, n=4, k=2):
-    codes = [np.dot(order, [n, 1]) for order in itertools.permutations(range(n), k)]
-    return np.searchsorted(codes, np.asarray(draws) @ np.array([n, 1]))
-
-
-def which_set(draws, n=4, k=2):
-    codes = [np.dot(subset, [n, 1]) for subset in itertools.combinations(range(n), k)]
-    top = np.sort(np.argsort(-np.asarray(draws, np.float64), -1)[..., :k], -1)
-    return np.searchsorted(codes, top @ np.array([n, 1]))
-
-
-def which_value(draws):
-    return np.abs(np.asarray(draws, np.float64)[..., None] - [0, 1, 3]).argmin(-1)
-
-
-def above_half(draws):
-    return (np.asarray(draws, np.float64) > 0.5).astype(int)
-
-
-def pair_index(draws):
-    return above_half(draws) @ np.array([2, 1])
-
-
-def largest(draws):
-    return np.argmax(np.asarray(draws, np.float64), -1)
-
-
-def hard_concrete_atoms(logits, tau, **_):
-    low, high = np.log(0.1 / 1.1), np.log(1.1 / 0.1)
-    return sp.expit(tau * low - logits), sp.expit(logits - tau * high)
-
-
-def gaussian_argmax(loc, scale, tau, delta):
-    """Which of independent normal numbers is the largest, or the last class if none is above log delta."""
-    low = tau * np.log(delta)
-
-    def largest_at(y, k):
-        others = np.delete(np.arange(len(loc)), k)
-        return st.norm.pdf(y, loc[k], scale[k]) * st.norm.cdf(y, loc[others], scale[others]).prod()
-
-    law = [scipy.integrate.quad(largest_at, low, np.inf, args=(k,))[0] for k in range(len(loc))]
-    return np.array([*law, 1 - sum(law)])
-
-
 def tempered(key, logits, tau, shape):
     """The probabilities at a temperature, for every element of a batch."""
     return jnp.broadcast_to(jax.nn.softmax(logits / jnp.asarray(tau)[..., None]), (*shape, logits.shape[-1]))
-
-
-def gaussian_bits(loc, scale):
-    return np.array([sp.ndtr((0.5 - loc) / scale), sp.ndtr((loc - 0.5) / scale)])
 
 
 ORDER = Case(

@@ -33,6 +33,23 @@ def test_estimates_without_replacement():
         np.testing.assert_allclose(estimate, exact, rtol=1e-6)
 
 
+def test_errors_are_those_of_their_estimates():
+    """Of two runs of four words, from the definition of each column."""
+    rng = np.random.default_rng(0)
+    tokens, with_tokens = rng.integers(3, size=(2, 2, 4, 3))
+    log_p, with_log_p = -rng.uniform(1, 3, (2, 2, 4))
+    perturbed = -np.sort(rng.uniform(1, 3, (2, 4)))
+    table = beam_search.compare((tokens, log_p, perturbed), (with_tokens, with_log_p), [3, 4])
+    rows, f, with_f = table["letters in a word"], (tokens > 0).sum(-1), (with_tokens > 0).sum(-1)
+    rmse = lambda x: np.sqrt(np.mean((x - with_f.mean()) ** 2))
+    for place, k in enumerate((3, 4)):
+        total, ratio = beam_search.estimate_without(f[:, :k], log_p[:, :k], perturbed[:, :k])
+        np.testing.assert_allclose(rows["without"][place], rmse(total))
+        np.testing.assert_allclose(rows["without, normalised"][place], rmse(ratio))
+        np.testing.assert_allclose(rows["with replacement"][place], rmse(with_f[:, :k].mean(1)))
+    np.testing.assert_allclose(table["entropy of a word, nats"]["answer"], -with_log_p.mean())
+
+
 def test_words_are_rows_of_letters_and_back(tmp_path):
     words = ["a", "list", "of", "names"] * 40
     rows = beam_search.encode(words, 4)

@@ -11,7 +11,7 @@ import scipy.stats as st
 
 import relaxit_jax as rj
 from cases import cases, coordinates, has_density, has_log_space, log_density_coordinates
-from test_samplers import KEY, P_VALUE, as_users, chi_square, quick, rows, seen
+from test_samplers import KEY, P_VALUE, as_users, chi_square, dtypes, quick, rows, seen
 
 REACH = 40.0
 EDGES = np.arange(-4.0, 4.5, 1.0)  # of the bins that draws are counted in; they lie on the grid
@@ -95,7 +95,7 @@ def test_both_forms_of_a_value_have_one_density(case):
 
 
 @as_users
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])  # what is narrower is widened alike
+@dtypes
 @rows(cases(has_log_space))
 def test_density_of_own_draws_agrees_with_float64(case, dtype):
     """To 1e-4, down to tau = 0.01, where most of the draws themselves round to vertices."""

@@ -78,6 +78,11 @@ def test_a_hard_draw_has_the_gradient_of_the_soft_one_and_is_finite_at_extremes(
     for one, other in zip(soft, hard, strict=True):
         np.testing.assert_array_equal(one, other)
     assert set(np.unique(z)) == {0, 1} and (z.sum(-1) == 1).all() and (z.sum(-2) == 1).all()
+    low = jnp.asarray(logits[:2], jnp.bfloat16)
+    taus = jnp.array([[0.5], [2.0], [0.1]])
+    draw = jax.jit(lambda l, t: rj.gumbel_sinkhorn(KEY, l, t, shape=(3, 2), hard=True))
+    assert draw(low, taus).dtype == jnp.bfloat16  # of the same noise, at any temperature of a batch
+    np.testing.assert_array_equal(draw(low, taus), draw(low.astype(jnp.float32), 1.0))
     for scale, tau in ((1e4, 1e-3), (1e4, 1e3)):
         chex.assert_tree_all_finite(both(jnp.float32(scale * np.sign(logits)), tau))
     assert jnp.isnan(both(jnp.full((30, 4, 4), jnp.nan), 1.0)[1][1]).all()

@@ -191,7 +191,7 @@ def test_straight_through_has_the_gradient_of_the_soft_draw(case):
 
 
 @as_users
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])  # what is narrower is widened alike
+@dtypes
 @rows(cases(is_discrete))
 def test_forward_value_has_exactly_the_discrete_law(case, dtype):
     case = cast(case, dtype)

@@ -10,7 +10,8 @@ import pytest
 import scipy.special as sp
 
 import relaxit_jax as rj
-from cases import ITEMS, orders, subsets
+from cases import ITEMS
+from laws import orders, subsets
 from test_samplers import KEY, P_VALUE, chi_square
 
 SETS = np.array(list(itertools.combinations(range(4), 2)))

@@ -34,7 +34,8 @@ def gumbel_sinkhorn(key, logits, tau, num_iters=100, *, shape=None, hard=False):
 
     Returns:
       Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1. NaN where
-      no permutation is possible and a trace hid it. Memory is that of a few such matrices, also in
+      no permutation is possible and a trace hid it, or where entries of -inf leave it open after
+      ``num_iters`` steps. Memory is that of a few such matrices, also in
       the backward pass, whatever ``num_iters``; time is O(n^3) a step.
 
     Raises:
@@ -60,7 +61,7 @@ def gumbel_sinkhorn(key, logits, tau, num_iters=100, *, shape=None, hard=False):
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     shape = ck.batch_shape(shape, logits=logits.shape[:-2], tau=tau.shape)
-    # Newton's method starts from a dual that centres the rows; noise is not rounded off, see nm.centre
+    # what is added to a row changes neither S nor the best permutation; why it is centred, see nm.centre
     perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, n, n), logits.dtype)
     z = _sinkhorn(num_iters, nm.over_tau(perturbed, tau[..., None, None]))
     if not hard:

@@ -89,8 +89,7 @@ def simple_top_k_marginals(logits, k):
     Array([0.5, 0.5, 0.5, 0.5], dtype=float32)
     """
     k, logits, dtype = ck.subset_args(logits, k)
-    enough = jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
-    return jnp.where(enough, _marginals(k, logits), jnp.nan).astype(dtype)
+    return jnp.where(_has_enough(k, logits), _marginals(k, logits), jnp.nan).astype(dtype)
 
 
 def simple_top_k_log_prob(value, logits, k):
@@ -130,9 +129,8 @@ def simple_top_k_log_prob(value, logits, k):
     # a value outside is scored as one inside, and then forgotten: nothing infinite has a gradient
     best = nm.k_hot(jax.lax.top_k(logits, k)[1], logits)
     value = jnp.where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
-    enough = jnp.sum(logits != -jnp.inf, -1) >= k
     law = jnp.where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
-    return jnp.where(enough, law, jnp.nan)
+    return jnp.where(_has_enough(k, logits)[..., 0], law, jnp.nan)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -149,6 +147,11 @@ def _log_prob_jvp(k, primals, tangents):
     finite = jnp.where(logits == -jnp.inf, 0, logits)
     slope = jnp.sum(value_dot * finite + (value - _marginals(k, logits)) * logits_dot, -1)
     return _log_prob(k, value, logits), slope
+
+
+def _has_enough(k, logits):
+    """Whether k elements are possible, with an axis for the elements."""
+    return jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
 
 
 def _with_axes(logits, ndim):
@@ -233,9 +236,8 @@ def _marginals(k, logits):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _slope_of_marginals(k, logits):
     """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
-    enough = jnp.sum(logits > -jnp.inf, -1, keepdims=True) >= k
-    enough = enough & ~jnp.any(jnp.isnan(logits), -1, keepdims=True)
-    return jnp.broadcast_to(jnp.where(enough, 0, jnp.nan), logits.shape).astype(logits.dtype)
+    lawful = _has_enough(k, logits) & ~jnp.any(jnp.isnan(logits), -1, keepdims=True)
+    return jnp.broadcast_to(jnp.where(lawful, 0, jnp.nan), logits.shape).astype(logits.dtype)
 
 
 @_slope_of_marginals.defjvp
