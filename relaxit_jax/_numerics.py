@@ -21,6 +21,20 @@ from jax.scipy.special import ndtri
 # --- noise ------------------------------------------------------------------------------------
 
 
+def random_words(key, shape, width):
+    """Random bits as unsigned integers of a width; of 32, at half of the price of jax.random.bits.
+
+    Threefry makes two words of each count, of which jax.random.bits keeps the exclusive or. A key is two
+    words, so splitting gives both: those of jax.random.bits in uint64, where that is enabled. They lie
+    side by side on the last axis, so that a sharded array is drawn where it is, whatever axis is sharded.
+    """
+    if width == 64 or not shape or 0 in shape or jax.random.key_impl(key) != "threefry2x32":
+        return jax.random.bits(key, shape, f"uint{width}")
+    *batch, n = shape
+    pairs = jax.random.key_data(jax.random.split(key, (*batch, -(-n // 2))))
+    return pairs.reshape(*batch, -1)[..., :n]
+
+
 def tail_uniform(key, shape, dtype):
     """Uniform noise U in (0, 1) as r in (-1/2, 1/2]: U = r if r > 0, else U = 1 - |r|.
 
@@ -29,8 +43,7 @@ def tail_uniform(key, shape, dtype):
     float64), from the same number of random bits and symmetric to the last of them.
     """
     width = 8 * jnp.dtype(dtype).itemsize
-    bits = jax.random.bits(key, shape, jnp.dtype(f"uint{width}"))
-    signed = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"int{width}"))
+    signed = jax.lax.bitcast_convert_type(random_words(key, shape, width), jnp.dtype(f"int{width}"))
     return (signed.astype(dtype) + 0.5) * 2.0**-width
 
 

@@ -50,7 +50,7 @@ def rloo(key, f, q, *, num_samples=2):
     """The score-function estimator with a leave-one-out baseline.
 
     Gradient ``sum_k (f(b_k) - mean f) grad log P(b_k) / (K - 1) + mean grad f(b_k)``; value mean
-    f(b_k). K calls of f, as one under `jax.vmap`.
+    f(b_k). K calls of f, as one under `jax.vmap`, so that memory grows with K.
 
     Args:
       key: a JAX random key.
@@ -86,7 +86,7 @@ def rloo(key, f, q, *, num_samples=2):
 def exact(f, q):
     """E f(b) itself, with its gradient, by the sum over all outcomes.
 
-    ``sum_b P(b) f(b)``. As many calls of f as there are outcomes, some at once under `jax.vmap`.
+    ``sum_b P(b) f(b)``. As many calls of f as there are outcomes, 256 at once under `jax.vmap`.
 
     Args:
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
