@@ -230,7 +230,18 @@ class Checkpoints:
 
     def __init__(self, folder, settings):
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
+        together = jax.process_count() > 1  # then one process writes, and waits for nobody
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=3,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(),
+                active_processes={jax.process_index()} if together else None,
+                barrier_sync_key_prefix="checkpoints" if together else None,
+            ),
+        )
         self.manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, epoch, state, history):

@@ -21,7 +21,7 @@ Gaussian noise, a bound again.
 """
 
 import functools
-import itertools
+import json
 import math
 import time
 from typing import NamedTuple
@@ -50,7 +50,9 @@ from common import (
     versions,
     write_json,
 )
+from devices import alone, device_options, guarded, join, take_options
 from methods import METHODS, family_of
+from networks import VAE
 from relaxit_jax.estimators import value_and_grads
 
 
@@ -79,49 +81,14 @@ class Config(NamedTuple):
     schedule: str
 
 
-class Constant(nnx.Variable):
-    """Kept with the model, not trained."""
-
-
-class VAE(nnx.Module):
-    def __init__(self, family, mean, config, rngs):
-        hidden = config.hidden
-        self.mean = Constant(mean if config.centre else jnp.zeros_like(mean))
-        self.encoder = mlp(mean.size, *hidden, family.outputs, activation=config.activation, rngs=rngs)
-        self.decoder = mlp(
-            family.code_size, *hidden[::-1], mean.size, activation=config.activation, rngs=rngs
-        )
-        self.decoder.layers[-1].bias[...] = jax.scipy.special.logit(jnp.clip(mean, 0.01, 0.99))
-        fixed = {"prior": Constant} if config.prior == "fixed" else {}
-        self.shared = nnx.Dict({n: fixed.get(n, nnx.Param)(x) for n, x in family.shared().items()})
-
-    def encode(self, x):
-        """The parameters q of each image, and those that all share."""
-        return self.encoder(x - self.mean[...]), self.shared_parameters()
-
-    def shared_parameters(self):
-        return {name: x[...] for name, x in self.shared.items()}
-
-    def log_likelihood(self, x, code):
-        logits = self.decoder(code)
-        return jnp.sum(x * logits - jax.nn.softplus(logits), -1)
-
-
-def mlp(*sizes, activation, rngs):
-    layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nnx.Linear(inputs, outputs, rngs=rngs), getattr(jax.nn, activation)]
-    return nnx.Sequential(*layers[:-1])
-
-
 class Experiment:
     """The compiled functions of a run, and its state before the first epoch."""
 
-    def __init__(self, config, train, test):
+    def __init__(self, config, train, test, cluster=None):
         self.config, self.family, self.method = config, family_of(config), METHODS[config.method]
+        self.cluster = cluster = cluster or alone()
         self.shape = train.shape[1:]
-        self.grey = jnp.asarray(train)
-        self.test = binarise(test)
+        self.grey, self.test = cluster.everywhere((np.asarray(train), np.asarray(binarise(test))))
         self.steps = len(train) // config.batch_size
         total = max(1, self.steps * config.epochs)
         rate = config.learning_rate
@@ -132,10 +99,11 @@ class Experiment:
         self.tau = optax.exponential_decay(config.tau_start, total, decay, end_value=config.tau_end)
         self.train_key, self.test_key, self.picture_key = jax.random.split(jax.random.key(config.seed), 3)
         model = VAE(self.family, jnp.mean(binarise(train), 0), config, nnx.Rngs(config.seed))
-        self.graph, params, self.constants = nnx.split(model, nnx.Param, ...)
+        self.graph, params, constants = nnx.split(model, nnx.Param, ...)
+        self.constants = cluster.everywhere(constants)
         q = model.encode(self.test[:1])[0]
         variate = self.method.variate(jax.random.key(config.seed), q, config.tau_start)
-        self.state = (params, variate, self.optimizer.init((params, variate)))
+        self.state = cluster.everywhere((params, variate, self.optimizer.init((params, variate))))
 
     def model(self, params):
         return nnx.merge(self.graph, params, self.constants)
@@ -168,7 +136,7 @@ class Experiment:
             rows, index = batch
             image_key, key = jax.random.split(jax.random.fold_in(step_key, index))
             images = grey[rows]
-            x = binarise(augment(image_key, images) if self.config.augment else images)
+            x = self.cluster.split(binarise(augment(image_key, images) if self.config.augment else images))
             tau = self.tau(number * self.steps + index)
             value, gradients = self.gradients(params, variate, x, key, tau)
             updates, optimizer_state = self.optimizer.update(gradients, optimizer_state)
@@ -208,12 +176,15 @@ class Experiment:
 
 def train(experiment, checkpoints, resume):
     """All epochs that are still to do; the last state and the history of all."""
-    state, first, history = experiment.state, 0, []
+    cluster, state, first, history = experiment.cluster, experiment.state, 0, []
     if resume:
-        done, state, history = checkpoints.restore(state)
-        first = done + 1
-    epochs = experiment.config.epochs
-    with tqdm(total=epochs, initial=first, unit="epoch", desc=experiment.config.method) as bar:
+        if cluster.leads:
+            first, state, history = checkpoints.restore(state)
+        state, text = cluster.share(state, json.dumps([first, history]))
+        first, history = json.loads(text)
+        first += 1
+    epochs, name = experiment.config.epochs, experiment.config.method
+    with tqdm(total=epochs, initial=first, unit="epoch", desc=name, disable=not cluster.leads) as bar:
         for number in range(first, epochs):
             start = time.perf_counter()
             state, objective = experiment.epoch(state, experiment.grey, number)
@@ -226,16 +197,22 @@ def train(experiment, checkpoints, resume):
                     "lower --learning-rate, or raise --tau"
                 )
             history.append({"train": objective, "test": bound, "seconds": seconds})
-            checkpoints.save(number, state, history)
+            if cluster.leads:
+                checkpoints.save(number, state, history)
             bar.update()
             bar.set_postfix_str(f"train {objective:.1f}, test -ELBO {bound:.1f} nats")
     return state, history
 
 
-def report(experiment, state, history, out):
-    """The final bounds, pictures and metrics."""
+def results(experiment, state):
+    """The final bounds, and the pictures: of all processes, as they compute together."""
     elbo, weighted = (float(x) for x in experiment.test_bounds(state[0], experiment.test, 100))
-    originals, reconstructions, samples = map(np.asarray, experiment.pictures(state[0]))
+    return elbo, weighted, [np.asarray(x) for x in experiment.pictures(state[0])]
+
+
+def report(experiment, history, elbo, weighted, pictures, out):
+    """Pictures, metrics and a line."""
+    originals, reconstructions, samples = pictures
     titles = ["test images", "reconstructed from one exact draw of their latents"] * 2
     lines = [originals[:16], reconstructions[:16], originals[16:], reconstructions[16:]]
     image_rows(out / "reconstructions.png", lines, titles)
@@ -259,7 +236,8 @@ def report(experiment, state, history, out):
         },
         "settings": experiment.config._asdict(),
         "images": {"train": len(experiment.grey), "test": len(experiment.test), "shape": experiment.shape},
-        "versions": versions() | {"device": str(jax.devices()[0])},
+        "versions": versions(),
+        "cluster": experiment.cluster.describe(),
     }
     write_json(out / "metrics.json", metrics)
     click.echo(
@@ -361,6 +339,7 @@ count = click.IntRange(min=1)
     default="cosine",
     help="Of the learning rate; cosine warms up for a tenth of the steps.",
 )
+@device_options
 @out_option
 @click.option("--resume", is_flag=True, help="Continue the run in --out after its last good checkpoint.")
 def main(out, resume, tau, tau_end, subset_size, **options):
@@ -369,7 +348,7 @@ def main(out, resume, tau, tau_end, subset_size, **options):
     Writes metrics.json, pictures (reconstructions, samples from the prior, the training curve) and a
     checkpoint after each epoch.
     """  # fmt: skip
-    name = options["method"]
+    name, cluster_options = options["method"], take_options(options)
     start, end = METHODS[name].tau
     config = Config(
         **options,
@@ -381,19 +360,30 @@ def main(out, resume, tau, tau_end, subset_size, **options):
         raise UserError(f"--subset-size {config.subset_size} is above --latents {config.latents}; lower it")
     if resume and out is None:
         raise UserError("--resume needs the run's folder; give it with --out")
-    if resume and not (out / "checkpoints").exists():
+    cluster = join(**cluster_options)
+    if config.batch_size % cluster.mesh.size:
+        raise UserError(
+            f"--batch-size {config.batch_size} is no multiple of the {cluster.mesh.size} devices; change one"
+        )
+    if resume and cluster.leads and not (out / "checkpoints").exists():
         raise UserError(f"there is no run to resume in {out}; check --out, or leave out --resume")
     training, test = split_images(load_images(config.data))
     if config.batch_size > len(training):
         raise UserError(
             f"--batch-size {config.batch_size} is above the {len(training)} training images; lower it"
         )
-    out = output_folder(out, f"vae-{name}")
-    if not resume and (out / "checkpoints").exists():
-        raise UserError(f"{out} holds a run already; continue it with --resume, or choose another --out")
-    experiment = Experiment(config, training, test)
-    state, history = train(experiment, Checkpoints(out / "checkpoints", config._asdict()), resume)
-    report(experiment, state, history, out)
+    checkpoints = None
+    if cluster.leads:
+        out = output_folder(out, f"vae-{name}")
+        if not resume and (out / "checkpoints").exists():
+            raise UserError(f"{out} holds a run already; continue it with --resume, or choose another --out")
+        checkpoints = Checkpoints(out / "checkpoints", config._asdict())
+    with guarded(cluster, out):
+        experiment = Experiment(config, training, test, cluster)
+        state, history = train(experiment, checkpoints, resume)
+        found = results(experiment, state)
+    if cluster.leads:
+        report(experiment, history, *found, out)
 
 
 if __name__ == "__main__":

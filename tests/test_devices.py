@@ -1,0 +1,179 @@
+"""Data-parallel training: as many devices and processes as there are, the losses are those of one."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import devices
+from common import UserError
+from test_examples import EXAMPLES, TINY, read, run
+from test_methods import bars
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+ON_FOUR = """
+import json, re, sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+import common, devices, vae
+from test_methods import bars, tiny
+
+result = {}
+for method in ("relaxed_bernoulli", "rloo"):
+    for n in (1, 2, 4):
+        cluster = devices.Cluster(devices.mesh_of(jax.devices()[:n]))
+        made = vae.Experiment(tiny(method, augment=True), *common.split_images(bars()), cluster)
+        epoch = made.epoch.lower(made, made.state, made.grey, 0).compile()
+        state, losses = made.state, []
+        for _ in range(3):
+            state, loss = epoch(state, made.grey, 0)
+            losses.append(float(loss))
+        found = re.findall(sys.argv[1], epoch.as_text())
+        result[f"{method} {n}"] = {"losses": losses, "collectives": sorted(set(found))}
+        assert jax.tree.leaves(state)[0].sharding.is_fully_replicated
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def images(tmp_path):
+    np.savez(tmp_path / "bars.npz", images=bars())
+    return tmp_path / "bars.npz"
+
+
+def environment():
+    """Of a process that finds what the tests find."""
+    paths = [str(EXAMPLES), os.path.dirname(__file__)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+
+
+def test_losses_do_not_depend_on_how_many_devices_share_a_batch():
+    """Of a sampler and of an estimator; and what the devices tell each other are sums, not the batch."""
+    command = [sys.executable, "-c", ON_FOUR, COLLECTIVES]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for method in ("relaxed_bernoulli", "rloo"):
+        one = found[f"{method} 1"]
+        assert one["collectives"] == [] and one["losses"][0] != one["losses"][2]
+        for n in (2, 4):
+            several = found[f"{method} {n}"]
+            np.testing.assert_allclose(several["losses"], one["losses"], rtol=2e-6)
+            assert several["collectives"] == ["all-reduce"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_two(images, out, *flags):
+    """Two processes that train together; their output goes to files."""
+    command = [sys.executable, EXAMPLES / "vae.py", *TINY, "--data", images, "--epochs", EPOCHS, "--out", out]
+    command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, *flags]
+    return [
+        subprocess.Popen(
+            [*map(str, command), "--process-id", str(i)], text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+EPOCHS = 25
+MESSAGE = "error: process {} of 2 ended before its time"
+
+
+def history(out):
+    return [[row[name] for name in ("train", "test")] for row in read(out)["history"]]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_other_and_the_run_resumes(lost, images, tmp_path):
+    """SIGKILL to either; the checkpoints continue, in two processes or in one, to the losses of one alone."""
+    out = tmp_path / "run"
+    processes = start_two(images, out)
+    deadline = time.monotonic() + 200
+    while not (out / "checkpoints" / "1").exists():
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.01)
+    killed, other = processes[lost], processes[1 - lost]
+    killed.send_signal(signal.SIGKILL)
+    _, errors = other.communicate(timeout=60)
+    assert other.returncode not in (0, None)
+    (line,) = re.findall(r"error: process .*", errors)
+    assert line.startswith(MESSAGE.format(1 - lost)) and "--resume" in line
+    assert (str(out) in line) == (lost == 1)  # process 0 knows where they are
+    killed.communicate(timeout=60)
+    assert not (out / "metrics.json").exists()
+
+    flags = [*TINY, "--data", images, "--epochs", EPOCHS]
+    if lost == 0:
+        for process in start_two(images, out, "--resume"):
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+            assert "error" not in errors
+        assert read(out)["cluster"]["processes"] == 2
+    else:
+        assert run(*flags, "--out", out, "--resume") == 0
+    assert run(*flags, "--out", tmp_path / "alone") == 0
+    np.testing.assert_allclose(history(out), history(tmp_path / "alone"), rtol=2e-6)
+
+
+def test_nobody_comes(images, tmp_path):
+    """A process whose coordinator does not answer says so, and ends."""
+    command = [sys.executable, EXAMPLES / "vae.py", *TINY, "--data", images, "--out", tmp_path / "run"]
+    command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id", 1]
+    done = subprocess.run(
+        [*map(str, command), "--join-timeout", "1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "error: the 2 processes did not meet" in done.stderr and "--join-timeout" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--devices", 3], "--devices 3 is above the 1 that JAX sees here; lower it"),
+        (["--coordinator", "127.0.0.1:29500"], "belong together; give all or none"),
+        (["--num-processes", 2, "--process-id", 0], "belong together; give all or none"),
+        (["--coordinator", "here", "--num-processes", 1, "--process-id", 0], "'here' is not HOST:PORT"),
+        (["--coordinator", "here:99999", "--num-processes", 1, "--process-id", 0], "is not HOST:PORT"),
+        (
+            ["--coordinator", "127.0.0.1:29500", "--num-processes", 2, "--process-id", 2],
+            "--process-id 2 is not below --num-processes 2; count from 0",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit(flags, words, images, tmp_path, capsys):
+    assert run(*TINY, "--data", images, "--out", tmp_path / "run", *flags) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_devices_cannot_share(monkeypatch, images, tmp_path, capsys):
+    three = devices.Cluster(type("mesh", (), {"size": 3}))
+    monkeypatch.setattr("vae.join", lambda **options: three)
+    assert run(*TINY, "--data", images, "--out", tmp_path / "run") == 2
+    assert "--batch-size 16 is no multiple of the 3 devices; change one" in capsys.readouterr().err
+
+
+def test_a_word_is_said_only_where_the_process_ends(capfd):
+    """Not when it is done, nor with an error of its own."""
+    with devices.last_words("lost"):
+        pass
+    with pytest.raises(UserError), devices.last_words("lost"):
+        raise UserError("another")
+    assert capfd.readouterr().err == ""
+    with devices.last_words("lost") as speak:
+        speak()
+    assert capfd.readouterr().err == "lost\n"
