@@ -166,6 +166,7 @@ def test_batches_and_low_precision():
     np.testing.assert_allclose(some[0], expected, rtol=1e-5)
 
 
+@quick
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -211,6 +211,7 @@ def test_gumbel_rao_of_two_classes_by_quadrature(tau):
         assert abs(mine.mean() - expected[d]) < 4.5 * mine.std() / len(mine) ** 0.5
 
 
+@quick
 @pytest.mark.parametrize("f", [quadratic, cubic])
 def test_gumbel_rao_has_the_mean_of_straight_through_gumbel_softmax_and_less_variance(f):
     n, tau = 100_000, 0.5
