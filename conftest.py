@@ -1,6 +1,7 @@
 """What the doctests find in their namespace, and quicker compilation for the tests that ask for it."""
 
 import functools
+import gc
 import os
 import tempfile
 
@@ -52,6 +53,18 @@ def fast_compilation():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection():
+    """Modules make arrays and small networks as they are imported, operation by operation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_finish():
+    """Modules and tests live to the end, and tracing makes many objects: do not look for garbage so often."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

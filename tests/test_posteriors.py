@@ -22,15 +22,11 @@ KEY = jax.random.key(20261122)
 
 # The bias of the relaxation is proportional to tau and to the curvature of the log-likelihood between two
 # values; the far mixture has four times that of the mixture, misses 0.04 for it, and is in the benchmark.
-# Of the others, the mixture is the one so large that its run takes longer than to compile it well.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "mixture" else quick)
-        for name in sorted(set(posteriors.PROBLEMS) - {"far mixture"})
-    ],
-)
-def test_known_posteriors(name):
+# Of the others, the mixture is the one whose run takes longer than compiling it with all optimisations.
+@pytest.mark.parametrize("name", sorted(set(posteriors.PROBLEMS) - {"far mixture"}))
+def test_known_posteriors(name, request):
+    if name != "mixture":
+        request.getfixturevalue("fast_compilation")
     problem = posteriors.PROBLEMS[name]
     found = posteriors.train(problem, tau=0.1, steps=3000)
     assert posteriors.error(found, problem.answer()) < 0.04
