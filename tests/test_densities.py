@@ -132,7 +132,7 @@ def test_gradient_of_the_density_is_its_derivative(case):
     with jax.enable_x64(True):
         logs = dataclasses.replace(case, sample_options={"log_space": True} if log_space else {})
         params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
-        value = logs.draw(KEY, (20, 2), **params)
+        value = jax.jit(lambda params: logs.draw(KEY, (20, 2), **params))(params)
 
         @jax.jit
         @jax.value_and_grad
@@ -205,7 +205,7 @@ def test_stochastic_times_smooth_mass():
 @rows(cases(has_density))
 def test_second_derivatives_are_finite_and_symmetric(case):
     params = {n: jnp.asarray(x) for n, x in case.element(0).items()}
-    value = case.draw(KEY, (), **params)
+    value = jax.jit(lambda params: case.draw(KEY, (), **params))(params)
     inside = jnp.clip(value, 0.1, 0.9) if not case.event or case.support == "unit" else value
     hessian = jax.jit(jax.hessian(lambda params: case.density(inside, **params)))(params)
     hessian = jax.tree.map(np.asarray, hessian)
@@ -233,11 +233,10 @@ def test_slopes_of_the_atoms_far_into_the_tail():
 @quick
 @pytest.mark.parametrize("stretch", [(-10.0, 1.1), (-0.2, 3.0), (-1000.0, 1.001)])
 def test_hard_concrete_of_an_uneven_stretch(stretch):
-    a = stretch[0]
-    logits, tau = jnp.array([0.5 - np.log(-a)]), 0.5
-    z = rj.hard_concrete(KEY, logits + np.log(-a) * (1 + tau), tau, stretch=stretch, shape=(50_000,))
-    logits = logits + np.log(-a) * (1 + tau)
-    law = functools.partial(rj.hard_concrete_log_prob, logits=logits, tau=tau, stretch=stretch)
+    a, tau = stretch[0], 0.5
+    logits = jnp.array([0.5 - np.log(-a) + np.log(-a) * (1 + tau)])
+    z = jax.jit(lambda key: rj.hard_concrete(key, logits, tau, stretch=stretch, shape=(50_000,)))(KEY)
+    law = jax.jit(functools.partial(rj.hard_concrete_log_prob, logits=logits, tau=tau, stretch=stretch))
     edges = np.linspace(0, 1, 11)
     middles = ((np.arange(5000) + 0.5) / 5000).astype(np.float32)
     tenths = np.exp(np.asarray(law(middles), float)).reshape(10, -1).mean(-1) / 10
@@ -252,7 +251,8 @@ def test_hard_concrete_of_an_uneven_stretch(stretch):
     expected = probabilities[kept] / probabilities[kept].sum() * observed.sum()
     assert st.chisquare(observed, expected).pvalue > P_VALUE
     with jax.enable_x64(True):
-        exact = rj.hard_concrete_log_prob(jnp.asarray(z), logits.astype(float), tau, stretch=stretch)
+        wide = functools.partial(rj.hard_concrete_log_prob, tau=tau, stretch=stretch)
+        exact = jax.jit(wide)(jnp.asarray(z), logits.astype(float))
     np.testing.assert_allclose(law(z.astype(np.float32)), exact, rtol=1e-4, atol=1e-4)
 
 

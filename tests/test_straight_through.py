@@ -255,8 +255,8 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(sampler):
     v, w = jax.random.normal(jax.random.key(1), (2, 5, 3))
     draw = lambda l, tau: sampler(KEY, l, tau, 7)
     point = jnp.full((5, 3), 0.2), jnp.full(5, 0.7)
-    pushed = jax.jvp(draw, point, (v, jnp.arange(5.0)))[1]
-    pulled = jax.vjp(draw, *point)[1](w)
+    pushed = jax.jit(lambda v, t: jax.jvp(draw, point, (v, t))[1])(v, jnp.arange(5.0))
+    pulled = jax.jit(lambda w: jax.vjp(draw, *point)[1](w))(w)
     np.testing.assert_allclose(
         jnp.vdot(w, pushed), jnp.vdot(v, pulled[0]) + jnp.vdot(jnp.arange(5.0), pulled[1]), rtol=1e-5
     )
