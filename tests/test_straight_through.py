@@ -268,8 +268,8 @@ def test_memory_does_not_grow_with_the_number_of_samples(sampler):
     logits = jax.ShapeDtypeStruct((256, 10, 128), jnp.float32)
 
     def used(samples):
-        loss = lambda l, w: jnp.sum(w * sampler(KEY, l, 0.5, samples))
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(logits, logits).compile()
+        loss = lambda l, w, key: jnp.sum(w * sampler(key, l, 0.5, samples))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(logits, logits, KEY).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     many, few = used(100), used(10)
