@@ -1,6 +1,7 @@
 """What the doctests find in their namespace, and quicker compilation for the tests that ask for it."""
 
 import functools
+import gc
 import os
 import tempfile
 
@@ -11,7 +12,11 @@ import pytest
 # How the workers of pytest-xdist compile: in half of the time, to code that is hardly slower; not all jaxlibs
 # know each of these. And what users get instead, for the tests that compile as they do.
 CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-DEFAULT = {"xla_cpu_use_fusion_emitters": True}
+DEFAULT = {
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
 
 
 def known(options):
@@ -40,11 +45,6 @@ def pytest_configure(config):
         config.add_cleanup(cache.cleanup)
 
 
-@pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace):
-    doctest_namespace.update(jax=jax, jnp=jnp)
-
-
 @pytest.fixture
 def fast_compilation():
     """Compiling is most of the time of these tests; no law depends on how well the code is optimised."""
@@ -55,14 +55,36 @@ def fast_compilation():
         jax.config.update("jax_disable_most_optimizations", False)
 
 
+def pytest_collection():
+    """Modules make arrays and small networks as they are imported, operation by operation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_finish():
+    """Modules and tests live to the end, and tracing makes many objects: do not look for garbage so often."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(autouse=True)
+def _doctests(request, doctest_namespace):
+    """Their names; and they run operation by operation, each of which is compiled."""
+    doctest_namespace.update(jax=jax, jnp=jnp)
+    if isinstance(request.node, pytest.DoctestItem):
+        request.getfixturevalue("fast_compilation")
+
+
 @pytest.fixture(scope="session")
 def _defaults():
     return known(DEFAULT)
 
 
 @pytest.fixture
-def as_users_compile(_defaults, monkeypatch):
+def as_users_compile(fast_compilation, _defaults, monkeypatch):
     """What jax.jit compiles, it compiles as it does for users: optimisation has brought defects to light.
+
+    Only what runs operation by operation, in which nothing can be fused, is compiled fast here too.
 
     In test_samplers.py these are the agreement of jit, eager and vmap, the exact discrete laws and those of
     low temperatures, so all samplers; in test_densities.py, the densities of own draws, so all that have a

@@ -45,6 +45,7 @@ def cell_law(case, i):
     return np.exp(np.asarray(log_p, np.float64) + log_jacobian) * step ** y.shape[-1], bins(y)
 
 
+@quick
 @rows(cases(has_density, has_log_space, lambda case: case.atoms is None))
 def test_density_integrates_to_one_and_is_that_of_the_draws(case):
     n = 20_000
@@ -64,6 +65,7 @@ def test_density_integrates_to_one_and_is_that_of_the_draws(case):
         assert st.chisquare(counts[kept], expected).pvalue > P_VALUE
 
 
+@quick
 @rows(cases(lambda case: case.atoms is not None))
 def test_atoms_and_density_sum_to_one_and_are_those_of_the_draws(case):
     n = 50_000
@@ -81,6 +83,7 @@ def test_atoms_and_density_sum_to_one_and_are_those_of_the_draws(case):
         assert (np.asarray(law(np.float32([-0.1, 1.1]))) == -np.inf).all()
 
 
+@quick
 @rows(cases(has_log_space))
 def test_both_forms_of_a_value_have_one_density(case):
     warm = {"tau": np.float32(1.0)} if "tau" in case.params else {}
@@ -129,7 +132,7 @@ def test_gradient_of_the_density_is_its_derivative(case):
     with jax.enable_x64(True):
         logs = dataclasses.replace(case, sample_options={"log_space": True} if log_space else {})
         params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
-        value = logs.draw(KEY, (20, 2), **params)
+        value = jax.jit(lambda params: logs.draw(KEY, (20, 2), **params))(params)
 
         @jax.jit
         @jax.value_and_grad
@@ -155,6 +158,7 @@ def test_gradient_of_the_density_is_its_derivative(case):
             np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-5, atol=1e-5)
 
 
+@quick
 def test_bernoulli_mass():
     log_prob = rj.straight_through_bernoulli_log_prob
     logits = np.float32([-30, -2, 0, 3, 30, -np.inf, np.inf])
@@ -167,6 +171,7 @@ def test_bernoulli_mass():
     assert jnp.isfinite(jax.vmap(jax.grad(log_prob, 1))(jnp.zeros(7), jnp.asarray(logits))).all()
 
 
+@quick
 def test_stochastic_times_smooth_mass():
     logits = np.float32([-9, -1, 0.5, 6])
     root = np.exp(-np.logaddexp(0, -logits.astype(float)) / 2)
@@ -200,7 +205,7 @@ def test_stochastic_times_smooth_mass():
 @rows(cases(has_density))
 def test_second_derivatives_are_finite_and_symmetric(case):
     params = {n: jnp.asarray(x) for n, x in case.element(0).items()}
-    value = case.draw(KEY, (), **params)
+    value = jax.jit(lambda params: case.draw(KEY, (), **params))(params)
     inside = jnp.clip(value, 0.1, 0.9) if not case.event or case.support == "unit" else value
     hessian = jax.jit(jax.hessian(lambda params: case.density(inside, **params)))(params)
     hessian = jax.tree.map(np.asarray, hessian)
@@ -212,6 +217,7 @@ def test_second_derivatives_are_finite_and_symmetric(case):
             np.testing.assert_allclose(block, across.T, rtol=1e-3, atol=1e-3)
 
 
+@quick
 def test_slopes_of_the_atoms_far_into_the_tail():
     """phi(x) / Phi(x) at x = -loc / scale, by its continued fraction in float64."""
     slope = jax.grad(rj.gaussian_bernoulli_log_prob, 1)
@@ -224,13 +230,13 @@ def test_slopes_of_the_atoms_far_into_the_tail():
         np.testing.assert_allclose(slope(1.0, 1 - loc, scale), -exact, rtol=2e-3 if loc > 1e3 else 3e-5)
 
 
+@quick
 @pytest.mark.parametrize("stretch", [(-10.0, 1.1), (-0.2, 3.0), (-1000.0, 1.001)])
 def test_hard_concrete_of_an_uneven_stretch(stretch):
-    a = stretch[0]
-    logits, tau = jnp.array([0.5 - np.log(-a)]), 0.5
-    z = rj.hard_concrete(KEY, logits + np.log(-a) * (1 + tau), tau, stretch=stretch, shape=(50_000,))
-    logits = logits + np.log(-a) * (1 + tau)
-    law = functools.partial(rj.hard_concrete_log_prob, logits=logits, tau=tau, stretch=stretch)
+    a, tau = stretch[0], 0.5
+    logits = jnp.array([0.5 - np.log(-a) + np.log(-a) * (1 + tau)])
+    z = jax.jit(lambda key: rj.hard_concrete(key, logits, tau, stretch=stretch, shape=(50_000,)))(KEY)
+    law = jax.jit(functools.partial(rj.hard_concrete_log_prob, logits=logits, tau=tau, stretch=stretch))
     edges = np.linspace(0, 1, 11)
     middles = ((np.arange(5000) + 0.5) / 5000).astype(np.float32)
     tenths = np.exp(np.asarray(law(middles), float)).reshape(10, -1).mean(-1) / 10
@@ -245,7 +251,8 @@ def test_hard_concrete_of_an_uneven_stretch(stretch):
     expected = probabilities[kept] / probabilities[kept].sum() * observed.sum()
     assert st.chisquare(observed, expected).pvalue > P_VALUE
     with jax.enable_x64(True):
-        exact = rj.hard_concrete_log_prob(jnp.asarray(z), logits.astype(float), tau, stretch=stretch)
+        wide = functools.partial(rj.hard_concrete_log_prob, tau=tau, stretch=stretch)
+        exact = jax.jit(wide)(jnp.asarray(z), logits.astype(float))
     np.testing.assert_allclose(law(z.astype(np.float32)), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -261,6 +268,7 @@ def test_a_shared_factor_is_not_copied_for_each_row():
         assert memory.temp_size_in_bytes < 30 * value.nbytes  # copies of the factor would be 50
 
 
+@quick
 def test_a_factor_may_have_any_signs_on_its_diagonal():
     z, logits = jnp.array([0.3, 0.4]), jnp.array([0.2, -0.5])
     laws = [
@@ -270,6 +278,7 @@ def test_a_factor_may_have_any_signs_on_its_diagonal():
     np.testing.assert_allclose(*laws, rtol=1e-6)
 
 
+@quick
 def test_limits_at_the_vertices():
     """Where z is rounded to a vertex the density is its limit there, never NaN."""
     ends = np.float32([0, 1])
@@ -293,6 +302,7 @@ def test_limits_at_the_vertices():
         assert jnp.isfinite(jax.grad(lambda tau, law=law: jnp.sum(law(tau)))(0.5))
 
 
+@quick
 def test_outside_of_the_support():
     assert (rj.relaxed_bernoulli_log_prob(np.float32([-0.1, 1.1]), 0.0, 0.5) == -jnp.inf).all()
     off = np.float32([1.2, -0.1, -0.1])
@@ -305,6 +315,7 @@ def test_outside_of_the_support():
     np.testing.assert_allclose(face, alone, rtol=1e-6)
 
 
+@quick
 def test_a_certain_gate_leaves_the_others_their_marginal_density():
     factor = np.linalg.cholesky([[1, 0.5, 0.3], [0.5, 1, 0.7], [0.3, 0.7, 1]]).astype(np.float32)
     pair = np.linalg.cholesky([[1, 0.3], [0.3, 1]]).astype(np.float32)  # without the middle one
@@ -314,6 +325,7 @@ def test_a_certain_gate_leaves_the_others_their_marginal_density():
     np.testing.assert_allclose(law, rest, rtol=1e-5)
 
 
+@quick
 def test_singular_covariance_is_seen_modulo_constants():
     """The density of a logistic-normal does not depend on the part of Sigma along all-ones."""
     loc, covariance = rj.laplace_bridge.dirichlet_to_gaussian(jnp.array([0.8, 2.0, 5.0]))

@@ -76,6 +76,7 @@ def draws(name, family, n=300_000):
     return np.asarray(slopes), np.asarray(weights), np.asarray(values)
 
 
+@quick
 def test_exact_is_the_sum_over_all_outcomes():
     """In float64, by numpy: the value and, by differences, its gradient."""
 
@@ -129,6 +130,7 @@ def test_known_orders_of_variance(less, more, family):
     assert b - a > 4.5 * np.hypot(a_error, b_error)
 
 
+@quick
 def test_disarm_never_has_more_variance_than_arm():
     """It is ARM's mean given the two draws: in every coordinate, for any f, at any logits."""
     for scale in (0.0, 0.5, 4.0):
@@ -144,6 +146,7 @@ def test_disarm_never_has_more_variance_than_arm():
         assert excess.sum((1, 2)).mean() > 0
 
 
+@quick
 def test_noisy_logits_drawn_again_have_the_law_of_the_first_given_the_draw():
     for family, n in (("bits", 20_000), ("classes", 20_000)):
         cls, logits = FAMILIES[family]
@@ -176,6 +179,7 @@ def toy(theta, variate, key, target=0.499):
 VARIATE = {"log_tau": jnp.float32(0.2), "eta": jnp.float32(0.3)}
 
 
+@quick
 def test_value_and_grads_are_those_of_the_loss_and_of_the_variance():
     theta, keys = jnp.array([0.4, -0.3]), jax.random.split(KEY, 100_000)
     gradient = jax.vmap(jax.grad(toy), (None, None, 0))
@@ -190,6 +194,7 @@ def test_value_and_grads_are_those_of_the_loss_and_of_the_variance():
         np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), variate[name].mean(), rtol=0.01)
 
 
+@quick
 def test_learned_control_variates_have_less_variance():
     """Of REBAR's eta and tau, and of RELAX's network, by gradient descent from where they start."""
 
@@ -274,6 +279,7 @@ def test_under_jit_vmap_scan_and_checkpoint(name):
     np.testing.assert_allclose(passed, ESTIMATORS[name](KEY, interacting(0.7, 1), q), rtol=1e-5, atol=5e-7)
 
 
+@quick
 def test_f_may_be_a_module_of_flax():
     """The gradient reaches the module's parameters and those of the encoder that made the logits."""
     encoder, decoder = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))
@@ -319,6 +325,7 @@ def test_extreme_logits_have_finite_gradients(name, family, dtype):
     assert (np.asarray(slopes, float)[:, np.isneginf(pattern)] == 0).all()
 
 
+@quick
 def test_bad_arguments_are_named():
     q, f = es.Bernoulli(jnp.zeros((2, 3))), lambda b: jnp.sum(b, -1)
     for estimator in (es.reinforce, es.rloo, es.arm, es.disarm, es.rebar):

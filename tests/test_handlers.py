@@ -168,7 +168,7 @@ def classes():
 
 
 def loss(model, guide, elbo=ELBOS[0]):
-    return elbo.loss(KEY, {}, model, guide)
+    return jax.jit(lambda key: elbo.loss(key, {}, model, guide))(KEY)
 
 
 @pytest.mark.parametrize("elbo", ELBOS, ids=lambda elbo: type(elbo).__name__)

@@ -7,6 +7,7 @@ import pytest
 
 from relaxit_jax.laplace_bridge import dirichlet_to_gaussian, gaussian_to_dirichlet
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 ALPHAS = np.array([[0.3, 2.0, 9.0, 1.0], [5.0, 5.0, 0.7, 40.0]])
 
 

@@ -53,7 +53,7 @@ def test_draws_have_their_law_and_ratio(case):
     """Frequencies by a chi-squared test; the ratio is that of the float64 laws, so its mean of exp is 1."""
     family, q, g, p, prior = case
     z, ratio = jax.jit(jax.vmap(lambda key: family.draw(key, q, g)))(jax.random.split(KEY, N))
-    from_prior = family.draw_prior(KEY, g, N)
+    from_prior = jax.jit(lambda key: family.draw_prior(key, g, N))(KEY)
     for draws, law in ((z, p), (from_prior, prior)):
         for k in range(3):
             assert chi_squared(np.asarray(draws[:, k], int), law[k]) > 1e-5

@@ -137,7 +137,7 @@ def test_the_training_gradient_is_that_of_the_bound(method):
     n = 8_000
     one = lambda key: made.gradients(params, variate, made.test, key, TAU)
     values, (gradients, _) = jax.jit(jax.vmap(one))(jax.random.split(KEY, n))
-    exact = jax.value_and_grad(functools.partial(enumerated, made))(params)
+    exact = jax.jit(jax.value_and_grad(functools.partial(enumerated, made)))(params)
     draws, exact = (
         [np.asarray(x, float) for x in jax.tree.leaves(tree)] for tree in ((values, gradients), exact)
     )
@@ -158,8 +158,8 @@ def test_the_gradient_is_whole_although_the_encoder_is_taken_apart(method):
         q, _ = made.model(params).encode(made.test)
         return made.loss((params, q), variate, made.test, KEY, TAU)
 
-    value, gradient = jax.value_and_grad(objective)(params)
-    other, (seen, _) = made.gradients(params, variate, made.test, KEY, TAU)
+    value, gradient = jax.jit(jax.value_and_grad(objective))(params)
+    other, (seen, _) = jax.jit(lambda params: made.gradients(params, variate, made.test, KEY, TAU))(params)
     np.testing.assert_allclose(other, value, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), seen, gradient)
 
@@ -175,7 +175,8 @@ def test_control_variates_learn_the_variance_of_the_encoders_signal(method):
         slope = jax.grad(lambda q: made.loss((params, q), variate, made.test, KEY, TAU))(q)
         return jnp.sum(slope**2)
 
-    _, (_, seen) = made.gradients(params, variate, made.test, KEY, TAU)
+    gradients = jax.jit(lambda variate: made.gradients(params, variate, made.test, KEY, TAU))
+    _, (_, seen) = gradients(variate)
     leaves, tree = jax.tree.flatten(variate)
     for place, gradient in enumerate(jax.tree.leaves(seen)):
         direction = jax.random.normal(jax.random.fold_in(KEY, place), gradient.shape)

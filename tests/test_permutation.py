@@ -37,7 +37,7 @@ def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
     logits, way = np.random.default_rng(n).normal(size=(2, n, n))
     weights = jnp.float32(way)
     total = lambda x: (jnp.sum(weights * (z := rj.gumbel_sinkhorn(KEY, x, tau))), z)
-    slope, z = jax.grad(total, has_aux=True)(jnp.float32(logits))
+    slope, z = jax.jit(jax.grad(total, has_aux=True))(jnp.float32(logits))
     with jax.enable_x64(True):
         exact = lambda x: (jnp.sum(jnp.asarray(way) * (z := rounds(x / tau, 5000))), z)
         exact_slope, exact_z = jax.jit(jax.grad(exact, has_aux=True))(jnp.asarray(perturbed(logits)))

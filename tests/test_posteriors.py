@@ -1,4 +1,4 @@
-"""`relax` finds the posteriors that are known. Compiled with all optimisations, as the long runs need."""
+"""`relax` finds the posteriors that are known."""
 
 import functools
 
@@ -16,13 +16,17 @@ import posteriors
 from relaxit_jax import distributions as rd
 from relaxit_jax.handlers import relax, unrounded
 
+quick = pytest.mark.usefixtures("fast_compilation")
 KEY = jax.random.key(20261122)
 
 
 # The bias of the relaxation is proportional to tau and to the curvature of the log-likelihood between two
 # values; the far mixture has four times that of the mixture, misses 0.04 for it, and is in the benchmark.
+# Of the others, the mixture is the one whose run takes longer than compiling it with all optimisations.
 @pytest.mark.parametrize("name", sorted(set(posteriors.PROBLEMS) - {"far mixture"}))
-def test_known_posteriors(name):
+def test_known_posteriors(name, request):
+    if name != "mixture":
+        request.getfixturevalue("fast_compilation")
     problem = posteriors.PROBLEMS[name]
     found = posteriors.train(problem, tau=0.1, steps=3000)
     assert posteriors.error(found, problem.answer()) < 0.04
@@ -30,6 +34,7 @@ def test_known_posteriors(name):
         assert set(np.flatnonzero(found["on"] > 0.5)) == {0, 3, 7}  # the support the data were made with
 
 
+@quick
 def test_a_poisson_guide_finds_the_best_rate():
     """A guide of a family that does not hold the posterior, written by hand."""
 

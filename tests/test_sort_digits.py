@@ -40,8 +40,8 @@ def test_network_is_two_convolutions_and_two_layers():
 def test_loss_is_the_share_of_places_that_are_allowed():
     digits = np.array([[7, 2, 7, 0], [1, 1, 1, 3]])
     weights = jnp.float32(np.random.default_rng(1).normal(size=(2, 4, 4)))
-    loss, slope = jax.value_and_grad(sort_digits.misplacement, 1)(KEY, weights, digits, 0.7)
-    z = np.asarray(rj.gumbel_sinkhorn(KEY, weights, 0.7))
+    loss, slope = jax.jit(jax.value_and_grad(sort_digits.misplacement, 1))(KEY, weights, digits, 0.7)
+    z = np.asarray(jax.jit(rj.gumbel_sinkhorn)(KEY, weights, 0.7))
     allowed = [{7: [2, 3], 2: [1], 0: [0]}, {1: [0, 1, 2], 3: [3]}]
     shares = [z[b, i, allowed[b][digit]].sum() for b in range(2) for i, digit in enumerate(digits[b])]
     np.testing.assert_allclose(loss, -np.mean(np.log(shares)), rtol=1e-4)
