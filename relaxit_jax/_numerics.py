@@ -11,11 +11,11 @@ Six rules hold for the whole library; the first five are kept here, the last in 
 6. what can be known before tracing is checked before tracing, by a ValueError that names the argument.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import ndtri
 
 # --- noise ------------------------------------------------------------------------------------
@@ -27,12 +27,14 @@ def random_words(key, shape, width):
     Threefry makes two words of each count, of which jax.random.bits keeps the exclusive or. A key is two
     words, so splitting gives both: those of jax.random.bits in uint64, where that is enabled. They lie
     side by side on the last axis, so that a sharded array is drawn where it is, whatever axis is sharded.
+    The keys are taken apart and chosen from again, as one that is split by its words has to be sent.
     """
     if width == 64 or not shape or 0 in shape or jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, shape, f"uint{width}")
     *batch, n = shape
     pairs = jax.random.key_data(jax.random.split(key, (*batch, -(-n // 2))))
-    return pairs.reshape(*batch, -1)[..., :n]
+    words = jnp.where(jnp.arange(2) == 0, pairs[..., :1], pairs[..., 1:])
+    return words.reshape(*batch, -1)[..., :n]
 
 
 def tail_uniform(key, shape, dtype):
@@ -84,9 +86,21 @@ def largest(x):
     return index == jnp.min(jnp.where(at_top, index, x.shape[-1]), -1, keepdims=True)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def top_k(x, k):
+    """The k largest of the last axis, decreasing, and their indices, wherever the other axes are sharded.
+
+    jax.lax.top_k has every device gather all rows, as the partitioner cannot look into it. On a CPU the
+    search that may be approximate is exact, becomes the same code, and is partitioned first.
+    """
+    exact = functools.partial(jax.lax.approx_max_k, k=k, recall_target=1.0)
+    return tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(jax.lax.top_k, k=k)))
+
+
+@functools.partial(jnp.vectorize, signature="(k),(n)->(n)")
 def k_hot(indices, like):
-    """Ones at these indices of the last axis, and zeros."""
-    return jnp.put_along_axis(jnp.zeros_like(like), indices, 1, axis=-1, inplace=False)
+    """Ones at these indices of the last axis, and zeros; in every row alone, so that rows may be sharded."""
+    return jnp.zeros_like(like).at[indices].set(1)
 
 
 def one_hot_draw(key, probs, shape):
@@ -301,48 +315,6 @@ def _logit_to_probit_jvp(primals, tangents):
     finite = jnp.where(jnp.isinf(v), 0, v)
     slope = 1 / (log_ndtr_slope(finite) + log_ndtr_slope(-finite))
     return v, dx * jnp.where(jnp.isinf(x), 0, slope)
-
-
-# --- truncated counts -------------------------------------------------------------------------
-
-MOST_VALUES = 10_000
-
-
-def enough_values(log_pmf, eps):
-    """The least n for which the mass of n, n + 1, ... is below eps, or None if it is above MOST_VALUES.
-
-    ``log_pmf(values)`` has the values on its last axis. As many again as are kept are added up; the
-    rest counts as the geometric series that the last two begin.
-    """
-    size = 64
-    with jax.ensure_compile_time_eval():
-        while size <= 4 * MOST_VALUES:
-            log_p = np.asarray(log_pmf(np.arange(size)), np.float64)
-            p, last = np.exp(log_p), log_p[..., -1:]
-            before = np.where(last > -np.inf, log_p[..., -2:-1], 0)
-            ratio = np.exp(last - before)
-            beyond = np.where(ratio < 1, p[..., -1:] * ratio / np.maximum(1 - ratio, 1e-9), np.inf)
-            tail = np.cumsum(np.concatenate([beyond, p[..., ::-1]], -1), -1)[..., ::-1]
-            small = np.all(tail[..., : size // 2] < eps, tuple(range(tail.ndim - 1)))
-            if small.any():
-                n = max(int(np.argmax(small)), 1)
-                return n if n <= MOST_VALUES else None
-            size *= 2
-    return None
-
-
-def fold_tail(log_pmf, num_values):
-    """The log-masses of the first num_values - 1 values, and of all others together.
-
-    ``log_pmf`` goes on for some values behind those: a light tail is their sum, since one minus the
-    others would cancel, and have no gradient where it is rounded to 0. A heavy one, which may go on
-    for longer, is one minus the others.
-    """
-    head, tail = log_pmf[..., : num_values - 1], log_sum_exp(log_pmf[..., num_values - 1 :])
-    below = log_sum_exp(head)
-    heavy = below < math.log(0.999)
-    rest = jnp.log(-jnp.expm1(jnp.where(heavy, below, -1)))
-    return jnp.concatenate([head, jnp.where(heavy, rest, tail)[..., None]], -1)
 
 
 def as_log(value, log_space):

@@ -15,11 +15,12 @@ PACKAGE = pathlib.Path(relaxit_jax.__file__).parent
 ROOMS = {
     "_numerics": set(),
     "_checks": set(),
+    "_truncation": {"_numerics"},
     "laplace_bridge": {"_numerics", "_checks"},
-    "samplers": {"_numerics", "_checks"},
+    "samplers": {"_numerics", "_checks", "_truncation"},
     "estimators": {"_numerics", "_checks", "estimators"},
     "diagnostics": {"_checks", "estimators"},
-    "distributions": {"_numerics", "_checks", "samplers", "laplace_bridge", "distributions"},
+    "distributions": {"_numerics", "_checks", "_truncation", "samplers", "laplace_bridge", "distributions"},
     "handlers": {"_checks", "distributions", "handlers"},
     "elbo": {"_checks"},
 }

@@ -63,10 +63,13 @@ def by_hand():
 
 @pytest.mark.parametrize("name", ["straight-through", "SIMPLE"])
 def test_an_explainer_finds_the_patches_that_hold_the_answer(name):
-    """On images that it has not seen; so that the gradient reaches it, and says what it should."""
+    """On images that it has not seen; so that the gradient reaches it, and says what it should.
+
+    With 400 steps one class of the three was still not found from 3 of 12 keys; with 1,000 from none.
+    """
     classifier, images, _ = by_hand()
     draw = ex.DRAWS[name]
-    explainer = ex.train_explainer(KEY, classifier, images[:300], k=1, draw=draw, joint=False, steps=400)
+    explainer = ex.train_explainer(KEY, classifier, images[:300], k=1, draw=draw, joint=False, steps=1000)
     mask = np.asarray(ex.top_k(ex.apply(explainer, images[300:]), 1))
     answers = np.asarray(ex.apply(classifier, images[300:])).argmax(1)
     assert (mask.sum(1) == 1).all()

@@ -10,7 +10,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _truncation as tr
 from relaxit_jax.distributions import _base as base
 
 # --- a relaxed site ---------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def _law_of_count(name, d, num_values):
     bounded = high is not None and seen(high)
     whole = int(np.max(np.asarray(high))) - low + 1 if bounded else None
     if num_values is not None:
-        k = ck.as_static_int("num_values", num_values, 1, nm.MOST_VALUES)
+        k = ck.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
     elif high is None:
         k = _enough_values(name, d, low)
     else:
@@ -177,7 +177,7 @@ def _law_of_count(name, d, num_values):
     beyond = max(whole - k, 0) if bounded else k + 64
     log_pmf = _log_pmf(d, np.arange(low, low + k + beyond))
     if beyond:
-        log_pmf = nm.fold_tail(log_pmf, k)
+        log_pmf = tr.fold_tail(log_pmf, k)
     values = np.arange(low, low + k, dtype=np.float32)
     return Law("count", jax.nn.log_softmax(log_pmf, -1), values)
 
@@ -200,6 +200,6 @@ def _enough_values(name, d, low):
     )
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(d))
     ck.require(not traced, "num_values", need, None)
-    k = nm.enough_values(lambda values: _log_pmf(d, low + values), TAIL)
-    ck.require(k is not None, "num_values", f"given for the site '{name}'", f"more than {nm.MOST_VALUES}")
+    k = tr.enough_values(lambda values: _log_pmf(d, low + values), TAIL)
+    ck.require(k is not None, "num_values", f"given for the site '{name}'", f"more than {tr.MOST_VALUES}")
     return k

@@ -52,7 +52,7 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
     def _density(self, value, logits, **_):
         if not self.hard:
             raise NotImplementedError("a relaxed k-hot vector has no density in closed form; give hard=True")
-        _, chosen = jax.lax.top_k(value, self.k)
+        _, chosen = nm.top_k(value, self.k)
         law = samplers.gumbel_top_k_log_prob(chosen, logits, ordered=False)
         is_k_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value, -1) == self.k)
         return jnp.where(is_k_hot, law, -jnp.inf)
@@ -112,7 +112,7 @@ class SimpleTopK(base.SamplerDistribution):
 def _expected_log_prob(p, q):
     """E_p log q(z), from log q at one likely z: the logits of q times how far the mean is from there."""
     _, of_p, of_q = ck.widen(p=p.logits, q=q.logits)
-    likely = jax.lax.stop_gradient(nm.k_hot(jax.lax.top_k(of_p, p.k)[1], of_p))
+    likely = jax.lax.stop_gradient(nm.k_hot(nm.top_k(of_p, p.k)[1], of_p))
     away = samplers.simple_top_k_marginals(of_p, p.k) - likely
     moved = jnp.sum(away * jnp.where(of_q == -jnp.inf, 0, of_q), -1)
     return moved + samplers.simple_top_k_log_prob(likely, of_q, q.k)

@@ -15,6 +15,7 @@ from jax.scipy.special import gammaln
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
+from relaxit_jax import _truncation as tr
 
 
 def generalized_gumbel_softmax(key, logits, values, tau, *, shape=None, hard=False):
@@ -225,12 +226,12 @@ def _support(log_pmf, parameters, num_values, eps):
     ck.require_values("eps", eps, "in (0, 1)", lambda x: (x > 0) & (x < 1))
     seen = not any(isinstance(x, jax.core.Tracer) for x in parameters)
     if num_values is not None:
-        num_values = ck.as_static_int("num_values", num_values, 1, nm.MOST_VALUES)
+        num_values = ck.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
     need = "given, as the parameters are traced: it is fixed before tracing"
     ck.require(seen or num_values is not None, "num_values", need, None)
     if seen:
-        least = nm.enough_values(lambda values: _masses(log_pmf, len(values), *parameters), eps)
-        need = f"at most {nm.MOST_VALUES}, and for these parameters and eps = {eps} it is not enough"
+        least = tr.enough_values(lambda values: _masses(log_pmf, len(values), *parameters), eps)
+        need = f"at most {tr.MOST_VALUES}, and for these parameters and eps = {eps} it is not enough"
         ck.require(least is not None, "num_values", need, num_values)
         num_values = num_values or least
         need = f"at least {least} for the mass beyond to be below eps = {eps}"
@@ -248,7 +249,7 @@ def _masses(log_pmf, size, *parameters):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _folded(log_pmf, num_values, *parameters):
     log_p = _masses(log_pmf, 2 * num_values + 64, *parameters)  # the tail, as far again as the values
-    return jax.nn.log_softmax(nm.fold_tail(log_p, num_values), -1)
+    return jax.nn.log_softmax(tr.fold_tail(log_p, num_values), -1)
 
 
 # --- masses that keep their digits at large counts --------------------------------------------

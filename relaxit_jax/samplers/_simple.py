@@ -127,7 +127,7 @@ def simple_top_k_log_prob(value, logits, k):
     possible = jnp.all((value == 0) | (logits > -jnp.inf), -1)
     inside = (is_k_hot & possible)[..., None]
     # a value outside is scored as one inside, and then forgotten: nothing infinite has a gradient
-    best = nm.k_hot(jax.lax.top_k(logits, k)[1], logits)
+    best = nm.k_hot(nm.top_k(logits, k)[1], logits)
     value = jnp.where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
     law = jnp.where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
     return jnp.where(_has_enough(k, logits)[..., 0], law, jnp.nan)

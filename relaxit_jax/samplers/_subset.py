@@ -44,7 +44,7 @@ def gumbel_top_k(key, logits, k, *, shape=None):
     """
     k, logits, _ = ck.subset_args(logits, k)
     perturbed, shift = _perturb(key, logits, shape)
-    values, indices = jax.lax.top_k(perturbed, k)
+    values, indices = nm.top_k(perturbed, k)
     return indices, values + shift
 
 
@@ -216,7 +216,7 @@ def stochastic_beam_search(key, log_prob_fn, state, k, max_length, *, start=0, e
             law = jnp.where(ended[:, None], jnp.where(jnp.arange(size) == end, 0, -jnp.inf), law)
         log_p = log_p[:, None] + law
         below = _given_largest(key, jax.lax.stop_gradient(law), jax.lax.stop_gradient(log_p), perturbed)
-        perturbed, best = jax.lax.top_k(below.ravel(), k)
+        perturbed, best = nm.top_k(below.ravel(), k)
         parent, token = best // size, (best % size).astype(jnp.int32)
         state, tokens = jax.tree.map(lambda x: x[parent], (state, tokens))
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, place, 1)
@@ -309,7 +309,7 @@ def relaxed_top_k(key, logits, k, tau, *, shape=None, hard=False):
     z = jnp.where(enough, z, jnp.nan)
     if not hard:
         return z.astype(dtype)
-    return nm.straight_through(nm.k_hot(jax.lax.top_k(perturbed, k)[1], z), z).astype(dtype)
+    return nm.straight_through(nm.k_hot(nm.top_k(perturbed, k)[1], z), z).astype(dtype)
 
 
 @jax.custom_jvp
