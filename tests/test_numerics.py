@@ -35,7 +35,7 @@ def test_noise_is_the_quantile_of_its_bits(noise, dtype, monkeypatch):
         width = 32 if dtype == jnp.float32 else 64
         small = [0, 1, 2, 3, 10, 1000, 123_456_789, 2**30, 2 ** (width - 2), 2 ** (width - 1) - 1]
         bits = np.array(small + [2**width - 1 - i for i in small], f"uint{width}")
-        monkeypatch.setattr(nm, "random_words", lambda *args: jnp.asarray(bits))
+        monkeypatch.setattr(nm, "random_bits", lambda *args: jnp.asarray(bits))
         drawn = np.asarray(noise(KEY, bits.shape, dtype), np.float64)
     tail = (np.array(small, np.float64) + 0.5) * 2.0**-width
     rtol = 3e-6 if dtype == jnp.float32 else 1e-12
@@ -43,25 +43,24 @@ def test_noise_is_the_quantile_of_its_bits(noise, dtype, monkeypatch):
     np.testing.assert_allclose(drawn[len(small) :], UPPER[noise](tail), rtol=rtol, atol=rtol)
 
 
-def test_words_are_those_of_64_random_bits():
-    """Both words of each count, once: the same as jax.random.bits in uint64, high word first."""
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (7,), (3, 1, 5), (2**16 + 3,), (2, 3, 4, 5)])
+def test_bits_are_those_of_jax(shape):
+    """To the last one, of typed and of raw keys, in a batch of keys, eager and compiled."""
+    for key in (jax.random.key(0), jax.random.PRNGKey(2**31 + 5), jax.random.key(7, impl="rbg")):
+        expected = np.asarray(jax.random.bits(key, shape))
+        np.testing.assert_array_equal(nm.random_bits(key, shape, 32), expected)
+        np.testing.assert_array_equal(jax.jit(lambda key: nm.random_bits(key, shape, 32))(key), expected)
+    keys = jax.random.split(KEY, (2, 3))
+    both = (lambda key: nm.random_bits(key, shape, 32), lambda key: jax.random.bits(key, shape))
+    np.testing.assert_array_equal(*(jax.vmap(jax.vmap(draw))(keys) for draw in both))
+
+
+def test_more_bits_than_places_of_32_bits():
+    """They are left to JAX, and so are wider ones."""
+    program = lambda shape: str(jax.make_jaxpr(lambda key: nm.random_bits(key, shape, 32))(KEY))
+    assert "random_bits[" in program((2**17, 2**16)) and "random_bits[" not in program((2**16, 2**16))
     with jax.enable_x64(True):
-        bits = np.asarray(jax.random.bits(KEY, (3, 4), "uint64"))
-    words = np.stack([bits >> 32, bits & (2**32 - 1)], -1).reshape(3, 8)
-    np.testing.assert_array_equal(nm.random_words(KEY, (3, 8), 32), words)
-    np.testing.assert_array_equal(nm.random_words(KEY, (3, 7), 32), words[:, :7])
-    np.testing.assert_array_equal(nm.random_words(jax.random.key_data(KEY), (3, 8), 32), words)
-
-
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_words_are_uniform_and_independent_of_their_neighbours(impl):
-    """All bits, of each word and of the exclusive or of two neighbours in either direction, are fair."""
-    words = np.asarray(nm.random_words(jax.random.key(5, impl=impl), (512, 512), 32))
-    for w in (words, words[:, 1:] ^ words[:, :-1], words[:, ::2] ^ words[:, 1::2], words[1:] ^ words[:-1]):
-        ones = np.unpackbits(np.ascontiguousarray(w).view(np.uint8)).reshape(-1, 32).sum(0)
-        z = (ones - w.size / 2) / np.sqrt(w.size / 4)
-        assert np.abs(z).max() < 4.8  # of 128 a time: 2e-4 at most
-    assert nm.random_words(jax.random.key(5, impl=impl), (), 32).shape == ()
+        assert nm.random_bits(KEY, (2,), 64).dtype == jnp.uint64
 
 
 @pytest.mark.parametrize("noise", NOISE, ids=lambda f: f.__name__)

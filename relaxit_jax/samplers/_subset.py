@@ -192,7 +192,7 @@ def stochastic_beam_search(key, log_prob_fn, state, k, max_length, *, start=0, e
     >>> step = lambda state, token: (chain[token], state)
     >>> tokens, log_probs, _ = stochastic_beam_search(jax.random.key(0), step, (), 8, 3)
     >>> tokens[0], jnp.exp(log_probs).sum().round(4)  # all eight sequences of three bits
-    (Array([0, 0, 1], dtype=int32), Array(1., dtype=float32))
+    (Array([0, 0, 0], dtype=int32), Array(1., dtype=float32))
     """
     ck.check_key(key)
     max_length = ck.as_static_int("max_length", max_length, 1, 1_000_000)
