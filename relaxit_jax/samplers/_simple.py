@@ -56,7 +56,7 @@ def simple_top_k(key, logits, k, *, shape=None):
 
     def draw(left, element):
         log_odds, noise = element
-        chosen = _at(log_odds, left) + noise > 0
+        chosen = _at(log_odds, left, 0) + noise > 0
         return left - chosen, chosen
 
     elements = _log_odds(jax.lax.stop_gradient(logits), k), jnp.moveaxis(noise, -1, 0)
@@ -137,7 +137,7 @@ def simple_top_k_log_prob(value, logits, k):
 def _log_prob(k, value, logits):
     value = jnp.moveaxis(value, -1, 0)
     left = jnp.cumsum(value, 0).astype(jnp.int32)  # to be chosen among the first i
-    log_odds = _at(_log_odds(logits, k), left)
+    log_odds = _at(_log_odds(logits, k), left, 1)
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(value == 1, log_odds, -log_odds)), 0)
 
 
@@ -159,14 +159,14 @@ def _with_axes(logits, ndim):
     return logits.reshape((1,) * (ndim + 1 - logits.ndim) + logits.shape)
 
 
-def _at(log_odds, left):
+def _at(log_odds, left, axis):
     """The log-odds that belong to so many elements left to choose."""
-    return jnp.take_along_axis(log_odds, left[..., None], -1)[..., 0]
+    return jnp.take_along_axis(log_odds, jnp.expand_dims(left, axis), axis).squeeze(axis)
 
 
 @jax.custom_jvp
 def _insert(ratios, logit):
-    """The log-odds l - D_j of one more element, and the ratios D_j after it, j = 0..k.
+    """The log-odds l - D_j of one more element, and the ratios D_j after it, j = 0..k on the first axis.
 
     D_j' = log(exp(D_j) + exp(l)) - log(1 + exp(l - D_(j-1))), written so that nothing large cancels.
     D_0 is inf, and D_j is -inf for more elements than there are. The ratios are pairs of numbers, of
@@ -174,18 +174,17 @@ def _insert(ratios, logit):
     float32 resolves 1e-3, would otherwise add up a few per cent.
     """
     high, low = ratios
-    logit = logit[..., None]
     log_odds = jnp.where(logit == -jnp.inf, -jnp.inf, (logit - high) - low)
-    lower, upper = log_odds[..., 1:], log_odds[..., :-1]  # lower >= upper
-    softened = jnp.log1p(jnp.exp(-jnp.abs(lower))) - jnp.log1p(jnp.exp(-jnp.abs(upper)))
-    stays, moves_up = lower <= 0, upper >= 0
-    base = jnp.where(stays, high[..., 1:], jnp.where(moves_up, high[..., :-1], logit))
-    rest = jnp.where(stays, low[..., 1:], jnp.where(moves_up, low[..., :-1], 0))
+    soft = jnp.log1p(jnp.exp(-jnp.abs(log_odds)))
+    softened = soft[1:] - soft[:-1]
+    stays, moves_up = log_odds[1:] <= 0, log_odds[:-1] >= 0  # the first are not below the second
+    base = jnp.where(stays, high[1:], jnp.where(moves_up, high[:-1], logit))
+    rest = jnp.where(stays, low[1:], jnp.where(moves_up, low[:-1], 0))
     total = base + softened
     added = total - base
     lost = (base - (total - added)) + (softened - added)
-    new_high = jnp.concatenate([high[..., :1], total], -1)
-    new_low = jnp.concatenate([low[..., :1], jnp.where(jnp.isinf(total), 0, rest + lost)], -1)
+    new_high = jnp.concatenate([high[:1], total])
+    new_low = jnp.concatenate([low[:1], jnp.where(jnp.isinf(total), 0, rest + lost)])
     skip = logit == -jnp.inf
     return log_odds, (jnp.where(skip, high, new_high), jnp.where(skip, low, new_low))
 
@@ -195,21 +194,19 @@ def _insert_jvp(primals, tangents):
     _, logit = primals
     (ratios_dot, _), logit_dot = tangents  # what rounding took has no slope
     log_odds, ratios = _insert(*primals)
-    impossible = (logit == -jnp.inf)[..., None]
-    keep = jax.nn.sigmoid(-log_odds[..., 1:])
-    push = jax.nn.sigmoid(log_odds[..., :-1])
-    logit_dot = jnp.where(impossible, 0, logit_dot[..., None])
-    slope = keep * ratios_dot[..., 1:] + push * ratios_dot[..., :-1] + (1 - keep - push) * logit_dot
-    slope = jnp.concatenate([jnp.zeros_like(slope[..., :1]), slope], -1)
+    keep, push = jax.nn.sigmoid(-log_odds[1:]), jax.nn.sigmoid(log_odds[:-1])
+    logit_dot = jnp.where(logit == -jnp.inf, 0, logit_dot)
+    slope = keep * ratios_dot[1:] + push * ratios_dot[:-1] + (1 - keep - push) * logit_dot
+    slope = jnp.concatenate([jnp.zeros_like(slope[:1]), slope])
     return (log_odds, ratios), (logit_dot - ratios_dot, (slope, jnp.zeros_like(slope)))
 
 
 def _log_odds(logits, k):
     """Of each element to be chosen, by how many are left to choose among it and those before it.
 
-    Shape (n, ..., k + 1).
+    Shape (n, k + 1, ...): vectors go along the batch, and what shifts a count moves whole ones.
     """
-    start = jnp.full((*logits.shape[:-1], k + 1), -jnp.inf, logits.dtype).at[..., 0].set(jnp.inf)
+    start = jnp.full((k + 1, *logits.shape[:-1]), -jnp.inf, logits.dtype).at[0].set(jnp.inf)
     insert = jax.checkpoint(_insert, prevent_cse=False)
     scanned = jax.lax.scan(
         lambda ratios, logit: insert(ratios, logit)[::-1],
@@ -226,9 +223,9 @@ def _marginals(k, logits):
     def visit(left, log_odds):
         chosen = left * jax.nn.sigmoid(log_odds)
         passed = left * jax.nn.sigmoid(-log_odds)
-        return passed.at[..., :-1].add(chosen[..., 1:]), jnp.sum(chosen, -1)
+        return passed.at[:-1].add(chosen[1:]), jnp.sum(chosen, 0)
 
-    start = jnp.zeros((*logits.shape[:-1], k + 1), logits.dtype).at[..., -1].set(1)
+    start = jnp.zeros((k + 1, *logits.shape[:-1]), logits.dtype).at[-1].set(1)
     _, marginals = jax.lax.scan(visit, start, _log_odds(logits, k), reverse=True)
     return jnp.moveaxis(marginals, 0, -1)
 
