@@ -111,8 +111,18 @@ def top_k(x, k):
     jax.lax.top_k has every device gather all rows, as the partitioner cannot look into it. On a CPU the
     search that may be approximate is exact, becomes the same code, and is partitioned first.
     """
+    if k == 1:
+        return _top_one(x)
     exact = functools.partial(jax.lax.approx_max_k, k=k, recall_target=1.0)
     return tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(jax.lax.top_k, k=k)))
+
+
+@functools.partial(jnp.vectorize, signature="(n)->(k),(k)")
+def _top_one(row):
+    """For k = 1 that search is a reduction of pairs with a select, in which LLVM (of JAX 0.10) looks for a
+    checksum, through all of the hash that is joined with it: for hours. argmax is compiled another way."""
+    index = jax.lax.argmax(row, 0, jnp.int32)[None]
+    return row[index], index
 
 
 @functools.partial(jnp.vectorize, signature="(k),(n)->(n)")
@@ -155,8 +165,12 @@ _TAIL = (4.0064340, 1.4165873, 1.3365363e-2, -1.0875810e-2, 8.0406026e-3, -4.781
          -4.0046445e-4, 3.3190197e-5)  # fmt: skip
 
 
-def normal(key, shape, dtype):
-    """Normal(0, 1) noise, by the inverse of the distribution function."""
+def normal(key, shape, dtype, *, used_twice=False):
+    """Normal(0, 1) noise, by the inverse of the distribution function.
+
+    On CPUs a division as the last operation keeps the noise where two results ask for it, as in `logistic`;
+    where one does, a division parts the noise, and each part hashes again. Values are the same.
+    """
     r = tail_uniform(key, shape, dtype)
     v = jnp.abs(r)
     if dtype == jnp.float64:
@@ -166,7 +180,7 @@ def normal(key, shape, dtype):
         centre = jnp.polyval(jnp.array(_CENTRE[::-1], dtype), w - 2.5, unroll=16)
         f = jnp.where(w < 5.6, centre, jnp.polyval(jnp.array(_TAIL[::-1], dtype), jnp.sqrt(w) - 3, unroll=16))
         tail = (2 * v - 1) * f
-    return tail / jnp.where(r < 0, -1, 1).astype(dtype)  # a division last, for the reason of `logistic`
+    return tail / jnp.where(r < 0, -1, 1).astype(dtype) if used_twice else jnp.where(r < 0, -tail, tail)
 
 
 def bernoulli(key, p, q, shape):

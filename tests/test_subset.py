@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special as sp
+import scipy.stats
 
 import relaxit_jax as rj
 from cases import ITEMS
@@ -42,6 +43,29 @@ def test_sets_are_drawn_with_their_probability():
     for i in range(2):
         law = np.exp(log_prob(ITEMS[i]))
         assert chi_square(np.searchsorted(SETS @ [4, 1], codes[:, i]), law) > P_VALUE
+
+
+def test_one_of_n_is_a_category():
+    """The value is the largest of Gumbels at the logits: a Gumbel at their log-sum-exp."""
+
+    @jax.jit
+    def draws(logits):
+        indices, values = rj.gumbel_top_k(KEY, logits, 1, shape=(100_000, 2))
+        return (
+            indices[..., 0],
+            values[..., 0],
+            rj.relaxed_top_k(KEY, logits, 1, 0.5, shape=(100_000, 2), hard=True),
+        )
+
+    indices, values, k_hot = draws(ITEMS)
+    np.testing.assert_array_equal(np.argmax(k_hot, -1), indices)
+    for i in range(2):
+        assert chi_square(indices[:, i], sp.softmax(ITEMS[i])) > P_VALUE
+        gumbel = scipy.stats.gumbel_r(loc=sp.logsumexp(ITEMS[i]))
+        assert scipy.stats.kstest(np.asarray(values[:2000, i]), gumbel.cdf).pvalue > P_VALUE
+    slopes = jax.jacobian(lambda logits: rj.gumbel_top_k(KEY, logits, 1)[1][:, 0])(jnp.asarray(ITEMS))
+    hot = jax.nn.one_hot(rj.gumbel_top_k(KEY, ITEMS, 1)[0][:, 0], 4)
+    np.testing.assert_array_equal(slopes[jnp.arange(2), jnp.arange(2)], hot)
 
 
 @pytest.mark.parametrize(("n", "k", "ahead"), [(50, 20, 3.0), (1000, 500, 0.0), (300, 299, 8.0)])

@@ -42,7 +42,7 @@ def gaussian_bernoulli(key, loc, scale, *, shape=None, hard=False):
     ck.require_positive("scale", scale)
     dtype, loc, scale = ck.widen(loc=loc, scale=scale)
     shape = ck.batch_shape(shape, loc=loc.shape, scale=scale.shape)
-    y = loc + scale * nm.normal(key, shape, loc.dtype)
+    y = loc + scale * nm.normal(key, shape, loc.dtype, used_twice=True)
     z = jnp.clip(y, 0, 1)
     return nm.straight_through(y > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
 
