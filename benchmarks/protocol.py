@@ -15,7 +15,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from timing import RESULTS, write
+from records import RESULTS, write
 
 VAE = pathlib.Path(__file__).parents[1] / "examples" / "vae.py"
 PROTOCOL = ["--data", "mnist5k", "--hidden", "400", "--latents", "20", "--activation", "relu"]

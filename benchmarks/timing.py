@@ -1,28 +1,36 @@
 """Times as ratios: what is compared runs in one process, in turns, and the median of each is taken."""
 
-import json
-import pathlib
-import platform
 import time
 
 import jax
 import numpy as np
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 
+def interleaved(functions, rounds, calls=None, budget=None):
+    """The seconds of a call of each function, in each of `rounds` turns of all.
 
-def interleaved(functions, rounds, calls=1):
-    """Median and quartiles of the seconds of a call of each function, from `rounds` turns of all."""
-    for f in functions.values():
+    A turn of a function is `calls` calls, or as many as take 3 milliseconds. Functions that would take
+    longer than `budget` seconds in all get fewer turns, five at least. Who follows whom changes from turn to
+    turn: the threads of PyTorch look for work for a while after a call, on a core that the next one needs.
+    """
+    first = {}
+    for name, f in functions.items():
+        jax.block_until_ready(f())  # compiles
+        start = time.perf_counter()
         jax.block_until_ready(f())
+        first[name] = time.perf_counter() - start
+    repeats = {name: calls or max(1, round(3e-3 / first[name])) for name in functions}
+    if budget:
+        rounds = min(rounds, max(5, int(budget / sum(first[n] * repeats[n] for n in functions))))
     seconds = {name: [] for name in functions}
+    rng, names = np.random.default_rng(0), list(functions)
     for _ in range(rounds):
-        for name, f in functions.items():
-            start = time.perf_counter()
-            for _ in range(calls):
+        for name in rng.permutation(names):
+            f, start = functions[name], time.perf_counter()
+            for _ in range(repeats[name]):
                 result = f()
             jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - start) / calls)
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
     return {name: np.array(values) for name, values in seconds.items()}
 
 
@@ -32,10 +40,5 @@ def ratio(seconds, one, other):
     return {"ratio": middle, "quartiles": [low, high]}
 
 
-def write(name, content):
-    RESULTS.mkdir(exist_ok=True)
-    machine = {"device": str(jax.devices()[0]), "cores": jax.local_device_count("cpu")}
-    machine |= {"machine": platform.machine(), "jax": jax.__version__, "python": platform.python_version()}
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content | {"machine": machine}, indent=2) + "\n")
-    print(f"written to {path}")
+def milliseconds(seconds):
+    return round(float(np.median(seconds)) * 1e3, 4)

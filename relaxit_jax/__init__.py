@@ -4,9 +4,25 @@ Samplers take a JAX key first, unconstrained parameters, and a temperature `tau`
 its log-density `<sampler>_log_prob`. They are pure functions for use inside a jitted step.
 """
 
-from relaxit_jax import diagnostics, estimators, laplace_bridge
+import importlib
+import typing
+
 from relaxit_jax.samplers import *  # noqa: F403
 from relaxit_jax.samplers import __all__ as _samplers
 
+if typing.TYPE_CHECKING:
+    from relaxit_jax import diagnostics, estimators, laplace_bridge
+
 __version__ = "0.1.0"
 __all__ = [*_samplers, "diagnostics", "estimators", "laplace_bridge"]
+
+
+def __getattr__(name):
+    """The rooms beside the samplers are imported when they are asked for, as who draws needs none of them."""
+    if name in __all__:
+        return importlib.import_module(f"relaxit_jax.{name}")
+    raise AttributeError(f"module 'relaxit_jax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

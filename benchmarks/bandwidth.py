@@ -1,0 +1,94 @@
+"""Forward and backward pass of a sampler as a share of the memory's limit.
+
+Logits and cotangent must be read, draw and gradient be written: four arrays must move, whatever the program
+does beside. Their bytes over the seconds of a pass, over the bytes a second of a copy of a large array, in
+turns with it, is the share. On an accelerator the aim is above 60 %; on a CPU arithmetic decides.
+
+Writes results/bandwidth.json and results/bandwidth.png, and takes a minute.
+"""
+
+import functools
+
+import click
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from tqdm import tqdm
+
+from records import out_option, write
+from rows import ROWS, logits_of, size_name
+from speed import jax_pass
+from timing import interleaved, milliseconds
+
+AIM = 0.6
+NAMES = (
+    "gumbel_softmax",
+    "gumbel_softmax_hard",
+    "relaxed_bernoulli",
+    "straight_through_categorical",
+    "reinmax",
+)
+
+
+def measure(name, shape, dtype, copied, rounds, budget):
+    """Milliseconds of a pass of ours and of the line by hand, and the share of each."""
+    row, logits = ROWS[name], logits_of(shape, dtype)
+    weights = logits_of(shape, dtype, seed=1)
+    seconds = interleaved(
+        {
+            "ours": jax_pass(row.ours, logits, weights, backward=True),
+            "the line by hand": jax_pass(row.by_hand, logits, weights, backward=True),
+            "a copy": functools.partial(jax.jit(lambda x: x + 1), copied),
+        },
+        rounds,
+        budget=budget,
+    )
+    limit = 2 * copied.nbytes / np.median(seconds["a copy"])  # bytes a second
+    result = {"copy, gigabytes a second": round(limit / 1e9, 1)}
+    for whom in ("ours", "the line by hand"):
+        share = 4 * logits.nbytes / np.median(seconds[whom]) / limit
+        result[whom] = {"milliseconds": milliseconds(seconds[whom]), "share": round(float(share), 3)}
+    return result
+
+
+def picture(table):
+    labels = [f"{name}, {size}, {dtype}" for name, sizes in table.items()
+              for size, dtypes in sizes.items() for dtype in dtypes]  # fmt: skip
+    results = [result for sizes in table.values() for dtypes in sizes.values() for result in dtypes.values()]
+    figure, axis = plt.subplots(figsize=(10, 0.34 * len(labels) + 1.6), layout="constrained")
+    places = np.arange(len(labels))[::-1]
+    for whom, shift, colour in (("ours", 0.2, "tab:blue"), ("the line by hand", -0.2, "tab:gray")):
+        axis.barh(places + shift, [r[whom]["share"] for r in results], 0.4, label=whom, color=colour)
+    axis.axvline(AIM, color="tab:red", ls=":", label="aim, on an accelerator")
+    axis.set_yticks(places, labels)
+    axis.set(xlabel="bytes that must move / time, as a share of the bandwidth of a copy")
+    axis.set_title(f"Forward and backward pass on {jax.devices()[0].device_kind}")
+    axis.legend()
+    return figure
+
+
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.option(
+    "--batch", multiple=True, type=click.IntRange(min=1), default=(64, 4096), help="Rows; may be repeated."
+)
+@click.option("--classes", type=click.IntRange(min=2), default=32_768, help="Numbers of a row.")
+@click.option("--copy-megabytes", type=click.FloatRange(min=0.1), default=512.0,
+              help="Of the array whose copy is the limit: more than the caches hold.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(min=5), default=30, help="Turns of each comparison.")
+@click.option("--budget", type=click.FloatRange(min=0.1), default=5.0, help="Seconds of a comparison, about.")
+@out_option
+def main(batch, classes, copy_megabytes, rounds, budget, out):
+    copied, table = jnp.zeros(int(copy_megabytes * 2**18), jnp.float32), {}
+    work = [(name, (n, classes), dtype) for name in NAMES for n in batch for dtype in ("float32", "bfloat16")]
+    for name, shape, dtype in tqdm(work, unit="pass"):
+        result = measure(name, shape, dtype, copied, rounds, budget)
+        table.setdefault(name, {}).setdefault(size_name(shape), {})[dtype] = result
+        jax.clear_caches()
+        shares = ", ".join(f"{whom} {result[whom]['share']:.1%}" for whom in ("ours", "the line by hand"))
+        tqdm.write(f"{name:30} {size_name(shape):14} {dtype:8} {shares}")
+    write("bandwidth", {"aim": AIM, "rows": table}, out, picture(table))
+
+
+if __name__ == "__main__":
+    main()
