@@ -1,0 +1,84 @@
+"""What the site is built with beside Markdown: formulas, the examples' own code, what they printed.
+
+A page says `{{ source FILE NAME }}` for a function or class of a file, `{{ output NAME }}` for what
+`docs/record.py` wrote down of a run, and `{{ between FILE MARK }}` for what a file holds between comments.
+So pages cannot drift from the code: a name that is gone stops the build. Formulas are MathML, made here; what
+a reader's browser shows needs neither a script nor a network.
+"""
+
+import ast
+import html
+import pathlib
+import re
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIRECTIVE = re.compile(r"^{{ (\w+) ([^}]+) }}$", re.MULTILINE)
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def source(file, name):
+    """A top-level function or class of a Python file, as it is written there."""
+    text = (ROOT / file).read_text()
+    for node in ast.parse(text).body:
+        if getattr(node, "name", None) == name:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            lines = text.splitlines()[first - 1 : node.end_lineno]
+            return f'```python title="{file}"\n' + "\n".join(lines) + "\n```"
+    raise ValueError(f"{file} has no function or class {name!r} at its top level")
+
+
+def output(name):
+    """The command and the end of what it printed, as recorded."""
+    return "```console\n" + (ROOT / "docs" / "outputs" / f"{name}.txt").read_text().rstrip() + "\n```"
+
+
+def between(file, mark):
+    """The lines of a file between `<!-- mark -->` and the next such comment."""
+    found = re.search(rf"<!-- {re.escape(mark)} -->\n(.*?)<!--", (ROOT / file).read_text(), re.DOTALL)
+    if not found:
+        raise ValueError(f"{file} has no <!-- {mark} --> with another comment after it")
+    return found[1]
+
+
+DIRECTIVES = {"source": source, "output": output, "between": between}
+
+
+def expand(markdown):
+    """A page with its directives replaced by what they stand for."""
+
+    def replace(match):
+        name, arguments = match.groups()
+        if name not in DIRECTIVES:
+            raise ValueError(f"{match[0]}: no such directive; there are {', '.join(DIRECTIVES)}")
+        file, *rest = arguments.split(maxsplit=1)
+        return DIRECTIVES[name](file, *rest)
+
+    return DIRECTIVE.sub(replace, markdown)
+
+
+def formulas(page):
+    """HTML with its TeX turned into MathML."""
+
+    def replace(match):
+        display = "block" if match[1] == "div" else "inline"
+        return convert(html.unescape(match[2]), display=display)
+
+    return FORMULA.sub(replace, page)
+
+
+def on_files(files, config):
+    """The pictures of the benchmarks are pages' pictures too."""
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.png")):
+        files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, **kwargs):
+    return expand(markdown)
+
+
+def on_page_content(html, **kwargs):
+    return formulas(html)

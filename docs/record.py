@@ -1,0 +1,64 @@
+"""Runs an example as a tutorial tells it, and keeps its words and picture: python docs/record.py NAME ...
+
+Writes docs/outputs/NAME.txt (the command and the last lines it printed) and docs/images/NAME.png, which the
+tutorial of that name shows. Without a name all are run, which takes an hour. Neither the folder nor how many
+seconds it took is kept, as both are others the next time.
+"""
+
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import click
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+LINES = 40  # of what was printed
+SECONDS = re.compile(r"trained in [\d.]+ s\n|[,;] \d+ s\b")
+
+# The command of a tutorial, and which of its pictures is copied: None where docs/images has it for README.
+RUNS = {
+    "vae": ("examples/vae.py", "curve.png"),
+    "mixture": ("examples/mixture.py", "mixture.png"),
+    "spike_and_slab": ("examples/spike_and_slab.py", "spike_and_slab.png"),
+    "feature_selection": ("examples/feature_selection.py", None),
+    "explain": ("examples/explain.py", None),
+    "sparse_network": ("examples/sparse_network.py", None),
+    "sort_digits": ("examples/sort_digits.py", None),
+    "policy_gradient": ("examples/policy_gradient.py", None),
+    "uncertainty": ("examples/uncertainty.py", None),
+    "beam_search": ("examples/beam_search.py", None),
+}
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1, type=click.Choice(list(RUNS)))
+def main(names):
+    for name in names or RUNS:
+        command, picture = RUNS[name]
+        click.echo(f"$ python {command}")
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, *command.split(), "--out", folder],
+                cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                raise click.ClickException(f"{command} ended with code {done.returncode}")
+            printed = SECONDS.sub("", done.stdout.replace(folder, "runs/...")).splitlines()[-LINES:]
+            (ROOT / "docs/outputs" / f"{name}.txt").write_text(
+                "\n".join([f"$ python {command}", *printed]) + "\n"
+            )
+            if picture:
+                copy_picture(pathlib.Path(folder) / picture, ROOT / "docs/images" / f"{name}.png")
+
+
+def copy_picture(made, kept):
+    """In 256 colours, which are enough for lines and dots and take a quarter of the bytes."""
+    colours = Image.open(made).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    colours.save(kept, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The site is true: its snippets run, its reference is complete, what it includes and points to is there."""
+
+import importlib.util
+import inspect
+import pathlib
+import re
+
+import jax
+import matplotlib.pyplot as plt
+import pytest
+
+import relaxit_jax
+from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
+PYTHON = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PICTURES = sorted(path.stem for path in (DOCS / "pictures").glob("*.py") if path.stem != "make")
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return load("docs/hooks.py")
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.usefixtures("fast_compilation")
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if PYTHON.search(text)])
+def test_snippets_run(page):
+    names = {}
+    for number, snippet in enumerate(PYTHON.findall(PAGES[page])):
+        exec(compile(snippet, f"{page}, snippet {number}", "exec"), names)
+    jax.block_until_ready([x for x in names.values() if isinstance(x, jax.Array)])
+
+
+def test_the_reference_has_every_public_name_once():
+    listed = re.findall(r"^::: (\S+)$", "\n".join(PAGES.values()), re.MULTILINE)
+    rooms = (estimators, diagnostics, distributions, handlers, elbo)
+    public = {f"{room.__name__}.{name}" for room in rooms for name in room.__all__}
+    public |= {f"relaxit_jax.{name}" for name in relaxit_jax.__all__ if callable(getattr(relaxit_jax, name))}
+    public |= {
+        f"relaxit_jax.laplace_bridge.{name}"
+        for name, f in inspect.getmembers(laplace_bridge, inspect.isfunction)
+        if f.__module__ == laplace_bridge.__name__ and not name.startswith("_")
+    }
+    assert sorted(listed) == sorted(public)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_includes_and_points_to_is_there(hooks, page):
+    text = hooks.expand(PAGES[page])
+    assert "{{" not in text
+    here = (DOCS / page).parent
+    for link in re.findall(r"\]\(([^)#\s]+)[)#]", text):
+        assert link.startswith("https://") or target(here / link).exists(), link
+    for path in re.findall(r"`((?:examples|benchmarks|tests|docs|relaxit_jax)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    for command in re.findall(r"python ((?:examples|benchmarks|docs)/[\w./]+)", text):
+        assert (ROOT / command).exists(), command
+
+
+def target(path):
+    """Pictures of the benchmarks come into the site when it is built."""
+    pictures = DOCS / "benchmarks"
+    path = path.resolve()
+    return ROOT / "benchmarks" / "results" / path.name if path.parent == pictures.resolve() else path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_become_mathml(hooks, page):
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    for dollars in (r"\$\$(.+?)\$\$", r"(?<![\$\\])\$([^$\n]+)\$"):
+        for tex in re.findall(dollars, text, re.DOTALL):
+            html = hooks.formulas(f'<span class="arithmatex">\\({tex}\\)</span>')
+            assert html.startswith("<math") and "\\" not in re.sub(r"&#x[0-9A-F]+;", "", html), tex
+        text = re.sub(dollars, "", text, flags=re.DOTALL)
+    assert "$" not in text
+
+
+def test_directives_that_do_not_fit_say_so(hooks):
+    with pytest.raises(ValueError, match="no function or class 'nothing'"):
+        hooks.expand("{{ source examples/vae.py nothing }}")
+    with pytest.raises(ValueError, match="no such directive"):
+        hooks.expand("{{ sauce examples/vae.py main }}")
+
+
+@pytest.mark.usefixtures("fast_compilation")
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_made(name, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "pictures")
+    figure = load(f"docs/pictures/{name}.py").picture(50)
+    assert any(axis.has_data() for axis in figure.axes)
+    plt.close(figure)
+    used = "\n".join(PAGES.values())
+    assert (DOCS / "images" / f"{name}.png").exists() and f"images/{name}.png" in used
+
+
+def test_every_picture_is_shown():
+    used = "\n".join([*PAGES.values(), (ROOT / "README.md").read_text()])
+    for path in (DOCS / "images").iterdir():
+        assert path.name in used, path
