@@ -1,12 +1,21 @@
 """One-hot vectors drawn exactly, with and without a gradient, as NumPyro distributions."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
+
+
+def _draw(key, logits, *, shape):
+    return jax.lax.stop_gradient(samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True))
 
 
 class OneHotCategorical(base.OneHot):
@@ -32,39 +41,42 @@ class OneHotCategorical(base.OneHot):
     (Array([0., 1.], dtype=float32), Array([0.25, 0.75], dtype=float32))
     """
 
-    arg_constraints = {"logits": base.log_weights}
-    support = base.one_hot
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights}
+    support: base.Constraint = base.one_hot
     has_enumerate_support = True
+    _sampler = staticmethod(_draw)
 
-    def __init__(self, logits=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         super().__init__(validate_args, logits=base.class_logits(logits, probs))
-
-    @staticmethod
-    def _sampler(key, logits, *, shape):
-        return jax.lax.stop_gradient(samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True))
 
     @staticmethod
     def _density(value, logits, **_):
         return samplers.straight_through_categorical_log_prob(value, logits)
 
     @property
-    def mean(self):
+    def mean(self) -> Array:
         return self._full(self.probs)
 
     @property
-    def variance(self):
+    def variance(self) -> Array:
         return self._full(self.probs * (1 - self.probs))
 
     @property
-    def mode(self):
+    def mode(self) -> Array:
         best = jnp.argmax(self.logits, -1)
         return self._full(jax.nn.one_hot(best, self.event_shape[0], dtype=self.logits.dtype))
 
-    def entropy(self):
+    def entropy(self) -> Array:
         log_pmf = base.log_pmf_of_classes(self.logits)
         return self._batched(-base.expected_log_pmf(log_pmf, log_pmf))
 
-    def enumerate_support(self, expand=True):
+    def enumerate_support(self, expand: bool = True) -> Array:
         (k,) = self.event_shape
         values = jnp.eye(k, dtype=self.logits.dtype).reshape(k, *(1,) * len(self.batch_shape), k)
         return jnp.broadcast_to(values, (k, *self.batch_shape, k)) if expand else values
@@ -92,19 +104,31 @@ class StraightThroughGumbelSoftmax(OneHotCategorical):
     Array([0., 1., 0.], dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    support = base.simplex
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    support: base.Constraint = base.simplex
 
-    @staticmethod
-    def _sampler(key, logits, tau, *, shape):
-        return samplers.gumbel_softmax(key, logits, tau, shape=shape, hard=True)
+    _sampler = staticmethod(functools.partial(samplers.gumbel_softmax, hard=True))
 
-    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
         base.OneHot.__init__(self, validate_args, logits=logits, tau=tau)
 
 
-def RelaxedOneHotCategoricalStraightThrough(temperature, probs=None, logits=None, *, validate_args=None):
+def RelaxedOneHotCategoricalStraightThrough(
+    temperature: ArrayLike,
+    probs: ArrayLike | None = None,
+    logits: ArrayLike | None = None,
+    *,
+    validate_args: bool | None = None,
+) -> StraightThroughGumbelSoftmax:
     """`StraightThroughGumbelSoftmax` with Pyro's signature.
 
     >>> RelaxedOneHotCategoricalStraightThrough(0.5, logits=jnp.zeros(3)).event_shape
@@ -134,11 +158,19 @@ class StraightThroughCategorical(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    support = base.simplex
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.straight_through_categorical)
 
-    def __init__(self, logits=None, tau=1.0, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike = 1.0,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
 
 
@@ -166,18 +198,29 @@ class DecoupledStraightThroughGumbelSoftmax(OneHotCategorical):
     Array([0., 1., 0.], dtype=float32)
     """
 
-    arg_constraints = {
+    tau_forward: Array
+    tau_backward: Array
+    arg_constraints: dict[str, Any] = {
         "logits": base.log_weights,
         "tau_forward": constraints.positive,
         "tau_backward": constraints.positive,
     }
-    support = base.simplex
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.decoupled_gumbel_softmax)
 
-    def __init__(self, logits=None, tau_forward=None, tau_backward=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau_forward: ArrayLike | None = None,
+        tau_backward: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
-        taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
-        base.OneHot.__init__(self, validate_args, logits=logits, **taus)
+        base.OneHot.__init__(
+            self, validate_args, logits=logits, tau_forward=tau_forward, tau_backward=tau_backward
+        )
 
 
 class GappedStraightThrough(OneHotCategorical):
@@ -203,15 +246,25 @@ class GappedStraightThrough(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {
+    tau: Array
+    gap: Array
+    arg_constraints: dict[str, Any] = {
         "logits": base.log_weights,
         "tau": constraints.positive,
         "gap": constraints.positive,
     }
-    support = base.simplex
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.gapped_straight_through)
 
-    def __init__(self, logits=None, tau=None, gap=1.0, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        gap: ArrayLike = 1.0,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
         base.OneHot.__init__(self, validate_args, logits=logits, tau=tau, gap=gap)
 
@@ -238,11 +291,19 @@ class ReinMax(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    support = base.simplex
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.reinmax)
 
-    def __init__(self, logits=None, tau=1.0, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike = 1.0,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
 
 
@@ -269,12 +330,22 @@ class GumbelRao(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    pytree_aux_fields = ("num_samples",)
-    support = base.simplex
+    tau: Array
+    num_samples: int
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    pytree_aux_fields: tuple[str, ...] = ("num_samples",)
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.gumbel_rao)
 
-    def __init__(self, logits=None, tau=None, num_samples=10, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        num_samples: int = 10,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         static = {"num_samples": ck.as_num_samples(num_samples)}
         base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
 
@@ -302,12 +373,22 @@ class ReinMaxRao(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    pytree_aux_fields = ("num_samples",)
-    support = base.simplex
+    tau: Array
+    num_samples: int
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    pytree_aux_fields: tuple[str, ...] = ("num_samples",)
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.reinmax_rao)
 
-    def __init__(self, logits=None, tau=1.0, num_samples=10, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike = 1.0,
+        num_samples: int = 10,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         static = {"num_samples": ck.as_num_samples(num_samples)}
         base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
 
