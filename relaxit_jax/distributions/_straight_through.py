@@ -14,10 +14,6 @@ from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
 
 
-def _draw(key, logits, *, shape):
-    return jax.lax.stop_gradient(samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True))
-
-
 class OneHotCategorical(base.OneHot):
     """The categorical distribution over one-hot vectors: exact draws, no gradient through them.
 
@@ -44,7 +40,8 @@ class OneHotCategorical(base.OneHot):
     arg_constraints: dict[str, Any] = {"logits": base.log_weights}
     support: base.Constraint = base.one_hot
     has_enumerate_support = True
-    _sampler = staticmethod(_draw)
+    _sampler = staticmethod(lambda key, logits, *, shape: jax.lax.stop_gradient(
+        samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True)))  # fmt: skip
 
     def __init__(
         self,
@@ -82,7 +79,13 @@ class OneHotCategorical(base.OneHot):
         return jnp.broadcast_to(values, (k, *self.batch_shape, k)) if expand else values
 
 
-class StraightThroughGumbelSoftmax(OneHotCategorical):
+class _StraightThrough(OneHotCategorical):
+    """Exact one-hot draws with a gradient, whose support NumPyro has to take for a continuous one."""
+
+    support: base.Constraint = base.simplex
+
+
+class StraightThroughGumbelSoftmax(_StraightThrough):
     """Exact one-hot draws with the gradient of `GumbelSoftmax`.
 
     Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau)``. The
@@ -106,8 +109,6 @@ class StraightThroughGumbelSoftmax(OneHotCategorical):
 
     tau: Array
     arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
-    support: base.Constraint = base.simplex
-
     _sampler = staticmethod(functools.partial(samplers.gumbel_softmax, hard=True))
 
     def __init__(
@@ -137,7 +138,7 @@ def RelaxedOneHotCategoricalStraightThrough(
     return StraightThroughGumbelSoftmax(logits, temperature, probs=probs, validate_args=validate_args)
 
 
-class StraightThroughCategorical(OneHotCategorical):
+class StraightThroughCategorical(_StraightThrough):
     """Exact one-hot draws with the gradient of probabilities, `relaxit_jax.straight_through_categorical`.
 
     Forward ``D ~ OneHotCategorical(logits)``, backward that of ``softmax(logits / tau)``.
@@ -160,7 +161,6 @@ class StraightThroughCategorical(OneHotCategorical):
 
     tau: Array
     arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
-    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.straight_through_categorical)
 
     def __init__(
@@ -174,7 +174,7 @@ class StraightThroughCategorical(OneHotCategorical):
         base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
 
 
-class DecoupledStraightThroughGumbelSoftmax(OneHotCategorical):
+class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
     """Exact one-hot draws with a Gumbel-softmax gradient, `relaxit_jax.decoupled_gumbel_softmax`.
 
     Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau_backward)``.
@@ -205,7 +205,6 @@ class DecoupledStraightThroughGumbelSoftmax(OneHotCategorical):
         "tau_forward": constraints.positive,
         "tau_backward": constraints.positive,
     }
-    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.decoupled_gumbel_softmax)
 
     def __init__(
@@ -223,7 +222,7 @@ class DecoupledStraightThroughGumbelSoftmax(OneHotCategorical):
         )
 
 
-class GappedStraightThrough(OneHotCategorical):
+class GappedStraightThrough(_StraightThrough):
     """Exact one-hot draws with a gapped gradient, `relaxit_jax.gapped_straight_through`.
 
     Backward that of ``softmax((logits + sg(m1 - m2)) / tau)``, in which the class drawn has the
@@ -253,7 +252,6 @@ class GappedStraightThrough(OneHotCategorical):
         "tau": constraints.positive,
         "gap": constraints.positive,
     }
-    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.gapped_straight_through)
 
     def __init__(
@@ -269,7 +267,7 @@ class GappedStraightThrough(OneHotCategorical):
         base.OneHot.__init__(self, validate_args, logits=logits, tau=tau, gap=gap)
 
 
-class ReinMax(OneHotCategorical):
+class ReinMax(_StraightThrough):
     """Exact one-hot draws with a gradient of second order, `relaxit_jax.reinmax`.
 
     Backward that of ``2 p1 - softmax(logits) / 2``, p1 the softmax of value
@@ -293,7 +291,6 @@ class ReinMax(OneHotCategorical):
 
     tau: Array
     arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
-    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.reinmax)
 
     def __init__(
@@ -307,7 +304,7 @@ class ReinMax(OneHotCategorical):
         base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
 
 
-class GumbelRao(OneHotCategorical):
+class GumbelRao(_StraightThrough):
     """Exact one-hot draws with a Rao-Blackwellised Gumbel-softmax gradient, `relaxit_jax.gumbel_rao`.
 
     Backward the mean over ``num_samples`` of that of ``softmax((logits + sg(G_k)) / tau)``, given
@@ -334,7 +331,6 @@ class GumbelRao(OneHotCategorical):
     num_samples: int
     arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("num_samples",)
-    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.gumbel_rao)
 
     def __init__(
@@ -350,7 +346,7 @@ class GumbelRao(OneHotCategorical):
         base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
 
 
-class ReinMaxRao(OneHotCategorical):
+class ReinMaxRao(_StraightThrough):
     """Exact one-hot draws with a Rao-Blackwellised gradient of second order, `relaxit_jax.reinmax_rao`.
 
     Backward ``2 J - J0 / 2``, J a mean over ``num_samples`` Gumbel vectors, J0 the Jacobian of
@@ -377,7 +373,6 @@ class ReinMaxRao(OneHotCategorical):
     num_samples: int
     arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("num_samples",)
-    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.reinmax_rao)
 
     def __init__(
