@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import estimators as es
-from relaxit_jax.diagnostics import _base as base
+from relaxit_jax.diagnostics._base import NUMBERS, GradientReport
 from relaxit_jax.estimators._base import Estimator, Family, Q
 
 MOST_ENUMERATED = 2**14  # outcomes that "auto" sums over
@@ -63,7 +63,7 @@ def gradient_report(
     batch_size: int = 100,
     reference: Literal["auto", "exact", "long_run"] = "auto",
     reference_samples: int | None = None,
-) -> base.GradientReport:
+) -> GradientReport:
     """Measure how well, and at what cost, estimators know the gradient of E f(b) in the logits of q.
 
     With ``g_1 .. g_n`` gradients of one estimator and G the true one: bias ``mean g - G``, variance
@@ -132,7 +132,7 @@ def gradient_report(
             seconds[name].append(time.perf_counter() - start)
             totals[name] = _merge(totals.get(name), part, size)
 
-    column = {field: [] for field in ("bias", "bias_error", *base.NUMBERS)}
+    column = {field: [] for field in ("bias", "bias_error", *NUMBERS)}
     for name in estimators:
         count, means, squares = totals[name]
         bias, variance = means["error"], squares["error"] / (count - 1)
@@ -154,7 +154,7 @@ def gradient_report(
         for field, value in row.items():
             column[field].append(value)
     column = {field: np.stack(values) for field, values in column.items()}
-    return base.GradientReport(tuple(estimators), words, n, truth, truth_error, **column)
+    return GradientReport(tuple(estimators), words, n, truth, truth_error, **column)
 
 
 def _with_logits(q, logits):
