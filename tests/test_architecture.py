@@ -24,7 +24,17 @@ ROOMS = {
     "handlers": {"_checks", "distributions", "handlers"},
     "elbo": {"_checks"},
 }
-STANDARD = {"collections", "contextlib", "copy", "dataclasses", "functools", "inspect", "itertools", "math"}
+STANDARD = {
+    "collections",
+    "contextlib",
+    "copy",
+    "dataclasses",
+    "functools",
+    "inspect",
+    "itertools",
+    "math",
+    "types",
+}
 PURE = {"jax", "numpy", "operator", "re", "time", "typing"} | STANDARD
 NUMPYRO = {room: {"numpyro"} for room in ("distributions", "elbo", "handlers")}
 OTHERS = NUMPYRO | {"diagnostics": {"matplotlib"}}

@@ -2,11 +2,14 @@
 
 import contextlib
 import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jax import Array
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoNormal
@@ -57,11 +60,18 @@ class auto_guide:
     0.9000
     """
 
-    def __init__(self, model, *, continuous=AutoNormal, num_values=None, prefix="auto"):
-        self.model, self.continuous, self.num_values, self.prefix = model, continuous, num_values, prefix
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        continuous: Callable[..., Any] = AutoNormal,
+        num_values: int | Mapping[str, int] | None = None,
+        prefix: str = "auto",
+    ) -> None:
+        self._model, self._continuous, self._num_values, self._prefix = model, continuous, num_values, prefix
         self._parts = None
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         if self._parts is None:
             self._setup(args, kwargs)
         self._plates = {
@@ -73,7 +83,7 @@ class auto_guide:
             values.update(part(*args, **kwargs))
         return values
 
-    def probs(self, params):
+    def probs(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The probabilities of the discrete sites, by name: of a one for bits, else of every value."""
         found = {}
         for name, (kind, _) in self._sites.items():
@@ -81,21 +91,21 @@ class auto_guide:
             found[name] = jax.nn.sigmoid(logits) if kind == "bit" else jax.nn.softmax(logits, -1)
         return found
 
-    def median(self, params):
+    def median(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The median of the continuous sites, by name."""
         guides = (part for part in self._parts if hasattr(part, "median"))
         return {name: x for guide in guides for name, x in guide.median(params).items()}
 
-    def values(self, name):
+    def values(self, name: str) -> Array:
         """The values of a count, in the order of its probabilities."""
         return self._sites[name][1]
 
     def _param(self, name):
-        return f"{name}_{self.prefix}_logits"
+        return f"{name}_{self._prefix}_logits"
 
     def _setup(self, args, kwargs):
         with handlers.block():
-            trace = handlers.trace(handlers.seed(self.model, numpyro.prng_key())).get_trace(*args, **kwargs)
+            trace = handlers.trace(handlers.seed(self._model, numpyro.prng_key())).get_trace(*args, **kwargs)
         latent = [s for s in trace.values() if s["type"] == "sample" and base.is_latent(s)]
         sizes = {name: s["args"] for name, s in trace.items() if s["type"] == "plate"}
         self._frames = {
@@ -111,9 +121,9 @@ class auto_guide:
             else:
                 hide = _all_but({s["name"] for s in group})
                 self._parts.append(
-                    self.continuous(
-                        handlers.block(self.model, hide_fn=hide),
-                        prefix=self.prefix,
+                    self._continuous(
+                        handlers.block(self._model, hide_fn=hide),
+                        prefix=self._prefix,
                         create_plates=lambda *_, **__: list(self._plates.values()),
                     )
                 )
@@ -121,7 +131,7 @@ class auto_guide:
     def _discrete_part(self, message):
         name, fn, stack = message["name"], message["fn"], message["cond_indep_stack"]
         d = base.innermost(fn)
-        law = site.law_of(name, d, self.num_values)
+        law = site.law_of(name, d, self._num_values)
         self._sites[name] = (law.kind, law.values)
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
         initial, possible = self._initial(law, shape, len(fn.batch_shape), stack)
