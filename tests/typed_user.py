@@ -1,6 +1,5 @@
-"""What a user writes who checks types strictly: the type checker of `.ci/run` reads it, test_types.py runs it."""
+"""What a user writes who checks types strictly: `.ci/run` has it checked, test_types.py runs it."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import assert_type
 
@@ -18,8 +17,6 @@ from relaxit_jax.diagnostics import GradientReport, from_sampler, gradient_repor
 from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import auto_guide, relax, take
 
-Estimator = Callable[[Array, Callable[[Array], Array], es.Bernoulli], Array]
-
 
 def samplers(key: Array, logits: Array) -> Array:
     z = assert_type(rj.gumbel_softmax(key, logits, 0.5, shape=(3,), hard=True), Array)
@@ -27,7 +24,7 @@ def samplers(key: Array, logits: Array) -> Array:
     assert_type(rj.gumbel_softmax_log_prob(log_z, logits, 0.5, log_space=True), Array)
     indices, perturbed = rj.gumbel_top_k(key, logits, 2)
     assert_type(indices, Array)
-    values, log_p = rj.poisson_support(2.5, 10)
+    log_p, values = rj.poisson_support(2.5)
     count = rj.generalized_gumbel_softmax(key, log_p, values, 0.5)
     loc, covariance = rj.laplace_bridge.dirichlet_to_gaussian(jnp.ones(3))
     assert_type(covariance, Array)
