@@ -39,7 +39,7 @@ def estimators(key: Array, logits: Array) -> GradientReport:
     q = assert_type(es.Bernoulli(logits), es.Bernoulli)
     assert_type(q.batch_shape, tuple[int, ...])
     assert_type(es.disarm(key, energy, q), Array)
-    assert_type(es.exact(energy, es.OneHotCategorical(jnp.zeros((2, 3)), event_ndims=2)), Array)
+    assert_type(es.exact(energy, es.OneHotCategorical(jnp.zeros(3), event_ndims=1)), Array)
     relaxed = partial(rj.relaxed_bernoulli, tau=0.5)
     methods = {"rloo": partial(es.rloo, num_samples=4), "relaxed": from_sampler(relaxed)}
     report = assert_type(gradient_report(key, energy, q, methods, num_samples=10), GradientReport)
@@ -58,7 +58,7 @@ def distributions(key: Array, logits: Array) -> Array:
 def model(x: Array) -> None:
     loc = numpyro.sample("loc", dist.Normal(0, 5).expand([2]).to_event(1))
     with numpyro.plate("points", len(x)):
-        z = numpyro.sample("z", dist.Categorical(jnp.array([0.5, 0.5])))
+        z = numpyro.sample("z", dist.CategoricalProbs(jnp.array([0.5, 0.5])))
         numpyro.sample("x", dist.Normal(take(loc, z), 1), obs=x)
 
 
