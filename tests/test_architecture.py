@@ -24,17 +24,7 @@ ROOMS = {
     "handlers": {"_checks", "distributions", "handlers"},
     "elbo": {"_checks"},
 }
-STANDARD = {
-    "collections",
-    "contextlib",
-    "copy",
-    "dataclasses",
-    "functools",
-    "inspect",
-    "itertools",
-    "math",
-    "types",
-}
+STANDARD = {"collections", "contextlib", "copy", "dataclasses", "functools", "inspect", "itertools", "math"}
 PURE = {"jax", "numpy", "operator", "re", "time", "typing"} | STANDARD
 NUMPYRO = {room: {"numpyro"} for room in ("distributions", "elbo", "handlers")}
 OTHERS = NUMPYRO | {"diagnostics": {"matplotlib"}}

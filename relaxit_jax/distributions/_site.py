@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +128,7 @@ class Law:
 
 def law_of(name, d, num_values=None):
     """The law of the innermost distribution of the site `name`; `num_values` may be given by site."""
-    num_values = num_values.get(name) if isinstance(num_values, Mapping) else num_values
+    num_values = num_values.get(name) if isinstance(num_values, dict) else num_values
     if isinstance(d, dist.BernoulliLogits):
         return Law("bit", base.log_pmf_of_bits(jnp.asarray(d.logits)))
     if isinstance(d, dist.BernoulliProbs):

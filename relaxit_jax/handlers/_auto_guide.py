@@ -65,10 +65,13 @@ class auto_guide:
         model: Callable[..., Any],
         *,
         continuous: Callable[..., Any] = AutoNormal,
-        num_values: int | Mapping[str, int] | None = None,
+        num_values: int | dict[str, int] | None = None,
         prefix: str = "auto",
     ) -> None:
-        self._model, self._continuous, self._num_values, self._prefix = model, continuous, num_values, prefix
+        self.model: Callable[..., Any] = model
+        self.continuous: Callable[..., Any] = continuous
+        self.num_values: int | dict[str, int] | None = num_values
+        self.prefix: str = prefix
         self._parts = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
@@ -101,11 +104,11 @@ class auto_guide:
         return self._sites[name][1]
 
     def _param(self, name):
-        return f"{name}_{self._prefix}_logits"
+        return f"{name}_{self.prefix}_logits"
 
     def _setup(self, args, kwargs):
         with handlers.block():
-            trace = handlers.trace(handlers.seed(self._model, numpyro.prng_key())).get_trace(*args, **kwargs)
+            trace = handlers.trace(handlers.seed(self.model, numpyro.prng_key())).get_trace(*args, **kwargs)
         latent = [s for s in trace.values() if s["type"] == "sample" and base.is_latent(s)]
         sizes = {name: s["args"] for name, s in trace.items() if s["type"] == "plate"}
         self._frames = {
@@ -121,9 +124,9 @@ class auto_guide:
             else:
                 hide = _all_but({s["name"] for s in group})
                 self._parts.append(
-                    self._continuous(
-                        handlers.block(self._model, hide_fn=hide),
-                        prefix=self._prefix,
+                    self.continuous(
+                        handlers.block(self.model, hide_fn=hide),
+                        prefix=self.prefix,
                         create_plates=lambda *_, **__: list(self._plates.values()),
                     )
                 )
@@ -131,7 +134,7 @@ class auto_guide:
     def _discrete_part(self, message):
         name, fn, stack = message["name"], message["fn"], message["cond_indep_stack"]
         d = base.innermost(fn)
-        law = site.law_of(name, d, self._num_values)
+        law = site.law_of(name, d, self.num_values)
         self._sites[name] = (law.kind, law.values)
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
         initial, possible = self._initial(law, shape, len(fn.batch_shape), stack)

@@ -3,7 +3,6 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Literal
 
 import jax
@@ -111,7 +110,7 @@ class relax(base.unrounded):
         method: Literal["relaxed", "straight_through"] | type[Distribution] = "relaxed",
         kl: Literal["discrete", "relaxed"] = "discrete",
         config: Mapping[str, Any] | None = None,
-        num_values: int | Mapping[str, int] | None = None,
+        num_values: int | dict[str, int] | None = None,
     ) -> None:
         super().__init__(fn)
         ck.as_tau(tau, jnp.float32)
@@ -121,7 +120,7 @@ class relax(base.unrounded):
         for name, own in (config or {}).items():
             if own is not None and (isinstance(own, (str, type)) or not callable(own)):
                 _check_method(f"config['{name}']", own)
-        self._options = {
+        self.options: dict[str, Any] = {
             "tau": tau, "method": method, "kl": kl, "config": config or {}, "num_values": num_values
         }  # fmt: skip
         self._reset()
@@ -137,13 +136,10 @@ class relax(base.unrounded):
         return super().__enter__()
 
     def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: Any
     ) -> None:
         super().__exit__(exc_type, exc, traceback)
-        unknown = set(self._options["config"]) - self._met
+        unknown = set(self.options["config"]) - self._met
         inside = any(isinstance(handler, relax) for handler in _PYRO_STACK)  # as the body of a scan is
         if exc is None and not inside:
             need = f"names of the sites {sorted(self._met)}"
@@ -157,7 +153,7 @@ class relax(base.unrounded):
             ) from exc
 
     def _again(self, fn):
-        return relax(fn, **self._options)
+        return relax(fn, **self.options)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample":
@@ -165,7 +161,7 @@ class relax(base.unrounded):
         if msg["type"] == "control_flow":
             self._flow = msg["fn"]
         elif msg["type"] == "sample" and base.is_latent(msg) and base.is_discrete(msg["fn"]):
-            own = self._options["config"].get(msg["name"], self._options["method"])
+            own = self.options["config"].get(msg["name"], self.options["method"])
             if own is not None and msg["value"] is None:
                 msg["fn"] = base.rewrap(msg["fn"], lambda d: self._replace(msg["name"], d, own))
                 msg["infer"] = _NeedsRelaxedModel(msg["infer"])
@@ -178,19 +174,19 @@ class relax(base.unrounded):
         super().process_message(msg)
 
     def _replace(self, name, d, method):
-        law = site.law_of(name, d, self._options["num_values"])
+        law = site.law_of(name, d, self.options["num_values"])
         if law.kind == "class" and not d.event_dim:
             self._vectors[name] = None
         if callable(method) and not isinstance(method, type):
             relaxation = method(d)
         else:
-            relaxation = _relaxation(name, law, method, self._options["tau"])
+            relaxation = _relaxation(name, law, method, self.options["tau"])
         event = law.log_pmf.shape[-1:] if law.kind == "class" else ()
         need = f"a relaxation of batch shape {d.batch_shape} and event shape {event} for the site '{name}'"
         fits = isinstance(relaxation, Distribution)
         got = (relaxation.batch_shape, relaxation.event_shape) if fits else type(relaxation).__name__
         ck.require(got == (d.batch_shape, event), "config", need, got)
-        if self._options["kl"] == "discrete":
+        if self.options["kl"] == "discrete":
             return site.Relaxed(relaxation, law.log_pmf, law.values)
         need = f"'discrete' for the site '{name}', as {type(relaxation).__name__} has no density"
         discrete = law.kind == "count" or relaxation.has_enumerate_support
@@ -201,7 +197,7 @@ class relax(base.unrounded):
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if id(msg) in self._relaxed:
             self._relaxed.remove(id(msg))
-            _check_use(msg, self._options["kl"])
+            _check_use(msg, self.options["kl"])
         super().postprocess_message(msg)
 
 
