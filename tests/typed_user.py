@@ -1,6 +1,7 @@
 """What a user writes who checks types strictly: `.ci/run` has it checked, test_types.py runs it.
 
-Strict but for what JAX and NumPyro leave unknown, as `jnp.zeros` and `SVI.run` are; the asserts say what is known.
+Strict but for what JAX and NumPyro leave unknown, as `jnp.zeros` and `SVI.run` are; what is known is
+asserted.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
