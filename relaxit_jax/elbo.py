@@ -13,7 +13,7 @@ from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.distributions import MaskedDistribution
 from numpyro.handlers import replay, seed, substitute, trace
-from numpyro.infer.elbo import ELBO, get_nonreparam_deps
+from numpyro.infer.elbo import ELBO, LossWithMutableState, get_nonreparam_deps
 from numpyro.primitives import Messenger
 from numpyro.util import _validate_model, check_model_guide_match
 
@@ -94,7 +94,7 @@ class RLOO_ELBO(ELBO):
         guide: Callable[..., Any],
         *args: Any,
         **kwargs: Any,
-    ) -> dict[str, Any]:
+    ) -> LossWithMutableState:
         """The loss of `loss`, and the new values of the mutable sites, None if there are none."""
         # the keys of the particles are Trace_ELBO's, and so are the draws where no plate is subsampled
         keys = jax.random.split(rng_key, self.num_particles)

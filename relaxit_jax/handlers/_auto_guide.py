@@ -14,6 +14,7 @@ from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoNormal
 
+from relaxit_jax import _checks as ck
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _site as site
 from relaxit_jax.handlers import _base as base
@@ -46,7 +47,8 @@ class auto_guide:
       trained, of the discrete and of the continuous sites.
 
     Raises:
-      ValueError: when first called, for a site that cannot be relaxed.
+      ValueError: when first called, for a site that cannot be relaxed; when it is read and was not
+        called yet.
 
     References:
       D. M. Blei, A. Kucukelbir, J. D. McAuliffe (2017), Variational Inference: A Review for
@@ -88,6 +90,7 @@ class auto_guide:
 
     def probs(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The probabilities of the discrete sites, by name: of a one for bits, else of every value."""
+        self._require_called()
         found = {}
         for name, (kind, _) in self._sites.items():
             logits = params[self._param(name)]
@@ -96,12 +99,18 @@ class auto_guide:
 
     def median(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The median of the continuous sites, by name."""
+        self._require_called()
         guides = (part for part in self._parts if hasattr(part, "median"))
         return {name: x for guide in guides for name, x in guide.median(params).items()}
 
     def values(self, name: str) -> Array:
         """The values of a count, in the order of its probabilities."""
+        self._require_called()
         return self._sites[name][1]
+
+    def _require_called(self):
+        need = "called once before it is read, as `SVI.init` does"
+        ck.require(self._parts is not None, "auto_guide", need, "one that was not")
 
     def _param(self, name):
         return f"{name}_{self.prefix}_logits"
