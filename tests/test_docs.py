@@ -127,6 +127,13 @@ def test_pictures_are_made(name, monkeypatch):
     assert (DOCS / "images" / f"{name}.png").exists() and f"images/{name}.png" in used
 
 
+def test_mutations_still_apply():
+    """What docs/mutations.py replaces stands in its file once, and its tests are there."""
+    for defect, file, old, new, files, _ in load("docs/mutations.py").MUTATIONS:
+        assert (ROOT / file).read_text().count(old) == 1 and new != old, defect
+        assert all((ROOT / "tests" / name).exists() for name in files.split()), defect
+
+
 def test_every_picture_is_shown():
     used = "\n".join([*PAGES.values(), (ROOT / "README.md").read_text()])
     for path in (DOCS / "images").iterdir():
