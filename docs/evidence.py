@@ -1,7 +1,7 @@
 """What other libraries draw and score, beside this one: python docs/evidence.py {relaxit,torch,tfp}
 
 Each line is one claim of docs/moving.md, measured for both libraries with fixed seeds. What it should be
-stands in brackets, a standard error behind +-. Needs `pip install 'relaxit_jax[peers]'`; what it printed is in
+stands in brackets, a standard error behind +-. Needs the extra `peers`; what it printed is in
 docs/outputs/.
 """
 
