@@ -29,7 +29,7 @@ FAST = [*(f"tests/{name}.py" for name in FAST), "relaxit_jax"]
 
 
 def real_interpreters():
-    """Folders of pyenv's Pythons: what it puts on the PATH itself runs the version that is switched on alone."""
+    """Folders of pyenv's Pythons: what it puts on the PATH runs one version only, under every name."""
     root = pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
     return [str(path) for version in PYTHONS for path in sorted(root.glob(f"versions/{version}.*/bin"))]
 
@@ -84,7 +84,7 @@ def types(session):
 def wheel(session):
     """sdist, the wheel made from it, what they hold, and the wheel alone in a new environment."""
     session.install("build", "twine")
-    made = pathlib.Path(session.create_tmp()) / "dist"
+    made = pathlib.Path(session.create_tmp()).resolve() / "dist"
     for old in made.glob("*"):
         old.unlink()
     session.run("python", "-m", "build", "--outdir", str(made), silent=True)

@@ -1,7 +1,7 @@
-"""What has to work where only the wheel is installed: python -W error smoke.py, from a folder without the source.
+"""What has to work where only the wheel is installed: python -W error smoke.py, away from the source.
 
-Laws, not shapes: frequencies within 4.5 standard errors, densities that integrate to 1, means of estimators at
-the enumerated gradient, a posterior that is known.
+Laws, not shapes: frequencies within 4.5 standard errors, densities that integrate to 1, means of estimators
+at the enumerated gradient, a posterior that is known.
 """
 
 import importlib.metadata
