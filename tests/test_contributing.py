@@ -1,0 +1,125 @@
+"""What contributors and those who cite are told is true: the map of the house, the steps, versions, CI."""
+
+import os
+import pathlib
+import re
+
+import yaml
+
+import relaxit_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def the_map():
+    """Paths that the map names, by its indentation; a line may name several files of a folder."""
+    (block,) = re.findall(r"## The map of the house\n\n((?:    .*\n)+)", TEXT)
+    folders, paths = [], set()
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2 - 2
+        entry = line.strip()
+        names = re.findall(r"[\w.]+\.py\b|\w+/(?=\s|$)|py\.typed", entry) if depth else [entry.split()[0]]
+        for name in names:
+            folders[depth:] = [name] if name.endswith("/") else []
+            paths.add("".join([*folders[:depth], name]))
+    return paths
+
+
+def test_the_map_is_the_house():
+    package = ROOT / "relaxit_jax"
+    house = {
+        str(path.relative_to(ROOT)) + "/" * path.is_dir()
+        for path in package.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+    house = {path for path in house if path.count("/") < 2 or not path.endswith("/__init__.py")}
+    house |= {"relaxit_jax/"}
+    named = the_map()
+    assert {path for path in named if path.startswith("relaxit_jax/")} == house
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+FILES = r"(?:relaxit_jax|tests|docs|benchmarks|examples|notebooks)/[\w./-]*|[A-Z]+\.md|\.ci/run"
+
+
+def test_what_the_text_points_to_is_there():
+    for path in [*re.findall(f"`({FILES})`", TEXT), *re.findall(f"python ({FILES})", TEXT)]:
+        assert (ROOT / path).exists(), path
+    sessions = re.findall(
+        r"`(\w+)`", TEXT[TEXT.index("lists the sessions") : TEXT.index("`pre-commit install`")]
+    )
+    defined = re.findall(r"^@nox\.session.*\ndef (\w+)", (ROOT / "noxfile.py").read_text(), re.MULTILINE)
+    assert sorted(sessions) == sorted(defined)
+
+
+def test_a_method_has_five_steps_that_name_their_files():
+    *_, after = TEXT.partition("## Add a method in five steps\n")
+    steps = re.findall(r"^(\d)\. (.*?)\n(?=\n|\d\. )", after.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
+    assert [number for number, _ in steps] == ["1", "2", "3", "4", "5"]
+    for number, step in steps:
+        assert re.search(f"`({FILES})`", step), number
+    named = {path for _, step in steps for path in re.findall(f"`({FILES})`", step)}
+    for names, path in (
+        (("CASES", "Case"), "tests/cases.py"),
+        (("BAD",), "tests/test_numpyro.py"),
+        (("MOMENTS",), "tests/test_distributions.py"),
+        (("Row",), "benchmarks/rows.py"),
+        (("Bit", "OneHot", "SamplerDistribution"), "relaxit_jax/distributions/_base.py"),
+        (("logistic", "gumbel", "normal", "straight_through"), "relaxit_jax/_numerics.py"),
+    ):  # what a step names in a file is there
+        defined = re.findall(r"^(?:class |def )?(\w+)", (ROOT / path).read_text(), re.MULTILINE)
+        assert path in named and set(names) <= set(defined), path
+        assert all(f"`{name}`" in after or f"`nm.{name}`" in after for name in names), names
+    for heading in re.findall(r"under \*(.*?)\*", after):
+        assert f"\n## {heading}\n" in (ROOT / "docs/which-method.md").read_text(), heading
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == relaxit_jax.__version__
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
+    assert {"message", "title", "authors", "abstract", "keywords", "repository-code"} <= set(citation)
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == relaxit_jax.__version__
+
+
+def test_the_workflow_runs_ci_on_every_python():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["run"]["steps"]
+    assert steps[-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci/run", os.X_OK)
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the key "on" as true
+    assert workflow["permissions"] == {"contents": "read"}
+    (pythons,) = [
+        step["with"]["python-version"].split() for step in steps if "python" in step.get("uses", "")
+    ]
+    classifiers = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert sorted(pythons) == classifiers
+    requires = re.search(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert pythons[-1] == requires  # the default is the last one: python3 of .ci/run
+
+
+def test_pre_commit_is_the_ruff_of_ci():
+    """All that nox's lint session runs, at a version with which this tree passes."""
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = {hook["id"]: repo for repo in repos for hook in repo["hooks"]}
+    assert {"ruff-check", "ruff-format", "end-of-file-fixer", "trailing-whitespace", "check-yaml"} <= set(
+        hooks
+    )
+    assert re.fullmatch(r"v\d+\.\d+\.\d+", hooks["ruff-check"]["rev"])
+
+
+def test_issue_templates_ask_for_what_runs(capsys):
+    forms = {
+        path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")
+    }
+    assert set(forms) == {"config", "method", "wrong_number"} and forms.pop("config")
+    for name, form in forms.items():
+        ids = [field["id"] for field in form["body"]]
+        assert form["name"] and form["description"] and len(set(ids)) == len(ids) >= 4, name
+    (versions,) = [field for field in forms["wrong_number"]["body"] if field["id"] == "versions"]
+    exec(re.fullmatch(r'python -c "(.*)"', versions["attributes"]["description"])[1], {})
+    assert relaxit_jax.__version__ in capsys.readouterr().out
+    boxes = re.findall(r"^- \[ \] ", (ROOT / ".github/pull_request_template.md").read_text(), re.MULTILINE)
+    assert len(boxes) >= 3
