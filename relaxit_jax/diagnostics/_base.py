@@ -3,15 +3,12 @@
 import dataclasses
 import math
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relaxit_jax import _checks as ck
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ROUNDING = 1e-5  # of float32, in units of the gradient
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
@@ -131,7 +128,10 @@ class GradientReport:
         return "\n".join(lines)
 
     def plot(
-        self, where: "str | os.PathLike[str] | Axes", *, cost: Literal["calls", "seconds"] = "calls"
+        self,
+        where: str | os.PathLike[str] | Any,  # Any: axes of Matplotlib, which is not a dependency
+        *,
+        cost: Literal["calls", "seconds"] = "calls",
     ) -> None:
         """Draw the error that is left when estimates are averaged, against what they cost together.
 
