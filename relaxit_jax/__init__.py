@@ -6,6 +6,7 @@ its log-density `<sampler>_log_prob`. They are pure functions for use inside a j
 
 import importlib
 import typing
+from types import ModuleType
 
 from relaxit_jax.samplers import *  # noqa: F403
 from relaxit_jax.samplers import __all__ as _samplers
@@ -17,12 +18,12 @@ __version__ = "0.1.0"
 __all__ = [*_samplers, "diagnostics", "estimators", "laplace_bridge"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> ModuleType:
     """The rooms beside the samplers are imported when they are asked for, as who draws needs none of them."""
     if name in __all__:
         return importlib.import_module(f"relaxit_jax.{name}")
     raise AttributeError(f"module 'relaxit_jax' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

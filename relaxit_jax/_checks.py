@@ -126,7 +126,7 @@ def as_num_samples(x, least=1):
     return as_static_int("num_samples", x, least, 1_000_000)
 
 
-def batch_shape(shape, **batches):
+def batch_shape(shape, **batches: tuple[int, ...]) -> tuple[int, ...]:
     """The batch shape of a result: `shape`, which the parameters must broadcast to, or their own."""
     try:
         own = jnp.broadcast_shapes(*batches.values())

@@ -2,15 +2,18 @@
 
 import copy
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.lax import stop_gradient
 from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.distributions import MaskedDistribution
 from numpyro.handlers import replay, seed, substitute, trace
-from numpyro.infer.elbo import ELBO, get_nonreparam_deps
+from numpyro.infer.elbo import ELBO, LossWithMutableState, get_nonreparam_deps
 from numpyro.primitives import Messenger
 from numpyro.util import _validate_model, check_model_guide_match
 
@@ -77,13 +80,21 @@ class RLOO_ELBO(ELBO):
     0.88
     """
 
-    can_infer_discrete = True
+    can_infer_discrete: bool = True
 
-    def __init__(self, num_particles=2, vectorize_particles=True):
+    def __init__(self, num_particles: int = 2, vectorize_particles: bool | Callable[..., Any] = True) -> None:
         num_particles = ck.as_static_int("num_particles", num_particles, 2, 1_000_000)
         super().__init__(num_particles, vectorize_particles)
 
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+    def loss_with_mutable_state(
+        self,
+        rng_key: Array,
+        param_map: dict[str, Array],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> LossWithMutableState:
         """The loss of `loss`, and the new values of the mutable sites, None if there are none."""
         # the keys of the particles are Trace_ELBO's, and so are the draws where no plate is subsampled
         keys = jax.random.split(rng_key, self.num_particles)

@@ -1,12 +1,14 @@
 """The Laplace Bridge between Dirichlet distributions and Gaussians on the logits."""
 
 import jax.numpy as jnp
+from jax import Array
 from jax.nn import logsumexp
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 
 
-def dirichlet_to_gaussian(concentration):
+def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
     """The Gaussian whose softmax is close to a Dirichlet: its Laplace approximation in logit space.
 
     ``mu_i = log alpha_i - mean log alpha``;
@@ -49,7 +51,7 @@ def dirichlet_to_gaussian(concentration):
     return loc.astype(dtype), covariance.astype(dtype)
 
 
-def gaussian_to_dirichlet(loc, covariance):
+def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike) -> Array:
     """The Dirichlet whose Laplace approximation in logit space has this mean and these variances.
 
     ``alpha_k = (1 - 2/K + exp(mu_k)/K^2 sum_l exp(-mu_l)) / Sigma_kk``, with mu and Sigma first

@@ -19,13 +19,13 @@ ROOMS = {
     "laplace_bridge": {"_numerics", "_checks"},
     "samplers": {"_numerics", "_checks", "_truncation"},
     "estimators": {"_numerics", "_checks", "estimators"},
-    "diagnostics": {"_checks", "estimators"},
+    "diagnostics": {"_checks", "estimators", "diagnostics"},
     "distributions": {"_numerics", "_checks", "_truncation", "samplers", "laplace_bridge", "distributions"},
     "handlers": {"_checks", "distributions", "handlers"},
     "elbo": {"_checks"},
 }
 STANDARD = {"collections", "contextlib", "copy", "dataclasses", "functools", "inspect", "itertools", "math"}
-PURE = {"jax", "numpy", "operator", "re", "time", "typing"} | STANDARD
+PURE = {"jax", "numpy", "operator", "os", "re", "time", "typing"} | STANDARD
 NUMPYRO = {room: {"numpyro"} for room in ("distributions", "elbo", "handlers")}
 OTHERS = NUMPYRO | {"diagnostics": {"matplotlib"}}
 SOLVERS = {"_permutation.py": {"optax", "scipy"}}  # of assignments, inside of the functions that need them

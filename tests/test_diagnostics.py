@@ -5,6 +5,8 @@ import functools
 import itertools
 import json
 import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -236,10 +238,19 @@ def test_calls_under_vmap_scan_and_a_batch():
     assert ratio == pytest.approx(12, rel=0.25)
 
 
+def test_any_mapping_of_estimators_is_taken():
+    q, methods = es.Bernoulli(BITS), {"rloo": es.rloo, "arm": es.arm}
+    reports = [
+        dg.gradient_report(KEY, quadratic, q, kind(methods), 100) for kind in (dict, types.MappingProxyType)
+    ]
+    assert reports[0].names == reports[1].names == ("rloo", "arm")
+    np.testing.assert_array_equal(reports[0].bias, reports[1].bias)
+
+
 def test_time_is_that_of_one_estimate(monkeypatch):
     """By a clock that goes a second with every look: each batch of 20 takes one."""
     clock = itertools.count()
-    monkeypatch.setattr(dg.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     report = dg.gradient_report(KEY, quadratic, es.Bernoulli(BITS), {"one": es.rloo}, 100, batch_size=20)
     assert report["one"]["seconds"] == 1 / 20
 

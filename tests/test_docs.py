@@ -16,6 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 PYTHON = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# What pages may write in capitals beside code: the rest may be a placeholder for a number or a table.
+CAPITALS = {"AUROC", "CHANGELOG", "ELBO", "ICLR", "JSON", "MNIST", "README", "SIMPLE"}
+CAPITALS |= {name.upper() for name in (*estimators.__all__, *elbo.__all__)}
 PICTURES = sorted(path.stem for path in (DOCS / "pictures").glob("*.py") if path.stem != "make")
 
 
@@ -73,10 +76,31 @@ def target(path):
     return ROOT / "benchmarks" / "results" / path.name if path.parent == pictures.resolve() else path
 
 
+def without_code(text):
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def left_behind(text):
+    """Words in capitals that are no names, as a writer leaves them for what is yet to be measured."""
+    text = re.sub(r"\]\([^)]*\)|\]\[[^]]*\]|{{[^}]*}}|\$[^$]*\$", "", without_code(text))
+    return set(re.findall(r"\b(?:[A-Z][A-Z0-9_]{3,}|TBD|XXX)\b", text)) - CAPITALS
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_placeholder_is_left_behind(page):
+    assert left_behind(PAGES[page]) == set()
+
+
+def test_placeholders_are_found():
+    text = "of MNIST\n\nTABLE\n\n| a | NUMBER1 |\n**CLIPPED** nats, TODO, `BYTE`\n"
+    text += "```python\nLIST = 1\n```\n{{ output NAME }} [x](A/PATH.md)"
+    assert left_behind(text) == {"TABLE", "NUMBER1", "CLIPPED", "TODO"}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_formulas_become_mathml(hooks, page):
-    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
-    text = re.sub(r"`[^`\n]*`", "", text)
+    text = without_code(PAGES[page])
     for dollars in (r"\$\$(.+?)\$\$", r"(?<![\$\\])\$([^$\n]+)\$"):
         for tex in re.findall(dollars, text, re.DOTALL):
             html = hooks.formulas(f'<span class="arithmatex">\\({tex}\\)</span>')
@@ -101,6 +125,13 @@ def test_pictures_are_made(name, monkeypatch):
     plt.close(figure)
     used = "\n".join(PAGES.values())
     assert (DOCS / "images" / f"{name}.png").exists() and f"images/{name}.png" in used
+
+
+def test_mutations_still_apply():
+    """What docs/mutations.py replaces stands in its file once, and its tests are there."""
+    for defect, file, old, new, files, _ in load("docs/mutations.py").MUTATIONS:
+        assert (ROOT / file).read_text().count(old) == 1 and new != old, defect
+        assert all((ROOT / "tests" / name).exists() for name in files.split()), defect
 
 
 def test_every_picture_is_shown():

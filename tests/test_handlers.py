@@ -328,6 +328,12 @@ def test_auto_guide_covers_the_model_in_its_order():
     assert np.isfinite(Trace_ELBO().loss(KEY, params, everything, guide))
 
 
+@pytest.mark.parametrize("read", [lambda g: g.probs({}), lambda g: g.median({}), lambda g: g.values("n")])
+def test_auto_guide_is_read_after_it_was_called(read):
+    with pytest.raises(ValueError, match="auto_guide must be called once"):
+        read(auto_guide(everything))
+
+
 def test_auto_guide_may_first_be_called_inside_of_jit():
     """Nothing of the trace stays behind; the logits start at zero then."""
     guide = auto_guide(lambda: numpyro.sample("z", dist.Categorical(jnp.array([0.2, 0.8]))))

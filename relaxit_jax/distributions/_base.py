@@ -1,17 +1,24 @@
 """What the distributions share: one thin class over a sampler and its density, constraints, discrete KL."""
 
 import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
 from numpyro.distributions import Distribution, constraints, kl_divergence
 from numpyro.distributions.batch_util import promote_batch_shape
-from numpyro.distributions.distribution import ExpandedDistribution
+from numpyro.distributions.distribution import DistributionMeta, ExpandedDistribution
 from numpyro.distributions.transforms import StickBreakingTransform, biject_to
 from numpyro.distributions.util import validate_sample
 
 from relaxit_jax import _checks as ck
+
+Constraint = constraints.Constraint[Any]
 
 # --- constraints ------------------------------------------------------------------------------
 
@@ -74,7 +81,7 @@ biject_to.register(simplex)(lambda _: StickBreakingTransform())
 # --- probabilities to logits, in log space ----------------------------------------------------
 
 
-def bit_logits(logits, probs):
+def bit_logits(logits, probs) -> ArrayLike:
     """The log-odds, from exactly one of the two; a probability of 0 or 1 is an infinite one."""
     if not _given_by_probs(logits, probs):
         return logits
@@ -84,7 +91,7 @@ def bit_logits(logits, probs):
     return (jnp.log(p) - jnp.log1p(-p)).astype(dtype)
 
 
-def class_logits(logits, probs):
+def class_logits(logits, probs) -> ArrayLike:
     """The log-probabilities, from exactly one of the two; a probability of 0 is an impossible class."""
     if not _given_by_probs(logits, probs):
         return logits
@@ -128,8 +135,24 @@ def without_batch_of_one(x, event_dim):
 
 # --- the thin class ---------------------------------------------------------------------------
 
+D = TypeVar("D")
+F = TypeVar("F", bound=Callable[..., Any])
 
-class SamplerDistribution(Distribution):
+
+def validated(log_prob: F) -> F:
+    """NumPyro's `validate_sample`, for which all signatures are one."""
+    return cast(F, validate_sample(log_prob))
+
+
+class Made(DistributionMeta):
+    """NumPyro's, of which a checker hears here that a class makes its instances, by its constructor."""
+
+    if TYPE_CHECKING:
+
+        def __call__(cls: type[D], *args: Any, **kwargs: Any) -> D: ...
+
+
+class SamplerDistribution(Distribution, metaclass=Made):
     """A NumPyro distribution made of a sampler and its density.
 
     A subclass names them (`_sampler`, `_density`), its parameters (`arg_constraints`, the arguments
@@ -137,23 +160,31 @@ class SamplerDistribution(Distribution):
     event shape by the parameters' shapes.
     """
 
-    pytree_aux_fields = ()
-    _density = None
-    _log_space = None  # what the sampler returns unrounded, for the density
-    _optional = ()  # parameters that may be None
-    _per_coordinate = ()  # parameters of which a scalar counts for every coordinate of the event
-    _event = staticmethod(lambda shapes: ())
+    support: Constraint  # type: ignore[assignment]  # NumPyro's is a property
+    pytree_aux_fields: tuple[str, ...] = ()
+    reparametrized_params: list[str] = []
+    _sampler: Callable[..., Array]
+    _density: Callable[..., Array] | None = None
+    _log_space: Hashable = None  # what the sampler returns unrounded, for the density
+    _optional: tuple[str, ...] = ()  # parameters that may be None
+    _per_coordinate: tuple[str, ...] = ()  # of these a scalar counts for the whole event
+    _event: Callable[..., tuple[int, ...]] = staticmethod(lambda shapes: ())
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not getattr(cls.support, "is_discrete", False):  # what is not declared discrete has gradients
             cls.reparametrized_params = list(cls.arg_constraints)
 
-    def __init__(self, validate_args, static=(), **parameters):
+    def __init__(
+        self,
+        validate_args: bool | None,
+        static: Mapping[str, Any] | None = None,
+        **parameters: ArrayLike | None,
+    ) -> None:
         for name, x in parameters.items():
             ck.require(x is not None or name in self._optional, name, "given", None)
             setattr(self, name, None if x is None else ck.as_float(name, x))
-        for name, x in dict(static).items():
+        for name, x in (static or {}).items():
             setattr(self, name, x)
         shapes = {name: x.shape for name, x in self.get_args().items()}
         batch_shape, event_shape = self._shapes(shapes)
@@ -164,7 +195,7 @@ class SamplerDistribution(Distribution):
                 setattr(self, name, x.reshape((1,) * missing + x.shape))
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
-    def get_args(self):
+    def get_args(self) -> dict[str, Array]:
         return {name: x for name in self.arg_constraints if (x := getattr(self, name)) is not None}
 
     def _arguments(self):
@@ -174,7 +205,7 @@ class SamplerDistribution(Distribution):
         return shared | {name: getattr(self, name) for name in self.pytree_aux_fields}
 
     @classmethod
-    def _shapes(cls, shapes):
+    def _shapes(cls, shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
         dims = {name: cls.arg_constraints[name].event_dim for name in shapes}
         batches = {name: shape[: len(shape) - dims[name]] for name, shape in shapes.items()}
         for name, shape in shapes.items():
@@ -183,7 +214,7 @@ class SamplerDistribution(Distribution):
         return ck.batch_shape(None, **batches), cls._event(shapes)
 
     @classmethod
-    def infer_shapes(cls, *args, **kwargs):
+    def infer_shapes(cls, *args: Any, **kwargs: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         names = list(inspect.signature(cls).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("probs") is not None:
@@ -192,10 +223,12 @@ class SamplerDistribution(Distribution):
         scalars = {name: (1,) for name in cls._per_coordinate if shapes.get(name) == ()}
         return cls._shapes(shapes | scalars)
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
         return self._sampler(key, shape=(*sample_shape, *self.batch_shape), **self._arguments())
 
-    def sample_with_intermediates(self, key, sample_shape=()):
+    def sample_with_intermediates(
+        self, key: Array | None, sample_shape: tuple[int, ...] = ()
+    ) -> tuple[Array, list[Array]]:
         """The draw, and the same draw unrounded in log space where the density is to be taken there."""
         value = self.sample(key, sample_shape)
         if not self._log_space:
@@ -203,8 +236,8 @@ class SamplerDistribution(Distribution):
         shape = (*sample_shape, *self.batch_shape)
         return value, [self._sampler(key, shape=shape, log_space=True, **self._arguments())]
 
-    @validate_sample
-    def log_prob(self, value, intermediates=None):
+    @validated
+    def log_prob(self, value: ArrayLike, intermediates: list[Any] | None = None) -> Array:
         if self._density is None:
             raise NotImplementedError(f"{type(self).__name__} has no density")
         if intermediates and self._log_space:
@@ -234,11 +267,11 @@ class Bit(SamplerDistribution):
     """A distribution that stands for a Bernoulli, of these log-odds."""
 
     @property
-    def log_odds(self):
-        return self.logits
+    def log_odds(self) -> Array:
+        return self.get_args()["logits"]
 
     @property
-    def probs(self):
+    def probs(self) -> Array:
         """The probability of a one."""
         return jax.nn.sigmoid(self.log_odds)
 
@@ -246,14 +279,15 @@ class Bit(SamplerDistribution):
 class OneHot(SamplerDistribution):
     """A distribution that stands for a one-hot categorical, of these logits."""
 
+    logits: Array
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])
 
     @property
-    def probs(self):
+    def probs(self) -> Array:
         """The probabilities of the classes."""
         return jax.nn.softmax(self.logits, -1)
 
-    def expand(self, batch_shape):
+    def expand(self, batch_shape: Sequence[int]) -> Distribution:
         batch_shape = tuple(batch_shape)
         return self if batch_shape == self.batch_shape else ExpandedOneHot(self, batch_shape)
 
@@ -261,10 +295,10 @@ class OneHot(SamplerDistribution):
 class ExpandedOneHot(ExpandedDistribution):
     """An expanded one-hot distribution; NumPyro's own enumerates scalars only."""
 
-    def expand(self, batch_shape):
+    def expand(self, batch_shape: Sequence[int]) -> Distribution:
         return ExpandedOneHot(self, tuple(batch_shape))
 
-    def enumerate_support(self, expand=True):
+    def enumerate_support(self, expand: bool = True) -> Array:
         values = self.base_dist.enumerate_support(expand=False)
         shape = values.shape[:1] + (1,) * len(self.batch_shape) + self.event_shape
         values = values.reshape(shape)
@@ -282,7 +316,7 @@ def kl_rule(*pairs):
             return jnp.broadcast_to(rule(p, q), jnp.broadcast_shapes(p.batch_shape, q.batch_shape))
 
         for pair in pairs:
-            kl_divergence.register(*pair)(kl)
+            kl_divergence.register(*pair)(kl)  # type: ignore[attr-defined]  # of multipledispatch
         return rule
 
     return register
@@ -318,7 +352,7 @@ class NoClosedForm(NotImplementedError, ValueError):
 def only_at_equal(name, p, q, kl):
     """`kl`, which holds if both have the same temperature or the like; NaN where traced ones differ."""
     a, b = getattr(p, name), getattr(q, name)
-    if not any(isinstance(x, jax.core.Tracer) for x in (a, b)) and np.any(np.asarray(a != b)):
+    if not any(isinstance(x, Tracer) for x in (a, b)) and np.any(np.asarray(a != b)):
         kind = type(p).__name__
         raise NoClosedForm(f"{name} must be the same in both {kind} for their KL, got {a} and {b}")
     return jnp.where(a == b, kl, jnp.nan)

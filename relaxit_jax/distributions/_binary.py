@@ -1,7 +1,12 @@
 """Bits and gates as NumPyro distributions."""
 
+import functools
+from typing import Any
+
 import jax.numpy as jnp
+from jax import Array
 from jax.nn import sigmoid
+from jax.typing import ArrayLike
 from numpyro.distributions import BernoulliLogits, BernoulliProbs, constraints
 
 from relaxit_jax import _checks as ck
@@ -32,23 +37,32 @@ class RelaxedBernoulli(base.Bit):
     0.7000
     """
 
-    arg_constraints = {"logits": base.log_odds, "tau": constraints.positive}
-    support = constraints.unit_interval
+    logits: Array
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_odds, "tau": constraints.positive}
+    support: base.Constraint = constraints.unit_interval
     _sampler = staticmethod(samplers.relaxed_bernoulli)
     _density = staticmethod(samplers.relaxed_bernoulli_log_prob)
     _log_space = "logit"
 
-    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         super().__init__(validate_args, logits=base.bit_logits(logits, probs), tau=tau)
 
-    def cdf(self, value):
+    def cdf(self, value: ArrayLike) -> Array:
         value = jnp.asarray(value)
         y, _ = nm.as_logit(value, False)
         inside = sigmoid(self.tau * jnp.where(jnp.isinf(y), 0, y) - self.logits)
         ends = (value >= 1) | ((value == 0) & (self.logits == -jnp.inf))
         return jnp.where((value <= 0) | (value >= 1), ends, inside)
 
-    def icdf(self, q):
+    def icdf(self, q: ArrayLike) -> Array:
         return sigmoid(base.logit_quantile(self.logits, q) / self.tau)
 
 
@@ -74,8 +88,9 @@ class StraightThroughBernoulli(base.Bit):
     0.1875
     """
 
-    arg_constraints = {"logits": base.log_odds}
-    support = constraints.unit_interval
+    logits: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_odds}
+    support: base.Constraint = constraints.unit_interval
     has_enumerate_support = True
     _sampler = staticmethod(samplers.straight_through_bernoulli)
 
@@ -83,29 +98,35 @@ class StraightThroughBernoulli(base.Bit):
     def _density(value, logits, **_):
         return samplers.straight_through_bernoulli_log_prob(value, logits)
 
-    def __init__(self, logits=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         super().__init__(validate_args, logits=base.bit_logits(logits, probs))
 
     @property
-    def mean(self):
+    def mean(self) -> Array:
         return self._full(sigmoid(self.logits))
 
     @property
-    def variance(self):
+    def variance(self) -> Array:
         return self._full(sigmoid(self.logits) * sigmoid(-self.logits))
 
-    def entropy(self):
+    def entropy(self) -> Array:
         log_pmf = base.log_pmf_of_bits(self.logits)
         return self._full(-base.expected_log_pmf(log_pmf, log_pmf))
 
-    def cdf(self, value):
+    def cdf(self, value: ArrayLike) -> Array:
         inside = jnp.where(jnp.asarray(value) < 1, sigmoid(-self.logits), 1)
         return self._batched(jnp.where(jnp.asarray(value) < 0, 0, inside))
 
-    def icdf(self, q):
+    def icdf(self, q: ArrayLike) -> Array:
         return self._batched((q > sigmoid(-self.logits)).astype(self.logits.dtype))
 
-    def enumerate_support(self, expand=True):
+    def enumerate_support(self, expand: bool = True) -> Array:
         values = jnp.arange(2, dtype=self.logits.dtype).reshape(-1, *(1,) * len(self.batch_shape))
         return jnp.broadcast_to(values, (2, *self.batch_shape)) if expand else values
 
@@ -131,13 +152,19 @@ class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
     0.2500
     """
 
-    arg_constraints = {"logits": base.log_odds, "tau": constraints.positive}
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_odds, "tau": constraints.positive}
 
-    @staticmethod
-    def _sampler(key, logits, tau, *, shape):
-        return samplers.relaxed_bernoulli(key, logits, tau, shape=shape, hard=True)
+    _sampler = staticmethod(functools.partial(samplers.relaxed_bernoulli, hard=True))
 
-    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.bit_logits(logits, probs)
         base.Bit.__init__(self, validate_args, logits=logits, tau=tau)
 
@@ -165,27 +192,34 @@ class StochasticTimesSmooth(base.SamplerDistribution):
     0.0625
     """
 
-    arg_constraints = {"logits": base.log_odds}
-    support = constraints.unit_interval
+    logits: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_odds}
+    support: base.Constraint = constraints.unit_interval
     _sampler = staticmethod(samplers.stochastic_times_smooth)
     _density = staticmethod(samplers.stochastic_times_smooth_log_prob)
 
-    def __init__(self, logits=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         super().__init__(validate_args, logits=base.bit_logits(logits, probs))
 
     @property
-    def mean(self):
+    def mean(self) -> Array:
         return self._full(sigmoid(self.logits))
 
     @property
-    def variance(self):
+    def variance(self) -> Array:
         p = sigmoid(self.logits)
         root = jnp.sqrt(p)
         return self._full(
             p * root * sigmoid(-self.logits) / (1 + root)
         )  # 1 - sqrt(p) = (1 - p)/(1 + sqrt(p))
 
-    def cdf(self, value):
+    def cdf(self, value: ArrayLike) -> Array:
         value = jnp.asarray(value)
         root = jnp.sqrt(sigmoid(self.logits))
         # a draw is the root only to the rounding of its dtype, as for the density
@@ -193,7 +227,7 @@ class StochasticTimesSmooth(base.SamplerDistribution):
         inside = jnp.where(at_root & (value > 0), 1, sigmoid(-self.logits) / (1 + root))
         return jnp.where(value < 0, 0, inside)
 
-    def icdf(self, q):
+    def icdf(self, q: ArrayLike) -> Array:
         root = jnp.sqrt(sigmoid(self.logits))
         return jnp.where(q > sigmoid(-self.logits) / (1 + root), root, 0)
 
@@ -222,18 +256,29 @@ class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
     (2,)
     """
 
-    arg_constraints = {
+    logits: Array
+    tau: Array
+    scale_tril: Array
+    arg_constraints: dict[str, Any] = {
         "logits": constraints.independent(base.log_odds, 1),
         "tau": constraints.positive,
         "scale_tril": constraints.corr_cholesky,
     }
-    support = constraints.independent(constraints.unit_interval, 1)
+    support: base.Constraint = constraints.independent(constraints.unit_interval, 1)
     _sampler = staticmethod(samplers.correlated_bernoulli)
     _density = staticmethod(samplers.correlated_bernoulli_log_prob)
     _log_space = "logit"
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])
 
-    def __init__(self, logits=None, tau=None, scale_tril=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        scale_tril: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.bit_logits(logits, probs)
         super().__init__(validate_args, logits=logits, tau=tau, scale_tril=scale_tril)
 

@@ -1,6 +1,10 @@
 """Points of the simplex as NumPyro distributions."""
 
+from typing import Any
+
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
@@ -30,17 +34,31 @@ class GumbelSoftmax(base.OneHot):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    support = base.simplex
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.gumbel_softmax)
     _density = staticmethod(samplers.gumbel_softmax_log_prob)
     _log_space = "log"
 
-    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         super().__init__(validate_args, logits=base.class_logits(logits, probs), tau=tau)
 
 
-def RelaxedOneHotCategorical(temperature, probs=None, logits=None, *, validate_args=None):
+def RelaxedOneHotCategorical(
+    temperature: ArrayLike,
+    probs: ArrayLike | None = None,
+    logits: ArrayLike | None = None,
+    *,
+    validate_args: bool | None = None,
+) -> GumbelSoftmax:
     """`GumbelSoftmax` with Pyro's signature.
 
     >>> RelaxedOneHotCategorical(0.5, logits=jnp.zeros(3)).event_shape
@@ -71,20 +89,32 @@ class InvertibleGaussian(base.SamplerDistribution):
     (3,)
     """
 
-    arg_constraints = {
+    loc: Array
+    scale: Array
+    tau: Array
+    delta: Array
+    arg_constraints: dict[str, Any] = {
         "loc": constraints.real_vector,
         "scale": constraints.independent(constraints.positive, 1),
         "tau": constraints.positive,
         "delta": constraints.positive,
     }
-    support = base.simplex
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.invertible_gaussian)
     _density = staticmethod(samplers.invertible_gaussian_log_prob)
     _log_space = "log"
     _per_coordinate = ("scale",)
     _event = staticmethod(lambda shapes: (shapes["loc"][-1] + 1,))
 
-    def __init__(self, loc, scale, tau, *, delta=1.0, validate_args=None):
+    def __init__(
+        self,
+        loc: ArrayLike,
+        scale: ArrayLike,
+        tau: ArrayLike,
+        *,
+        delta: ArrayLike = 1.0,
+        validate_args: bool | None = None,
+    ) -> None:
         scale = base.per_coordinate(scale, loc)
         super().__init__(validate_args, loc=loc, scale=scale, tau=tau, delta=delta)
 

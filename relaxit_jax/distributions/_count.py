@@ -1,6 +1,10 @@
 """Counts as NumPyro distributions."""
 
+from typing import Any
+
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
@@ -35,16 +39,29 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
     1.0000
     """
 
-    arg_constraints = {
+    logits: Array
+    values: Array
+    tau: Array
+    hard: bool
+    arg_constraints: dict[str, Any] = {
         "logits": base.log_weights,
         "values": constraints.real_vector,
         "tau": constraints.positive,
     }
-    pytree_aux_fields = ("hard",)
-    support = constraints.real
+    pytree_aux_fields: tuple[str, ...] = ("hard",)
+    support: base.Constraint = constraints.real
     _sampler = staticmethod(samplers.generalized_gumbel_softmax)
 
-    def __init__(self, logits=None, values=None, tau=None, *, probs=None, hard=False, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        values: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        hard: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
         super().__init__(validate_args, {"hard": hard}, logits=logits, values=values, tau=tau)
         size = self.logits.shape[-1]
@@ -62,11 +79,11 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
         return jnp.max(chosen, -1)
 
     @property
-    def mean(self):
+    def mean(self) -> Array:
         return self._moment(jnp.sum(jnp.exp(self._log_pmf()) * self.values, -1))
 
     @property
-    def variance(self):
+    def variance(self) -> Array:
         p = jnp.exp(self._log_pmf())
         centred = self.values - jnp.sum(p * self.values, -1, keepdims=True)
         return self._moment(jnp.sum(p * centred**2, -1))

@@ -1,10 +1,13 @@
 """Stochastic gates, which are exactly 0 or 1 with positive probability, as NumPyro distributions."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 from jax.nn import sigmoid
 from jax.scipy.special import ndtr, ndtri
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
@@ -34,16 +37,18 @@ class GaussianRelaxedBernoulli(base.Bit):
     0.1587
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
-    support = constraints.unit_interval
+    loc: Array
+    scale: Array
+    arg_constraints: dict[str, Any] = {"loc": constraints.real, "scale": constraints.positive}
+    support: base.Constraint = constraints.unit_interval
     _sampler = staticmethod(samplers.gaussian_bernoulli)
     _density = staticmethod(samplers.gaussian_bernoulli_log_prob)
 
-    def __init__(self, loc, scale, *, validate_args=None):
+    def __init__(self, loc: ArrayLike, scale: ArrayLike, *, validate_args: bool | None = None) -> None:
         super().__init__(validate_args, loc=loc, scale=scale)
 
     @property
-    def log_odds(self):
+    def log_odds(self) -> Array:
         """Log-odds of ``z > 1/2``, in float32 or wider."""
         _, loc, scale = self._wide()
         return nm.probit_to_logit((loc - 0.5) / scale)
@@ -66,20 +71,20 @@ class GaussianRelaxedBernoulli(base.Bit):
         return self._full(mean.astype(dtype)), self._full((atoms + between).astype(dtype))
 
     @property
-    def mean(self):
+    def mean(self) -> Array:
         return self._moments()[0]
 
     @property
-    def variance(self):
+    def variance(self) -> Array:
         return self._moments()[1]
 
-    def cdf(self, value):
+    def cdf(self, value: ArrayLike) -> Array:
         _, loc, scale = self._wide()
         value = jnp.asarray(value)
         inside = jnp.where(value < 1, ndtr((value - loc) / scale), 1)
         return jnp.where(value < 0, 0, inside)
 
-    def icdf(self, q):
+    def icdf(self, q: ArrayLike) -> Array:
         _, loc, scale = self._wide()
         return jnp.clip(loc + scale * ndtri(q), 0, 1)
 
@@ -108,34 +113,45 @@ class HardConcrete(base.Bit):
     0.7683
     """
 
-    arg_constraints = {"logits": base.log_odds, "tau": constraints.positive}
-    pytree_aux_fields = ("stretch",)
-    support = constraints.unit_interval
+    logits: Array
+    tau: Array
+    stretch: tuple[float, float]
+    arg_constraints: dict[str, Any] = {"logits": base.log_odds, "tau": constraints.positive}
+    pytree_aux_fields: tuple[str, ...] = ("stretch",)
+    support: base.Constraint = constraints.unit_interval
     _sampler = staticmethod(samplers.hard_concrete)
     _density = staticmethod(samplers.hard_concrete_log_prob)
 
-    def __init__(self, logits=None, tau=None, *, probs=None, stretch=(-0.1, 1.1), validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        stretch: tuple[float, float] = (-0.1, 1.1),
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.bit_logits(logits, probs)
         samplers.hard_concrete_gate(0.0, stretch=stretch)  # checks the stretch
         static = {"stretch": tuple(map(float, stretch))}
         super().__init__(validate_args, static, logits=logits, tau=tau)
 
     @property
-    def _log_space(self):
+    def _log_space(self):  # type: ignore[override]  # of an instance
         return "logit before stretching", self.stretch
 
     @property
-    def log_odds(self):
+    def log_odds(self) -> Array:
         """Log-odds of ``z > 1/2``, which are ``logits`` if the stretch is symmetric."""
         a, b = self.stretch
         return self.logits - self.tau * math.log((0.5 - a) / (b - 0.5))
 
     @property
-    def l0(self):
+    def l0(self) -> Array:
         """The probability of not being 0, `relaxit_jax.hard_concrete_l0`."""
         return self._full(samplers.hard_concrete_l0(self.logits, self.tau, stretch=self.stretch))
 
-    def cdf(self, value):
+    def cdf(self, value: ArrayLike) -> Array:
         a, b = self.stretch
         value = jnp.asarray(value)
         inside = jnp.clip(value, 0, 1)
@@ -143,7 +159,7 @@ class HardConcrete(base.Bit):
         below = jnp.where(value < 1, sigmoid(self.tau * y - self.logits), 1)
         return jnp.where(value < 0, 0, below)
 
-    def icdf(self, q):
+    def icdf(self, q: ArrayLike) -> Array:
         a, b = self.stretch
         y = base.logit_quantile(self.logits, q) / self.tau
         return jnp.clip(a * sigmoid(-y) + b * sigmoid(y), 0, 1)

@@ -1,11 +1,14 @@
 """The logistic-normal distribution, and the Laplace Bridge between it and the Dirichlet."""
 
 import math
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.scipy.special import digamma, gammaln, polygamma
-from numpyro.distributions import Dirichlet, constraints
+from jax.typing import ArrayLike
+from numpyro.distributions import Dirichlet, Distribution, constraints
 from numpyro.distributions.distribution import ExpandedDistribution
 
 from relaxit_jax import _checks as ck
@@ -38,12 +41,15 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
     (3,)
     """
 
-    arg_constraints = {
+    loc: Array
+    scale: Array | None
+    scale_tril: Array | None
+    arg_constraints: dict[str, Any] = {
         "loc": constraints.real_vector,
         "scale": constraints.independent(constraints.positive, 1),
         "scale_tril": constraints.lower_cholesky,
     }
-    support = base.simplex
+    support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.logistic_normal)
     _density = staticmethod(samplers.logistic_normal_log_prob)
     _log_space = "log"
@@ -51,7 +57,14 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
     _per_coordinate = ("scale",)
     _event = staticmethod(lambda shapes: shapes["loc"][-1:])
 
-    def __init__(self, loc, scale=None, *, scale_tril=None, validate_args=None):
+    def __init__(
+        self,
+        loc: ArrayLike,
+        scale: ArrayLike | None = None,
+        *,
+        scale_tril: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         ck.require(
             (scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither"
         )
@@ -59,12 +72,14 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
         super().__init__(validate_args, loc=loc, scale=scale, scale_tril=scale_tril)
 
     @property
-    def covariance_matrix(self):
+    def covariance_matrix(self) -> Array:
         """Sigma, of the logits, shape (..., K, K)."""
-        if self.scale_tril is None:
-            covariance = self.scale[..., None] ** 2 * jnp.eye(self.event_shape[0], dtype=self.scale.dtype)
+        given = self.get_args()
+        if "scale" in given:
+            scale = given["scale"]
+            covariance = scale[..., None] ** 2 * jnp.eye(self.event_shape[0], dtype=scale.dtype)
         else:
-            a = self.scale_tril
+            a = given["scale_tril"]
             covariance = jnp.matmul(a, jnp.matrix_transpose(a), precision="highest")
         return jnp.broadcast_to(covariance, self.batch_shape + 2 * self.event_shape)
 
@@ -72,7 +87,11 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
 # --- the Laplace Bridge -----------------------------------------------------------------------
 
 
-def to_logistic_normal(dirichlet):
+@overload
+def to_logistic_normal(dirichlet: Dirichlet) -> LogisticNormalSoftmax: ...
+@overload
+def to_logistic_normal(dirichlet: Distribution) -> Any: ...
+def to_logistic_normal(dirichlet: Distribution) -> Distribution:
     """The logistic-normal close to a Dirichlet: its Laplace approximation in logit space.
 
     ``relaxit_jax.laplace_bridge.dirichlet_to_gaussian``, whose covariance is singular along the
@@ -95,8 +114,9 @@ def to_logistic_normal(dirichlet):
     """
     if isinstance(dirichlet, ExpandedDistribution):
         return to_logistic_normal(dirichlet.base_dist).expand(dirichlet.batch_shape)
-    ck.require(isinstance(dirichlet, Dirichlet), "dirichlet", "a Dirichlet", type(dirichlet).__name__)
-    dtype, alpha = ck.widen(dirichlet=dirichlet.concentration)
+    d: Any = dirichlet
+    ck.require(isinstance(d, Dirichlet), "dirichlet", "a Dirichlet", type(d).__name__)
+    dtype, alpha = ck.widen(dirichlet=d.concentration)
     loc, covariance = laplace_bridge.dirichlet_to_gaussian(alpha)
     # of the size of the others, so that the factor is as well conditioned as it can be
     extra = jnp.mean(jnp.diagonal(covariance, axis1=-2, axis2=-1), -1)[..., None, None]
@@ -104,7 +124,11 @@ def to_logistic_normal(dirichlet):
     return LogisticNormalSoftmax(loc.astype(dtype), scale_tril=factor.astype(dtype))
 
 
-def to_dirichlet(logistic_normal):
+@overload
+def to_dirichlet(logistic_normal: LogisticNormalSoftmax) -> Dirichlet: ...
+@overload
+def to_dirichlet(logistic_normal: Distribution) -> Any: ...
+def to_dirichlet(logistic_normal: Distribution) -> Distribution:
     """The Dirichlet close to a logistic-normal, which inverts `to_logistic_normal` exactly.
 
     ``relaxit_jax.laplace_bridge.gaussian_to_dirichlet``.
@@ -125,7 +149,7 @@ def to_dirichlet(logistic_normal):
     >>> to_dirichlet(to_logistic_normal(Dirichlet(jnp.array([0.5, 2.0])))).concentration.round(3)
     Array([0.5, 2. ], dtype=float32)
     """
-    d = logistic_normal
+    d: Any = logistic_normal
     if isinstance(d, ExpandedDistribution):
         return to_dirichlet(d.base_dist).expand(d.batch_shape)
     kind = type(d).__name__

@@ -1,6 +1,10 @@
 """Permutations as NumPyro distributions."""
 
+from typing import Any
+
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
@@ -37,16 +41,29 @@ class GumbelSinkhorn(base.SamplerDistribution):
     Array([1., 1., 1.], dtype=float32)
     """
 
-    arg_constraints = {
+    logits: Array
+    tau: Array
+    num_iters: int
+    hard: bool
+    arg_constraints: dict[str, Any] = {
         "logits": constraints.independent(base.log_weights, 1),
         "tau": constraints.positive,
     }
-    pytree_aux_fields = ("num_iters", "hard")
-    support = constraints.independent(constraints.unit_interval, 2)
+    pytree_aux_fields: tuple[str, ...] = ("num_iters", "hard")
+    support: base.Constraint = constraints.independent(constraints.unit_interval, 2)
     _sampler = staticmethod(samplers.gumbel_sinkhorn)
     _event = staticmethod(lambda shapes: shapes["logits"][-2:])
 
-    def __init__(self, logits=None, tau=None, num_iters=100, *, probs=None, hard=False, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        num_iters: int = 100,
+        *,
+        probs: ArrayLike | None = None,
+        hard: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
         ck.require_event("logits", logits)
         ck.require_square("logits", logits, jnp.shape(logits)[-1])

@@ -2,10 +2,14 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
@@ -24,32 +28,37 @@ class Relaxed(dist.Distribution):
     under every ELBO. Elsewhere it is the log-mass, interpolated linearly between the values.
     """
 
-    arg_constraints = {"log_pmf": base.log_weights}
-    pytree_data_fields = ("relaxation", "log_pmf", "values")
+    arg_constraints: dict[str, Any] = {"log_pmf": base.log_weights}
+    pytree_data_fields: tuple[str, ...] = ("relaxation", "log_pmf", "values")
 
-    def __init__(self, relaxation, log_pmf, values=None):
+    def __init__(
+        self, relaxation: dist.Distribution, log_pmf: Array, values: np.ndarray | None = None
+    ) -> None:
         self.relaxation, self.log_pmf, self.values = relaxation, log_pmf, values
         super().__init__(relaxation.batch_shape, relaxation.event_shape, validate_args=False)
 
     @property
-    def support(self):
+    def support(self) -> base.Constraint | None:
         return self.relaxation.support
 
     @property
-    def has_rsample(self):
+    def has_rsample(self) -> bool:
         return self.relaxation.has_rsample
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> ArrayLike:
         return self.relaxation.sample(key, sample_shape)
 
-    def sample_with_intermediates(self, key, sample_shape=()):
+    def sample_with_intermediates(
+        self, key: Array | None, sample_shape: tuple[int, ...] = ()
+    ) -> tuple[ArrayLike, list[Any]]:
         shape = (*sample_shape, *self.batch_shape, self.log_pmf.shape[-1])
         return self.sample(key, sample_shape), [jnp.broadcast_to(self.log_pmf, shape)]
 
-    def log_prob(self, value, intermediates=None):
+    def log_prob(self, value: ArrayLike, intermediates: list[Any] | None = None) -> Array:
         if intermediates:
             check_same_values(intermediates[0], self.log_pmf)
             return base.expected_log_pmf(intermediates[0], self.log_pmf)
+        value = jnp.asarray(value)
         if self.event_dim:
             weights = value
         elif self.values is None:
@@ -61,7 +70,7 @@ class Relaxed(dist.Distribution):
         return jnp.where(jnp.any(~possible & (weights > 0), -1), -jnp.inf, law)
 
 
-@dist.kl_divergence.register(Relaxed, Relaxed)
+@dist.kl_divergence.register(Relaxed, Relaxed)  # type: ignore[attr-defined]  # of multipledispatch
 def _kl_of_relaxed_sites(p, q):
     check_same_values(p.log_pmf, q.log_pmf)
     return base.discrete_kl(p.log_pmf, q.log_pmf)
@@ -79,29 +88,29 @@ def check_same_values(log_q, log_p):
 class FiniteDiscrete(dist.Distribution):
     """Integers with these log-probabilities: the discrete counterpart of a relaxed count."""
 
-    arg_constraints = {"logits": base.log_weights}
-    pytree_aux_fields = ("low",)
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights}
+    pytree_aux_fields: tuple[str, ...] = ("low",)
     has_enumerate_support = True
 
-    def __init__(self, logits, low=0, *, validate_args=None):
+    def __init__(self, logits: Array, low: int = 0, *, validate_args: bool | None = None) -> None:
         self.logits, self.low = logits, low
         super().__init__(logits.shape[:-1], (), validate_args=validate_args)
 
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self):
+    @constraints.dependent_property(is_discrete=True, event_dim=0)  # type: ignore[arg-type]
+    def support(self) -> base.Constraint:  # type: ignore[override]  # NumPyro's is a property
         return constraints.integer_interval(self.low, self.low + self.logits.shape[-1] - 1)
 
     @property
-    def _from_zero(self):
+    def _from_zero(self) -> dist.Distribution:
         return dist.CategoricalLogits(self.logits, validate_args=False)
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> ArrayLike:
         return self._from_zero.sample(key, sample_shape) + self.low
 
-    def log_prob(self, value):
+    def log_prob(self, value: ArrayLike, intermediates: list[Any] | None = None) -> ArrayLike:
         return self._from_zero.log_prob(value - self.low)
 
-    def enumerate_support(self, expand=True):
+    def enumerate_support(self, expand: bool = True) -> Array:
         return self._from_zero.enumerate_support(expand) + self.low
 
 
@@ -115,11 +124,11 @@ class Law:
     """The finite law of a discrete site."""
 
     kind: str  # bit, class, count
-    log_pmf: jax.Array  # of the batch shape and a last axis for the values, normalised
+    log_pmf: Array  # of the batch shape and a last axis for the values, normalised
     values: np.ndarray | None = None  # of a count
 
     @property
-    def logits(self):
+    def logits(self) -> Array:
         """What the relaxations of this kind take."""
         if self.kind != "bit":
             return self.log_pmf
@@ -132,11 +141,12 @@ def law_of(name, d, num_values=None):
     if isinstance(d, dist.BernoulliLogits):
         return Law("bit", base.log_pmf_of_bits(jnp.asarray(d.logits)))
     if isinstance(d, dist.BernoulliProbs):
-        return Law("bit", jnp.stack([jnp.log1p(-d.probs), jnp.log(d.probs)], -1))
+        p = jnp.asarray(d.probs)
+        return Law("bit", jnp.stack([jnp.log1p(-p), jnp.log(p)], -1))
     if isinstance(d, CLASSES):
         return Law("class", base.log_pmf_of_classes(d.logits))
     if isinstance(d, TRIALS):
-        concrete = not isinstance(d.total_count, jax.core.Tracer)
+        concrete = not isinstance(d.total_count, Tracer)
         ck.require(
             concrete and np.all(np.asarray(d.total_count) == 1),
             f"site '{name}'", "a Multinomial with one trial to be relaxed", f"{d.total_count} trials",
@@ -153,7 +163,7 @@ def law_of(name, d, num_values=None):
     return _law_of_count(name, d, num_values)
 
 
-def _lower_bound(support):
+def _lower_bound(support) -> Any:
     """The least value of a support of integers, None of any other."""
     if isinstance(support, type(constraints.nonnegative_integer)):
         return 0
@@ -162,19 +172,20 @@ def _lower_bound(support):
 
 def _law_of_count(name, d, num_values):
     low, high = _lower_bound(d.support), getattr(d.support, "upper_bound", None)
-    seen = lambda x: not isinstance(x, jax.core.Tracer)
+    seen = lambda x: not isinstance(x, Tracer)
     ck.require(seen(low), f"site '{name}'", "a count whose least value is known before tracing", low)
     low = int(np.min(np.asarray(low)))
     bounded = high is not None and seen(high)
     whole = int(np.max(np.asarray(high))) - low + 1 if bounded else None
     if num_values is not None:
         k = ck.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
-    elif high is None:
-        k = _enough_values(name, d, low)
-    else:
-        ck.require(bounded, "num_values", f"given for the site '{name}', whose range is traced", None)
+    elif whole is not None:
         k = whole
-    beyond = max(whole - k, 0) if bounded else k + 64
+    else:
+        need = f"given for the site '{name}', whose range is traced"
+        ck.require(high is None, "num_values", need, None)
+        k = _enough_values(name, d, low)
+    beyond = k + 64 if whole is None else max(whole - k, 0)
     log_pmf = _log_pmf(d, np.arange(low, low + k + beyond))
     if beyond:
         log_pmf = tr.fold_tail(log_pmf, k)
@@ -198,8 +209,8 @@ def _enough_values(name, d, low):
         f"given for the site '{name}', a {type(d).__name__} whose parameters are traced: the number of its "
         "values is fixed before tracing (for a mean m and a standard deviation s, m + 6 s is enough)"
     )
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(d))
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(d))
     ck.require(not traced, "num_values", need, None)
-    k = tr.enough_values(lambda values: _log_pmf(d, low + values), TAIL)
+    k: Any = tr.enough_values(lambda values: _log_pmf(d, low + values), TAIL)
     ck.require(k is not None, "num_values", f"given for the site '{name}'", f"more than {tr.MOST_VALUES}")
     return k

@@ -1,7 +1,12 @@
 """One-hot vectors drawn exactly, with and without a gradient, as NumPyro distributions."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
@@ -32,45 +37,55 @@ class OneHotCategorical(base.OneHot):
     (Array([0., 1.], dtype=float32), Array([0.25, 0.75], dtype=float32))
     """
 
-    arg_constraints = {"logits": base.log_weights}
-    support = base.one_hot
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights}
+    support: base.Constraint = base.one_hot
     has_enumerate_support = True
+    _sampler = staticmethod(lambda key, logits, *, shape: jax.lax.stop_gradient(
+        samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True)))  # fmt: skip
 
-    def __init__(self, logits=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         super().__init__(validate_args, logits=base.class_logits(logits, probs))
-
-    @staticmethod
-    def _sampler(key, logits, *, shape):
-        return jax.lax.stop_gradient(samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True))
 
     @staticmethod
     def _density(value, logits, **_):
         return samplers.straight_through_categorical_log_prob(value, logits)
 
     @property
-    def mean(self):
+    def mean(self) -> Array:
         return self._full(self.probs)
 
     @property
-    def variance(self):
+    def variance(self) -> Array:
         return self._full(self.probs * (1 - self.probs))
 
     @property
-    def mode(self):
+    def mode(self) -> Array:
         best = jnp.argmax(self.logits, -1)
         return self._full(jax.nn.one_hot(best, self.event_shape[0], dtype=self.logits.dtype))
 
-    def entropy(self):
+    def entropy(self) -> Array:
         log_pmf = base.log_pmf_of_classes(self.logits)
         return self._batched(-base.expected_log_pmf(log_pmf, log_pmf))
 
-    def enumerate_support(self, expand=True):
+    def enumerate_support(self, expand: bool = True) -> Array:
         (k,) = self.event_shape
         values = jnp.eye(k, dtype=self.logits.dtype).reshape(k, *(1,) * len(self.batch_shape), k)
         return jnp.broadcast_to(values, (k, *self.batch_shape, k)) if expand else values
 
 
-class StraightThroughGumbelSoftmax(OneHotCategorical):
+class _StraightThrough(OneHotCategorical):
+    """Exact one-hot draws with a gradient, whose support NumPyro has to take for a continuous one."""
+
+    support: base.Constraint = base.simplex
+
+
+class StraightThroughGumbelSoftmax(_StraightThrough):
     """Exact one-hot draws with the gradient of `GumbelSoftmax`.
 
     Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau)``. The
@@ -92,19 +107,29 @@ class StraightThroughGumbelSoftmax(OneHotCategorical):
     Array([0., 1., 0.], dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    support = base.simplex
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    _sampler = staticmethod(functools.partial(samplers.gumbel_softmax, hard=True))
 
-    @staticmethod
-    def _sampler(key, logits, tau, *, shape):
-        return samplers.gumbel_softmax(key, logits, tau, shape=shape, hard=True)
-
-    def __init__(self, logits=None, tau=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
         base.OneHot.__init__(self, validate_args, logits=logits, tau=tau)
 
 
-def RelaxedOneHotCategoricalStraightThrough(temperature, probs=None, logits=None, *, validate_args=None):
+def RelaxedOneHotCategoricalStraightThrough(
+    temperature: ArrayLike,
+    probs: ArrayLike | None = None,
+    logits: ArrayLike | None = None,
+    *,
+    validate_args: bool | None = None,
+) -> StraightThroughGumbelSoftmax:
     """`StraightThroughGumbelSoftmax` with Pyro's signature.
 
     >>> RelaxedOneHotCategoricalStraightThrough(0.5, logits=jnp.zeros(3)).event_shape
@@ -113,7 +138,7 @@ def RelaxedOneHotCategoricalStraightThrough(temperature, probs=None, logits=None
     return StraightThroughGumbelSoftmax(logits, temperature, probs=probs, validate_args=validate_args)
 
 
-class StraightThroughCategorical(OneHotCategorical):
+class StraightThroughCategorical(_StraightThrough):
     """Exact one-hot draws with the gradient of probabilities, `relaxit_jax.straight_through_categorical`.
 
     Forward ``D ~ OneHotCategorical(logits)``, backward that of ``softmax(logits / tau)``.
@@ -134,15 +159,22 @@ class StraightThroughCategorical(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    support = base.simplex
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
     _sampler = staticmethod(samplers.straight_through_categorical)
 
-    def __init__(self, logits=None, tau=1.0, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike = 1.0,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
 
 
-class DecoupledStraightThroughGumbelSoftmax(OneHotCategorical):
+class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
     """Exact one-hot draws with a Gumbel-softmax gradient, `relaxit_jax.decoupled_gumbel_softmax`.
 
     Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau_backward)``.
@@ -166,21 +198,31 @@ class DecoupledStraightThroughGumbelSoftmax(OneHotCategorical):
     Array([0., 1., 0.], dtype=float32)
     """
 
-    arg_constraints = {
+    tau_forward: Array
+    tau_backward: Array
+    arg_constraints: dict[str, Any] = {
         "logits": base.log_weights,
         "tau_forward": constraints.positive,
         "tau_backward": constraints.positive,
     }
-    support = base.simplex
     _sampler = staticmethod(samplers.decoupled_gumbel_softmax)
 
-    def __init__(self, logits=None, tau_forward=None, tau_backward=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau_forward: ArrayLike | None = None,
+        tau_backward: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
-        taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
-        base.OneHot.__init__(self, validate_args, logits=logits, **taus)
+        base.OneHot.__init__(
+            self, validate_args, logits=logits, tau_forward=tau_forward, tau_backward=tau_backward
+        )
 
 
-class GappedStraightThrough(OneHotCategorical):
+class GappedStraightThrough(_StraightThrough):
     """Exact one-hot draws with a gapped gradient, `relaxit_jax.gapped_straight_through`.
 
     Backward that of ``softmax((logits + sg(m1 - m2)) / tau)``, in which the class drawn has the
@@ -203,20 +245,29 @@ class GappedStraightThrough(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {
+    tau: Array
+    gap: Array
+    arg_constraints: dict[str, Any] = {
         "logits": base.log_weights,
         "tau": constraints.positive,
         "gap": constraints.positive,
     }
-    support = base.simplex
     _sampler = staticmethod(samplers.gapped_straight_through)
 
-    def __init__(self, logits=None, tau=None, gap=1.0, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        gap: ArrayLike = 1.0,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
         base.OneHot.__init__(self, validate_args, logits=logits, tau=tau, gap=gap)
 
 
-class ReinMax(OneHotCategorical):
+class ReinMax(_StraightThrough):
     """Exact one-hot draws with a gradient of second order, `relaxit_jax.reinmax`.
 
     Backward that of ``2 p1 - softmax(logits) / 2``, p1 the softmax of value
@@ -238,15 +289,22 @@ class ReinMax(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    support = base.simplex
+    tau: Array
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
     _sampler = staticmethod(samplers.reinmax)
 
-    def __init__(self, logits=None, tau=1.0, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike = 1.0,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
 
 
-class GumbelRao(OneHotCategorical):
+class GumbelRao(_StraightThrough):
     """Exact one-hot draws with a Rao-Blackwellised Gumbel-softmax gradient, `relaxit_jax.gumbel_rao`.
 
     Backward the mean over ``num_samples`` of that of ``softmax((logits + sg(G_k)) / tau)``, given
@@ -269,17 +327,26 @@ class GumbelRao(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    pytree_aux_fields = ("num_samples",)
-    support = base.simplex
+    tau: Array
+    num_samples: int
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    pytree_aux_fields: tuple[str, ...] = ("num_samples",)
     _sampler = staticmethod(samplers.gumbel_rao)
 
-    def __init__(self, logits=None, tau=None, num_samples=10, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        num_samples: int = 10,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         static = {"num_samples": ck.as_num_samples(num_samples)}
         base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
 
 
-class ReinMaxRao(OneHotCategorical):
+class ReinMaxRao(_StraightThrough):
     """Exact one-hot draws with a Rao-Blackwellised gradient of second order, `relaxit_jax.reinmax_rao`.
 
     Backward ``2 J - J0 / 2``, J a mean over ``num_samples`` Gumbel vectors, J0 the Jacobian of
@@ -302,12 +369,21 @@ class ReinMaxRao(OneHotCategorical):
     Array(1., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    pytree_aux_fields = ("num_samples",)
-    support = base.simplex
+    tau: Array
+    num_samples: int
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    pytree_aux_fields: tuple[str, ...] = ("num_samples",)
     _sampler = staticmethod(samplers.reinmax_rao)
 
-    def __init__(self, logits=None, tau=1.0, num_samples=10, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike = 1.0,
+        num_samples: int = 10,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         static = {"num_samples": ck.as_num_samples(num_samples)}
         base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
 

@@ -1,7 +1,11 @@
 """Subsets of fixed size as NumPyro distributions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
@@ -37,13 +41,26 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
     Array(2., dtype=float32)
     """
 
-    arg_constraints = {"logits": base.log_weights, "tau": constraints.positive}
-    pytree_aux_fields = ("k", "hard")
-    support = constraints.independent(constraints.nonnegative, 1)
+    logits: Array
+    k: int
+    tau: Array
+    hard: bool
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    pytree_aux_fields: tuple[str, ...] = ("k", "hard")
+    support: base.Constraint = constraints.independent(constraints.nonnegative, 1)
     _sampler = staticmethod(samplers.relaxed_top_k)
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])
 
-    def __init__(self, logits=None, k=None, tau=None, *, probs=None, hard=False, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        k: int | None = None,
+        tau: ArrayLike | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        hard: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
         ck.require_event("logits", logits)
         k = ck.as_static_int("k", k, 1, jnp.shape(logits)[-1])
@@ -83,29 +100,38 @@ class SimpleTopK(base.SamplerDistribution):
     (Array(2., dtype=float32), Array(10., dtype=float32))
     """
 
-    arg_constraints = {"logits": base.log_weights}
-    pytree_aux_fields = ("k",)
-    support = constraints.independent(constraints.unit_interval, 1)
+    logits: Array
+    k: int
+    arg_constraints: dict[str, Any] = {"logits": base.log_weights}
+    pytree_aux_fields: tuple[str, ...] = ("k",)
+    support: base.Constraint = constraints.independent(constraints.unit_interval, 1)
     _sampler = staticmethod(samplers.simple_top_k)
     _density = staticmethod(samplers.simple_top_k_log_prob)
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])
 
-    def __init__(self, logits=None, k=None, *, probs=None, validate_args=None):
+    def __init__(
+        self,
+        logits: ArrayLike | None = None,
+        k: int | None = None,
+        *,
+        probs: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         logits = base.class_logits(logits, probs)
         ck.require_event("logits", logits)
         k = ck.as_static_int("k", k, 1, jnp.shape(logits)[-1])
         super().__init__(validate_args, {"k": k}, logits=logits)
 
     @property
-    def mean(self):
+    def mean(self) -> Array:
         return self._full(samplers.simple_top_k_marginals(self.logits, self.k))
 
     @property
-    def variance(self):
+    def variance(self) -> Array:
         mean = self.mean
         return mean * (1 - mean)
 
-    def entropy(self):
+    def entropy(self) -> Array:
         return self._batched(-_expected_log_prob(self, self))
 
 

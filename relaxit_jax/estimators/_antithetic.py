@@ -1,13 +1,17 @@
 """Estimators for bits from two draws of one uniform number."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax.estimators import _base as base
 
 
-def arm(key, f, q):
+def arm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
     """The augment-REINFORCE-merge estimator, for bits.
 
     Gradient ``(f(b1) - f(b2)) (u - 1/2)`` with ``b1 = 1[u > sigmoid(-l)]``, ``b2 = 1[u < sigmoid(l)]``
@@ -37,7 +41,7 @@ def arm(key, f, q):
     return _antithetic(key, f, q, lambda one, other, centred: centred)
 
 
-def disarm(key, f, q):
+def disarm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
     """DisARM, which is ARM given the two draws, for bits.
 
     Gradient ``(f(b) - f(b')) / 2 (-1)^b' 1[b != b'] sigmoid(|l|)`` with ``b = 1[1 - u < sigmoid(l)]``,

@@ -1,10 +1,44 @@
-"""What the estimators share: calling f, and a value with a gradient of its own."""
+"""What the estimators share: what they ask of q, calling f, and a value with a gradient of its own."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
+
+
+class Family(Protocol):
+    """Independent variables, as the estimators see them: `Bernoulli` and `OneHotCategorical`."""
+
+    @property
+    def logits(self) -> Array: ...
+    @property
+    def event_ndims(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def batch_shape(self) -> tuple[int, ...]: ...
+    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array: ...
+    def score(self, sample: ArrayLike) -> Array: ...
+    def log_prob(self, sample: ArrayLike) -> Array: ...
+    def outcomes(self) -> tuple[int, Callable[[Array], Array]]: ...
+    def coupled(self, key: Array) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]: ...
+    def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array: ...
+
+
+class Bits(Family, Protocol):
+    """A family with the draws of `arm` and `disarm`: `Bernoulli`."""
+
+    def antithetic(self, key: Array) -> tuple[Array, Array, Array]: ...
+
+
+Q = TypeVar("Q", bound=Family)
+Estimator = Callable[[Array, Callable[[Array], ArrayLike], Q], ArrayLike]
 
 
 def call(f, q, sample, name="f"):
@@ -27,7 +61,7 @@ def per_event(x, q):
 
 
 @jax.custom_jvp
-def with_gradient(value, logits, gradient):
+def with_gradient(value: Array, logits: Array, gradient: Array) -> Array:
     """The value, with its own gradient and, for the logits, one that is given; 0 at infinite ones."""
     return value
 

@@ -1,13 +1,25 @@
 """Score-function estimators with a control variate on relaxed draws, and how the variate is trained."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax.estimators import _base as base
 
 
-def rebar(key, f, q, *, tau=0.5, eta=1.0):
+def rebar(
+    key: Array,
+    f: Callable[[Array], ArrayLike],
+    q: base.Family,
+    *,
+    tau: ArrayLike = 0.5,
+    eta: ArrayLike = 1.0,
+) -> Array:
     """REBAR: f at a relaxed draw as control variate.
 
     Gradient ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with
@@ -51,7 +63,13 @@ def rebar(key, f, q, *, tau=0.5, eta=1.0):
     return _with_variate(key, f, q, variate)
 
 
-def relax(key, f, q, *, control_variate):
+def relax(
+    key: Array,
+    f: Callable[[Array], ArrayLike],
+    q: base.Family,
+    *,
+    control_variate: Callable[[Array], ArrayLike],
+) -> Array:
     """RELAX: any function of the noisy logits as control variate.
 
     Gradient ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with c the control
@@ -104,7 +122,9 @@ def _with_variate(key, f, q, variate):
     return base.with_gradient(value, q.logits, gradient)
 
 
-def value_and_grads(loss, params, variate, *args, **kwargs):
+def value_and_grads(
+    loss: Callable[..., ArrayLike], params: Any, variate: Any, *args: Any, **kwargs: Any
+) -> tuple[Array, Any, Any]:
     """A loss, its gradient, and how the gradient's variance falls with the control variate, in one pass.
 
     With ``g = grad_params loss(params, variate, ...)``, a single estimate whose mean does not depend

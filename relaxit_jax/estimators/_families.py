@@ -2,41 +2,58 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
-class Family:
-    """Independent variables; a sample has the shape of the logits."""
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Variables:
+    """Independent variables, a pytree of their logits; a sample has the shape of these."""
+
+    logits: Array
+    event_ndims: int
+
+    def __init_subclass__(cls) -> None:
+        def unflatten(event_ndims, leaves):  # unchecked: JAX puts placeholders into pytrees
+            q = object.__new__(cls)
+            object.__setattr__(q, "logits", leaves[0])
+            object.__setattr__(q, "event_ndims", event_ndims)
+            return q
+
+        jax.tree_util.register_pytree_node(cls, lambda q: ((q.logits,), q.event_ndims), unflatten)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """The shape of a sample."""
         return self.logits.shape
 
     @property
-    def batch_shape(self):
+    def batch_shape(self) -> tuple[int, ...]:
         """The shape of what f returns."""
         return self.shape[: len(self.shape) - self.event_ndims]
 
     @property
-    def event_shape(self):
+    def event_shape(self) -> tuple[int, ...]:
         """The shape of one event: all that f takes together."""
         return self.shape[len(self.shape) - self.event_ndims :]
 
-    def _check(self, least):
-        """The logits in float32 or wider, once everything about them that can be known is checked."""
-        logits = ck.as_float("logits", self.logits)
-        ndims = ck.as_static_int("event_ndims", self.event_ndims, least, logits.ndim)
+    def _set(self, logits, event_ndims, least):
+        """Both fields, once everything about them that can be known is checked."""
+        logits = ck.as_float("logits", logits)
+        ndims = ck.as_static_int("event_ndims", event_ndims, least, logits.ndim)
         event = logits.shape[logits.ndim - ndims :]
         ck.require(math.prod(event) > 0, "logits", "of one variable at least", f"events of shape {event}")
         ck.require_values("logits", logits, "numbers, not NaN", lambda x: x == x)
         object.__setattr__(self, "logits", logits)
+        object.__setattr__(self, "event_ndims", ndims)
 
     def _wide(self):
         return self.logits.astype(jnp.promote_types(self.logits.dtype, jnp.float32))
@@ -45,22 +62,7 @@ class Family:
         return jax.lax.stop_gradient(booleans.astype(self.logits.dtype))
 
 
-def family(cls):
-    """A frozen dataclass that is a pytree of its logits."""
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-
-    def unflatten(event_ndims, leaves):  # unchecked: JAX puts placeholders into pytrees
-        q = object.__new__(cls)
-        object.__setattr__(q, "logits", leaves[0])
-        object.__setattr__(q, "event_ndims", event_ndims)
-        return q
-
-    jax.tree_util.register_pytree_node(cls, lambda q: ((q.logits,), q.event_ndims), unflatten)
-    return cls
-
-
-@family
-class Bernoulli(Family):
+class Bernoulli(Variables):
     """Independent bits, for the estimators.
 
     ``P(b = 1) = sigmoid(logits)``.
@@ -81,35 +83,32 @@ class Bernoulli(Family):
     (5,)
     """
 
-    logits: jax.Array
-    event_ndims: int = 1
+    def __init__(self, logits: ArrayLike, event_ndims: int = 1) -> None:
+        self._set(logits, event_ndims, 0)
 
-    def __post_init__(self):
-        self._check(0)
-
-    def sample(self, key, shape=()):
+    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
         """Exact draws, of shape (*shape, *self.shape)."""
         p, q = self._probabilities()
         return self._as_sample(nm.bernoulli(key, p, q, (*shape, *self.shape)))
 
-    def score(self, sample):
+    def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
         p, q = self._probabilities()
         return jnp.where(sample != 0, q, -p)
 
-    def log_prob(self, sample):
+    def log_prob(self, sample: ArrayLike) -> Array:
         """log P(sample), of the batch shape; differentiable in the logits."""
         logits = self._wide()
         each = jax.nn.log_sigmoid(jnp.where(sample != 0, logits, -logits))
         return jnp.sum(each, tuple(range(each.ndim - self.event_ndims, each.ndim)))
 
-    def outcomes(self):
+    def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
         """How many events there are, and a function from some of their numbers to the events."""
         n = math.prod(self.event_shape)
         digits = lambda index: (index[:, None] >> jnp.arange(n)) & 1
         return 2**n, lambda index: digits(index).reshape(-1, *self.event_shape).astype(self.logits.dtype)
 
-    def coupled(self, key):
+    def coupled(self, key: Array) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]:
         """Noisy logits z with b = 1[z > 0], and z drawn again given b; as functions of the logits.
 
         With V logistic, ``z~ = softplus(V + softplus(l))`` given a one and ``-softplus(V + softplus(-l))``
@@ -127,11 +126,11 @@ class Bernoulli(Family):
             lambda l: sign * softplus(v + softplus(sign * l)),
         )
 
-    def relaxed(self, z, tau):
+    def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array:
         """The relaxed sample of noisy logits."""
-        return jax.nn.sigmoid(z / tau).astype(self.logits.dtype)
+        return jax.nn.sigmoid(jnp.asarray(z) / tau).astype(self.logits.dtype)
 
-    def antithetic(self, key):
+    def antithetic(self, key: Array) -> tuple[Array, Array, Array]:
         """The draws 1[1 - u < p] and 1[u < p] of one uniform u, and u - 1/2."""
         p, q = self._probabilities()
         r = nm.tail_uniform(key, self.shape, p.dtype)  # of u; that of 1 - u is -r
@@ -143,8 +142,7 @@ class Bernoulli(Family):
         return jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
 
 
-@family
-class OneHotCategorical(Family):
+class OneHotCategorical(Variables):
     """Independent categorical variables as one-hot vectors, for the estimators.
 
     ``P(b = e_k) = softmax(logits)_k`` on the last axis.
@@ -166,27 +164,24 @@ class OneHotCategorical(Family):
     (5,)
     """
 
-    logits: jax.Array
-    event_ndims: int = 2
-
-    def __post_init__(self):
-        self._check(1)
+    def __init__(self, logits: ArrayLike, event_ndims: int = 2) -> None:
+        self._set(logits, event_ndims, 1)
         ck.require_classes(self.logits)
 
-    def sample(self, key, shape=()):
+    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
         """Exact draws, of shape (*shape, *self.shape)."""
         return self._as_sample(nm.one_hot_draw(key, self._probabilities(), (*shape, *self.shape[:-1])))
 
-    def score(self, sample):
+    def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p."""
-        return sample.astype(self._wide().dtype) - self._probabilities()
+        return jnp.asarray(sample, self._wide().dtype) - self._probabilities()
 
-    def log_prob(self, sample):
+    def log_prob(self, sample: ArrayLike) -> Array:
         """log P(sample), of the batch shape; differentiable in the logits."""
         each = jnp.where(sample != 0, jax.nn.log_softmax(self._wide()), 0)
         return jnp.sum(each, tuple(range(each.ndim - self.event_ndims, each.ndim)))
 
-    def outcomes(self):
+    def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
         """How many events there are, and a function from some of their numbers to the events."""
         *variables, k = self.event_shape
         n = math.prod(variables)
@@ -199,7 +194,7 @@ class OneHotCategorical(Family):
 
         return total, events
 
-    def coupled(self, key):
+    def coupled(self, key: Array) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]:
         """Noisy logits z with b their argmax, and z drawn again given b; as functions of the logits.
 
         The logits are normalised first: the largest of z~ is then a Gumbel number whatever b is.
@@ -215,7 +210,7 @@ class OneHotCategorical(Family):
 
         return self._as_sample(winner), lambda l: jax.nn.log_softmax(l) + noise, again
 
-    def relaxed(self, z, tau):
+    def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array:
         """The relaxed sample of noisy logits."""
         return jax.nn.softmax(nm.over_tau(z, tau)).astype(self.logits.dtype)
 

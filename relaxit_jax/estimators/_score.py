@@ -1,7 +1,11 @@
 """Score-function estimators, and the sum over all outcomes that they estimate."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax.estimators import _base as base
@@ -10,7 +14,9 @@ MOST_OUTCOMES = 2**20
 AT_ONCE = 256  # outcomes that f sees at once
 
 
-def reinforce(key, f, q, *, baseline=0.0):
+def reinforce(
+    key: Array, f: Callable[[Array], ArrayLike], q: base.Family, *, baseline: ArrayLike = 0.0
+) -> Array:
     """The score-function estimator, with an optional baseline.
 
     Gradient ``(f(b) - baseline) grad log P(b) + grad f(b)``, ``b ~ q``; value f(b). One call of f.
@@ -46,7 +52,7 @@ def reinforce(key, f, q, *, baseline=0.0):
     return base.with_gradient(value, q.logits, base.per_event(gain, q) * q.score(sample))
 
 
-def rloo(key, f, q, *, num_samples=2):
+def rloo(key: Array, f: Callable[[Array], ArrayLike], q: base.Family, *, num_samples: int = 2) -> Array:
     """The score-function estimator with a leave-one-out baseline.
 
     Gradient ``sum_k (f(b_k) - mean f) grad log P(b_k) / (K - 1) + mean grad f(b_k)``; value mean
@@ -83,7 +89,7 @@ def rloo(key, f, q, *, num_samples=2):
     return base.with_gradient(value, q.logits, gradient)
 
 
-def exact(f, q):
+def exact(f: Callable[[Array], ArrayLike], q: base.Family) -> Array:
     """E f(b) itself, with its gradient, by the sum over all outcomes.
 
     ``sum_b P(b) f(b)``. As many calls of f as there are outcomes, 256 at once under `jax.vmap`.

@@ -2,15 +2,19 @@
 
 import contextlib
 import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jax import Array
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoNormal
 
+from relaxit_jax import _checks as ck
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _site as site
 from relaxit_jax.handlers import _base as base
@@ -43,7 +47,8 @@ class auto_guide:
       trained, of the discrete and of the continuous sites.
 
     Raises:
-      ValueError: when first called, for a site that cannot be relaxed.
+      ValueError: when first called, for a site that cannot be relaxed; when it is read and was not
+        called yet.
 
     References:
       D. M. Blei, A. Kucukelbir, J. D. McAuliffe (2017), Variational Inference: A Review for
@@ -57,11 +62,21 @@ class auto_guide:
     0.9000
     """
 
-    def __init__(self, model, *, continuous=AutoNormal, num_values=None, prefix="auto"):
-        self.model, self.continuous, self.num_values, self.prefix = model, continuous, num_values, prefix
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        continuous: Callable[..., Any] = AutoNormal,
+        num_values: int | dict[str, int] | None = None,
+        prefix: str = "auto",
+    ) -> None:
+        self.model: Callable[..., Any] = model
+        self.continuous: Callable[..., Any] = continuous
+        self.num_values: int | dict[str, int] | None = num_values
+        self.prefix: str = prefix
         self._parts = None
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         if self._parts is None:
             self._setup(args, kwargs)
         self._plates = {
@@ -73,22 +88,29 @@ class auto_guide:
             values.update(part(*args, **kwargs))
         return values
 
-    def probs(self, params):
+    def probs(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The probabilities of the discrete sites, by name: of a one for bits, else of every value."""
+        self._require_called()
         found = {}
         for name, (kind, _) in self._sites.items():
             logits = params[self._param(name)]
             found[name] = jax.nn.sigmoid(logits) if kind == "bit" else jax.nn.softmax(logits, -1)
         return found
 
-    def median(self, params):
+    def median(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The median of the continuous sites, by name."""
+        self._require_called()
         guides = (part for part in self._parts if hasattr(part, "median"))
         return {name: x for guide in guides for name, x in guide.median(params).items()}
 
-    def values(self, name):
+    def values(self, name: str) -> Array:
         """The values of a count, in the order of its probabilities."""
+        self._require_called()
         return self._sites[name][1]
+
+    def _require_called(self):
+        need = "called once before it is read, as `SVI.init` does"
+        ck.require(self._parts is not None, "auto_guide", need, "one that was not")
 
     def _param(self, name):
         return f"{name}_{self.prefix}_logits"

@@ -1,5 +1,8 @@
 """What the handlers share: wrappers that keep intermediates, and the draws scored before rounding."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from numpyro import distributions as dist
 from numpyro.contrib.control_flow.scan import scan_wrapper
@@ -93,16 +96,16 @@ class unrounded(Messenger):
     0.0
     """
 
-    def __init__(self, fn=None):
+    def __init__(self, fn: Callable[..., Any] | None = None) -> None:
         ck.require(fn is None or callable(fn), "fn", "a model or a guide", repr(fn))
         super().__init__(fn)
         self._infer = {}  # by message: what its `infer` was when it came in
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._infer = {}
         return super().__enter__()
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "control_flow":
             if msg["fn"] is scan_wrapper:  # handlers do not reach inside its body: go there
                 body, *rest = msg["args"]
@@ -112,7 +115,7 @@ class unrounded(Messenger):
             if _carried_form(msg["fn"]) and not isinstance(msg["fn"], Masked):
                 msg["fn"] = Masked(rewrap(msg["fn"], lambda d: d), True)
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
         # in place: a `trace` further out has already taken its copy of the message
         infer = self._infer.pop(id(msg), None)
         if infer is None or not isinstance(msg["intermediates"], list) or msg["intermediates"]:

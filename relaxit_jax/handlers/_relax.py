@@ -2,9 +2,13 @@
 
 import inspect
 import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.distributions import Delta, Distribution
 from numpyro.primitives import _PYRO_STACK
@@ -98,7 +102,16 @@ class relax(base.unrounded):
     Array(True, dtype=bool)
     """
 
-    def __init__(self, fn=None, *, tau, method="relaxed", kl="discrete", config=None, num_values=None):
+    def __init__(
+        self,
+        fn: Callable[..., Any] | None = None,
+        *,
+        tau: ArrayLike,
+        method: Literal["relaxed", "straight_through"] | type[Distribution] = "relaxed",
+        kl: Literal["discrete", "relaxed"] = "discrete",
+        config: Mapping[str, Any] | None = None,
+        num_values: int | dict[str, int] | None = None,
+    ) -> None:
         super().__init__(fn)
         ck.as_tau(tau, jnp.float32)
         ck.require(jnp.ndim(tau) == 0, "tau", "a scalar", f"shape {jnp.shape(tau)}")
@@ -107,7 +120,7 @@ class relax(base.unrounded):
         for name, own in (config or {}).items():
             if own is not None and (isinstance(own, (str, type)) or not callable(own)):
                 _check_method(f"config['{name}']", own)
-        self.options = {
+        self.options: dict[str, Any] = {
             "tau": tau, "method": method, "kl": kl, "config": config or {}, "num_values": num_values
         }  # fmt: skip
         self._reset()
@@ -118,11 +131,13 @@ class relax(base.unrounded):
         self._flow = None  # the last control flow that was met
         self._met = set()  # names of sites
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._reset()
         return super().__enter__()
 
-    def __exit__(self, exc_type, exc, traceback):
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: Any
+    ) -> None:
         super().__exit__(exc_type, exc, traceback)
         unknown = set(self.options["config"]) - self._met
         inside = any(isinstance(handler, relax) for handler in _PYRO_STACK)  # as the body of a scan is
@@ -140,7 +155,7 @@ class relax(base.unrounded):
     def _again(self, fn):
         return relax(fn, **self.options)
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample":
             self._met.add(msg["name"])
         if msg["type"] == "control_flow":
@@ -179,7 +194,7 @@ class relax(base.unrounded):
         ck.require(has_density and not discrete, "kl", need, "'relaxed'")
         return relaxation
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
         if id(msg) in self._relaxed:
             self._relaxed.remove(id(msg))
             _check_use(msg, self.options["kl"])
@@ -257,7 +272,7 @@ class _NeedsRelaxedModel(dict):
         return dict(self)
 
 
-def take(table, z):
+def take(table: ArrayLike, z: ArrayLike) -> Array:
     """``table[z]`` for an index z, or for the one-hot or relaxed vector that stands for it.
 
     ``sum_k z_k table_k``: a model written with it works with `relax` and without.
@@ -288,7 +303,7 @@ def take(table, z):
     return jnp.tensordot(z, table, 1, precision=jax.lax.Precision.HIGHEST)
 
 
-def select(bit, if_one, if_zero):
+def select(bit: ArrayLike, if_one: ArrayLike, if_zero: ArrayLike) -> Array:
     """``where(bit, if_one, if_zero)`` that keeps the gradient of a relaxed bit.
 
     ``bit if_one + (1 - bit) if_zero``: the same for 0 and 1, and the mixture between them, where

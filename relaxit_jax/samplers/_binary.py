@@ -1,14 +1,26 @@
 """Relaxed Bernoulli variables: one gate per element of the parameters."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.nn import log_sigmoid, sigmoid
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
-def relaxed_bernoulli(key, logits, tau, *, shape=None, hard=False, log_space=False):
+def relaxed_bernoulli(
+    key: Array,
+    logits: ArrayLike,
+    tau: ArrayLike,
+    *,
+    shape: Sequence[int] | None = None,
+    hard: bool = False,
+    log_space: bool = False,
+) -> Array:
     """A draw from the binary Concrete distribution (BinConcrete, relaxed Bernoulli).
 
     ``z = sigmoid((logits + L) / tau)``, with L standard logistic noise.
@@ -56,7 +68,9 @@ def _relax(x, tau, dtype, hard, log_space):
     return sigmoid(y).astype(dtype)
 
 
-def relaxed_bernoulli_log_prob(value, logits, tau, *, log_space=False):
+def relaxed_bernoulli_log_prob(
+    value: ArrayLike, logits: ArrayLike, tau: ArrayLike, *, log_space: bool = False
+) -> Array:
     """Log-density of `relaxed_bernoulli`.
 
     ``log p(z) = log tau + log f(tau logit(z) - logits) - log f(logit(z))``, where
@@ -91,7 +105,7 @@ def relaxed_bernoulli_log_prob(value, logits, tau, *, log_space=False):
     return jnp.where(outside, -jnp.inf, nm.binary_concrete_log_prob(y, logits, tau))
 
 
-def straight_through_bernoulli(key, logits, *, shape=None):
+def straight_through_bernoulli(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
     """An exact Bernoulli draw with the straight-through gradient.
 
     Forward ``c ~ Bernoulli(sigmoid(logits))``, backward as if the value were ``sigmoid(logits)``:
@@ -124,7 +138,7 @@ def straight_through_bernoulli(key, logits, *, shape=None):
     return nm.straight_through(bit, jnp.broadcast_to(p, shape)).astype(dtype)
 
 
-def straight_through_bernoulli_log_prob(value, logits):
+def straight_through_bernoulli_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
     """Log-mass of `straight_through_bernoulli`, the Bernoulli distribution.
 
     ``value log sigmoid(logits) + (1 - value) log sigmoid(-logits)``; its gradient in ``value`` is
@@ -157,7 +171,7 @@ def straight_through_bernoulli_log_prob(value, logits):
     return jnp.where(off, -jnp.inf, jnp.where(certain, mass, inside))
 
 
-def stochastic_times_smooth(key, logits, *, shape=None):
+def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
     """A stochastic bit times a smooth factor, with the gradient of the smooth factor.
 
     ``z = b sqrt(p)``, ``b ~ Bernoulli(sqrt(p))``, ``p = sigmoid(logits)``. Its mean is p, but b
@@ -192,7 +206,7 @@ def stochastic_times_smooth(key, logits, *, shape=None):
     return jnp.where(bit | jnp.isnan(root), root, 0).astype(dtype)
 
 
-def stochastic_times_smooth_log_prob(value, logits):
+def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
     """Log-mass of `stochastic_times_smooth`, two atoms.
 
     ``log sqrt(p)`` at ``sqrt(p)`` and ``log(1 - sqrt(p))`` at 0, with ``p = sigmoid(logits)``.
@@ -226,7 +240,16 @@ def stochastic_times_smooth_log_prob(value, logits):
     return jnp.where(value == 0, log_sigmoid(-logits) - jnp.log1p(root), law)
 
 
-def correlated_bernoulli(key, logits, tau, scale_tril, *, shape=None, hard=False, log_space=False):
+def correlated_bernoulli(
+    key: Array,
+    logits: ArrayLike,
+    tau: ArrayLike,
+    scale_tril: ArrayLike,
+    *,
+    shape: Sequence[int] | None = None,
+    hard: bool = False,
+    log_space: bool = False,
+) -> Array:
     """Correlated binary Concrete gates, by a Gaussian copula.
 
     ``v ~ N(0, R)``, ``R = scale_tril scale_tril^T``, ``u = Phi(v)``,
@@ -269,7 +292,9 @@ def correlated_bernoulli(key, logits, tau, scale_tril, *, shape=None, hard=False
     return _relax(x, tau[..., None], dtype, hard, log_space)
 
 
-def correlated_bernoulli_log_prob(value, logits, tau, scale_tril, *, log_space=False):
+def correlated_bernoulli_log_prob(
+    value: ArrayLike, logits: ArrayLike, tau: ArrayLike, scale_tril: ArrayLike, *, log_space: bool = False
+) -> Array:
     """Log-density of `correlated_bernoulli`.
 
     With ``x = tau logit(z) - logits`` and ``v = Phi^-1(sigmoid(x))`` it is the sum over k of the

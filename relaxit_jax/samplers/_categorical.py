@@ -1,16 +1,27 @@
 """Relaxed categorical variables: points of the simplex, the event axis last."""
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax import Array
 from jax.nn import log_softmax, softmax
 from jax.scipy.special import gammaln
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
-def gumbel_softmax(key, logits, tau, *, shape=None, hard=False, log_space=False):
+def gumbel_softmax(
+    key: Array,
+    logits: ArrayLike,
+    tau: ArrayLike,
+    *,
+    shape: Sequence[int] | None = None,
+    hard: bool = False,
+    log_space: bool = False,
+) -> Array:
     """A draw from the Concrete (Gumbel-softmax) distribution.
 
     ``z = softmax((logits + G) / tau)``, with G standard Gumbel noise.
@@ -56,7 +67,9 @@ def gumbel_softmax(key, logits, tau, *, shape=None, hard=False, log_space=False)
     return softmax(y).astype(dtype)
 
 
-def gumbel_softmax_log_prob(value, logits, tau, *, log_space=False):
+def gumbel_softmax_log_prob(
+    value: ArrayLike, logits: ArrayLike, tau: ArrayLike, *, log_space: bool = False
+) -> Array:
     """Log-density of `gumbel_softmax` on the simplex.
 
     With ``y = log z`` and ``w = logits - tau y``:
@@ -112,7 +125,17 @@ def gumbel_softmax_log_prob(value, logits, tau, *, log_space=False):
     return jnp.where(off, -jnp.inf, jnp.where(zeros > 0, limit, inside))
 
 
-def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, hard=False, log_space=False):
+def invertible_gaussian(
+    key: Array,
+    loc: ArrayLike,
+    scale: ArrayLike,
+    tau: ArrayLike,
+    *,
+    delta: ArrayLike = 1.0,
+    shape: Sequence[int] | None = None,
+    hard: bool = False,
+    log_space: bool = False,
+) -> Array:
     """A draw from the invertible Gaussian reparameterization, softmax++ of a Gaussian.
 
     ``y = loc + scale eps`` in R^(K-1), eps standard normal;
@@ -156,7 +179,15 @@ def invertible_gaussian(key, loc, scale, tau, *, delta=1.0, shape=None, hard=Fal
     return (nm.straight_through(nm.largest(y), softmax(y)) if hard else softmax(y)).astype(dtype)
 
 
-def invertible_gaussian_log_prob(value, loc, scale, tau, *, delta=1.0, log_space=False):
+def invertible_gaussian_log_prob(
+    value: ArrayLike,
+    loc: ArrayLike,
+    scale: ArrayLike,
+    tau: ArrayLike,
+    *,
+    delta: ArrayLike = 1.0,
+    log_space: bool = False,
+) -> Array:
     """Log-density of `invertible_gaussian` on the simplex.
 
     With ``y_k = tau (log z_k - log z_K + log delta)``:
@@ -210,7 +241,15 @@ def _invertible_args(loc, scale, tau, delta):
     return dtype, loc, scale, tau, delta, batch
 
 
-def logistic_normal(key, loc, scale=None, *, scale_tril=None, shape=None, log_space=False):
+def logistic_normal(
+    key: Array,
+    loc: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    scale_tril: ArrayLike | None = None,
+    shape: Sequence[int] | None = None,
+    log_space: bool = False,
+) -> Array:
     """A draw from the logistic-normal distribution.
 
     ``z = softmax(y)``, ``y ~ N(loc, Sigma)`` in R^K, with Sigma either ``diag(scale^2)`` or
@@ -247,7 +286,14 @@ def logistic_normal(key, loc, scale=None, *, scale_tril=None, shape=None, log_sp
     return log_softmax(y) if log_space else softmax(y).astype(dtype)
 
 
-def logistic_normal_log_prob(value, loc, scale=None, *, scale_tril=None, log_space=False):
+def logistic_normal_log_prob(
+    value: ArrayLike,
+    loc: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    scale_tril: ArrayLike | None = None,
+    log_space: bool = False,
+) -> Array:
     """Log-density of `logistic_normal` on the simplex, exact.
 
     The Gaussian density of the K - 1 log-ratios times the Jacobian ``1 / prod_k z_k``. For a

@@ -6,19 +6,30 @@ values of a finite list, which `generalized_gumbel_softmax` takes.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.nn import log_sigmoid
 from jax.scipy.special import gammaln
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 from relaxit_jax import _truncation as tr
 
 
-def generalized_gumbel_softmax(key, logits, values, tau, *, shape=None, hard=False):
+def generalized_gumbel_softmax(
+    key: Array,
+    logits: ArrayLike,
+    values: ArrayLike,
+    tau: ArrayLike,
+    *,
+    shape: Sequence[int] | None = None,
+    hard: bool = False,
+) -> Array:
     """A relaxed draw of a number from a finite list: generalized Gumbel-softmax.
 
     ``w = softmax((logits + G) / tau)``, with G standard Gumbel noise; ``z = sum_k w_k values_k``.
@@ -73,7 +84,9 @@ def generalized_gumbel_softmax(key, logits, values, tau, *, shape=None, hard=Fal
     return nm.straight_through(exact, soft).astype(dtype)
 
 
-def poisson_support(rate, num_values=None, *, eps=1e-8):
+def poisson_support(
+    rate: ArrayLike, num_values: int | None = None, *, eps: float = 1e-8
+) -> tuple[Array, Array]:
     """A Poisson distribution on finitely many values, for `generalized_gumbel_softmax`.
 
     ``P(k) = rate^k exp(-rate) / k!``, k = 0, 1, ..., and all beyond the last value folded into it.
@@ -108,7 +121,9 @@ def poisson_support(rate, num_values=None, *, eps=1e-8):
     return _support(_poisson, (rate,), num_values, eps)
 
 
-def geometric_support(logits, num_values=None, *, eps=1e-8):
+def geometric_support(
+    logits: ArrayLike, num_values: int | None = None, *, eps: float = 1e-8
+) -> tuple[Array, Array]:
     """A geometric distribution on finitely many values, for `generalized_gumbel_softmax`.
 
     The failures before the first success: ``P(k) = p (1 - p)^k``, ``p = sigmoid(logits)``, of mean
@@ -141,7 +156,9 @@ def geometric_support(logits, num_values=None, *, eps=1e-8):
     return _support(_geometric, (logits,), num_values, eps)
 
 
-def binomial_support(total_count, logits, num_values=None, *, eps=1e-8):
+def binomial_support(
+    total_count: ArrayLike, logits: ArrayLike, num_values: int | None = None, *, eps: float = 1e-8
+) -> tuple[Array, Array]:
     """A binomial distribution, or the first of its values, for `generalized_gumbel_softmax`.
 
     ``P(k) = C(n, k) p^k (1 - p)^(n - k)``, ``p = sigmoid(logits)``; all beyond the last value folded
@@ -181,7 +198,9 @@ def binomial_support(total_count, logits, num_values=None, *, eps=1e-8):
     return _support(_binomial, (n.astype(logits.dtype), logits), num_values, eps)
 
 
-def negative_binomial_support(total_count, logits, num_values=None, *, eps=1e-8):
+def negative_binomial_support(
+    total_count: ArrayLike, logits: ArrayLike, num_values: int | None = None, *, eps: float = 1e-8
+) -> tuple[Array, Array]:
     """A negative binomial distribution on finitely many values, for `generalized_gumbel_softmax`.
 
     The successes before the r-th failure: ``P(k) = Gamma(k + r) / (k! Gamma(r)) p^k (1 - p)^r``,

@@ -1,15 +1,20 @@
 """Stochastic gates: relaxed Bernoulli variables that are exactly 0 or 1 with positive probability."""
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax import Array
 from jax.nn import log_sigmoid, sigmoid
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
-def gaussian_bernoulli(key, loc, scale, *, shape=None, hard=False):
+def gaussian_bernoulli(
+    key: Array, loc: ArrayLike, scale: ArrayLike, *, shape: Sequence[int] | None = None, hard: bool = False
+) -> Array:
     """A Gaussian-based stochastic gate.
 
     ``z = clip(loc + scale eps, 0, 1)``, with eps standard normal: exactly 0 with probability
@@ -56,7 +61,7 @@ def _cast_gate(z, dtype):
     return nm.straight_through(jnp.where((z > 0) & (z < 1), kept, z), z).astype(dtype)
 
 
-def gaussian_bernoulli_log_prob(value, loc, scale):
+def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLike) -> Array:
     """Log-density of `gaussian_bernoulli`: log-mass at 0 and at 1, log-density between.
 
     ``log Phi(-loc / scale)`` at 0, ``log Phi((loc - 1) / scale)`` at 1, the log-density of
@@ -108,7 +113,16 @@ def _logits_of_the_ends(a, b):
     return math.log(-a / b), math.log((1 - a) / (b - 1))
 
 
-def hard_concrete(key, logits, tau, *, stretch=(-0.1, 1.1), shape=None, hard=False, log_space=False):
+def hard_concrete(
+    key: Array,
+    logits: ArrayLike,
+    tau: ArrayLike,
+    *,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+    shape: Sequence[int] | None = None,
+    hard: bool = False,
+    log_space: bool = False,
+) -> Array:
     """A hard concrete gate: a binary Concrete variable, stretched and clipped.
 
     ``v = sigmoid((logits + L) / tau)``, ``z = clip(a + (b - a) v, 0, 1)`` with ``stretch = (a, b)``
@@ -155,7 +169,14 @@ def hard_concrete(key, logits, tau, *, stretch=(-0.1, 1.1), shape=None, hard=Fal
     return nm.straight_through(z > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
 
 
-def hard_concrete_log_prob(value, logits, tau, *, stretch=(-0.1, 1.1), log_space=False):
+def hard_concrete_log_prob(
+    value: ArrayLike,
+    logits: ArrayLike,
+    tau: ArrayLike,
+    *,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+    log_space: bool = False,
+) -> Array:
     """Log-density of `hard_concrete`: log-mass at 0 and at 1, log-density between.
 
     With ``F(x) = sigmoid(tau logit(x) - logits)`` the distribution function of v:
@@ -198,7 +219,9 @@ def hard_concrete_log_prob(value, logits, tau, *, stretch=(-0.1, 1.1), log_space
     return _with_atoms(z, at_zero, nm.binary_concrete_log_prob(y, logits, tau) - math.log(b - a), at_one)
 
 
-def hard_concrete_l0(logits, tau, *, stretch=(-0.1, 1.1)):
+def hard_concrete_l0(
+    logits: ArrayLike, tau: ArrayLike, *, stretch: tuple[float, float] = (-0.1, 1.1)
+) -> Array:
     """The L0 penalty of a hard concrete gate, its probability of not being 0.
 
     ``P(z != 0) = sigmoid(logits - tau log(-a / b))``. Summed over the gates of a model it is the
@@ -229,7 +252,7 @@ def hard_concrete_l0(logits, tau, *, stretch=(-0.1, 1.1)):
     return sigmoid(logits - tau * math.log(-a / b)).astype(dtype)
 
 
-def hard_concrete_gate(logits, *, stretch=(-0.1, 1.1)):
+def hard_concrete_gate(logits: ArrayLike, *, stretch: tuple[float, float] = (-0.1, 1.1)) -> Array:
     """The deterministic hard concrete gate for test time.
 
     ``clip(a + (b - a) sigmoid(logits), 0, 1)``.

@@ -1,16 +1,27 @@
 """Permutations: doubly stochastic matrices, and the permutation matrices nearest to them."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
-def gumbel_sinkhorn(key, logits, tau, num_iters=100, *, shape=None, hard=False):
+def gumbel_sinkhorn(
+    key: Array,
+    logits: ArrayLike,
+    tau: ArrayLike,
+    num_iters: int = 100,
+    *,
+    shape: Sequence[int] | None = None,
+    hard: bool = False,
+) -> Array:
     """A relaxed permutation matrix: Gumbel-Sinkhorn.
 
     ``Z = S((X + G) / tau)``, X the logits and ``S(A)`` the matrix ``exp(A_ij + u_i + v_j)`` whose

@@ -8,15 +8,18 @@ insertion never amplifies an error.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
-def simple_top_k(key, logits, k, *, shape=None):
+def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] | None = None) -> Array:
     """An exact k-hot draw with the gradient of its mean: SIMPLE.
 
     Forward ``P(z)`` proportional to ``exp(logits . z)`` over the k-hot z: independent bits of these
@@ -65,7 +68,7 @@ def simple_top_k(key, logits, k, *, shape=None):
     return nm.straight_through(jnp.moveaxis(chosen, 0, -1), soft).astype(dtype)
 
 
-def simple_top_k_marginals(logits, k):
+def simple_top_k_marginals(logits: ArrayLike, k: int) -> Array:
     """The probability of each element to be among the k that `simple_top_k` draws.
 
     ``mu_i = P(z_i = 1) = d log e_k(exp(logits)) / d logits_i``, e_k the k-th elementary symmetric
@@ -92,7 +95,7 @@ def simple_top_k_marginals(logits, k):
     return jnp.where(_has_enough(k, logits), _marginals(k, logits), jnp.nan).astype(dtype)
 
 
-def simple_top_k_log_prob(value, logits, k):
+def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     """The log-probability of a k-hot draw of `simple_top_k`.
 
     ``log P(z) = logits . z - log e_k(exp(logits))``, e_k the k-th elementary symmetric polynomial,

@@ -1,16 +1,21 @@
 """One-hot vectors drawn exactly, each with another estimate of the gradient."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.nn import log_softmax, softmax
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
-def straight_through_categorical(key, logits, tau=1.0, *, shape=None):
+def straight_through_categorical(
+    key: Array, logits: ArrayLike, tau: ArrayLike = 1.0, *, shape: Sequence[int] | None = None
+) -> Array:
     """An exact one-hot draw with the gradient of the tempered probabilities.
 
     Forward ``D ~ OneHotCategorical(logits)``, backward that of ``softmax(logits / tau)``. The mean
@@ -41,7 +46,7 @@ def straight_through_categorical(key, logits, tau=1.0, *, shape=None):
     return nm.straight_through(winner, softmax(nm.over_tau(logits, tau))).astype(dtype)
 
 
-def straight_through_categorical_log_prob(value, logits):
+def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
     """Log-mass of `straight_through_categorical`, and of every exact one-hot draw of these logits.
 
     ``log P(e_k) = log_softmax(logits)_k``.
@@ -74,7 +79,15 @@ def straight_through_categorical_log_prob(value, logits):
     return jnp.where(one_hot, law, jnp.where(jnp.isnan(law), jnp.nan, -jnp.inf))
 
 
-def decoupled_gumbel_softmax(key, logits, tau_forward, tau_backward, *, shape=None, hard=True):
+def decoupled_gumbel_softmax(
+    key: Array,
+    logits: ArrayLike,
+    tau_forward: ArrayLike,
+    tau_backward: ArrayLike,
+    *,
+    shape: Sequence[int] | None = None,
+    hard: bool = True,
+) -> Array:
     """A Gumbel-softmax draw whose value and gradient have temperatures of their own.
 
     Forward the one-hot vector of ``argmax(logits + G)`` or, without ``hard``,
@@ -111,7 +124,9 @@ def decoupled_gumbel_softmax(key, logits, tau_forward, tau_backward, *, shape=No
     return nm.straight_through(value, soft).astype(dtype)
 
 
-def gapped_straight_through(key, logits, tau, gap=1.0, *, shape=None):
+def gapped_straight_through(
+    key: Array, logits: ArrayLike, tau: ArrayLike, gap: ArrayLike = 1.0, *, shape: Sequence[int] | None = None
+) -> Array:
     """An exact one-hot draw with the gradient of a softmax in which it leads by a gap.
 
     Forward ``D ~ OneHotCategorical(logits)``. Backward that of ``softmax((logits + sg(m1 - m2)) / tau)``,
@@ -148,7 +163,9 @@ def gapped_straight_through(key, logits, tau, gap=1.0, *, shape=None):
     return nm.straight_through(winner, soft).astype(dtype)
 
 
-def reinmax(key, logits, tau=1.0, *, shape=None):
+def reinmax(
+    key: Array, logits: ArrayLike, tau: ArrayLike = 1.0, *, shape: Sequence[int] | None = None
+) -> Array:
     """An exact one-hot draw with a gradient of second order: ReinMax.
 
     Forward ``D ~ OneHotCategorical(logits)``. Backward that of ``2 p1 - p0 / 2``, with
@@ -188,7 +205,14 @@ def reinmax(key, logits, tau=1.0, *, shape=None):
     return nm.straight_through(winner, 2 * nm.softmax_at(p1, logits) - p0 / 2).astype(dtype)
 
 
-def gumbel_rao(key, logits, tau, num_samples=10, *, shape=None):
+def gumbel_rao(
+    key: Array,
+    logits: ArrayLike,
+    tau: ArrayLike,
+    num_samples: int = 10,
+    *,
+    shape: Sequence[int] | None = None,
+) -> Array:
     """An exact one-hot draw with a Rao-Blackwellised Gumbel-softmax gradient.
 
     Forward ``D ~ OneHotCategorical(logits)``. Backward the mean over ``num_samples`` of that of
@@ -227,7 +251,14 @@ def gumbel_rao(key, logits, tau, num_samples=10, *, shape=None):
     return nm.straight_through(winner, soft).astype(dtype)
 
 
-def reinmax_rao(key, logits, tau=1.0, num_samples=10, *, shape=None):
+def reinmax_rao(
+    key: Array,
+    logits: ArrayLike,
+    tau: ArrayLike = 1.0,
+    num_samples: int = 10,
+    *,
+    shape: Sequence[int] | None = None,
+) -> Array:
     """An exact one-hot draw with a Rao-Blackwellised gradient of second order.
 
     Forward ``D ~ OneHotCategorical(logits)``. Backward ``2 J - J0 / 2``: with

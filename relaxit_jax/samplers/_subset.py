@@ -1,18 +1,24 @@
 """Subsets of fixed size: k of n elements, or k sequences, drawn without replacement."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.nn import logsumexp
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
-def gumbel_top_k(key, logits, k, *, shape=None):
+def gumbel_top_k(
+    key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] | None = None
+) -> tuple[Array, Array]:
     """k of n elements without replacement, exactly, by the Gumbel-top-k trick.
 
     The indices of the k largest ``logits + G``, G standard Gumbel noise: the same law as k draws
@@ -57,7 +63,7 @@ def _perturb(key, logits, shape, **batches):
     return centred + noise, jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
 
 
-def gumbel_top_k_log_prob(value, logits, *, ordered=True):
+def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool = True) -> Array:
     """Log-probability of the indices of `gumbel_top_k`, in their order or as a set.
 
     Ordered (Plackett-Luce): ``sum_j [l_(i_j) - LSE(l over what is left before draw j)]``.
@@ -153,7 +159,16 @@ def _set_log_prob(chosen, rest):
     return jnp.where(everything, 0, log_p)
 
 
-def stochastic_beam_search(key, log_prob_fn, state, k, max_length, *, start=0, end=None):
+def stochastic_beam_search(
+    key: Array,
+    log_prob_fn: Callable[[Any, Array], tuple[Array, Any]],
+    state: Any,
+    k: int,
+    max_length: int,
+    *,
+    start: int = 0,
+    end: int | None = None,
+) -> tuple[Array, Array, Array]:
     """k sequences of an autoregressive model without replacement, exactly, in one pass of width k.
 
     Top-down: the perturbed log-probability of the empty sequence is ``G``; given that of a prefix,
@@ -257,7 +272,15 @@ def _given_largest(key, law, log_p, largest):
     return jnp.where(winner, largest, jnp.where(possible | jnp.isnan(log_p), largest - gap, -jnp.inf))
 
 
-def relaxed_top_k(key, logits, k, tau, *, shape=None, hard=False):
+def relaxed_top_k(
+    key: Array,
+    logits: ArrayLike,
+    k: int,
+    tau: ArrayLike,
+    *,
+    shape: Sequence[int] | None = None,
+    hard: bool = False,
+) -> Array:
     """A relaxed k-hot vector: k draws without replacement, each a Gumbel-softmax.
 
     ``a_1 = logits + G``; ``o_j = softmax(a_j / tau)``; ``a_(j+1) = a_j + log(1 - o_j)``;

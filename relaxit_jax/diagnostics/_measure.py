@@ -1,160 +1,26 @@
-"""Which estimator does a problem want? Bias, variance and cost of each, measured on the problem itself."""
+"""How the numbers of a report are measured."""
 
-import dataclasses
 import math
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import estimators as es
-
-__all__ = ["GradientReport", "from_sampler", "gradient_report"]
+from relaxit_jax.diagnostics._base import NUMBERS, GradientReport
+from relaxit_jax.estimators._base import Estimator, Family, Q
 
 MOST_ENUMERATED = 2**14  # outcomes that "auto" sums over
 LONG_RUN = 16  # draws of one estimate of the long run
-ROUNDING = 1e-5  # of float32, in units of the gradient
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
-NUMBERS = ("bias_norm", "bias_norm_error", "variance", "mse", "mse_error")
-NUMBERS += ("cosine", "mean_cosine", "calls", "seconds")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class GradientReport:
-    """Bias, variance and cost of estimators of one gradient, as `gradient_report` measures them.
-
-    With ``g`` an estimate of the true gradient ``G``: ``mse = E |g - G|^2 = |E g - G|^2 + variance``,
-    ``variance`` the sum of the variances of all coordinates. All arrays are NumPy's; those of E numbers
-    have one for each of the E estimators. ``report["rloo"]`` are those of one, ``str(report)`` is a table.
-
-    Args:
-      names: of the E estimators.
-      reference: in words, what stands for G.
-      num_samples: estimates drawn from each.
-      gradient: G, of the shape of the logits.
-      gradient_error: its standard error, 0 if it is exact, of the same shape.
-      bias: ``mean g - G``, of shape (E, *logits.shape).
-      bias_error: its standard error, that of G included, of the same shape.
-      bias_norm: ``|mean g - G|``, E numbers.
-      bias_norm_error: the root mean square of that norm where there is no bias at all; where there is
-        one, the standard error of the norm is at most this.
-      variance: of one estimate, the sum over all coordinates, E numbers.
-      mse: E numbers; bias^2 in it is without what the noise adds to it, at least 0.
-      mse_error: its standard error, that of G not included.
-      cosine: of the angle between mean g and G, E numbers; NaN where one of them is 0.
-      mean_cosine: the mean of that of single estimates, an estimate of 0 counted as 0.
-      calls: of f for one estimate, E integers. Of f for a whole batch of q; a gradient of f is no call.
-      seconds: for one estimate, forward and backward: the median over compiled batches, by their size.
-
-    Raises:
-      ValueError: by `plot`, for a ``cost`` that it does not know.
-
-    References:
-      T. van Krieken, J. Tomczak, A. ten Teije (2021), Storchastic: A Framework for General Stochastic
-      Automatic Differentiation, arXiv:2104.00428, for the estimators and what distinguishes them.
-
-    >>> from relaxit_jax.estimators import Bernoulli, rloo
-    >>> q = Bernoulli(jnp.zeros(2))
-    >>> report = gradient_report(jax.random.key(0), lambda b: (b.sum(-1) - 2) ** 2, q, {"rloo": rloo}, 1000)
-    >>> report["rloo"]["calls"], report.gradient.round(2)
-    (2, array([-0.5, -0.5]))
-    """
-
-    names: tuple
-    reference: str
-    num_samples: int
-    gradient: np.ndarray
-    gradient_error: np.ndarray
-    bias: np.ndarray
-    bias_error: np.ndarray
-    bias_norm: np.ndarray
-    bias_norm_error: np.ndarray
-    variance: np.ndarray
-    mse: np.ndarray
-    mse_error: np.ndarray
-    cosine: np.ndarray
-    mean_cosine: np.ndarray
-    calls: np.ndarray
-    seconds: np.ndarray
-
-    @property
-    def biased(self):
-        """Whether the norm of the bias is above what noise alone exceeds once in a thousand reports.
-
-        No coordinate is judged alone: that of a bit which is on once in a million shows no spread.
-        """
-        squares = self.bias_error.reshape(len(self.names), -1) ** 2
-        total = np.maximum(squares.sum(1), np.finfo(float).tiny)
-        # nearly chi-squared (Satterthwaite 1946), whose third root is nearly normal (Wilson, Hilferty 1931)
-        spread = 2 / 9 * np.sum((squares / total[:, None]) ** 2, 1)
-        limit = np.sqrt(total * (1 - spread + 3.09 * np.sqrt(spread)) ** 3)
-        return self.bias_norm > limit + ROUNDING * np.linalg.norm(self.gradient)
-
-    def __getitem__(self, name):
-        """The numbers of one estimator."""
-        row = self.names.index(name)
-        numbers = {field: getattr(self, field)[row].item() for field in NUMBERS}
-        return numbers | {"biased": bool(self.biased[row])}
-
-    def as_dict(self):
-        """What `json.dumps` takes: all but the arrays of coordinates; None for a cosine that is not."""
-        rows = {name: self[name] for name in self.names}
-        for row in rows.values():
-            row.update({k: None for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)})
-        norms = [float(np.linalg.norm(x)) for x in (self.gradient, self.gradient_error)]
-        return {
-            "reference": self.reference,
-            "num_samples": self.num_samples,
-            "gradient_norm": norms[0],
-            "gradient_norm_error": norms[1],
-            "estimators": rows,
-        }
-
-    def __str__(self):
-        width = max(map(len, (*self.names, "estimator")))
-        head = f"{'estimator':{width}} {'bias':>11} {'(noise)':>11} {'':6} {'variance':>11} {'mse':>11}"
-        lines = [
-            f"true gradient: {self.reference}; {self.gradient.size} coordinates, of norm "
-            f"{np.linalg.norm(self.gradient):.4g}; {self.num_samples} estimates of each",
-            head + f" {'cosine':>7} {'of one':>7} {'calls':>6} {'time':>10}",
-        ]
-        for name in self.names:
-            row = self[name]
-            seen = "biased" if row["biased"] else ""
-            lines.append(
-                f"{name:{width}} {row['bias_norm']:11.4g} {row['bias_norm_error']:11.4g} {seen:6} "
-                f"{row['variance']:11.4g} {row['mse']:11.4g} {row['cosine']:7.3f} {row['mean_cosine']:7.3f} "
-                f"{row['calls']:6d} {row['seconds'] * 1e6:7.1f} us"
-            )
-        return "\n".join(lines)
-
-    def plot(self, where, *, cost="calls"):
-        """Draw the error that is left when estimates are averaged, against what they cost together.
-
-        Each line starts at one estimate. It falls as the root of the cost, and towards its bias where
-        one is seen: the lowest line at the cost that you pay for a step is the estimator to take.
-
-        Args:
-          where: the path of a picture, or axes of matplotlib.
-          cost: "calls" of f, or "seconds".
-        """
-        ck.require(cost in ("calls", "seconds"), "cost", "'calls' or 'seconds'", repr(cost))
-        if hasattr(where, "plot"):
-            return _draw(self, where, cost)
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "plot needs matplotlib, which is in an extra: pip install 'relaxit_jax[examples]'"
-            ) from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        _draw(self, figure.subplots(), cost)
-        figure.savefig(where, dpi=120)
-
-
-def from_sampler(sampler):
+def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Family]:
     """A relaxed or straight-through sampler, as an estimator that `gradient_report` takes.
 
     ``estimator(key, f, q) = f(sampler(key, q.logits))``, with the gradient that the draw has.
@@ -188,8 +54,16 @@ def from_sampler(sampler):
 
 
 def gradient_report(
-    key, f, q, estimators, num_samples=10_000, *, batch_size=100, reference="auto", reference_samples=None
-):
+    key: Array,
+    f: Callable[[Array], ArrayLike],
+    q: Q,
+    estimators: Mapping[str, Estimator[Q]],
+    num_samples: int = 10_000,
+    *,
+    batch_size: int = 100,
+    reference: Literal["auto", "exact", "long_run"] = "auto",
+    reference_samples: int | None = None,
+) -> GradientReport:
     """Measure how well, and at what cost, estimators know the gradient of E f(b) in the logits of q.
 
     With ``g_1 .. g_n`` gradients of one estimator and G the true one: bias ``mean g - G``, variance
@@ -207,8 +81,9 @@ def gradient_report(
         defined between the outcomes, for estimators that ask for it. Gradients of its own parameters
         are not compared.
       q: `relaxit_jax.estimators.Bernoulli` or `OneHotCategorical`.
-      estimators: a dictionary from names to ``estimator(key, f, q)``, which returns an array of shape
-        ``q.batch_shape`` whose gradient in the logits is the estimate; samplers through `from_sampler`.
+      estimators: a dictionary, or another mapping, from names to ``estimator(key, f, q)``, which returns
+        an array of shape ``q.batch_shape`` whose gradient in the logits is the estimate; samplers through
+        `from_sampler`.
       num_samples: estimates of each, a Python integer, 2 or more; rounded up to whole batches.
       batch_size: estimates at once, a Python integer.
       reference: "exact", "long_run", or "auto" for the first where there are at most 2^14 outcomes.
@@ -237,7 +112,7 @@ def gradient_report(
     """
     ck.check_key(key)
     ck.require(isinstance(q, (es.Bernoulli, es.OneHotCategorical)), "q", "a family of estimators", type(q))
-    good = isinstance(estimators, dict) and estimators and all(map(callable, estimators.values()))
+    good = isinstance(estimators, Mapping) and estimators and all(map(callable, estimators.values()))
     ck.require(good, "estimators", "a dictionary from names to functions (key, f, q)", repr(estimators))
     n = ck.as_static_int("num_samples", num_samples, 2, 10**9)
     size = min(ck.as_static_int("batch_size", batch_size, 2, 10**6), n)
@@ -299,7 +174,7 @@ def _reference(key, f, q, reference, samples, size):
     estimator = lambda key, f, q: es.rloo(key, f, q, num_samples=LONG_RUN)
     size = min(size, samples)
     moments = _compile("long_run", estimator, key, f, q, np.zeros(q.shape), size)
-    total = None
+    total: Any = None
     for index in range(-(-samples // size)):
         total = _merge(total, moments(q.logits, jax.random.fold_in(key, index)), size)
     count, means, squares = total
@@ -363,38 +238,3 @@ def _count_calls(name, estimator, key, f, q):
     jax.block_until_ready(jax.jit(lambda key: estimator(key, counted, q))(key))
     jax.effects_barrier()
     return len(seen)
-
-
-def _draw(report, axis, cost):
-    norm = np.linalg.norm(report.gradient)
-    unit = norm if norm > 0 else 1.0
-    starts = np.asarray(getattr(report, cost), float)
-    end = 1000 * starts.max()
-    variances = report.variance / unit**2
-    floors = np.where(report.biased, np.maximum(report.mse / unit**2 - variances, 0), 0)
-    ends = []
-    for place, (start, variance, floor) in enumerate(zip(starts, variances, floors, strict=True)):
-        draws = np.geomspace(1, end / start, 200)
-        error = np.sqrt(np.maximum(floor + variance / draws, 1e-12))
-        look = {"color": COLOURS[place % len(COLOURS)], "ls": "-" if place < len(COLOURS) else "--"}
-        axis.plot(start * draws, error, lw=1.8, **look)
-        axis.plot(start, error[0], "o", ms=6, color=look["color"])
-        ends.append((error[-1], place, look["color"]))
-    axis.set(xscale="log", yscale="log", xlim=(starts.min() / 1.3, end))
-    axis.set_xlabel({"calls": "calls of f, all estimates together", "seconds": "seconds"}[cost])
-    axis.set_ylabel("rms error of their mean" + (" / |gradient|" if norm > 0 else ""))
-    axis.grid(alpha=0.3)
-    # names at the right ends, moved apart so far that none covers another
-    low, high = np.log(axis.get_ylim())
-    ends.sort()
-    heights = (np.log([error for error, *_ in ends]) - low) / (high - low)
-    ladder = np.arange(len(ends)) * min(0.06, 1 / len(ends))
-    heights = np.maximum.accumulate(heights - ladder) + ladder
-    heights = np.minimum(heights, 1 + ladder - ladder[-1])
-    for (error, place, colour), height in zip(ends, heights, strict=True):
-        axis.annotate(
-            report.names[place] + (" (biased)" if report.biased[place] else ""), (end, error),
-            (1.04, height), xycoords="data", textcoords="axes fraction", va="center", color=colour,
-            fontsize=9, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "relpos": (0, 0.5)},
-        )  # fmt: skip

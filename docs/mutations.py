@@ -1,0 +1,264 @@
+"""Breaks the library on purpose, one line at a time, and tells which tests notice: python docs/mutations.py
+
+Each defect is written into a copy of the package, and the tests that stand with it are run on that. What it
+printed is in docs/outputs/mutations.txt, for docs/correctness.md.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import click
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOISE, CHECKS = "relaxit_jax/_numerics.py", "relaxit_jax/_checks.py"
+SAMPLERS, ESTIMATORS, CLASSES = (
+    f"relaxit_jax/{room}" for room in ("samplers", "estimators", "distributions")
+)
+LOGISTIC = "return jnp.log(jnp.where(r < 0, 1 - v, v) / jnp.where(r < 0, v, 1 - v))"
+
+# what is wrong, its file, what stands there, what comes in its place, test files and an expression for -k
+MUTATIONS = [
+    (
+        "logistic noise of float32 uniforms",
+        NOISE,
+        LOGISTIC,
+        "u = jax.random.uniform(key, shape, dtype, jnp.finfo(dtype).tiny); return jnp.log(u) - jnp.log1p(-u)",
+        "test_numerics.py",
+        "",
+    ),
+    (
+        "logistic noise 2 % too wide",
+        NOISE,
+        LOGISTIC,
+        LOGISTIC.replace("return", "return 1.02 *"),
+        "test_numerics.py test_samplers.py test_densities.py",
+        "noise_ or relaxed_bernoulli and (law or integrates)",
+    ),
+    (
+        "Gumbel noise in bfloat16",
+        NOISE,
+        "return -jnp.log(exponential(key, shape, dtype))",
+        "return jax.random.gumbel(key, shape, jnp.bfloat16).astype(dtype)",
+        "test_numerics.py",
+        "noise or rare",
+    ),
+    (
+        "parameters are not widened",
+        CHECKS,
+        "(x.astype(jnp.promote_types(dtype, jnp.float32)) for x in arrays)",
+        "(x.astype(dtype) for x in arrays)",
+        "test_numerics.py test_samplers.py test_densities.py",
+        "low_precision or discrete_law or half_precision or own_draws",
+    ),
+    (
+        "another rotation of the hash",
+        NOISE,
+        "(13, 15, 26, 6)",
+        "(13, 15, 26, 7)",
+        "test_numerics.py",
+        "bits_are",
+    ),
+    (
+        "noise shared along the last axis",
+        f"{SAMPLERS}/_binary.py",
+        "x = logits + nm.logistic(key, shape, logits.dtype)\n    return _relax",
+        "x = logits + nm.logistic(key, (*shape[:-1], 1), logits.dtype)\n    return _relax",
+        "test_samplers.py",
+        "independent and relaxed_bernoulli",
+    ),
+    (
+        "no guard for infinite logits",
+        NOISE,
+        "return jnp.where(finite, jnp.where(finite, x, 0) / tau, jax.lax.stop_gradient(x))",
+        "return x / tau",
+        "test_samplers.py",
+        "impossible or extreme",
+    ),
+    (
+        "logits are not centred",
+        NOISE,
+        "return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))",
+        "return logits",
+        "test_numerics.py",
+        "rounded_off",
+    ),
+    (
+        "straight through as hard + soft - soft",
+        NOISE,
+        "return jnp.where(jnp.isnan(soft), soft, hard.astype(soft.dtype))",
+        "return (hard.astype(soft.dtype) + soft) - soft",
+        "test_numerics.py test_samplers.py",
+        "straight or support",
+    ),
+    (
+        "density of gumbel_softmax with K log tau",
+        f"{SAMPLERS}/_categorical.py",
+        "inside = gammaln(k) + (k - 1) * jnp.log(tau)",
+        "inside = gammaln(k) + k * jnp.log(tau)",
+        "test_densities.py",
+        "gumbel_softmax and integrates",
+    ),
+    (
+        "density of a clipped draw",
+        NOISE,
+        '"""The binary Concrete log-density of z = sigmoid(y)."""',
+        "y = jax.scipy.special.logit(jnp.clip(jax.nn.sigmoid(y), 1e-7, 1 - 1e-7))",
+        "test_densities.py",
+        "relaxed_bernoulli and own_draws",
+    ),
+    (
+        "atom of hard_concrete 1 % of its edge off",
+        f"{SAMPLERS}/_gate.py",
+        "at_zero = log_sigmoid(tau * low - logits)",
+        "at_zero = log_sigmoid(tau * low * 1.01 - logits)",
+        "test_densities.py",
+        "atoms",
+    ),
+    (
+        "Plackett-Luce without taking out what is drawn",
+        f"{SAMPLERS}/_subset.py",
+        "jnp.sum(chosen - jnp.logaddexp(later, rest[..., None]), -1)",
+        "jnp.sum(chosen - rest[..., None], -1)",
+        "test_subset.py",
+        "enumeration",
+    ),
+    (
+        "simple_top_k with noise 3 % too narrow",
+        f"{SAMPLERS}/_simple.py",
+        "_at(log_odds, left, 0) + noise > 0",
+        "_at(log_odds, left, 0) + 0.97 * noise > 0",
+        "test_simple.py test_samplers.py",
+        "every_subset or simple and law",
+    ),
+    (
+        "simple_top_k without the second numbers",
+        f"{SAMPLERS}/_simple.py",
+        "jnp.where(jnp.isinf(total), 0, rest + lost)",
+        "jnp.zeros_like(total)",
+        "test_simple.py",
+        "large or marginals",
+    ),
+    (
+        "mass beyond a count's values is dropped",
+        "relaxit_jax/_truncation.py",
+        "below = nm.log_sum_exp(head)\n",
+        "tail, below = log_pmf[..., num_values - 1], nm.log_sum_exp(head)\n",
+        "test_count.py",
+        "scipy or folded",
+    ),
+    (
+        "gumbel_rao's noise is not conditioned",
+        NOISE,
+        "return -jnp.log(top), jnp.where(winner, 0, gap)",
+        "gap = log_p + gumbel(key, log_p.shape, log_p.dtype)\n"
+        "    return -jnp.log(top), gap - jnp.max(gap, -1, keepdims=True)",
+        "test_straight_through.py",
+        "rao",
+    ),
+    (
+        "disarm 1 % too large",
+        f"{ESTIMATORS}/_antithetic.py",
+        "/ 2 * larger",
+        "/ 2 * larger * 1.01",
+        "test_estimators.py",
+        "mean_is and disarm",
+    ),
+    (
+        "rebar and relax without their correction",
+        f"{ESTIMATORS}/_control_variate.py",
+        "q.score(sample) + slopes[0] - slopes[1]",
+        "q.score(sample)",
+        "test_estimators.py",
+        "mean_is and re",
+    ),
+    (
+        "RLOO_ELBO with K for K - 1",
+        "relaxit_jax/elbo.py",
+        "/ (len(cost) - 1)",
+        "/ len(cost)",
+        "test_elbo.py",
+        "the_mean_is",
+    ),
+    (
+        "KL of bits the wrong way round",
+        f"{CLASSES}/_binary.py",
+        "return base.discrete_kl(_log_pmf(p), _log_pmf(q))",
+        "return base.discrete_kl(_log_pmf(q), _log_pmf(p))",
+        "test_kl.py",
+        "rules_of_bits",
+    ),
+    (
+        "KL of logistic-normals without log W",
+        f"{CLASSES}/_logistic_normal.py",
+        "return jnp.sum(jnp.log(scale), -1) + log_total / 2",
+        "return jnp.sum(jnp.log(scale), -1)",
+        "test_kl.py",
+        "continuous",
+    ),
+    (
+        "KL of relax the wrong way round",
+        f"{CLASSES}/_site.py",
+        "return base.discrete_kl(p.log_pmf, q.log_pmf)",
+        "return base.discrete_kl(q.log_pmf, p.log_pmf)",
+        "test_relax.py test_handlers.py",
+        "objective or scores_by",
+    ),
+    (
+        "Laplace Bridge with K for K squared",
+        "relaxit_jax/laplace_bridge.py",
+        "/ k**2",
+        "/ k",
+        "test_laplace_bridge.py",
+        "",
+    ),
+    (
+        "the largest k by jax.lax.top_k",
+        NOISE,
+        "tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(jax.lax.top_k, k=k)))",
+        "tuple(jax.lax.top_k(x, k))",
+        "test_sharding.py",
+        "asks_nobody",
+    ),
+]
+
+
+def tests_that_fail(file, old, new, files, expression):
+    """Of the tests chosen, run on a copy with the defect: how many there were, and which failed how often."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("relaxit_jax", "tests", "benchmarks", "examples"):
+            shutil.copytree(ROOT / name, copy / name)
+        for name in ("pyproject.toml", "conftest.py"):
+            shutil.copy(ROOT / name, copy)
+        (copy / file).write_text((copy / file).read_text().replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-n", "1", "-q", "-rf", "--tb=no", "-k", expression]
+        done = subprocess.run(
+            [*command, *(f"tests/{name}" for name in files.split())],
+            cwd=copy, env=os.environ | {"PYTHONPATH": folder}, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    if done.returncode not in (0, 1):
+        raise click.ClickException(done.stdout)
+    failed = re.findall(r"^FAILED tests/\w+\.py::(\w+)", done.stdout, re.MULTILINE)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    return len(failed) + int(passed[1] if passed else 0), {name: failed.count(name) for name in failed}
+
+
+@click.command(help=__doc__)
+@click.argument("words", nargs=-1)
+def main(words):
+    for defect, *mutation in MUTATIONS:
+        if words and not any(word in defect for word in words):
+            continue
+        chosen, failed = tests_that_fail(*mutation)
+        click.echo(f"{defect}: {sum(failed.values())} of {chosen}")
+        for name, count in failed.items():
+            click.echo(f"  {name}" + f" x {count}" * (count > 1))
+
+
+if __name__ == "__main__":
+    main()

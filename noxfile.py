@@ -1,0 +1,113 @@
+"""What is checked beside the README's own commands: `nox -l` lists it, `.ci/run` calls it.
+
+A session for several Pythons is skipped where one of them is not found: on the PATH, or where pyenv keeps it.
+"""
+
+import os
+import pathlib
+import subprocess
+import tarfile
+import zipfile
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["lint", "types", "wheel", "lowest", "fast"]
+
+DEFAULT, *OTHERS = PYTHONS = ["3.11", "3.12", "3.13"]
+# Every room and every method, and what differs between versions of JAX and NumPyro, in a minute or two.
+FAST = [
+    "test_architecture",
+    "test_types",
+    "test_samplers",
+    "test_subset",
+    "test_diagnostics",
+    "test_handlers",
+]
+FAST = [*(f"tests/{name}.py" for name in FAST), "relaxit_jax"]
+
+
+def real_interpreters():
+    """Folders of pyenv's Pythons: what it puts on the PATH runs one version only, under every name."""
+    root = pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    return [str(path) for version in PYTHONS for path in sorted(root.glob(f"versions/{version}.*/bin"))]
+
+
+os.environ["PATH"] = os.pathsep.join([*real_interpreters(), os.environ["PATH"]])
+os.environ["UV_PYTHON_DOWNLOADS"] = "never"
+os.environ.setdefault("UV_NATIVE_TLS", "1")  # the certificates of this machine, as pip takes them
+
+
+@nox.session(python=PYTHONS)
+def tests(session):
+    """The whole suite, with the newest versions."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=OTHERS)
+def fast(session):
+    """A part of the suite that touches every room, with the newest versions."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or FAST))
+
+
+@nox.session(python=DEFAULT, venv_backend="uv")
+def lowest(session):
+    """The same part, with the lowest versions that pyproject.toml admits."""
+    session.install("-e", ".[test]", "--resolution", "lowest-direct")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or FAST))
+
+
+@nox.session(python=DEFAULT)
+def lint(session):
+    """ruff, as pre-commit runs it."""
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python=DEFAULT)
+def types(session):
+    """Every public symbol has a known type, and a user's typed script agrees with them."""
+    session.install(".", "basedpyright==1.40.2")
+    # NumPyro is annotated and does not say so: without this mark all that derives from it is unknown
+    where = "import importlib.util as u; print(u.find_spec('numpyro').submodule_search_locations[0])"
+    numpyro = session.run("python", "-c", where, silent=True).strip()
+    (pathlib.Path(numpyro) / "py.typed").touch()
+    session.run("basedpyright", "--verifytypes", "relaxit_jax", "--ignoreexternal")
+    session.run("basedpyright", "--level", "error", "tests/typed_user.py")
+
+
+@nox.session(python=DEFAULT)
+def wheel(session):
+    """sdist, the wheel made from it, what they hold, and the wheel alone in a new environment."""
+    session.install("build", "twine")
+    made = pathlib.Path(session.create_tmp()).resolve() / "dist"
+    for old in made.glob("*"):
+        old.unlink()
+    session.run("python", "-m", "build", "--outdir", str(made), silent=True)
+    (sdist,), (wheel,) = made.glob("*.tar.gz"), made.glob("*.whl")
+    session.run("twine", "check", "--strict", str(sdist), str(wheel))
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    package = {name for name in tracked if name.startswith("relaxit_jax/")}
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    same(session, "the wheel", held, package)
+    with tarfile.open(sdist) as archive:
+        names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
+    same(session, "the sdist", names - {"PKG-INFO"}, {name for name in tracked if name})
+    alone = made.parent / "alone"
+    session.run("python", "-m", "venv", "--clear", str(alone))
+    python = alone / "bin" / "python"
+    session.run(str(python), "-m", "pip", "install", "--quiet", str(wheel), external=True)
+    smoke = pathlib.Path("tests/smoke.py").resolve()
+    with session.chdir(alone):
+        session.run(str(python), "-W", "error", str(smoke), external=True)
+
+
+def same(session, what, held, wanted):
+    if held != wanted:
+        session.error(f"{what} lacks {sorted(wanted - held)} and has {sorted(held - wanted)} beside it")

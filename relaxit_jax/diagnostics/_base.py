@@ -1,0 +1,193 @@
+"""The report of a measurement: its numbers, its table and its picture."""
+
+import dataclasses
+import math
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relaxit_jax import _checks as ck
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROUNDING = 1e-5  # of float32, in units of the gradient
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
+NUMBERS = ("bias_norm", "bias_norm_error", "variance", "mse", "mse_error")
+NUMBERS += ("cosine", "mean_cosine", "calls", "seconds")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientReport:
+    """Bias, variance and cost of estimators of one gradient, as `gradient_report` measures them.
+
+    With ``g`` an estimate of the true gradient ``G``: ``mse = E |g - G|^2 = |E g - G|^2 + variance``,
+    ``variance`` the sum of the variances of all coordinates. All arrays are NumPy's; those of E numbers
+    have one for each of the E estimators. ``report["rloo"]`` are those of one, ``str(report)`` is a table.
+
+    Args:
+      names: of the E estimators.
+      reference: in words, what stands for G.
+      num_samples: estimates drawn from each.
+      gradient: G, of the shape of the logits.
+      gradient_error: its standard error, 0 if it is exact, of the same shape.
+      bias: ``mean g - G``, of shape (E, *logits.shape).
+      bias_error: its standard error, that of G included, of the same shape.
+      bias_norm: ``|mean g - G|``, E numbers.
+      bias_norm_error: the root mean square of that norm where there is no bias at all; where there is
+        one, the standard error of the norm is at most this.
+      variance: of one estimate, the sum over all coordinates, E numbers.
+      mse: E numbers; bias^2 in it is without what the noise adds to it, at least 0.
+      mse_error: its standard error, that of G not included.
+      cosine: of the angle between mean g and G, E numbers; NaN where one of them is 0.
+      mean_cosine: the mean of that of single estimates, an estimate of 0 counted as 0.
+      calls: of f for one estimate, E integers. Of f for a whole batch of q; a gradient of f is no call.
+      seconds: for one estimate, forward and backward: the median over compiled batches, by their size.
+
+    Raises:
+      ValueError: by `plot`, for a ``cost`` that it does not know.
+
+    References:
+      T. van Krieken, J. Tomczak, A. ten Teije (2021), Storchastic: A Framework for General Stochastic
+      Automatic Differentiation, arXiv:2104.00428, for the estimators and what distinguishes them.
+
+    >>> from relaxit_jax.diagnostics import gradient_report
+    >>> from relaxit_jax.estimators import Bernoulli, rloo
+    >>> q = Bernoulli(jnp.zeros(2))
+    >>> report = gradient_report(jax.random.key(0), lambda b: (b.sum(-1) - 2) ** 2, q, {"rloo": rloo}, 1000)
+    >>> report["rloo"]["calls"], report.gradient.round(2)
+    (2, array([-0.5, -0.5]))
+    """
+
+    names: tuple[str, ...]
+    reference: str
+    num_samples: int
+    gradient: NDArray[np.floating]
+    gradient_error: NDArray[np.floating]
+    bias: NDArray[np.floating]
+    bias_error: NDArray[np.floating]
+    bias_norm: NDArray[np.floating]
+    bias_norm_error: NDArray[np.floating]
+    variance: NDArray[np.floating]
+    mse: NDArray[np.floating]
+    mse_error: NDArray[np.floating]
+    cosine: NDArray[np.floating]
+    mean_cosine: NDArray[np.floating]
+    calls: NDArray[np.integer]
+    seconds: NDArray[np.floating]
+
+    @property
+    def biased(self) -> NDArray[np.bool_]:
+        """Whether the norm of the bias is above what noise alone exceeds once in a thousand reports.
+
+        No coordinate is judged alone: that of a bit which is on once in a million shows no spread.
+        """
+        squares = self.bias_error.reshape(len(self.names), -1) ** 2
+        total = np.maximum(squares.sum(1), np.finfo(float).tiny)
+        # nearly chi-squared (Satterthwaite 1946), whose third root is nearly normal (Wilson, Hilferty 1931)
+        spread = 2 / 9 * np.sum((squares / total[:, None]) ** 2, 1)
+        limit = np.sqrt(total * (1 - spread + 3.09 * np.sqrt(spread)) ** 3)
+        return self.bias_norm > limit + ROUNDING * np.linalg.norm(self.gradient)
+
+    def __getitem__(self, name: str) -> dict[str, float]:
+        """The numbers of one estimator."""
+        row = self.names.index(name)
+        numbers: dict[str, float] = {field: getattr(self, field)[row].item() for field in NUMBERS}
+        numbers["biased"] = bool(self.biased[row])
+        return numbers
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `json.dumps` takes: all but the arrays of coordinates; None for a cosine that is not."""
+        rows: dict[str, dict[str, Any]] = {name: {**self[name]} for name in self.names}
+        for row in rows.values():
+            row.update({k: None for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)})
+        norms = [float(np.linalg.norm(x)) for x in (self.gradient, self.gradient_error)]
+        return {
+            "reference": self.reference,
+            "num_samples": self.num_samples,
+            "gradient_norm": norms[0],
+            "gradient_norm_error": norms[1],
+            "estimators": rows,
+        }
+
+    def __str__(self) -> str:
+        width = max(map(len, (*self.names, "estimator")))
+        head = f"{'estimator':{width}} {'bias':>11} {'(noise)':>11} {'':6} {'variance':>11} {'mse':>11}"
+        lines = [
+            f"true gradient: {self.reference}; {self.gradient.size} coordinates, of norm "
+            f"{np.linalg.norm(self.gradient):.4g}; {self.num_samples} estimates of each",
+            head + f" {'cosine':>7} {'of one':>7} {'calls':>6} {'time':>10}",
+        ]
+        for name in self.names:
+            row = self[name]
+            seen = "biased" if row["biased"] else ""
+            lines.append(
+                f"{name:{width}} {row['bias_norm']:11.4g} {row['bias_norm_error']:11.4g} {seen:6} "
+                f"{row['variance']:11.4g} {row['mse']:11.4g} {row['cosine']:7.3f} {row['mean_cosine']:7.3f} "
+                f"{row['calls']:6d} {row['seconds'] * 1e6:7.1f} us"
+            )
+        return "\n".join(lines)
+
+    def plot(
+        self, where: "str | os.PathLike[str] | Axes", *, cost: Literal["calls", "seconds"] = "calls"
+    ) -> None:
+        """Draw the error that is left when estimates are averaged, against what they cost together.
+
+        Each line starts at one estimate. It falls as the root of the cost, and towards its bias where
+        one is seen: the lowest line at the cost that you pay for a step is the estimator to take.
+
+        Args:
+          where: the path of a picture, or axes of matplotlib.
+          cost: "calls" of f, or "seconds".
+        """
+        ck.require(cost in ("calls", "seconds"), "cost", "'calls' or 'seconds'", repr(cost))
+        if hasattr(where, "plot"):
+            _draw(self, where, cost)
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "plot needs matplotlib, which is in an extra: pip install 'relaxit_jax[examples]'"
+            ) from error
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        _draw(self, figure.subplots(), cost)
+        file: Any = where
+        figure.savefig(file, dpi=120)
+
+
+def _draw(report, axis, cost):
+    norm = np.linalg.norm(report.gradient)
+    unit = norm if norm > 0 else 1.0
+    starts = np.asarray(getattr(report, cost), float)
+    end = 1000 * starts.max()
+    variances = report.variance / unit**2
+    floors = np.where(report.biased, np.maximum(report.mse / unit**2 - variances, 0), 0)
+    ends = []
+    for place, (start, variance, floor) in enumerate(zip(starts, variances, floors, strict=True)):
+        draws = np.geomspace(1, end / start, 200)
+        error = np.sqrt(np.maximum(floor + variance / draws, 1e-12))
+        look = {"color": COLOURS[place % len(COLOURS)], "ls": "-" if place < len(COLOURS) else "--"}
+        axis.plot(start * draws, error, lw=1.8, **look)
+        axis.plot(start, error[0], "o", ms=6, color=look["color"])
+        ends.append((error[-1], place, look["color"]))
+    axis.set(xscale="log", yscale="log", xlim=(starts.min() / 1.3, end))
+    axis.set_xlabel({"calls": "calls of f, all estimates together", "seconds": "seconds"}[cost])
+    axis.set_ylabel("rms error of their mean" + (" / |gradient|" if norm > 0 else ""))
+    axis.grid(alpha=0.3)
+    # names at the right ends, moved apart so far that none covers another
+    low, high = np.log(axis.get_ylim())
+    ends.sort()
+    heights = (np.log([error for error, *_ in ends]) - low) / (high - low)
+    ladder = np.arange(len(ends)) * min(0.06, 1 / len(ends))
+    heights = np.maximum.accumulate(heights - ladder) + ladder
+    heights = np.minimum(heights, 1 + ladder - ladder[-1])
+    for (error, place, colour), height in zip(ends, heights, strict=True):
+        axis.annotate(
+            report.names[place] + (" (biased)" if report.biased[place] else ""), (end, error),
+            (1.04, height), xycoords="data", textcoords="axes fraction", va="center", color=colour,
+            fontsize=9, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "relpos": (0, 0.5)},
+        )  # fmt: skip

@@ -1,0 +1,58 @@
+"""Every public signature says what kind each argument is and what comes back; shapes are in docstrings."""
+
+import inspect
+import typing
+
+import pytest
+
+import relaxit_jax
+import typed_user
+from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge
+
+ROOMS = (relaxit_jax, estimators, diagnostics, distributions, handlers, elbo)
+
+
+def public():
+    """The functions and, of the classes, the methods that this library defines, by name."""
+    for room in ROOMS:
+        for name in room.__all__:
+            thing = getattr(room, name)
+            if inspect.isclass(thing):
+                for kind in thing.__mro__:
+                    if kind.__module__.startswith("relaxit_jax."):
+                        yield from methods(kind)
+            elif callable(thing):
+                yield f"{thing.__module__}.{name}", thing
+    for name, f in inspect.getmembers(laplace_bridge, inspect.isfunction):
+        if f.__module__ == laplace_bridge.__name__ and not name.startswith("_"):
+            yield f"{f.__module__}.{name}", f
+
+
+def methods(kind):
+    for name, method in vars(kind).items():
+        function = getattr(method, "fget", None) or getattr(method, "__func__", method)
+        if inspect.isfunction(function) and (name == "__init__" or not name.startswith("_")):
+            yield f"{kind.__module__}.{kind.__name__}.{name}", inspect.unwrap(function)
+
+
+PUBLIC = dict(public())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_signatures_are_annotated(name):
+    hints = typing.get_type_hints(PUBLIC[name])  # evaluated, so that they are true when the code runs
+    wanted = [x for x in inspect.signature(PUBLIC[name]).parameters if x not in ("self", "cls")]
+    assert [x for x in (*wanted, "return") if x not in hints] == []
+
+
+def test_all_rooms_are_looked_at():
+    assert {name.split(".")[1] for name in PUBLIC} == {
+        "samplers", "estimators", "diagnostics", "distributions", "handlers", "elbo", "laplace_bridge"
+    }  # fmt: skip
+    assert "relaxit_jax.distributions._base.SamplerDistribution.log_prob" in PUBLIC
+
+
+@pytest.mark.usefixtures("fast_compilation")
+def test_what_the_checker_reads_also_runs(capsys):
+    typed_user.main()
+    assert "rloo" in capsys.readouterr().out
