@@ -102,6 +102,7 @@ def handlers():
         assert abs(guide.probs(found.params)["z"] - posterior) < error
 
 
-for part in (installed, samplers, estimators, distributions, handlers):
-    part()
-    print(f"{part.__name__}: ok")
+if __name__ == "__main__":
+    for part in (installed, samplers, estimators, distributions, handlers):
+        part()
+        print(f"{part.__name__}: ok")

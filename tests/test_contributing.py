@@ -63,7 +63,6 @@ def test_a_method_has_five_steps_that_name_their_files():
     named = {path for _, step in steps for path in re.findall(f"`({FILES})`", step)}
     for names, path in (
         (("CASES", "Case"), "tests/cases.py"),
-        (("BAD",), "tests/test_numpyro.py"),
         (("MOMENTS",), "tests/test_distributions.py"),
         (("Row",), "benchmarks/rows.py"),
         (("Bit", "OneHot", "SamplerDistribution"), "relaxit_jax/distributions/_base.py"),
