@@ -196,7 +196,7 @@ def bernoulli(key, p, q, shape):
 def straight_through(hard, soft):
     """Exactly `hard` forward, `soft` backward; a NaN in `soft` is shown, not hidden behind `hard`.
 
-    The usual `soft + stop_gradient(hard - soft)` returns 0.99999994 for a 1 now and then.
+    The usual `hard + soft - stop_gradient(soft)` returns 0.99999994 for one 1 of five.
     """
     return jnp.where(jnp.isnan(soft), soft, hard.astype(soft.dtype))
 
