@@ -328,6 +328,37 @@ def test_auto_guide_covers_the_model_in_its_order():
     assert np.isfinite(Trace_ELBO().loss(KEY, params, everything, guide))
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_auto_guide_masks_inside_of_an_event_and_outside(outside):
+    """Of three bits in each of two rows the model does not see one: it stays as it is, the others move."""
+    seen = np.array([True, False]) if outside else np.array([True, False, True])
+
+    def masked(law):
+        return law.to_event(1).mask(seen) if outside else law.mask(seen).to_event(1)
+
+    def model():
+        with numpyro.plate("rows", 2):
+            z = numpyro.sample("z", masked(dist.Bernoulli(jnp.full((2, 3), 0.3))))
+            numpyro.sample("y", masked(dist.Normal(z, 1)), obs=jnp.ones((2, 3)))
+
+    guide = auto_guide(model)
+    handlers.trace(handlers.seed(guide, 0)).get_trace()
+    params = {"z_auto_logits": jnp.zeros((2, 3))}
+    moves = np.broadcast_to(seen[:, None] if outside else seen, (2, 3))
+    soft = [relax(f, tau=0.5) for f in (model, guide)]
+    gradient = jax.grad(lambda p: ELBOS[0].loss(KEY, p, *soft))(params)
+    np.testing.assert_array_equal(gradient["z_auto_logits"] != 0, moves)
+
+
+def test_auto_guide_refuses_the_mask_of_a_minibatch():
+    def model():
+        with numpyro.plate("rows", 4, subsample_size=2) as rows, handlers.mask(mask=jnp.array(SEEN)[rows]):
+            numpyro.sample("z", dist.Bernoulli(0.3))
+
+    with pytest.raises(ValueError, match="the mask of the site 'z' must be the same for all rows"):
+        handlers.seed(auto_guide(model), 0)()
+
+
 @pytest.mark.parametrize("read", [lambda g: g.probs({}), lambda g: g.median({}), lambda g: g.values("n")])
 def test_auto_guide_is_read_after_it_was_called(read):
     with pytest.raises(ValueError, match="auto_guide must be called once"):

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
-STEPS = {"numpyro_relax": 800, "vae": 500}  # of training, enough for what the last cells assert
+STEPS = {"numpyro_relax": 800, "vae": 1000}  # of training, enough for what the last cells assert
 MACHINE = re.compile(r"/(?:home|Users|root|tmp|work|opt|usr|var|mnt|srv)/|[A-Z]:\\\\|site-packages")
 
 

@@ -148,7 +148,12 @@ class auto_guide:
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
         initial, possible = self._initial(law, shape, len(fn.batch_shape), stack)
         event_dim = initial.ndim - len(fn.batch_shape)
-        mask = _concrete_mask(fn)
+        mask, outside = _concrete_mask(fn)
+        inside = len(shape) - len(fn.batch_shape) - outside
+        for size, subsample, dim in (self._frames[frame.name] for frame in stack):
+            of_rows = np.ndim(mask) >= outside - dim and np.shape(mask)[dim - outside] > 1
+            need = "the same for all rows of a subsampled plate; for another write the guide by hand"
+            ck.require(size == subsample or not of_rows, f"the mask of the site '{name}'", need, "a row each")
 
         def part(*_, **__):
             with contextlib.ExitStack() as plates:
@@ -156,8 +161,9 @@ class auto_guide:
                     plates.enter_context(self._plates[frame.name])
                 logits = numpyro.param(self._param(name), initial, event_dim=event_dim)
                 logits = jnp.where(possible, logits, -jnp.inf)
-                own = _like(d, law, logits).to_event(len(shape) - len(fn.batch_shape))
-                return {name: numpyro.sample(name, own if mask is None else own.mask(mask))}
+                own = _like(d, law, logits).to_event(inside)
+                own = own if mask is None else own.mask(mask)
+                return {name: numpyro.sample(name, own.to_event(outside))}
 
         return part
 
@@ -201,8 +207,11 @@ def _like(d, law, logits):
 
 
 def _concrete_mask(fn):
+    """A mask that can be seen, or None; and how many axes are made event axes outside of it."""
+    outside = 0
     while not isinstance(fn, dist.MaskedDistribution):
         if not hasattr(fn, "base_dist"):
-            return None
+            return None, 0
+        outside += getattr(fn, "reinterpreted_batch_ndims", 0)
         fn = fn.base_dist
-    return None if isinstance(fn._mask, jax.core.Tracer) else fn._mask
+    return None if isinstance(fn._mask, jax.core.Tracer) else fn._mask, outside

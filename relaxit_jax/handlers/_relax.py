@@ -75,7 +75,7 @@ class relax(base.unrounded):
       config: what to do with single sites, by name: a method as above, a function of the site's
         discrete distribution that returns one of this library's, or None to leave the site alone.
       num_values: how many values a count takes, an integer or a dictionary by site. Default: so many
-        that less than 1e-6 is beyond them, if the parameters are known before tracing; what is
+        that less than 1e-8 is beyond them, if the parameters are known before tracing; what is
         beyond is folded into the last value. It has to be the same for model and guide.
 
     Returns:
