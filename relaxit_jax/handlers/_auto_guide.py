@@ -148,12 +148,13 @@ class auto_guide:
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
         initial, possible = self._initial(law, shape, len(fn.batch_shape), stack)
         event_dim = initial.ndim - len(fn.batch_shape)
-        mask, outside = _concrete_mask(fn)
+        mask, outside = _mask(fn)
         inside = len(shape) - len(fn.batch_shape) - outside
         for size, subsample, dim in (self._frames[frame.name] for frame in stack):
             of_rows = np.ndim(mask) >= outside - dim and np.shape(mask)[dim - outside] > 1
             need = "the same for all rows of a subsampled plate; for another write the guide by hand"
             ck.require(size == subsample or not of_rows, f"the mask of the site '{name}'", need, "a row each")
+        mask = None if isinstance(mask, jax.core.Tracer) else mask  # it would leak out of its trace
 
         def part(*_, **__):
             with contextlib.ExitStack() as plates:
@@ -206,12 +207,12 @@ def _like(d, law, logits):
     return dist.CategoricalLogits(logits, validate_args=False)
 
 
-def _concrete_mask(fn):
-    """A mask that can be seen, or None; and how many axes are made event axes outside of it."""
+def _mask(fn):
+    """The mask, or None; and how many axes are made event axes outside of it."""
     outside = 0
     while not isinstance(fn, dist.MaskedDistribution):
         if not hasattr(fn, "base_dist"):
             return None, 0
         outside += getattr(fn, "reinterpreted_batch_ndims", 0)
         fn = fn.base_dist
-    return None if isinstance(fn._mask, jax.core.Tracer) else fn._mask, outside
+    return fn._mask, outside
