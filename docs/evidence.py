@@ -1,8 +1,7 @@
 """What other libraries draw and score, beside this one: python docs/evidence.py {relaxit,torch,tfp}
 
-Each line is one claim of docs/moving.md, measured for both libraries with fixed seeds. What it should be
-stands in brackets, a standard error behind +-. Needs the extra `peers`; what it printed is in
-docs/outputs/.
+Prints the table of docs/moving.md, which takes it from docs/outputs/evidence_PEER.md. Each row is one claim,
+measured for both libraries with fixed seeds; standard errors stand behind +-. Needs the extra `peers`.
 """
 
 import importlib
@@ -29,7 +28,10 @@ tensor = torch.tensor
 
 
 def line(claim, theirs, ours):
-    click.echo(f"{claim:<84} {theirs:>20} {ours:>20}")
+    """A row: a claim, behind which what should come out stands in brackets, and what does come out."""
+    what, should = claim.removesuffix("]").rsplit(" [", 1) if claim.endswith("]") else (claim, "")
+    what = "... " * what.startswith(" ") + what.strip()
+    click.echo(f"| {what} | {should} | {theirs} | {ours} |")
 
 
 def mean(draws):
@@ -56,7 +58,7 @@ def correlated_density():
     logits, y32 = jnp.log(jnp.array([0.7 / 0.3])), jnp.asarray(y, jnp.float32)[:, None]
     own = rj.correlated_bernoulli_log_prob(y32, logits, 0.5, jnp.eye(1), log_space=True)
     line(
-        "CorrelatedRelaxedBernoulli, .7, tau .5: integral of the density [1]",
+        "CorrelatedRelaxedBernoulli of .7, tau .5: integral of the density [1]",
         f"{integral(density, y, slope):.3f}", f"{integral(jnp.exp(own), y, slope):.3f}",
     )  # fmt: skip
 
@@ -72,7 +74,7 @@ def correlated_density():
         for x in (np.eye(2), scale_tril)
     ]
     line(
-        "  log-density at (.9, .9), correlation 0 and .95 [differ]",
+        "  log-density at (.9, .9), correlations 0 and .95 [two numbers]",
         *("{:.3f}, {:.3f}".format(*pair) for pair in (values, own)),
     )
 
@@ -267,8 +269,8 @@ def cold_densities(theirs, what):
         error = abs(own / exact_density(log_z, tau) - 1).max()
         finite = np.isfinite(log_p)
         line(
-            f"{what}, tau {tau}: not finite, of 10,000 [0]",
-            str(int((~finite).sum())), f"0, error {error:.0e}" if np.isfinite(own).all() else "some",
+            f"{what}, tau {tau}: log-densities of 10,000 own draws that are not finite [0]",
+            str(int((~finite).sum())), f"0, relative error {error:.0e}" if np.isfinite(own).all() else "some",
         )  # fmt: skip
 
 
@@ -310,9 +312,14 @@ VERSIONS = {"relaxit": "relaxit", "torch": "torch", "tfp": "tfp-nightly"}
 @click.argument("peer", type=click.Choice(list(PEERS)))
 def main(peer):
     torch.manual_seed(0)
-    line("", f"{peer} {importlib.metadata.version(VERSIONS[peer])}", f"relaxit_jax {rj.__version__}")
+    version = importlib.metadata.version(VERSIONS[peer])
+    click.echo("<!-- evidence -->")
+    click.echo(
+        f"| measured | should be | {peer} {version} | relaxit_jax {rj.__version__} |\n|---|---|---|---|"
+    )
     for part in PEERS[peer]:
         part()
+    click.echo("<!-- end -->")
 
 
 if __name__ == "__main__":
