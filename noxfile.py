@@ -90,15 +90,19 @@ def wheel(session):
     session.run("python", "-m", "build", "--outdir", str(made), silent=True)
     (sdist,), (wheel,) = made.glob("*.tar.gz"), made.glob("*.whl")
     session.run("twine", "check", "--strict", str(sdist), str(wheel))
-    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    package = {name for name in tracked if name.startswith("relaxit_jax/")}
+    package = {
+        str(path) for path in pathlib.Path("relaxit_jax").rglob("*") if path.suffix in (".py", ".typed")
+    }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    same(session, "the wheel", held, package)
+    if held != package:
+        session.error(f"the wheel lacks {sorted(package - held)} and has {sorted(held - package)} beside it")
     with tarfile.open(sdist) as archive:
-        names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
-    same(session, "the sdist", names - {"PKG-INFO"}, {name for name in tracked if name})
+        held = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
+    git = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False)
+    if git.returncode:
+        session.warn(f"what the sdist holds is not compared, as this is no checkout: {git.stderr.strip()}")
+    elif lacks := set(git.stdout.split("\n")) - held - {""}:
+        session.error(f"the sdist lacks {sorted(lacks)}")
     alone = made.parent / "alone"
     session.run("python", "-m", "venv", "--clear", str(alone))
     python = alone / "bin" / "python"
@@ -106,8 +110,3 @@ def wheel(session):
     smoke = pathlib.Path("tests/smoke.py").resolve()
     with session.chdir(alone):
         session.run(str(python), "-W", "error", str(smoke), external=True)
-
-
-def same(session, what, held, wanted):
-    if held != wanted:
-        session.error(f"{what} lacks {sorted(wanted - held)} and has {sorted(held - wanted)} beside it")
