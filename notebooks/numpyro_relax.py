@@ -219,7 +219,7 @@ right.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# What was claimed, checked. The relaxed answers are near, the unbiased one nearer.
+# A check of the above. The relaxed answers are near, the unbiased one nearer.
 
 # %%
 errors = {name: np.abs(p - answers["exact"]).max() for name, p in answers.items()}

@@ -253,7 +253,7 @@ codes = jax.random.bernoulli(jax.random.key(4), jax.nn.sigmoid(params["prior"]),
 show([decode(params, codes.astype(jnp.float32))], ["samples"])
 
 # %% [markdown]
-# What was claimed, checked: both bounds are far below that of independent pixels, and of all test digits
+# A check of the above: both bounds are far below that of independent pixels, and of all test digits
 # the nearest to a rebuilt one is its own far more often than by chance.
 
 # %%

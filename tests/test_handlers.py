@@ -350,6 +350,23 @@ def test_auto_guide_masks_inside_of_an_event_and_outside(outside):
     np.testing.assert_array_equal(gradient["z_auto_logits"] != 0, moves)
 
 
+def test_auto_guide_asks_how_many_values_a_count_has_whose_rate_is_a_draw():
+    """Those of the one draw that it sees may end far below the posterior; and its first logits are alike."""
+
+    def model():
+        n = numpyro.sample("n", dist.Poisson(numpyro.sample("rate", dist.Gamma(2, 0.2))))
+        bit = numpyro.sample("bit", dist.Bernoulli(logits=numpyro.sample("logit", dist.Normal(3, 1))))
+        numpyro.sample("y", dist.Normal(n + bit, 2), obs=15.0)
+
+    with pytest.raises(ValueError, match="num_values must be given for the site 'n', a Poisson"):
+        handlers.seed(auto_guide(model), 0)()
+    guide = auto_guide(model, num_values={"n": 60})
+    trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
+    first = guide.probs({name: s["value"] for name, s in trace.items() if s["type"] == "param"})
+    np.testing.assert_allclose(first["n"], np.full(60, 1 / 60), rtol=1e-5)
+    assert first["bit"] == 0.5
+
+
 def test_auto_guide_refuses_the_mask_of_a_minibatch():
     def model():
         with numpyro.plate("rows", 4, subsample_size=2) as rows, handlers.mask(mask=jnp.array(SEEN)[rows]):

@@ -78,8 +78,8 @@ def _kl_of_relaxed_sites(p, q):
 
 def check_same_values(log_q, log_p):
     here, there = log_q.shape[-1], log_p.shape[-1]
-    need = f"the same for model and guide, whose sites have {there} and {here} values"
-    ck.require(here == there, "num_values", need, "a difference")
+    need = "the same for the model and the guide, as an argument of relax and of auto_guide alike"
+    ck.require(here == there, "num_values", need, f"{there} values in the model, {here} in the guide")
 
 
 # --- the law of a discrete site ---------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A mean-field guide made from a model with discrete latents."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from jax import Array
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.inspect import get_dependencies
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import distributions as rd
@@ -24,9 +26,9 @@ class auto_guide:
     """A mean-field guide for a model with discrete latents.
 
     Every element of every discrete latent site gets logits of its own, which start at those of the
-    prior; Poisson and other counts get one for each of finitely many values. Continuous sites get
-    NumPyro's `AutoNormal`. The guide has discrete sites: wrap it in `relax` to train it, and leave
-    it unwrapped to draw from what was trained.
+    prior, or all alike if the prior depends on other draws; Poisson and other counts get one for each
+    of finitely many values. Continuous sites get NumPyro's `AutoNormal`. The guide has discrete sites:
+    wrap it in `relax` to train it, and leave it unwrapped to draw from what was trained.
 
     It reads the model when it is first called, which should be outside of `jax.jit` (`SVI.init` does
     so): inside, the prior's probabilities cannot be seen, and the logits start at zero.
@@ -39,7 +41,8 @@ class auto_guide:
       continuous: what makes the guide of the continuous sites from a model: an `AutoGuide` class, or
         one with its options, ``functools.partial(AutoNormal, init_loc_fn=init_to_mean)``. NumPyro
         starts at random otherwise, where a coefficient of the wrong sign can switch a bit off.
-      num_values: how many values a count takes, as in `relax`.
+      num_values: how many values a count takes, as in `relax`; to be given where its parameters are
+        draws of other sites, as nothing else says how many are enough.
       prefix: part of the parameters' names, ``<site>_<prefix>_logits``.
 
     Returns:
@@ -118,6 +121,7 @@ class auto_guide:
     def _setup(self, args, kwargs):
         with handlers.block():
             trace = handlers.trace(handlers.seed(self.model, numpyro.prng_key())).get_trace(*args, **kwargs)
+            upstream = get_dependencies(self.model, args, kwargs)["prior_dependencies"]
         latent = [s for s in trace.values() if s["type"] == "sample" and base.is_latent(s)]
         sizes = {name: s["args"] for name, s in trace.items() if s["type"] == "plate"}
         self._frames = {
@@ -129,7 +133,9 @@ class auto_guide:
         # in the order of the model, so that NumPyro can see that the guide is mean-field
         for discrete, group in itertools.groupby(latent, lambda s: base.is_discrete(s["fn"])):
             if discrete:
-                self._parts.extend(map(self._discrete_part, group))
+                self._parts.extend(
+                    self._discrete_part(s, len(upstream.get(s["name"], ())) > 1) for s in group
+                )
             else:
                 hide = _all_but({s["name"] for s in group})
                 self._parts.append(
@@ -140,10 +146,17 @@ class auto_guide:
                     )
                 )
 
-    def _discrete_part(self, message):
+    def _discrete_part(self, message, depends):
+        """The guide of a site; what was seen of its prior tells little if that depends on other draws."""
         name, fn, stack = message["name"], message["fn"], message["cond_indep_stack"]
         d = base.innermost(fn)
         law = site.law_of(name, d, self.num_values)
+        if depends:
+            given = self.num_values.get(name) if isinstance(self.num_values, dict) else self.num_values
+            endless = law.kind == "count" and getattr(d.support, "upper_bound", None) is None
+            need = f"given for the site '{name}', a {type(d).__name__} whose parameters are draws"
+            ck.require(given is not None or not endless, "num_values", need, None)
+            law = dataclasses.replace(law, log_pmf=jnp.where(law.log_pmf > -jnp.inf, 0.0, -jnp.inf))
         self._sites[name] = (law.kind, law.values)
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
         initial, possible = self._initial(law, shape, len(fn.batch_shape), stack)

@@ -52,9 +52,9 @@ class relax(base.unrounded):
 
     Relaxed are: Bernoulli (to a number in [0, 1]), Categorical, `OneHotCategorical` and Multinomial
     of one trial (to a point of the simplex: a Categorical site becomes a vector, see `take`),
-    DiscreteUniform, Binomial, Poisson, Geometric, NegativeBinomial and other integers (to a number,
-    a weighted mean of finitely many values); in plates, under `to_event`, `expand` and masks, and
-    inside of `scan`. Observed, conditioned, substituted and enumerated sites stay as they are.
+    DiscreteUniform, Binomial, BetaBinomial, Poisson, Geometric, NegativeBinomial and other integers
+    (to a number, a weighted mean of finitely many values); in plates, under `to_event`, `expand` and
+    masks, and inside of `scan`. Observed, conditioned, substituted and enumerated sites stay as they are.
 
     What runs, but loses the gradient of a relaxed site: `jnp.where` and `jax.lax.cond` of it (see
     `select`), comparing it, rounding it. What is not meant: MCMC on the relaxed model, whose
