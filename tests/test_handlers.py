@@ -190,7 +190,7 @@ def test_other_guides_that_do_not_fit():
     with pytest.raises(ValueError, match="'z' has a point estimate in the guide"):
         loss(soft, lambda: numpyro.sample("z", dist.Delta(0.4)))
     count = lambda: numpyro.sample("z", dist.Poisson(3.0))
-    with pytest.raises(ValueError, match="num_values must be the same for model and guide"):
+    with pytest.raises(ValueError, match="num_values must be the same for the model and the guide"):
         loss(relax(count, tau=0.5), relax(count, tau=0.5, num_values=5))
 
 
