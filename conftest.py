@@ -45,6 +45,29 @@ def pytest_configure(config):
         config.add_cleanup(cache.cleanup)
 
 
+compiled = 0  # since the caches were last emptied
+
+
+def count_compilations(event, seconds, **_):
+    global compiled
+    compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(count_compilations)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """JAX keeps the last two thousand programs that it lowered, which then takes it twice as long.
+
+    What took long to compile is in the cache on disk, and other modules seldom share the rest.
+    """
+    global compiled
+    ends = nextitem is None or nextitem.path != item.path
+    if compiled > (200 if ends else 800):
+        jax.clear_caches()
+        compiled = 0
+
+
 @pytest.fixture
 def fast_compilation():
     """Compiling is most of the time of these tests; no law depends on how well the code is optimised."""
