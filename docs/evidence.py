@@ -94,7 +94,7 @@ def invertible_density():
             f"{integral(density, y, slope):.3f}", f"{integral(jnp.exp(own), y, slope):.3f}",
         )  # fmt: skip
     d = rx.InvertibleGaussian(torch.zeros(5, 2), torch.ones(5, 2), tensor(0.5))
-    ours = rd.InvertibleGaussian(jnp.zeros((5, 2)), jnp.ones((5, 2)), 0.5)
+    ours = rd.InvertibleGaussian(loc=jnp.zeros((5, 2)), scale=jnp.ones((5, 2)), tau=0.5)
     line(
         "  shape of log_prob of 5 draws of 3 classes [(5,)]",
         str(tuple(d.log_prob(d.rsample()).shape)), str(ours.log_prob(ours.sample(KEY)).shape),
@@ -223,14 +223,16 @@ def properties():
         theirs = str(d.mean)
     except AttributeError as error:
         theirs = type(error).__name__
-    own = rd.DecoupledStraightThroughGumbelSoftmax(jnp.zeros(3), 0.5, 0.5).mean
+    own = rd.DecoupledStraightThroughGumbelSoftmax(
+        logits=jnp.zeros(3), tau_forward=0.5, tau_backward=0.5
+    ).mean
     line("DecoupledStraightThroughGumbelSoftmax: mean of class 1 of 3", theirs, f"{own[0]:.3f}")
     d = rx.LogisticNormalSoftmax(torch.zeros(3), torch.ones(3))
     try:
         theirs = f"{float(d.log_prob(torch.full((3,), 1 / 3)).sum()):.3f}"
     except Exception as error:  # whatever it is
         theirs = type(error).__name__
-    own = rd.LogisticNormalSoftmax(jnp.zeros(3), jnp.ones(3)).log_prob(jnp.full(3, 1 / 3))
+    own = rd.LogisticNormalSoftmax(loc=jnp.zeros(3), scale=jnp.ones(3)).log_prob(jnp.full(3, 1 / 3))
     line("LogisticNormalSoftmax: log_prob at the centre [.909]", theirs, f"{own:.3f}")
     names = {}
     try:

@@ -214,7 +214,7 @@ class ConditionalBits(Subset):
     """n bits of which k are ones; q and the prior are log-odds of bits that do not know of each other."""
 
     def kl(self, key, q, g):
-        return kl_divergence(SimpleTopK(q, self.k), SimpleTopK(g["prior"], self.k))
+        return kl_divergence(SimpleTopK(logits=q, k=self.k), SimpleTopK(logits=g["prior"], k=self.k))
 
     def draw(self, key, q, g):
         z = rj.simple_top_k(key, q, self.k)

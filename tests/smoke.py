@@ -78,14 +78,16 @@ def estimators():
 def distributions():
     def model():
         z = numpyro.sample("z", rd.StraightThroughBernoulli(probs=0.3))
-        return numpyro.sample("x", rd.GumbelSoftmax(logits, 0.5)).sum() + 0 * z
+        return numpyro.sample("x", rd.GumbelSoftmax(logits=logits, tau=0.5)).sum() + 0 * z
 
     trace = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace()
     assert trace["z"]["value"] in (0, 1)
-    draws = rd.HardConcrete(0.4, 0.5).sample(key, (N,))
-    p = rd.HardConcrete(0.4, 0.5).l0
+    draws = rd.HardConcrete(logits=0.4, tau=0.5).sample(key, (N,))
+    p = rd.HardConcrete(logits=0.4, tau=0.5).l0
     close((draws > 0).mean(), p, jnp.sqrt(p * (1 - p)))
-    kl = dist.kl_divergence(rd.RelaxedBernoulli(0.3, 0.5), rd.RelaxedBernoulli(0.3, 0.5))
+    kl = dist.kl_divergence(
+        rd.RelaxedBernoulli(logits=0.3, tau=0.5), rd.RelaxedBernoulli(logits=0.3, tau=0.5)
+    )
     assert abs(kl) < 1e-6
 
 

@@ -60,7 +60,7 @@ def test_guide_equal_to_prior_costs_nothing_at_low_temperature(case):
 def test_without_the_handler_it_costs_a_lot():
     """The loss that NumPyro's own class has too; here the rounded draws of guide and prior disagree."""
     logits = jnp.array([0.3, -0.7])
-    own = lambda logits: rd.RelaxedBernoulli(logits, 0.01)
+    own = lambda logits: rd.RelaxedBernoulli(logits=logits, tau=0.01)
     for prior in (own, lambda logits: dist.RelaxedBernoulliLogits(0.01, logits)):
         (value, _), *_ = jax.jit(lambda p, prior=prior: losses(lambda f: f, prior, p, True))(logits)
         assert not abs(value) < 1000
@@ -73,8 +73,9 @@ def test_without_the_handler_it_costs_a_lot():
 def test_a_draw_of_another_kind_is_scored_by_its_value():
     """The unrounded draw of a hard concrete gate is that before stretching: of no use to another class."""
     kinds = [
-        lambda: rd.HardConcrete(0.0, 0.5), lambda: rd.HardConcrete(0.0, 0.5, stretch=(-0.2, 1.2)),
-        lambda: rd.RelaxedBernoulli(0.0, 0.5),
+        lambda: rd.HardConcrete(logits=0.0, tau=0.5),
+        lambda: rd.HardConcrete(logits=0.0, tau=0.5, stretch=(-0.2, 1.2)),
+        lambda: rd.RelaxedBernoulli(logits=0.0, tau=0.5),
     ]  # fmt: skip
     for guide, model in itertools.permutations(kinds, 2):
         run = lambda kind: unrounded(lambda: numpyro.sample("z", kind()))
@@ -87,7 +88,7 @@ def test_a_draw_of_another_kind_is_scored_by_its_value():
 def test_masks_outside_of_the_handler():
     def prior():
         with numpyro.plate("n", 4):
-            numpyro.sample("z", rd.GumbelSoftmax(jnp.zeros(3), 0.01))
+            numpyro.sample("z", rd.GumbelSoftmax(logits=jnp.zeros(3), tau=0.01))
 
     mask = np.array([True, False, True, True])
     wrapped = handlers.mask(unrounded(prior), mask=mask)
@@ -95,7 +96,9 @@ def test_masks_outside_of_the_handler():
         assert abs(loss) < 1e-3
     drawn = handlers.trace(handlers.seed(wrapped, 0)).get_trace()["z"]
     law = drawn["fn"].log_prob(drawn["value"], drawn["intermediates"])
-    own = rd.GumbelSoftmax(jnp.zeros((4, 3)), 0.01).log_prob(drawn["value"], drawn["intermediates"])
+    own = rd.GumbelSoftmax(logits=jnp.zeros((4, 3)), tau=0.01).log_prob(
+        drawn["value"], drawn["intermediates"]
+    )
     np.testing.assert_array_equal(law, np.where(mask, own, 0))
 
 
@@ -183,7 +186,7 @@ def test_only_one_of_model_and_guide_relaxed(site, elbo):
 
 def test_other_guides_that_do_not_fit():
     with pytest.raises(ValueError, match="'z' must be relaxed alike in model and guide, got kl='discrete'"):
-        loss(relax(bits, tau=0.5), lambda: numpyro.sample("z", rd.RelaxedBernoulli(0.0, 0.5)))
+        loss(relax(bits, tau=0.5), lambda: numpyro.sample("z", rd.RelaxedBernoulli(logits=0.0, tau=0.5)))
     with pytest.raises(ValueError, match="'z' must be relaxed alike in model and guide, got kl='relaxed'"):
         loss(relax(bits, tau=0.5, kl="relaxed"), relax(bits, tau=0.5))
     soft = relax(bits, tau=0.5, kl="relaxed")
@@ -292,7 +295,7 @@ SEEN = np.array([True, True, False, True])
 def everything(y=None):
     n = numpyro.sample("n", dist.Poisson(3.0))
     loc = numpyro.sample("loc", dist.Normal(0, 1))
-    one = numpyro.sample("one", rd.OneHotCategorical(jnp.zeros(3)))
+    one = numpyro.sample("one", rd.OneHotCategorical(logits=jnp.zeros(3)))
     trial = numpyro.sample("trial", dist.Multinomial(1, np.array([0.2, 0.8], np.float32)))
     with numpyro.plate("points", 4), handlers.mask(mask=SEEN):
         z = numpyro.sample("z", dist.Bernoulli(0.3))

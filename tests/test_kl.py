@@ -26,20 +26,26 @@ LOGITS = np.float32([[-1.2], [0.7]])
 OTHER_LOGITS = np.float32([0.3, -0.5, 2.0])
 SAME_TAU = np.full((4, 1, 1), np.float32(0.3))  # of the other one, with a batch of its own
 
-diagonal, full = rd.LogisticNormalSoftmax(LOC, SCALE), rd.LogisticNormalSoftmax(LOC, scale_tril=FACTORS)
-other_diagonal = rd.LogisticNormalSoftmax(OTHER, 0.9)
-other_full = rd.LogisticNormalSoftmax(OTHER[None, None], scale_tril=FACTOR)
-gaussian = rd.InvertibleGaussian(LOC, SCALE, 0.7, delta=0.6)
+diagonal = rd.LogisticNormalSoftmax(loc=LOC, scale=SCALE)
+full = rd.LogisticNormalSoftmax(loc=LOC, scale_tril=FACTORS)
+other_diagonal = rd.LogisticNormalSoftmax(loc=OTHER, scale=0.9)
+other_full = rd.LogisticNormalSoftmax(loc=OTHER[None, None], scale_tril=FACTOR)
+gaussian = rd.InvertibleGaussian(loc=LOC, scale=SCALE, tau=0.7, delta=0.6)
+other_gaussian = rd.InvertibleGaussian(loc=OTHER, scale=0.8, tau=jnp.full((3, 1), 0.7), delta=0.6)
 CONTINUOUS = {
-    "invertible gaussians": (gaussian, rd.InvertibleGaussian(OTHER, 0.8, jnp.full((3, 1), 0.7), delta=0.6)),
+    "invertible gaussians": (gaussian, other_gaussian),
     "diagonal, diagonal": (diagonal, other_diagonal),
     "full, full": (full, other_full),
     "diagonal, full": (diagonal, other_full),
     "full, diagonal": (full, other_diagonal),
     "full, one of many": (other_full, full),
-    "dirichlet, diagonal": (dist.Dirichlet(ALPHA), rd.LogisticNormalSoftmax(OTHER, np.ones((3, 1, 3)) * 0.8)),
+    "dirichlet, diagonal": (
+        dist.Dirichlet(ALPHA), rd.LogisticNormalSoftmax(loc=OTHER, scale=np.ones((3, 1, 3)) * 0.8)
+    ),
     "dirichlet, full": (dist.Dirichlet(ALPHA[:, None]), full),
-    "concretes": (rd.RelaxedBernoulli(LOGITS, 0.3), rd.RelaxedBernoulli(OTHER_LOGITS, SAME_TAU)),
+    "concretes": (
+        rd.RelaxedBernoulli(logits=LOGITS, tau=0.3), rd.RelaxedBernoulli(logits=OTHER_LOGITS, tau=SAME_TAU)
+    ),
 }  # fmt: skip
 
 
@@ -75,11 +81,11 @@ def bits(logits, kind):
     """All that stands for a bit of these log-odds, or nearly; with a temperature of another batch."""
     tau = jnp.full((4, 1, 1), 0.5)
     return {
-        "RelaxedBernoulli": lambda: rd.RelaxedBernoulli(logits, tau),
-        "HardConcrete": lambda: rd.HardConcrete(logits, tau),
-        "GaussianRelaxedBernoulli": lambda: rd.GaussianRelaxedBernoulli(0.5 + 0.4 * logits, 0.8),
-        "StraightThroughBernoulli": lambda: rd.StraightThroughBernoulli(logits),
-        "StraightThroughRelaxedBernoulli": lambda: rd.StraightThroughRelaxedBernoulli(logits, tau),
+        "RelaxedBernoulli": lambda: rd.RelaxedBernoulli(logits=logits, tau=tau),
+        "HardConcrete": lambda: rd.HardConcrete(logits=logits, tau=tau),
+        "GaussianRelaxedBernoulli": lambda: rd.GaussianRelaxedBernoulli(loc=0.5 + 0.4 * logits, scale=0.8),
+        "StraightThroughBernoulli": lambda: rd.StraightThroughBernoulli(logits=logits),
+        "StraightThroughRelaxedBernoulli": lambda: rd.StraightThroughRelaxedBernoulli(logits=logits, tau=tau),
         "BernoulliProbs": lambda: dist.BernoulliProbs(sp.expit(logits)),
         "BernoulliLogits": lambda: dist.BernoulliLogits(logits),
     }[kind]()
@@ -108,16 +114,18 @@ def test_rules_of_bits(p, q):
 
 def test_a_gate_stands_for_the_bit_that_it_is_at_least_a_half():
     for d in (
-        rd.HardConcrete(LOGITS[:, 0], 0.4, stretch=(-0.5, 1.1)),
-        rd.GaussianRelaxedBernoulli(LOGITS[:, 0], SCALE[:, 0]),
+        rd.HardConcrete(logits=LOGITS[:, 0], tau=0.4, stretch=(-0.5, 1.1)),
+        rd.GaussianRelaxedBernoulli(loc=LOGITS[:, 0], scale=SCALE[:, 0]),
     ):
         np.testing.assert_allclose(d.probs, 1 - d.cdf(0.5), rtol=1e-5, atol=1e-7)
 
 
 CLASSES = {
-    "OneHotCategorical": lambda logits: rd.OneHotCategorical(logits),
-    "StraightThroughGumbelSoftmax": lambda x: rd.StraightThroughGumbelSoftmax(x, jnp.full((4, 1), 0.5)),
-    "GumbelSoftmax": lambda logits: rd.GumbelSoftmax(logits, jnp.full((4, 1), 0.5)),
+    "OneHotCategorical": lambda logits: rd.OneHotCategorical(logits=logits),
+    "StraightThroughGumbelSoftmax": lambda x: rd.StraightThroughGumbelSoftmax(
+        logits=x, tau=jnp.full((4, 1), 0.5)
+    ),
+    "GumbelSoftmax": lambda logits: rd.GumbelSoftmax(logits=logits, tau=jnp.full((4, 1), 0.5)),
 }
 
 
@@ -137,17 +145,21 @@ def test_impossible_and_certain_outcomes():
     inf = np.inf
     p = jnp.float32([[0.3, -inf, 0.0], [0.3, 0.1, 0.0]])
     q = jnp.float32([0.1, -inf, 0.7])
-    kl = lambda p, q: kl_divergence(rd.GumbelSoftmax(p, 0.5), rd.OneHotCategorical(q))
-    kept = kl_divergence(rd.OneHotCategorical(p[0, ::2]), rd.OneHotCategorical(q[::2]))
+    kl = lambda p, q: kl_divergence(rd.GumbelSoftmax(logits=p, tau=0.5), rd.OneHotCategorical(logits=q))
+    kept = kl_divergence(rd.OneHotCategorical(logits=p[0, ::2]), rd.OneHotCategorical(logits=q[::2]))
     np.testing.assert_allclose(kl(p, q), [kept, inf], rtol=1e-5)
-    bit = lambda p, q: kl_divergence(rd.StraightThroughBernoulli(p), rd.StraightThroughBernoulli(q))
+    bit = lambda p, q: kl_divergence(
+        rd.StraightThroughBernoulli(logits=p), rd.StraightThroughBernoulli(logits=q)
+    )
     np.testing.assert_array_equal(
         bit(jnp.float32([inf, -inf, inf]), jnp.float32([inf, -inf, -inf])), [0, 0, inf]
     )
     np.testing.assert_allclose(
         bit(jnp.float32([-inf, inf]), jnp.float32([1, 1])), np.log1p(np.exp([1, -1])), rtol=1e-5
     )
-    gates = lambda p, q: kl_divergence(rd.RelaxedBernoulli(p, 0.5), rd.RelaxedBernoulli(q, 0.5))
+    gates = lambda p, q: kl_divergence(
+        rd.RelaxedBernoulli(logits=p, tau=0.5), rd.RelaxedBernoulli(logits=q, tau=0.5)
+    )
 
     @jax.jit
     def gradients():
@@ -193,7 +205,9 @@ def test_near_concretes_in_float32():
     """d coth(d / 2) - 2 is a difference that cancels for near logits, and overflows for far ones."""
     shifts = np.float64([0, 1e-6, 1e-3, 0.03, 0.1, 0.49, 0.51, 1, 5, 50, 2e4])
     a, b = np.float32(shifts / 2), np.float32(-shifts / 2)
-    kl = lambda a, b: kl_divergence(rd.RelaxedBernoulli(a, 0.5), rd.RelaxedBernoulli(b, 0.5))
+    kl = lambda a, b: kl_divergence(
+        rd.RelaxedBernoulli(logits=a, tau=0.5), rd.RelaxedBernoulli(logits=b, tau=0.5)
+    )
     d = a.astype(float) - b
     series = d**2 / 6 - d**4 / 360 + d**6 / 15120
     safe = np.where(d == 0, 1, d)
@@ -205,33 +219,37 @@ def test_near_concretes_in_float32():
 
 def test_only_at_one_temperature():
     """An error, not a wrong number; where it cannot be seen, NaN."""
-    d = lambda tau=0.5, delta=1.0: rd.InvertibleGaussian(jnp.zeros(2), 1.0, tau, delta=delta)
-    b = lambda tau: rd.RelaxedBernoulli(0.0, tau)
+    d = lambda tau=0.5, delta=1.0: rd.InvertibleGaussian(loc=jnp.zeros(2), scale=1.0, tau=tau, delta=delta)
+    b = lambda tau: rd.RelaxedBernoulli(logits=0.0, tau=tau)
     for p, q, name in ((d(), d(0.6), "tau"), (d(), d(delta=2.0), "delta"), (b(0.5), b(0.6), "tau")):
         for error in (NotImplementedError, ValueError):
             with pytest.raises(error, match=f"{name} must be the same"):
                 kl_divergence(p, q)
         assert jnp.isnan(compiled_kl(p, q)) and compiled_kl(p, p) == 0
     with pytest.raises(NotImplementedError):
-        kl_divergence(rd.OneHotCategorical(jnp.zeros(3)), rd.GumbelSoftmax(jnp.zeros(3), 0.5))
+        kl_divergence(
+            rd.OneHotCategorical(logits=jnp.zeros(3)), rd.GumbelSoftmax(logits=jnp.zeros(3), tau=0.5)
+        )
 
 
 def test_softmax_does_not_see_the_all_ones_direction():
     """A shift of all means, and noise common to all logits, change no KL; a singular Sigma is well."""
-    moved = rd.LogisticNormalSoftmax(LOC + 3, scale_tril=jnp.linalg.cholesky(full.covariance_matrix + 2.0))
+    moved = rd.LogisticNormalSoftmax(
+        loc=LOC + 3, scale_tril=jnp.linalg.cholesky(full.covariance_matrix + 2.0)
+    )
     close = lambda p, q, r: np.testing.assert_allclose(compiled_kl(p, q), compiled_kl(p, r), rtol=2e-4)
     for p in (diagonal, other_full, dist.Dirichlet(ALPHA)):
         close(p, full, moved)
     np.testing.assert_allclose(
         kl_divergence(moved, other_diagonal), kl_divergence(full, other_diagonal), rtol=2e-4
     )
-    as_full = rd.LogisticNormalSoftmax(LOC, scale_tril=SCALE[..., None] * np.eye(3, dtype=np.float32))
+    as_full = rd.LogisticNormalSoftmax(loc=LOC, scale_tril=SCALE[..., None] * np.eye(3, dtype=np.float32))
     for p in (full, other_diagonal, dist.Dirichlet(ALPHA)):
         close(p, diagonal, as_full)
     singular = rd.LogisticNormalSoftmax(
-        LOC, scale_tril=(np.eye(3) - 1 / 3).astype(np.float32), validate_args=False
+        loc=LOC, scale_tril=(np.eye(3) - 1 / 3).astype(np.float32), validate_args=False
     )
-    regular = rd.LogisticNormalSoftmax(LOC, 1.0)  # the same on the simplex
+    regular = rd.LogisticNormalSoftmax(loc=LOC, scale=1.0)  # the same on the simplex
     close(full, singular, regular)
 
 
@@ -246,14 +264,15 @@ WRAPPED = {
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_through_the_wrappers(wrapper):
     logits, tau, wrap = jnp.float32([-1, 2]), jnp.float32([0.5, 0.7]), WRAPPED[wrapper]
+    bit = rd.StraightThroughRelaxedBernoulli
     for p, q in (
         (full, other_diagonal.expand((2,))),
         (dist.Dirichlet(ALPHA), diagonal),
         # of two elements by tau alone, which exact bits and classes do not count
-        (rd.StraightThroughRelaxedBernoulli(0.3, tau), dist.BernoulliLogits(logits)),
-        (rd.StraightThroughRelaxedBernoulli(0.3, tau), rd.StraightThroughRelaxedBernoulli(0.1, tau)),
-        (rd.GumbelSoftmax(LOC[0], tau), rd.StraightThroughGumbelSoftmax(OTHER, tau)),
-        (rd.RelaxedBernoulli(logits, 0.5), rd.RelaxedBernoulli(0.2, 0.5).expand((2,))),
+        (bit(logits=0.3, tau=tau), dist.BernoulliLogits(logits)),
+        (bit(logits=0.3, tau=tau), bit(logits=0.1, tau=tau)),
+        (rd.GumbelSoftmax(logits=LOC[0], tau=tau), rd.StraightThroughGumbelSoftmax(logits=OTHER, tau=tau)),
+        (rd.RelaxedBernoulli(logits=logits, tau=0.5), rd.RelaxedBernoulli(logits=0.2, tau=0.5).expand((2,))),
     ):  # fmt: skip
         kl = np.asarray(kl_divergence(p, q))
         assert kl.shape == (2,)
@@ -305,7 +324,7 @@ def test_bridge_of_distributions(batch):
 
 def test_bridge_of_a_diagonal():
     """A diagonal Sigma is projected like any other; batches of its two parameters broadcast."""
-    d = rd.LogisticNormalSoftmax(LOC[:, None], SCALE)
+    d = rd.LogisticNormalSoftmax(loc=LOC[:, None], scale=SCALE)
     concentration = to_dirichlet(d).concentration
     assert concentration.shape == (2, 2, 3)
     projection = np.eye(3) - 1 / 3
@@ -315,7 +334,7 @@ def test_bridge_of_a_diagonal():
         expected = (1 - 2 / 3 + np.exp(mu) * np.exp(-mu).sum() / 9) / sigma.diagonal()
         np.testing.assert_allclose(concentration[i, j], expected, rtol=1e-5)
     assert d.covariance_matrix.shape == (2, 2, 3, 3)
-    shared = rd.LogisticNormalSoftmax(LOC, scale_tril=FACTOR)
+    shared = rd.LogisticNormalSoftmax(loc=LOC, scale_tril=FACTOR)
     assert shared.covariance_matrix.shape == (2, 3, 3)
     np.testing.assert_allclose(shared.covariance_matrix[1], FACTOR @ FACTOR.T, rtol=1e-5)
 

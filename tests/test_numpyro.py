@@ -1,5 +1,8 @@
 """Every class of relaxit_jax.distributions in NumPyro's hands: expand, vmap, arguments, models."""
 
+import inspect
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -97,12 +100,12 @@ def test_expanded_reinterpreted_and_masked(case):
 
 
 def test_a_scalar_scale_counts_for_every_class():
-    for cls, args, event in ((rd.LogisticNormalSoftmax, (), 3), (rd.InvertibleGaussian, (0.5,), 4)):
-        d = cls(jnp.zeros((2, 3)), 0.5, *args)
+    for cls, rest, event in ((rd.LogisticNormalSoftmax, {}, 3), (rd.InvertibleGaussian, {"tau": 0.5}, 4)):
+        d = cls(loc=jnp.zeros((2, 3)), scale=0.5, **rest)
         shapes = ((2,), (event,))
         assert (d.batch_shape, d.event_shape) == shapes
-        assert cls.infer_shapes((2, 3), (), *((),) * len(args)) == shapes
-        assert cls.infer_shapes((2, 3), (1,), *((),) * len(args)) == shapes
+        assert cls.infer_shapes((2, 3), (), *((),) * len(rest)) == shapes
+        assert cls.infer_shapes((2, 3), (1,), *((),) * len(rest)) == shapes
 
 
 @rows()
@@ -117,14 +120,18 @@ def test_one_hot_categorical_draws():
     case = DISTRIBUTIONS[-2]
     assert case.distribution is rd.OneHotCategorical
     weights = jnp.arange(3.0)
-    loss = lambda logits: (jnp.sum(weights * (z := rd.OneHotCategorical(logits).sample(KEY, (100_000,)))), z)
+
+    def loss(logits):
+        z = rd.OneHotCategorical(logits=logits).sample(KEY, (100_000,))
+        return jnp.sum(weights * z), z
+
     gradient, draws = jax.jit(jax.grad(loss, has_aux=True))(case.params["logits"])
     assert (gradient == 0).all()
     counts = np.asarray(draws, int).sum(0)
     for i in range(2):
         expected = sp.softmax(case.params["logits"][i].astype(float)) * 100_000
         assert st.chisquare(counts[i], expected / expected.sum() * counts[i].sum()).pvalue > P_VALUE
-    mode = rd.OneHotCategorical(case.params["logits"]).mode
+    mode = rd.OneHotCategorical(logits=case.params["logits"]).mode
     np.testing.assert_array_equal(mode, np.eye(3)[[2, 1]])
 
 
@@ -271,27 +278,54 @@ def test_bad_values_are_named_if_validated(case):
 
 def test_options_are_checked_and_kept():
     with pytest.raises(ValueError, match="stretch must be two numbers"):
-        rd.HardConcrete(0.0, 0.5, stretch=(0.1, 1.1))
+        rd.HardConcrete(logits=0.0, tau=0.5, stretch=(0.1, 1.1))
     for cls in (rd.GumbelRao, rd.ReinMaxRao):
-        assert cls(jnp.zeros(3), 0.5, 7).num_samples == 7
+        assert cls(logits=jnp.zeros(3), tau=0.5, num_samples=7).num_samples == 7
         with pytest.raises(ValueError, match="num_samples must be an integer"):
-            cls(jnp.zeros(3), 0.5, 0)
+            cls(logits=jnp.zeros(3), tau=0.5, num_samples=0)
     for k in (0, 5, 1.5, None):
         with pytest.raises(ValueError, match=r"k must be an integer in \[1, 4\]"):
-            rd.GumbelSoftmaxTopK(jnp.zeros(4), k, 0.5)
+            rd.GumbelSoftmaxTopK(logits=jnp.zeros(4), k=k, tau=0.5)
     with pytest.raises(ValueError, match="scale must be given, or else scale_tril"):
-        rd.LogisticNormalSoftmax(jnp.zeros(2))
+        rd.LogisticNormalSoftmax(loc=jnp.zeros(2))
     with pytest.raises(ValueError, match=r"values must be of shape \(\.\.\., 3\)"):
-        rd.GeneralizedGumbelSoftmax(jnp.zeros(3), jnp.zeros(2), 0.5)
+        rd.GeneralizedGumbelSoftmax(logits=jnp.zeros(3), values=jnp.zeros(2), tau=0.5)
     for cls in (rd.OneHotCategorical, rd.GumbelSoftmaxTopK):
         with pytest.raises(ValueError, match="logits"):
-            cls(jnp.float32(0.0), **({} if cls is rd.OneHotCategorical else {"k": 1, "tau": 0.5}))
+            cls(logits=jnp.float32(0.0), **({} if cls is rd.OneHotCategorical else {"k": 1, "tau": 0.5}))
 
     class Marked(rd.HardConcrete):
-        """A class of somebody else keeps the options of its base."""
+        """A user's subclass keeps the options of its base."""
 
-    marked, plain = (cls(-1.0, 0.5, stretch=(-0.5, 1.1)) for cls in (Marked, rd.HardConcrete))
-    assert marked.log_prob(0.0) == plain.log_prob(0.0) != rd.HardConcrete(-1.0, 0.5).log_prob(0.0)
+    marked, plain = (cls(logits=-1.0, tau=0.5, stretch=(-0.5, 1.1)) for cls in (Marked, rd.HardConcrete))
+    assert marked.log_prob(0.0) == plain.log_prob(0.0) != rd.HardConcrete(logits=-1.0, tau=0.5).log_prob(0.0)
+
+
+@rows()
+def test_a_positional_argument_is_an_error_that_shows_the_call(case):
+    """And the calls that it shows are complete."""
+    cls = case.distribution
+    with pytest.raises(TypeError, match=f"^{cls.__name__} takes its parameters by keyword: ") as caught:
+        cls(*case.params.values())
+    shape = case.params["logits" if "logits" in case.params else "loc"].shape
+    probs = np.full(shape, 1 / shape[-1], np.float32)
+    other = {"probs": probs, "scale": np.float32(1), "scale_tril": np.eye(shape[-1], dtype=np.float32)}
+    calls = str(caught.value).split(": ")[1].split(" or ")
+    assert len(calls) == 1 + bool({"logits", "scale_tril"} & set(inspect.signature(cls).parameters))
+    for call in calls:
+        written = re.sub(r"(\w+)=\.\.\.", r"\1=given['\1']", call)
+        d = eval(written, {cls.__name__: cls, "given": other | case.params})
+        assert type(d) is cls and (d.batch_shape, d.event_shape) == ((2,), case.event)
+
+
+def test_a_subclass_may_take_positions():
+    """A user's own constructor is the user's."""
+
+    class Fair(rd.StraightThroughBernoulli):
+        def __init__(self, num_bits):
+            super().__init__(logits=jnp.zeros(num_bits))
+
+    assert Fair(3).batch_shape == (3,)
 
 
 @pytest.mark.parametrize("hard", [False, True])

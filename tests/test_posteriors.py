@@ -60,7 +60,7 @@ def test_draws_whose_largest_weight_rounds_to_one():
     def loss(loc, key):
         def site(loc):
             with numpyro.plate("b", 5, dim=-1), numpyro.plate("a", 4, dim=-2):
-                numpyro.sample("z", rd.LogisticNormalSoftmax(loc * 100, 50.0).expand([4, 5]))
+                numpyro.sample("z", rd.LogisticNormalSoftmax(loc=loc * 100, scale=50.0).expand([4, 5]))
 
         fixed = jnp.array([0.3, -0.7, 1.1])
         return Trace_ELBO(num_particles=3).loss(

@@ -143,8 +143,8 @@ SITES = {
     "logits": (dist.Bernoulli(logits=jnp.zeros(2)).to_event(1), (2,), "unit"),
     "categorical": (dist.Categorical(jnp.array([0.2, 0.8])), (2,), "simplex"),
     "categorical_logits": (dist.Categorical(logits=jnp.zeros((2, 3))).to_event(1), (2, 3), "simplex"),
-    "one_hot": (rd.OneHotCategorical(jnp.zeros(3)), (3,), "simplex"),
-    "one_hot_wide": (rd.OneHotCategorical(jnp.zeros(3)).expand([4]).to_event(1), (4, 3), "simplex"),
+    "one_hot": (rd.OneHotCategorical(logits=jnp.zeros(3)), (3,), "simplex"),
+    "one_hot_wide": (rd.OneHotCategorical(logits=jnp.zeros(3)).expand([4]).to_event(1), (4, 3), "simplex"),
     "multinomial": (dist.Multinomial(1, jnp.array([0.2, 0.8])), (2,), "simplex"),
     "multinomial_logits": (dist.Multinomial(1, logits=jnp.zeros(3)), (3,), "simplex"),
     "uniform": (dist.DiscreteUniform(2, 5), (), (2, 5)),
@@ -209,7 +209,7 @@ def test_config_gives_single_sites_their_own_method():
     config = {
         "z": rd.StraightThroughGumbelSoftmax,
         "b": rd.HardConcrete,
-        "g": lambda d: rd.GaussianRelaxedBernoulli(d.probs, 0.2),
+        "g": lambda d: rd.GaussianRelaxedBernoulli(loc=d.probs, scale=0.2),
     }
     trace = handlers.trace(handlers.seed(relax(two, tau=0.3, config=config), 1)).get_trace()
     kinds = {name: type(site["fn"].base_dist.relaxation).__name__ for name, site in trace.items()}

@@ -167,7 +167,7 @@ def test_kl_is_the_sum_over_all_subsets():
         log_p, log_q = (jax.nn.log_softmax(hot @ l) for l in (p, q))
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
 
-    kl = lambda p, q: kl_divergence(rd.SimpleTopK(p, 2), rd.SimpleTopK(q, 2))
+    kl = lambda p, q: kl_divergence(rd.SimpleTopK(logits=p, k=2), rd.SimpleTopK(logits=q, k=2))
     with jax.enable_x64(True):
         wide = jnp.asarray(p, jnp.float64), jnp.asarray(q, jnp.float64)
         both = [jax.jit(jax.value_and_grad(f, (0, 1)))(*wide) for f in (kl, by_enumeration)]
@@ -175,5 +175,5 @@ def test_kl_is_the_sum_over_all_subsets():
     np.testing.assert_allclose(kl(jnp.asarray(p), jnp.asarray(q)), both[1][0], rtol=1e-5)
     assert kl(jnp.asarray(p), jnp.array([0.0, -jnp.inf, 0.0, 0.0])) == jnp.inf
     assert jnp.isfinite(kl(jnp.array([0.0, -jnp.inf, 0.0, 0.0]), jnp.asarray(p)))
-    other = kl_divergence(rd.SimpleTopK(p, 2), rd.SimpleTopK(q, 3))
+    other = kl_divergence(rd.SimpleTopK(logits=p, k=2), rd.SimpleTopK(logits=q, k=3))
     assert other == jnp.inf

@@ -54,10 +54,10 @@ def estimators(key: Array, logits: Array) -> GradientReport:
 
 
 def distributions(key: Array, logits: Array) -> Array:
-    d = assert_type(rd.GumbelSoftmax(logits, 0.5), rd.GumbelSoftmax)
+    d = assert_type(rd.GumbelSoftmax(logits=logits, tau=0.5), rd.GumbelSoftmax)
     assert_type(d.logits, Array)
     bits = assert_type(rd.HardConcrete(probs=jnp.array([0.1, 0.9]), tau=0.5), rd.HardConcrete)
-    assert_type(rd.SimpleTopK(logits, 2).mean, Array)
+    assert_type(rd.SimpleTopK(logits=logits, k=2).mean, Array)
     return assert_type(d.log_prob(d.sample(key, (2,))), Array).sum() + bits.l0.sum()
 
 

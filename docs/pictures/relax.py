@@ -131,7 +131,7 @@ def losses_at_the_prior(draws):
         return Trace_ELBO(num_particles=draws).loss(jax.random.key(0), {}, model, model)
 
     theirs = lambda tau: loss(dist.RelaxedBernoulliLogits(tau, jnp.float32(logit(PRIOR))), lambda f: f)
-    ours = lambda tau: loss(rd.RelaxedBernoulli(jnp.float32(logit(PRIOR)), tau), unrounded)
+    ours = lambda tau: loss(rd.RelaxedBernoulli(logits=jnp.float32(logit(PRIOR)), tau=tau), unrounded)
     return [np.asarray(jax.jit(jax.vmap(f))(jnp.float32(TAUS))) for f in (theirs, ours)]
 
 

@@ -1,8 +1,9 @@
 """The methods as NumPyro distributions: thin classes over the samplers, for `numpyro.sample`.
 
-Positional arguments are what the sampler takes after its key, in its order; `probs` can stand for
-`logits`. Draws at a low temperature round to vertices, where no density is right: put
-`relaxit_jax.handlers.unrounded` around model and guide.
+Parameters go by keyword and have the names that the sampler gives them; `probs` can stand for
+`logits`: ``GumbelSoftmax(logits=..., tau=...)`` or ``GumbelSoftmax(probs=..., tau=...)``. Draws at a
+low temperature round to vertices, where no density is right: put `relaxit_jax.handlers.unrounded`
+around model and guide.
 """
 
 from relaxit_jax.distributions._binary import (

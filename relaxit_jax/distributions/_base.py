@@ -145,11 +145,20 @@ def validated(log_prob: F) -> F:
 
 
 class Made(DistributionMeta):
-    """NumPyro's, of which a checker hears here that a class makes its instances, by its constructor."""
+    """NumPyro's metaclass. A type checker learns here that calling a class makes one of its instances."""
 
     if TYPE_CHECKING:
 
         def __call__(cls: type[D], *args: Any, **kwargs: Any) -> D: ...
+
+    else:
+
+        def __call__(cls, *args, **kwargs):
+            # Pyro and NumPyro have classes of the same names whose parameters come in another order
+            taken = inspect.signature(cls).parameters.values()
+            if args and all(p.kind is p.KEYWORD_ONLY for p in taken):
+                raise TypeError(f"{cls.__name__} takes its parameters by keyword: {cls._calls()}")
+            return super().__call__(*args, **kwargs)
 
 
 class SamplerDistribution(Distribution, metaclass=Made):
@@ -166,7 +175,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
     _sampler: Callable[..., Array]
     _density: Callable[..., Array] | None = None
     _log_space: Hashable = None  # what the sampler returns unrounded, for the density
-    _optional: tuple[str, ...] = ()  # parameters that may be None
+    _either: tuple[str, str] = ("logits", "probs")  # one of the two is given
     _per_coordinate: tuple[str, ...] = ()  # of these a scalar counts for the whole event
     _event: Callable[..., tuple[int, ...]] = staticmethod(lambda shapes: ())
 
@@ -182,7 +191,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
         **parameters: ArrayLike | None,
     ) -> None:
         for name, x in parameters.items():
-            ck.require(x is not None or name in self._optional, name, "given", None)
+            ck.require(x is not None or name in self._either, name, "given", None)
             setattr(self, name, None if x is None else ck.as_float(name, x))
         for name, x in (static or {}).items():
             setattr(self, name, x)
@@ -212,6 +221,16 @@ class SamplerDistribution(Distribution, metaclass=Made):
             need = f"of at least {dims[name]} axes"
             ck.require(len(shape) >= dims[name], name, need, f"shape {shape}")
         return ck.batch_shape(None, **batches), cls._event(shapes)
+
+    @classmethod
+    def _calls(cls) -> str:
+        """The calls that an error shows: with the parameters that have no default."""
+        taken = inspect.signature(cls).parameters.values()
+        needed = [p.name for p in taken if p.default in (None, p.empty) and p.name != "validate_args"]
+        first, second = cls._either
+        names = [name for name in needed if name != second]
+        calls = [names, [second if name == first else name for name in names]][: 1 + (first in names)]
+        return " or ".join(f"{cls.__name__}({', '.join(f'{n}=...' for n in names)})" for names in calls)
 
     @classmethod
     def infer_shapes(cls, *args: Any, **kwargs: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -47,9 +47,9 @@ class RelaxedBernoulli(base.Bit):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -100,8 +100,8 @@ class StraightThroughBernoulli(base.Bit):
 
     def __init__(
         self,
-        logits: ArrayLike | None = None,
         *,
+        logits: ArrayLike | None = None,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -159,9 +159,9 @@ class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -200,8 +200,8 @@ class StochasticTimesSmooth(base.SamplerDistribution):
 
     def __init__(
         self,
-        logits: ArrayLike | None = None,
         *,
+        logits: ArrayLike | None = None,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -252,7 +252,7 @@ class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
       C. Lee, F. Imrie, M. van der Schaar (2022), Self-Supervision Enhanced Feature Selection with
       Correlated Gates, ICLR.
 
-    >>> CorrelatedRelaxedBernoulli(jnp.zeros(2), 0.5, jnp.eye(2)).event_shape
+    >>> CorrelatedRelaxedBernoulli(logits=jnp.zeros(2), tau=0.5, scale_tril=jnp.eye(2)).event_shape
     (2,)
     """
 
@@ -272,10 +272,10 @@ class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
         scale_tril: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:

@@ -30,7 +30,7 @@ class GumbelSoftmax(base.OneHot):
       C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
       E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
 
-    >>> GumbelSoftmax(jnp.zeros(3), 0.5).sample(jax.random.key(0)).sum().round(5)
+    >>> GumbelSoftmax(logits=jnp.zeros(3), tau=0.5).sample(jax.random.key(0)).sum().round(5)
     Array(1., dtype=float32)
     """
 
@@ -43,9 +43,9 @@ class GumbelSoftmax(base.OneHot):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -64,7 +64,7 @@ def RelaxedOneHotCategorical(
     >>> RelaxedOneHotCategorical(0.5, logits=jnp.zeros(3)).event_shape
     (3,)
     """
-    return GumbelSoftmax(logits, temperature, probs=probs, validate_args=validate_args)
+    return GumbelSoftmax(logits=logits, tau=temperature, probs=probs, validate_args=validate_args)
 
 
 class InvertibleGaussian(base.SamplerDistribution):
@@ -85,7 +85,7 @@ class InvertibleGaussian(base.SamplerDistribution):
     References:
       A. Potapczynski, G. Loaiza-Ganem, J. P. Cunningham (2020), arXiv:1912.09588.
 
-    >>> InvertibleGaussian(jnp.zeros(2), jnp.ones(2), 0.5).event_shape
+    >>> InvertibleGaussian(loc=jnp.zeros(2), scale=jnp.ones(2), tau=0.5).event_shape
     (3,)
     """
 
@@ -108,10 +108,10 @@ class InvertibleGaussian(base.SamplerDistribution):
 
     def __init__(
         self,
+        *,
         loc: ArrayLike,
         scale: ArrayLike,
         tau: ArrayLike,
-        *,
         delta: ArrayLike = 1.0,
         validate_args: bool | None = None,
     ) -> None:

@@ -34,7 +34,7 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
 
-    >>> d = GeneralizedGumbelSoftmax(jnp.zeros(3), jnp.arange(3.0), 0.5, hard=True)
+    >>> d = GeneralizedGumbelSoftmax(logits=jnp.zeros(3), values=jnp.arange(3.0), tau=0.5, hard=True)
     >>> print(f"{d.mean:.4f}")
     1.0000
     """
@@ -54,10 +54,10 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         values: ArrayLike | None = None,
         tau: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         hard: bool = False,
         validate_args: bool | None = None,

@@ -33,7 +33,7 @@ class GaussianRelaxedBernoulli(base.Bit):
     References:
       Y. Yamada, O. Lindenbaum, S. Negahban, Y. Kluger (2020), arXiv:1810.04247.
 
-    >>> print(f"{GaussianRelaxedBernoulli(0.5, 0.5).cdf(0.0):.4f}")  # Phi(-1)
+    >>> print(f"{GaussianRelaxedBernoulli(loc=0.5, scale=0.5).cdf(0.0):.4f}")  # Phi(-1)
     0.1587
     """
 
@@ -44,7 +44,7 @@ class GaussianRelaxedBernoulli(base.Bit):
     _sampler = staticmethod(samplers.gaussian_bernoulli)
     _density = staticmethod(samplers.gaussian_bernoulli_log_prob)
 
-    def __init__(self, loc: ArrayLike, scale: ArrayLike, *, validate_args: bool | None = None) -> None:
+    def __init__(self, *, loc: ArrayLike, scale: ArrayLike, validate_args: bool | None = None) -> None:
         super().__init__(validate_args, loc=loc, scale=scale)
 
     @property
@@ -109,7 +109,7 @@ class HardConcrete(base.Bit):
     References:
       C. Louizos, M. Welling, D. P. Kingma (2018), arXiv:1712.01312.
 
-    >>> print(f"{HardConcrete(0.0, 0.5).l0:.4f}")  # P(z != 0)
+    >>> print(f"{HardConcrete(logits=0.0, tau=0.5).l0:.4f}")  # P(z != 0)
     0.7683
     """
 
@@ -124,9 +124,9 @@ class HardConcrete(base.Bit):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         stretch: tuple[float, float] = (-0.1, 1.1),
         validate_args: bool | None = None,

@@ -37,7 +37,7 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
       J. Aitchison, S. M. Shen (1980), Logistic-normal distributions: some properties and uses,
       Biometrika 67.
 
-    >>> LogisticNormalSoftmax(jnp.zeros(3), scale_tril=jnp.eye(3)).event_shape
+    >>> LogisticNormalSoftmax(loc=jnp.zeros(3), scale_tril=jnp.eye(3)).event_shape
     (3,)
     """
 
@@ -53,15 +53,15 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
     _sampler = staticmethod(samplers.logistic_normal)
     _density = staticmethod(samplers.logistic_normal_log_prob)
     _log_space = "log"
-    _optional = ("scale", "scale_tril")
+    _either = ("scale", "scale_tril")
     _per_coordinate = ("scale",)
     _event = staticmethod(lambda shapes: shapes["loc"][-1:])
 
     def __init__(
         self,
+        *,
         loc: ArrayLike,
         scale: ArrayLike | None = None,
-        *,
         scale_tril: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -121,7 +121,7 @@ def to_logistic_normal(dirichlet: Distribution) -> Distribution:
     # of the size of the others, so that the factor is as well conditioned as it can be
     extra = jnp.mean(jnp.diagonal(covariance, axis1=-2, axis2=-1), -1)[..., None, None]
     factor = jnp.linalg.cholesky(covariance + extra)
-    return LogisticNormalSoftmax(loc.astype(dtype), scale_tril=factor.astype(dtype))
+    return LogisticNormalSoftmax(loc=loc.astype(dtype), scale_tril=factor.astype(dtype))
 
 
 @overload

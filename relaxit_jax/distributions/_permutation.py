@@ -37,7 +37,7 @@ class GumbelSinkhorn(base.SamplerDistribution):
       G. Mena, D. Belanger, S. Linderman, J. Snoek (2018), Learning Latent Permutations with
       Gumbel-Sinkhorn Networks, arXiv:1802.08665.
 
-    >>> GumbelSinkhorn(jnp.zeros((3, 3)), 0.5, hard=True).sample(jax.random.key(0)).sum(-1)
+    >>> GumbelSinkhorn(logits=jnp.zeros((3, 3)), tau=0.5, hard=True).sample(jax.random.key(0)).sum(-1)
     Array([1., 1., 1.], dtype=float32)
     """
 
@@ -56,10 +56,10 @@ class GumbelSinkhorn(base.SamplerDistribution):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
         num_iters: int = 100,
-        *,
         probs: ArrayLike | None = None,
         hard: bool = False,
         validate_args: bool | None = None,

@@ -45,8 +45,8 @@ class OneHotCategorical(base.OneHot):
 
     def __init__(
         self,
-        logits: ArrayLike | None = None,
         *,
+        logits: ArrayLike | None = None,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -103,7 +103,7 @@ class StraightThroughGumbelSoftmax(_StraightThrough):
     References:
       E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
 
-    >>> StraightThroughGumbelSoftmax(jnp.zeros(3), 0.5).sample(jax.random.key(0))
+    >>> StraightThroughGumbelSoftmax(logits=jnp.zeros(3), tau=0.5).sample(jax.random.key(0))
     Array([0., 1., 0.], dtype=float32)
     """
 
@@ -113,9 +113,9 @@ class StraightThroughGumbelSoftmax(_StraightThrough):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -135,7 +135,9 @@ def RelaxedOneHotCategoricalStraightThrough(
     >>> RelaxedOneHotCategoricalStraightThrough(0.5, logits=jnp.zeros(3)).event_shape
     (3,)
     """
-    return StraightThroughGumbelSoftmax(logits, temperature, probs=probs, validate_args=validate_args)
+    return StraightThroughGumbelSoftmax(
+        logits=logits, tau=temperature, probs=probs, validate_args=validate_args
+    )
 
 
 class StraightThroughCategorical(_StraightThrough):
@@ -155,7 +157,7 @@ class StraightThroughCategorical(_StraightThrough):
     References:
       Y. Bengio, N. Léonard, A. Courville (2013), arXiv:1308.3432.
 
-    >>> StraightThroughCategorical(jnp.zeros(3)).sample(jax.random.key(0)).sum()
+    >>> StraightThroughCategorical(logits=jnp.zeros(3)).sample(jax.random.key(0)).sum()
     Array(1., dtype=float32)
     """
 
@@ -165,9 +167,9 @@ class StraightThroughCategorical(_StraightThrough):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike = 1.0,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -194,7 +196,8 @@ class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
     References:
       R. Shah, M. Yan, M. C. Mozer, D. Liu (2024), arXiv:2410.13331.
 
-    >>> DecoupledStraightThroughGumbelSoftmax(jnp.zeros(3), 0.3, 0.7).sample(jax.random.key(0))
+    >>> parameters = {"logits": jnp.zeros(3), "tau_forward": 0.3, "tau_backward": 0.7}
+    >>> DecoupledStraightThroughGumbelSoftmax(**parameters).sample(jax.random.key(0))
     Array([0., 1., 0.], dtype=float32)
     """
 
@@ -209,10 +212,10 @@ class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau_forward: ArrayLike | None = None,
         tau_backward: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -241,7 +244,7 @@ class GappedStraightThrough(_StraightThrough):
     References:
       T.-H. Fan, T.-C. Chi, A. I. Rudnicky, P. J. Ramadge (2022), arXiv:2206.07235.
 
-    >>> GappedStraightThrough(jnp.zeros(3), 0.5).sample(jax.random.key(0)).sum()
+    >>> GappedStraightThrough(logits=jnp.zeros(3), tau=0.5).sample(jax.random.key(0)).sum()
     Array(1., dtype=float32)
     """
 
@@ -256,10 +259,10 @@ class GappedStraightThrough(_StraightThrough):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
         gap: ArrayLike = 1.0,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -285,7 +288,7 @@ class ReinMax(_StraightThrough):
     References:
       L. Liu, C. Dong, X. Liu, B. Yu, J. Gao (2023), arXiv:2304.08612.
 
-    >>> ReinMax(jnp.zeros(3)).sample(jax.random.key(0)).sum()
+    >>> ReinMax(logits=jnp.zeros(3)).sample(jax.random.key(0)).sum()
     Array(1., dtype=float32)
     """
 
@@ -295,9 +298,9 @@ class ReinMax(_StraightThrough):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike = 1.0,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -323,7 +326,7 @@ class GumbelRao(_StraightThrough):
     References:
       M. B. Paulus, C. J. Maddison, A. Krause (2021), arXiv:2010.04838.
 
-    >>> GumbelRao(jnp.zeros(3), 0.5, 20).sample(jax.random.key(0)).sum()
+    >>> GumbelRao(logits=jnp.zeros(3), tau=0.5, num_samples=20).sample(jax.random.key(0)).sum()
     Array(1., dtype=float32)
     """
 
@@ -335,10 +338,10 @@ class GumbelRao(_StraightThrough):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike | None = None,
         num_samples: int = 10,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -365,7 +368,7 @@ class ReinMaxRao(_StraightThrough):
     References:
       Wang, Bui (2026), arXiv:2603.08257.
 
-    >>> ReinMaxRao(jnp.zeros(3)).sample(jax.random.key(0)).sum()
+    >>> ReinMaxRao(logits=jnp.zeros(3)).sample(jax.random.key(0)).sum()
     Array(1., dtype=float32)
     """
 
@@ -377,10 +380,10 @@ class ReinMaxRao(_StraightThrough):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         tau: ArrayLike = 1.0,
         num_samples: int = 10,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:

@@ -37,7 +37,7 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
       S. M. Xie, S. Ermon (2019), Reparameterizable Subset Sampling via Continuous Relaxations,
       arXiv:1901.10517.
 
-    >>> GumbelSoftmaxTopK(jnp.zeros(5), 2, 0.5, hard=True).sample(jax.random.key(0)).sum()
+    >>> GumbelSoftmaxTopK(logits=jnp.zeros(5), k=2, tau=0.5, hard=True).sample(jax.random.key(0)).sum()
     Array(2., dtype=float32)
     """
 
@@ -53,10 +53,10 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         k: int | None = None,
         tau: ArrayLike | None = None,
-        *,
         probs: ArrayLike | None = None,
         hard: bool = False,
         validate_args: bool | None = None,
@@ -95,7 +95,7 @@ class SimpleTopK(base.SamplerDistribution):
       K. Ahmed, Z. Zeng, M. Niepert, G. Van den Broeck (2023), SIMPLE: A Gradient Estimator for
       k-Subset Sampling, arXiv:2210.01941.
 
-    >>> d = SimpleTopK(jnp.zeros(5), 2)
+    >>> d = SimpleTopK(logits=jnp.zeros(5), k=2)
     >>> d.mean.sum().round(4), jnp.exp(d.entropy()).round(4)  # ten pairs alike
     (Array(2., dtype=float32), Array(10., dtype=float32))
     """
@@ -111,9 +111,9 @@ class SimpleTopK(base.SamplerDistribution):
 
     def __init__(
         self,
+        *,
         logits: ArrayLike | None = None,
         k: int | None = None,
-        *,
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -148,6 +148,6 @@ def _expected_log_prob(p, q):
 def _kl_simple_top_k(p, q):
     """E_p log p(z) - E_p log q(z); inf where p draws what q cannot."""
     beyond = jnp.any((p.logits > -jnp.inf) & (q.logits == -jnp.inf), -1) | (p.k != q.k)
-    shared = SimpleTopK(q.logits, min(p.k, q.logits.shape[-1]))
+    shared = SimpleTopK(logits=q.logits, k=min(p.k, q.logits.shape[-1]))
     kl = _expected_log_prob(p, p) - _expected_log_prob(p, shared)
     return jnp.where(beyond, jnp.inf, kl)

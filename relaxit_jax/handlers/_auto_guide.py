@@ -216,7 +216,7 @@ def _like(d, law, logits):
     if isinstance(d, site.TRIALS):
         return dist.MultinomialLogits(logits, total_count=1, validate_args=False)
     if d.event_dim:
-        return rd.OneHotCategorical(logits, validate_args=False)
+        return rd.OneHotCategorical(logits=logits, validate_args=False)
     return dist.CategoricalLogits(logits, validate_args=False)
 
 

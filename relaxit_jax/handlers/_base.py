@@ -90,7 +90,7 @@ class unrounded(Messenger):
       working with the logarithm of the draw.
 
     >>> import numpyro, relaxit_jax.distributions as rd
-    >>> model = lambda: numpyro.sample("z", rd.RelaxedBernoulli(0.0, 0.01))
+    >>> model = lambda: numpyro.sample("z", rd.RelaxedBernoulli(logits=0.0, tau=0.01))
     >>> loss = numpyro.infer.Trace_ELBO(num_particles=100).loss
     >>> print(abs(loss(jax.random.key(0), {}, unrounded(model), unrounded(model))))
     0.0
