@@ -112,7 +112,8 @@ class RLOO_ELBO(ELBO):
 
 def _leave_one_out(log_q, cost):
     """``mean_k (C_k - mean_{j != k} C_j) log q(z_k)``, of each element; the particles' axis is first."""
-    # in this form two large costs do not cancel after a sum over the particles has rounded them
+    # Equal costs are 0 exactly after the first of them is taken off, and large ones do not round the mean.
+    cost = cost - cost[:1]
     return jnp.sum(stop_gradient(cost - jnp.mean(cost, 0)) * log_q) / (len(cost) - 1)
 
 

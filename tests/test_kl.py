@@ -46,6 +46,21 @@ CONTINUOUS = {
     "concretes": (
         rd.RelaxedBernoulli(logits=LOGITS, tau=0.3), rd.RelaxedBernoulli(logits=OTHER_LOGITS, tau=SAME_TAU)
     ),
+    "concretes of two temperatures": (
+        rd.RelaxedBernoulli(logits=LOGITS, tau=0.3),
+        rd.RelaxedBernoulli(logits=OTHER_LOGITS, tau=np.float32([[[0.1]], [[2.0]]])),
+    ),
+    "invertible gaussians of two temperatures": (
+        gaussian, rd.InvertibleGaussian(loc=OTHER, scale=0.8, tau=jnp.float32([[0.4], [0.7]]), delta=1.5)
+    ),
+    "hard concretes": (
+        rd.HardConcrete(logits=LOGITS, tau=0.6),
+        rd.HardConcrete(logits=OTHER_LOGITS, tau=np.float32([[[0.6]], [[1.3]]])),
+    ),
+    "gaussian gates": (
+        rd.GaussianRelaxedBernoulli(loc=LOGITS, scale=0.6),
+        rd.GaussianRelaxedBernoulli(loc=OTHER_LOGITS, scale=np.float32([[[0.6]], [[1.3]]])),
+    ),
 }  # fmt: skip
 
 

@@ -1,22 +1,25 @@
 """What the distributions share: one thin class over a sampler and its density, constraints, discrete KL."""
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from numpyro.distributions import Distribution, constraints, kl_divergence
 from numpyro.distributions.batch_util import promote_batch_shape
-from numpyro.distributions.distribution import DistributionMeta, ExpandedDistribution
+from numpyro.distributions.distribution import DistributionMeta
 from numpyro.distributions.transforms import StickBreakingTransform, biject_to
 from numpyro.distributions.util import validate_sample
 
 from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
 
 Constraint = constraints.Constraint[Any]
 
@@ -72,7 +75,46 @@ class _OneHot(constraints.ParameterFreeConstraint):
         return jnp.zeros_like(prototype).at[..., 0].set(1)
 
 
+class Draws(constraints.ParameterFreeConstraint):
+    """A support without a bijection from the real numbers, and that NumPyro must not take for discrete.
+
+    NUTS and the continuous automatic guides ask for that bijection. They would lose the probabilities of
+    single values without a word.
+    """
+
+    def __init__(self, hull):
+        self.hull = hull
+
+    @property
+    def event_dim(self):  # type: ignore[override]  # of the set that the values lie in
+        return self.hull.event_dim
+
+    def __call__(self, x):
+        return self.hull(x)
+
+    def feasible_like(self, prototype):
+        return self.hull.feasible_like(prototype)
+
+    def tree_flatten(self):
+        return (), ((), {"hull": self.hull})
+
+    def eq(self, other, static=False):
+        return isinstance(other, Draws) and self.hull.eq(other.hull, static=static)
+
+
+def _no_bijection(constraint):
+    raise ValueError(
+        "NUTS and the continuous automatic guides, such as AutoNormal, need a density on the real numbers. This "
+        "site has none: single values of it have a probability (straight-through draws, gates with atoms at 0 "
+        "and 1), or it is scored by those of a discrete site (relax). Train it by SVI with a guide that has a "
+        "discrete distribution or one of the same class there, such as auto_guide makes."
+    )
+
+
 log_odds, log_weights, simplex, one_hot = _LogOdds(), _LogWeights(), _Simplex(), _OneHot()
+draws_in_unit_interval, draws_in_simplex = Draws(constraints.unit_interval), Draws(simplex)
+real_draws = Draws(constraints.real)
+biject_to.register(Draws)(_no_bijection)
 biject_to.register(log_odds)(lambda _: biject_to(constraints.real))
 biject_to.register(log_weights)(lambda _: biject_to(constraints.real_vector))
 biject_to.register(simplex)(lambda _: StickBreakingTransform())
@@ -81,13 +123,16 @@ biject_to.register(simplex)(lambda _: StickBreakingTransform())
 # --- probabilities to logits, in log space ----------------------------------------------------
 
 
+SLACK = 1e-4  # by which rounding may have moved a probability, or a sum of them, above 1
+
+
 def bit_logits(logits, probs) -> ArrayLike:
     """The log-odds, from exactly one of the two; a probability of 0 or 1 is an infinite one."""
     if not _given_by_probs(logits, probs):
         return logits
-    inside = lambda p: (p >= 0) & (p <= 1)
-    ck.require_values("probs", probs, "in [0, 1]", inside)
+    ck.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= 1 + SLACK))
     dtype, p = ck.widen(probs=probs)
+    p = jnp.where(p <= 1 + SLACK, jnp.minimum(p, 1), p)
     return (jnp.log(p) - jnp.log1p(-p)).astype(dtype)
 
 
@@ -98,7 +143,7 @@ def class_logits(logits, probs) -> ArrayLike:
     ck.require_event("probs", probs)
     ck.require_values("probs", probs, "not negative", lambda p: p >= 0)
     dtype, p = ck.widen(probs=probs)
-    slack = 1e-4 + p.shape[-1] * float(jnp.finfo(dtype).eps)
+    slack = SLACK + p.shape[-1] * float(jnp.finfo(dtype).eps)
     ck.require_values("probs", probs, "of sum 1", lambda p: abs(p.astype(float).sum(-1) - 1) <= slack)
     possible = p > 0
     return jnp.where(possible, jnp.log(jnp.where(possible, p, 1)), -jnp.inf).astype(dtype)
@@ -161,6 +206,39 @@ class Made(DistributionMeta):
             return super().__call__(*args, **kwargs)
 
 
+class Carried(NamedTuple):
+    """What a draw hands on to whoever scores it, beside its value."""
+
+    unrounded: Array | None  # the draw in the form of `_log_space`, with the axes of the value
+    atoms: Array | None  # P(0) and P(1) of the law that it was drawn from, on an axis more
+
+
+def _crossing(atoms, jumps):
+    """A term of value 0 whose gradient is that of the mass which moves into the atoms.
+
+    E g(z) changes by ``dP (g(atom) - g(beside it))`` where mass dP enters an atom, and no draw has a
+    derivative that tells of it. Here g is a log-law, which jumps there by ``-jumps``.
+    """
+    jumps = jax.lax.stop_gradient(jnp.where(jnp.isfinite(jumps), jumps, 0))
+    return jnp.sum((atoms - jax.lax.stop_gradient(atoms)) * jumps, -1)
+
+
+def without_slope(value, message):
+    """The value; whoever asks for a derivative in it gets an error, while the program is traced."""
+
+    @jax.custom_jvp
+    def held(value):
+        return value
+
+    def refuse(primals, tangents):
+        if not isinstance(tangents[0], SymbolicZero):
+            raise ValueError(message)
+        return primals[0], tangents[0]
+
+    held.defjvp(refuse, symbolic_zeros=True)
+    return held(jnp.asarray(value))
+
+
 class SamplerDistribution(Distribution, metaclass=Made):
     """A NumPyro distribution made of a sampler and its density.
 
@@ -175,14 +253,14 @@ class SamplerDistribution(Distribution, metaclass=Made):
     _sampler: Callable[..., Array]
     _density: Callable[..., Array] | None = None
     _log_space: Hashable = None  # what the sampler returns unrounded, for the density
+    _pathwise: bool = True  # the derivative of the draws is the whole of what their law changes
     _either: tuple[str, str] = ("logits", "probs")  # one of the two is given
     _per_coordinate: tuple[str, ...] = ()  # of these a scalar counts for the whole event
     _event: Callable[..., tuple[int, ...]] = staticmethod(lambda shapes: ())
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not getattr(cls.support, "is_discrete", False):  # what is not declared discrete has gradients
-            cls.reparametrized_params = list(cls.arg_constraints)
+        cls.reparametrized_params = list(cls.arg_constraints) if cls._pathwise else []
 
     def __init__(
         self,
@@ -247,21 +325,45 @@ class SamplerDistribution(Distribution, metaclass=Made):
 
     def sample_with_intermediates(
         self, key: Array | None, sample_shape: tuple[int, ...] = ()
-    ) -> tuple[Array, list[Array]]:
-        """The draw, and the same draw unrounded in log space where the density is to be taken there."""
+    ) -> tuple[Array, list[Carried]]:
+        """The draw, and what its law is to be taken from where rounding or atoms would falsify it."""
         value = self.sample(key, sample_shape)
-        if not self._log_space:
-            return value, []
         shape = (*sample_shape, *self.batch_shape)
-        return value, [self._sampler(key, shape=shape, log_space=True, **self._arguments())]
+        unrounded, atoms = None, self._atoms()
+        if self._log_space:
+            unrounded = self._sampler(key, shape=shape, log_space=True, **self._arguments())
+        if atoms is not None:
+            atoms = jnp.broadcast_to(atoms, (*shape, 2))
+        nothing = unrounded is None and atoms is None
+        return value, [] if nothing else [Carried(unrounded, atoms)]
 
     @validated
     def log_prob(self, value: ArrayLike, intermediates: list[Any] | None = None) -> Array:
         if self._density is None:
             raise NotImplementedError(f"{type(self).__name__} has no density")
-        if intermediates and self._log_space:
-            return self._batched(self._density(intermediates[0], log_space=True, **self._arguments()))
-        return self._batched(self._density(value, **self._arguments()))
+        if not intermediates:
+            if self._no_slope:
+                value = without_slope(value, f"{type(self).__name__}: {self._no_slope}")
+            return self._batched(self._density(value, **self._arguments()))
+        unrounded, atoms = intermediates[0]
+        if unrounded is None:
+            law = self._density(value, **self._arguments())
+        else:
+            law = self._density(unrounded, log_space=True, **self._arguments())
+        return self._batched(law if atoms is None else law - _crossing(atoms, self._jumps()))
+
+    @property
+    def _no_slope(self) -> str | None:
+        """Why the log-probability must not be differentiated in a draw alone, None if it may be."""
+        return None
+
+    def _atoms(self) -> Array | None:
+        """P(0) and P(1) of a law with these atoms, on a last axis."""
+        return None
+
+    def _jumps(self) -> Array:
+        """How far the log-law rises from each of these atoms to the density beside it."""
+        raise NotImplementedError
 
     def _batched(self, x):
         """Of the batch shape also where a parameter that has it does not count, as tau of exact bits."""
@@ -306,23 +408,6 @@ class OneHot(SamplerDistribution):
         """The probabilities of the classes."""
         return jax.nn.softmax(self.logits, -1)
 
-    def expand(self, batch_shape: Sequence[int]) -> Distribution:
-        batch_shape = tuple(batch_shape)
-        return self if batch_shape == self.batch_shape else ExpandedOneHot(self, batch_shape)
-
-
-class ExpandedOneHot(ExpandedDistribution):
-    """An expanded one-hot distribution; NumPyro's own enumerates scalars only."""
-
-    def expand(self, batch_shape: Sequence[int]) -> Distribution:
-        return ExpandedOneHot(self, tuple(batch_shape))
-
-    def enumerate_support(self, expand: bool = True) -> Array:
-        values = self.base_dist.enumerate_support(expand=False)
-        shape = values.shape[:1] + (1,) * len(self.batch_shape) + self.event_shape
-        values = values.reshape(shape)
-        return jnp.broadcast_to(values, shape[:1] + self.batch_shape + self.event_shape) if expand else values
-
 
 # --- KL ---------------------------------------------------------------------------------------
 
@@ -364,14 +449,54 @@ def discrete_kl(log_q, log_p):
     return expected_log_pmf(log_q, log_q) - expected_log_pmf(log_q, log_p)
 
 
-class NoClosedForm(NotImplementedError, ValueError):
-    """A KL without a closed form: NumPyro's ELBO estimates it, to anyone else it is a bad argument."""
+def known_equal(a, b):
+    """Whether two parameters are the same for certain. Traced values may be, and may not be."""
+    if isinstance(a, Tracer) or isinstance(b, Tracer):
+        return a is b
+    return bool(np.all(np.asarray(a) == np.asarray(b)))
 
 
-def only_at_equal(name, p, q, kl):
-    """`kl`, which holds if both have the same temperature or the like; NaN where traced ones differ."""
-    a, b = getattr(p, name), getattr(q, name)
-    if not any(isinstance(x, Tracer) for x in (a, b)) and np.any(np.asarray(a != b)):
-        kind = type(p).__name__
-        raise NoClosedForm(f"{name} must be the same in both {kind} for their KL, got {a} and {b}")
-    return jnp.where(a == b, kl, jnp.nan)
+def coth_excess(d):
+    """``d coth(d / 2) - 2``, the KL of two logistic distributions that lie d apart."""
+    near = jnp.abs(d) < 0.5  # there the difference would cancel
+    s = jnp.where(near, d, 0) ** 2
+    series = s / 6 * (1 - s / 60 * (1 - s / 42 * (1 - s / 40 * (1 - s * 25 / 990))))
+    far = jnp.where(near, 1, d)
+    return jnp.where(near, series, far / jnp.tanh(far / 2) - 2)
+
+
+def concrete_kl(p, q, low=-math.inf, high=math.inf):
+    """The integral of ``p log(p / q)``, of two binary Concrete laws on the logit scale, from low to high.
+
+    By tanh-sinh quadrature in the distribution function of p, on both sides of the point where log q
+    bends: exact to the rounding of float32 whatever the two temperatures are.
+
+    Args:
+      p: ``(logits, tau)`` of the law that the expectation is taken under.
+      q: the same of the other law.
+      low: lower end, a logit.
+      high: upper end, a logit.
+    """
+    _, logits, tau, other, other_tau = ck.widen(p=p[0], p_tau=p[1], q=q[0], q_tau=q[1])
+    certain = jnp.isinf(logits) | jnp.isinf(other)
+    logits, other = jnp.where(certain, 0, logits), jnp.where(certain, 0, other)
+    bend = jnp.clip(other / other_tau, low, high)
+    place = lambda x: jnp.full_like(bend, x) if math.isinf(x) else tau * x - logits
+    ends = [place(low), tau * bend - logits, place(high)]
+    below, above = ([jax.nn.sigmoid(sign * x)[..., None] for x in ends] for sign in (1, -1))
+    logits, tau, other, other_tau = (x[..., None] for x in (logits, tau, other, other_tau))
+
+    nodes = jnp.linspace(-3.2, 3.2, 33, dtype=logits.dtype)
+    right, left = (jax.nn.sigmoid(sign * math.pi * jnp.sinh(nodes)) for sign in (1, -1))
+    weights = 0.2 * math.pi * jnp.cosh(nodes) * right * left
+    total = 0
+    for i in range(2):
+        u = left * below[i] + right * below[i + 1]
+        v = left * above[i] + right * above[i + 1]  # 1 - u
+        log_u, log_v = (jnp.log(jnp.where(x > 0, x, 1)) for x in (u, v))
+        y = (logits + log_u - log_v) / tau
+        ratio = jnp.log(tau / other_tau) + log_u + log_v - nm.log_logistic_pdf(other_tau * y - other)
+        width = jnp.where(u < 0.5, below[i + 1] - below[i], above[i] - above[i + 1])
+        total += jnp.sum(weights * width * ratio, -1)
+    same = (p[0] == q[0]) & certain
+    return jnp.where(certain, jnp.where(same, 0, jnp.inf), total)

@@ -90,8 +90,9 @@ class StraightThroughBernoulli(base.Bit):
 
     logits: Array
     arg_constraints: dict[str, Any] = {"logits": base.log_odds}
-    support: base.Constraint = constraints.unit_interval
+    support: base.Constraint = base.draws_in_unit_interval
     has_enumerate_support = True
+    _pathwise = False
     _sampler = staticmethod(samplers.straight_through_bernoulli)
 
     @staticmethod
@@ -194,7 +195,12 @@ class StochasticTimesSmooth(base.SamplerDistribution):
 
     logits: Array
     arg_constraints: dict[str, Any] = {"logits": base.log_odds}
-    support: base.Constraint = constraints.unit_interval
+    support: base.Constraint = base.draws_in_unit_interval
+    _pathwise = False
+    _no_slope = (
+        "its upper value is the root of its own probability, so that no law of other logits gives it a "
+        "probability. Use it in a loss, and another bit, such as StraightThroughBernoulli, as a latent site"
+    )
     _sampler = staticmethod(samplers.stochastic_times_smooth)
     _density = staticmethod(samplers.stochastic_times_smooth_log_prob)
 
@@ -305,12 +311,9 @@ def _kl_of_bits(p, q):
 
 @base.kl_rule((RelaxedBernoulli, RelaxedBernoulli))
 def _kl_of_concretes(p, q):
-    """At one temperature that of two logistic distributions, ``d coth(d / 2) - 2``, d the shift."""
+    """At one temperature the KL of two logistic distributions, ``d coth(d / 2) - 2``, d the shift."""
+    if not base.known_equal(p.tau, q.tau):
+        return base.concrete_kl((p.logits, p.tau), (q.logits, q.tau))
     _, a, b = ck.widen(p=p.logits, q=q.logits)
     d = jnp.where(jnp.isinf(a) & (a == b), 0, a - b)
-    near = jnp.abs(d) < 0.5  # there the difference would cancel
-    s = jnp.where(near, d, 0) ** 2
-    series = s / 6 * (1 - s / 60 * (1 - s / 42 * (1 - s / 40 * (1 - s * 25 / 990))))
-    far = jnp.where(near, 1, d)
-    kl = jnp.where(near, series, far / jnp.tanh(far / 2) - 2)
-    return base.only_at_equal("tau", p, q, kl)
+    return base.coth_excess(d)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -17,6 +18,10 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
 
     ``z = sum_k w_k values_k``, ``w = softmax((logits + G) / tau)``. With ``hard`` it is a value of
     the list, whose mass is `log_prob`; the relaxed number has no density in closed form.
+
+    The log-mass is known at the values alone. Its slope in the value, which a straight-through draw passes
+    on, is that of the line through the log-masses of both neighbors, or of the one neighbor that is
+    possible: exact where the log-mass is linear in the value.
 
     Args:
       logits: unnormalised log-probabilities of the values, shape (..., K).
@@ -49,7 +54,6 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
         "tau": constraints.positive,
     }
     pytree_aux_fields: tuple[str, ...] = ("hard",)
-    support: base.Constraint = constraints.real
     _sampler = staticmethod(samplers.generalized_gumbel_softmax)
 
     def __init__(
@@ -73,10 +77,22 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
             raise NotImplementedError("a relaxed number has no closed form; give hard=True")
         return base.log_pmf_of_classes(self.logits)
 
+    @property
+    def support(self) -> base.Constraint:  # type: ignore[override]  # of an instance
+        return base.real_draws if self.hard else constraints.real
+
+    @property
+    def has_rsample(self) -> bool:
+        return not self.hard
+
     def _density(self, value, **_):
-        at = jnp.asarray(value)[..., None] == self.values
-        chosen = jnp.where(at, self._log_pmf(), -jnp.inf)
-        return jnp.max(chosen, -1)
+        _, value = ck.widen(value=value)
+        log_pmf = self._log_pmf()
+        at = jax.lax.stop_gradient(value)[..., None] == self.values
+        law = jnp.max(jnp.where(at, log_pmf, -jnp.inf), -1)
+        slope = jnp.sum(jnp.where(at, jax.lax.stop_gradient(_slopes(log_pmf, self.values)), 0), -1)
+        step = value - jax.lax.stop_gradient(value)  # 0, with the gradient of the value
+        return jnp.where(jnp.any(at, -1), law + slope * step, jnp.where(jnp.isnan(value), jnp.nan, -jnp.inf))
 
     @property
     def mean(self) -> Array:
@@ -90,3 +106,30 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
 
     def _moment(self, x):
         return self._full(x.astype(jnp.result_type(self.logits, self.values)))
+
+
+def _slopes(log_pmf, values):
+    """Of the log-mass at each value, by the line through the possible values next to it on both sides."""
+    values, log_pmf = jnp.broadcast_arrays(values, log_pmf)
+    order = jnp.argsort(jnp.where(log_pmf > -jnp.inf, values, jnp.inf), -1)  # the impossible ones last
+    x, y = (jnp.take_along_axis(a, order, -1) for a in (values, log_pmf))
+    x, y = (jnp.concatenate([a[..., :1], a, a[..., -1:]], -1) for a in (x, y))
+    last = jnp.isinf(y[..., 2:])  # no possible value above
+    rise, run = (jnp.where(last, a[..., 1:-1], a[..., 2:]) - a[..., :-2] for a in (y, x))
+    slopes = jnp.where((run > 0) & jnp.isfinite(rise), rise / jnp.where(run > 0, run, 1), 0)
+    return jnp.take_along_axis(slopes, jnp.argsort(order, -1), -1)
+
+
+# --- KL ---------------------------------------------------------------------------------------
+
+
+@base.kl_rule((GeneralizedGumbelSoftmax, GeneralizedGumbelSoftmax))
+def _kl_of_counts(p, q):
+    """The KL of the discrete laws, if both are drawn exactly; inf where q lacks a value of p."""
+    if not (p.hard and q.hard):
+        raise NotImplementedError("a relaxed number has no density in closed form, and no KL; give hard=True")
+    log_p = p._log_pmf()
+    if base.known_equal(p.values, q.values):
+        return base.discrete_kl(log_p, q._log_pmf())
+    same = p.values[..., :, None] == q.values[..., None, :]
+    return base.discrete_kl(log_p, jnp.max(jnp.where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.nn import sigmoid
+from jax.nn import log_sigmoid, sigmoid
 from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
@@ -16,7 +16,40 @@ from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
 
 
-class GaussianRelaxedBernoulli(base.Bit):
+class Gate(base.Bit):
+    """A law with atoms at 0 and 1.
+
+    Under an ELBO the pathwise gradient misses the mass that crosses into the atoms, so that these classes
+    count as not reparametrized: score-function gradients are right. `relaxit_jax.handlers.unrounded` and
+    `relax` add the missing term, and the KL of two of a kind is in closed form.
+    """
+
+    support: base.Constraint = base.draws_in_unit_interval
+    _pathwise = False
+    _no_slope = (
+        "the gradient of the log-probability in a draw misses the mass that crosses into the atoms at 0 and 1. "
+        "Put relaxit_jax.handlers.unrounded around both the model and the guide, or train with RLOO_ELBO, or, "
+        "where model and guide have the same class, with TraceMeanField_ELBO"
+    )
+
+    def _ends(self):
+        """The log-masses at 0 and 1, and the log-densities beside them, on a last axis."""
+        info = jnp.finfo(jnp.float32)
+        at, beside = (
+            jnp.stack([self._density(jnp.float32(z), **self._arguments()) for z in pair], -1)
+            for pair in ((0, 1), (info.tiny, 1 - info.epsneg))
+        )
+        return at, beside
+
+    def _atoms(self) -> Array:
+        return jnp.exp(self._ends()[0])
+
+    def _jumps(self) -> Array:
+        at, beside = self._ends()
+        return beside - at
+
+
+class GaussianRelaxedBernoulli(Gate):
     """A Gaussian clipped to [0, 1], `relaxit_jax.gaussian_bernoulli`.
 
     ``z = clip(loc + scale eps, 0, 1)``, eps standard normal. `log_prob` is the log-mass at 0 and 1
@@ -40,7 +73,6 @@ class GaussianRelaxedBernoulli(base.Bit):
     loc: Array
     scale: Array
     arg_constraints: dict[str, Any] = {"loc": constraints.real, "scale": constraints.positive}
-    support: base.Constraint = constraints.unit_interval
     _sampler = staticmethod(samplers.gaussian_bernoulli)
     _density = staticmethod(samplers.gaussian_bernoulli_log_prob)
 
@@ -89,7 +121,7 @@ class GaussianRelaxedBernoulli(base.Bit):
         return jnp.clip(loc + scale * ndtri(q), 0, 1)
 
 
-class HardConcrete(base.Bit):
+class HardConcrete(Gate):
     """A stretched and clipped binary Concrete gate, `relaxit_jax.hard_concrete`.
 
     ``z = clip(a + (b - a) v, 0, 1)``, ``v = sigmoid((logits + L) / tau)``, ``stretch = (a, b)``.
@@ -118,7 +150,6 @@ class HardConcrete(base.Bit):
     stretch: tuple[float, float]
     arg_constraints: dict[str, Any] = {"logits": base.log_odds, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("stretch",)
-    support: base.Constraint = constraints.unit_interval
     _sampler = staticmethod(samplers.hard_concrete)
     _density = staticmethod(samplers.hard_concrete_log_prob)
 
@@ -163,3 +194,60 @@ class HardConcrete(base.Bit):
         a, b = self.stretch
         y = base.logit_quantile(self.logits, q) / self.tau
         return jnp.clip(a * sigmoid(-y) + b * sigmoid(y), 0, 1)
+
+
+# --- KL ---------------------------------------------------------------------------------------
+
+
+def _kl_of_atoms(p, q):
+    """The part of a KL that belongs to the atoms."""
+    return base.discrete_kl(p._ends()[0], q._ends()[0])
+
+
+@base.kl_rule((GaussianRelaxedBernoulli, GaussianRelaxedBernoulli))
+def _kl_of_gaussian_gates(p, q):
+    """The atoms', and between them a quadratic function of eps against the truncated normal density."""
+    _, loc, other_loc, scale, other = ck.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
+    low, high = -loc / scale, (1 - loc) / scale
+    at_low, at_high = jnp.exp(nm.log_normal_pdf(low)), jnp.exp(nm.log_normal_pdf(high))
+    # on the side where both are small, so that their difference keeps its digits
+    mass = jnp.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
+    first = at_low - at_high
+    second = mass + low * at_low - high * at_high
+    ratio, shift = scale / other, (loc - other_loc) / other
+    inside = (ratio - 1) * (ratio + 1) / 2 * second + ratio * shift * first
+    inside += (shift**2 / 2 - jnp.log(ratio)) * mass
+    return _kl_of_atoms(p, q) + inside
+
+
+@base.kl_rule((HardConcrete, HardConcrete))
+def _kl_of_hard_concretes(p, q):
+    """The atoms', and between them the KL of the two underlying binary Concrete variables.
+
+    At one temperature it is ``m (log A + log B - d + r coth(r / 2) - 2)``, with m the mass of p there, d how far
+    the logits of q lie above those of p, A and B the values of ``u + exp(d) (1 - u)`` at both ends, u the
+    distribution function of p, and ``r = log B - log A``.
+    """
+    if p.stretch != q.stretch:
+        raise NotImplementedError(
+            f"the KL of two HardConcrete has a closed form for one stretch alone, got {p.stretch} and {q.stretch}"
+        )
+    a, b = p.stretch
+    ends = math.log(-a / b), math.log((1 - a) / (b - 1))
+    if not base.known_equal(p.tau, q.tau):
+        return _kl_of_atoms(p, q) + base.concrete_kl((p.logits, p.tau), (q.logits, q.tau), *ends)
+    _, logits, other, tau = ck.widen(p=p.logits, q=q.logits, tau=p.tau)
+    certain = jnp.isinf(logits) | jnp.isinf(other)
+    logits, d = jnp.where(certain, 0, logits), jnp.where(certain, 0, other - logits)
+    low, high = (tau * end - logits for end in ends)
+    mass = jnp.where(low > 0, sigmoid(-low) - sigmoid(-high), sigmoid(high) - sigmoid(low))
+    log_a, log_b = (
+        jnp.where(
+            jnp.abs(d) < 1,
+            jnp.log1p(jnp.expm1(jnp.clip(d, -1, 1)) * sigmoid(-x)),
+            jnp.logaddexp(log_sigmoid(x), d + log_sigmoid(-x)),
+        )
+        for x in (low, high)
+    )
+    inside = mass * (log_a + log_b - d + base.coth_excess(log_b - log_a))
+    return _kl_of_atoms(p, q) + jnp.where(certain, 0, inside)

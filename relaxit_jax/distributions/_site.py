@@ -37,13 +37,11 @@ class Relaxed(dist.Distribution):
         self.relaxation, self.log_pmf, self.values = relaxation, log_pmf, values
         super().__init__(relaxation.batch_shape, relaxation.event_shape, validate_args=False)
 
-    @property
-    def support(self) -> base.Constraint | None:
-        return self.relaxation.support
+    has_rsample: bool = True  # of the objective, which takes the relaxed draw for what it is
 
     @property
-    def has_rsample(self) -> bool:
-        return self.relaxation.has_rsample
+    def support(self) -> base.Constraint | None:
+        return base.Draws(self.relaxation.support)
 
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> ArrayLike:
         return self.relaxation.sample(key, sample_shape)
@@ -90,11 +88,14 @@ class FiniteDiscrete(dist.Distribution):
 
     arg_constraints: dict[str, Any] = {"logits": base.log_weights}
     pytree_aux_fields: tuple[str, ...] = ("low",)
-    has_enumerate_support = True
 
     def __init__(self, logits: Array, low: int = 0, *, validate_args: bool | None = None) -> None:
         self.logits, self.low = logits, low
         super().__init__(logits.shape[:-1], (), validate_args=validate_args)
+
+    @property
+    def has_enumerate_support(self) -> bool:
+        return self.low == 0  # NumPyro puts 0, 1, ... in the place of the values
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)  # type: ignore[arg-type]
     def support(self) -> base.Constraint:  # type: ignore[override]  # NumPyro's is a property
@@ -135,14 +136,33 @@ class Law:
         return self.log_pmf[..., 1] - self.log_pmf[..., 0]
 
 
+def as_classes(name, law):
+    """The law of a bit or a count as one of classes: class k stands for the value k."""
+    if law.kind != "count":
+        return Law("class", law.log_pmf)
+    low = int(law.values[0])
+    ck.require(low >= 0, f"site '{name}'", "of values from 0 on to be one-hot", f"a least value of {low}")
+    before = jnp.full((*law.log_pmf.shape[:-1], low), -jnp.inf, law.log_pmf.dtype)
+    return Law("class", jnp.concatenate([before, law.log_pmf], -1))
+
+
+def possible(law, d):
+    """Which values can be drawn, as far as that is known: of a traced law it is all of them."""
+    at_probs = isinstance(d, dist.BernoulliProbs)  # whose law is finite at 0 and 1, as NumPyro scores it
+    seen = d.probs if at_probs else law.log_pmf
+    if isinstance(seen, Tracer):
+        return np.ones(law.log_pmf.shape, bool)
+    seen = np.asarray(seen)
+    return np.stack([seen < 1, seen > 0], -1) if at_probs else seen > -np.inf
+
+
 def law_of(name, d, num_values=None):
-    """The law of the innermost distribution of the site `name`; `num_values` may be given by site."""
-    num_values = num_values.get(name) if isinstance(num_values, dict) else num_values
+    """The law of the innermost distribution of the site `name`."""
     if isinstance(d, dist.BernoulliLogits):
         return Law("bit", base.log_pmf_of_bits(jnp.asarray(d.logits)))
     if isinstance(d, dist.BernoulliProbs):
-        p = jnp.asarray(d.probs)
-        return Law("bit", jnp.stack([jnp.log1p(-p), jnp.log(p)], -1))
+        # as NumPyro scores them: finite where a probability has been rounded to 0 or 1
+        return Law("bit", jnp.stack([d.log_prob(0), d.log_prob(1)], -1))
     if isinstance(d, CLASSES):
         return Law("class", base.log_pmf_of_classes(d.logits))
     if isinstance(d, TRIALS):

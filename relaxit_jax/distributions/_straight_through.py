@@ -39,7 +39,7 @@ class OneHotCategorical(base.OneHot):
 
     arg_constraints: dict[str, Any] = {"logits": base.log_weights}
     support: base.Constraint = base.one_hot
-    has_enumerate_support = True
+    _pathwise = False
     _sampler = staticmethod(lambda key, logits, *, shape: jax.lax.stop_gradient(
         samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True)))  # fmt: skip
 
@@ -73,16 +73,11 @@ class OneHotCategorical(base.OneHot):
         log_pmf = base.log_pmf_of_classes(self.logits)
         return self._batched(-base.expected_log_pmf(log_pmf, log_pmf))
 
-    def enumerate_support(self, expand: bool = True) -> Array:
-        (k,) = self.event_shape
-        values = jnp.eye(k, dtype=self.logits.dtype).reshape(k, *(1,) * len(self.batch_shape), k)
-        return jnp.broadcast_to(values, (k, *self.batch_shape, k)) if expand else values
-
 
 class _StraightThrough(OneHotCategorical):
     """Exact one-hot draws with a gradient, whose support NumPyro has to take for a continuous one."""
 
-    support: base.Constraint = base.simplex
+    support: base.Constraint = base.draws_in_simplex
 
 
 class StraightThroughGumbelSoftmax(_StraightThrough):

@@ -47,7 +47,10 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
     hard: bool
     arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("k", "hard")
-    support: base.Constraint = constraints.independent(constraints.nonnegative, 1)
+    _no_slope = (
+        "the log-probability of a set has no slope in its elements. Train it with RLOO_ELBO, or use SimpleTopK, "
+        "whose log-probability is linear in them"
+    )
     _sampler = staticmethod(samplers.relaxed_top_k)
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])
 
@@ -65,6 +68,15 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
         ck.require_event("logits", logits)
         k = ck.as_static_int("k", k, 1, jnp.shape(logits)[-1])
         super().__init__(validate_args, {"k": k, "hard": hard}, logits=logits, tau=tau)
+
+    @property
+    def support(self) -> base.Constraint:  # type: ignore[override]  # of an instance
+        entries = base.draws_in_unit_interval if self.hard else constraints.nonnegative
+        return constraints.independent(entries, 1)
+
+    @property
+    def has_rsample(self) -> bool:
+        return not self.hard
 
     def _density(self, value, logits, **_):
         if not self.hard:
@@ -104,7 +116,8 @@ class SimpleTopK(base.SamplerDistribution):
     k: int
     arg_constraints: dict[str, Any] = {"logits": base.log_weights}
     pytree_aux_fields: tuple[str, ...] = ("k",)
-    support: base.Constraint = constraints.independent(constraints.unit_interval, 1)
+    support: base.Constraint = constraints.independent(base.draws_in_unit_interval, 1)
+    _pathwise = False
     _sampler = staticmethod(samplers.simple_top_k)
     _density = staticmethod(samplers.simple_top_k_log_prob)
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])

@@ -2,6 +2,6 @@
 
 from relaxit_jax.handlers._auto_guide import auto_guide
 from relaxit_jax.handlers._base import unrounded
-from relaxit_jax.handlers._relax import relax, select, take
+from relaxit_jax.handlers._relax import equal, greater, less, relax, select, take
 
-__all__ = ["auto_guide", "relax", "select", "take", "unrounded"]
+__all__ = ["auto_guide", "equal", "greater", "less", "relax", "select", "take", "unrounded"]

@@ -95,9 +95,9 @@ class auto_guide:
         """The probabilities of the discrete sites, by name: of a one for bits, else of every value."""
         self._require_called()
         found = {}
-        for name, (kind, _) in self._sites.items():
-            logits = params[self._param(name)]
-            found[name] = jax.nn.sigmoid(logits) if kind == "bit" else jax.nn.softmax(logits, -1)
+        for name, s in self._sites.items():
+            logits = s.logits(params[self._param(name)])
+            found[name] = jax.nn.sigmoid(logits) if s.kind == "bit" else jax.nn.softmax(logits, -1)
         return found
 
     def median(self, params: Mapping[str, Array]) -> dict[str, Array]:
@@ -109,7 +109,7 @@ class auto_guide:
     def values(self, name: str) -> Array:
         """The values of a count, in the order of its probabilities."""
         self._require_called()
-        return self._sites[name][1]
+        return self._sites[name].values
 
     def _require_called(self):
         need = "called once before it is read, as `SVI.init` does"
@@ -150,17 +150,19 @@ class auto_guide:
         """The guide of a site; what was seen of its prior tells little if that depends on other draws."""
         name, fn, stack = message["name"], message["fn"], message["cond_indep_stack"]
         d = base.innermost(fn)
-        law = site.law_of(name, d, self.num_values)
+        given = self.num_values.get(name) if isinstance(self.num_values, dict) else self.num_values
+        law = site.law_of(name, d, given)
+        possible = site.possible(law, d)
         if depends:
-            given = self.num_values.get(name) if isinstance(self.num_values, dict) else self.num_values
             endless = law.kind == "count" and getattr(d.support, "upper_bound", None) is None
             need = f"given for the site '{name}', a {type(d).__name__} whose parameters are draws"
             ck.require(given is not None or not endless, "num_values", need, None)
-            law = dataclasses.replace(law, log_pmf=jnp.where(law.log_pmf > -jnp.inf, 0.0, -jnp.inf))
-        self._sites[name] = (law.kind, law.values)
+            if law.kind == "bit":  # what one draw makes certain, another does not
+                possible = np.ones_like(possible)
+            law = dataclasses.replace(law, log_pmf=np.where(possible, 0.0, -np.inf))
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
-        initial, possible = self._initial(law, shape, len(fn.batch_shape), stack)
-        event_dim = initial.ndim - len(fn.batch_shape)
+        self._sites[name] = parameters = self._parameters(law, possible, shape, len(fn.batch_shape), stack)
+        event_dim = parameters.start.ndim - len(fn.batch_shape)
         mask, outside = _mask(fn)
         inside = len(shape) - len(fn.batch_shape) - outside
         for size, subsample, dim in (self._frames[frame.name] for frame in stack):
@@ -173,34 +175,51 @@ class auto_guide:
             with contextlib.ExitStack() as plates:
                 for frame in stack:
                     plates.enter_context(self._plates[frame.name])
-                logits = numpyro.param(self._param(name), initial, event_dim=event_dim)
-                logits = jnp.where(possible, logits, -jnp.inf)
-                own = _like(d, law, logits).to_event(inside)
+                logits = numpyro.param(self._param(name), parameters.start, event_dim=event_dim)
+                own = _like(d, law, parameters.logits(logits)).to_event(inside)
                 own = own if mask is None else own.mask(mask)
                 return {name: numpyro.sample(name, own.to_event(outside))}
 
         return part
 
-    def _initial(self, law, shape, batch_ndim, stack):
-        """The prior's logits, for the whole of a plate that the model has seen a part of."""
+    def _parameters(self, law, possible, shape, batch_ndim, stack):
+        """The prior's logits as a start, for the whole of a plate that the model has seen a part of."""
         log_pmf = law.log_pmf
         if isinstance(log_pmf, jax.core.Tracer):
             log_pmf = np.zeros(log_pmf.shape, np.float32)
-        prior = np.asarray(log_pmf, np.float64)
-        prior = np.broadcast_to(prior, (*shape, prior.shape[-1]))
-        whole = True
+        prior = np.broadcast_to(np.asarray(log_pmf, np.float64), (*shape, log_pmf.shape[-1]))
+        possible = np.broadcast_to(possible, prior.shape)
         for frame in stack:
             size, subsample, dim = self._frames[frame.name]
-            if size != subsample and prior.shape[batch_ndim + dim] == subsample:
-                axis = batch_ndim + dim
-                mean = np.log(np.exp(prior).mean(axis, keepdims=True))
-                prior, whole = np.repeat(mean, size, axis), False
-        possible = np.isfinite(prior)
-        possible = possible if whole else possible.reshape(-1, prior.shape[-1]).any(0)
-        prior = np.where(np.isfinite(prior), prior, -30)
-        if law.kind == "bit":
-            return (prior[..., 1] - prior[..., 0]).astype(np.float32), True
-        return prior.astype(np.float32), possible
+            axis = batch_ndim + dim
+            if size != subsample and prior.shape[axis] == subsample:
+                mean = np.logaddexp.reduce(prior, axis, keepdims=True) - np.log(subsample)
+                prior, possible = np.repeat(mean, size, axis), possible.any(axis, keepdims=True)
+        prior = np.where(np.isfinite(prior), prior, -30).astype(np.float32)
+        start = prior[..., 1] - prior[..., 0] if law.kind == "bit" else prior
+        return _Parameters(law.kind, law.values, start, possible)
+
+
+# Log-odds at which the other value has probability 0 in every floating-point type. NumPyro's BernoulliLogits has
+# no log-probability at infinite ones.
+CERTAIN = 1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameters:
+    """The parameters of a discrete site: its kind and values, where the logits start, and what is possible."""
+
+    kind: str
+    values: np.ndarray | None
+    start: np.ndarray
+    possible: np.ndarray  # with an axis for the values
+
+    def logits(self, parameters):
+        """The logits of the site, in which impossible values are left out."""
+        if self.kind != "bit":
+            return jnp.where(self.possible, parameters, -jnp.inf)
+        zero, one = self.possible[..., 0], self.possible[..., 1]
+        return jnp.where(zero & one, parameters, np.where(one, CERTAIN, -CERTAIN))
 
 
 def _all_but(names):

@@ -11,6 +11,8 @@ from numpyro.primitives import _PYRO_STACK, Messenger
 
 from relaxit_jax import _checks as ck
 from relaxit_jax.distributions import _site as site
+from relaxit_jax.distributions._base import Carried
+from relaxit_jax.distributions._gate import Gate
 
 # --- wrappers ---------------------------------------------------------------------------------
 
@@ -44,6 +46,11 @@ def rewrap(fn, replace):
 
 class Masked(dist.MaskedDistribution):
     """A masked distribution that passes on what NumPyro's drops: the intermediates of a draw."""
+
+    @property
+    def has_rsample(self):
+        """Where intermediates are passed on, a law with atoms has the whole of its gradient."""
+        return self.base_dist.has_rsample or isinstance(innermost(self), Gate)
 
     def mask(self, mask):
         return Masked(self.base_dist, mask if self._mask is True else self._mask & mask)
@@ -112,7 +119,7 @@ class unrounded(Messenger):
                 msg["args"] = (self._again(body), *rest)
         elif msg["type"] == "sample" and not msg["is_observed"]:
             self._infer[id(msg)] = msg["infer"]
-            if _carried_form(msg["fn"]) and not isinstance(msg["fn"], Masked):
+            if _is_carried(msg["fn"]) and not isinstance(msg["fn"], Masked):
                 msg["fn"] = Masked(rewrap(msg["fn"], lambda d: d), True)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
@@ -120,25 +127,46 @@ class unrounded(Messenger):
         infer = self._infer.pop(id(msg), None)
         if infer is None or not isinstance(msg["intermediates"], list) or msg["intermediates"]:
             return
-        source, form = replayed(msg["value"]), _carried_form(msg["fn"])
-        if form and source and source["intermediates"] and _carried_form(source["fn"]) == form:
+        source = replayed(msg["value"])
+        carried = _handed_on(source, msg["fn"]) if source and source["intermediates"] else None
+        if carried is not None:
             index = infer.get("_scan_current_index")
-            (carried,) = source["intermediates"]
-            inner = innermost(msg["fn"])
             # a step of a scan replays one element of the value, but gets all intermediates
-            scored = isinstance(inner, site.Relaxed)
-            own = jnp.ndim(msg["value"]) + (1 - inner.event_dim if scored else 0)
-            msg["intermediates"].append(carried if jnp.ndim(carried) == own else carried[index])
+            of_step = lambda x, ndim: x if x is None or jnp.ndim(x) == ndim else x[index]
+            ndim = jnp.ndim(msg["value"])
+            if isinstance(carried, Carried):
+                carried = Carried(of_step(carried.unrounded, ndim), of_step(carried.atoms, ndim + 1))
+            else:
+                carried = of_step(carried, ndim + 1 - innermost(msg["fn"]).event_dim)
+            msg["intermediates"].append(carried)
 
     def _again(self, fn):
         """The same handler around another function."""
         return unrounded(fn)
 
 
-def _carried_form(fn):
-    """What the intermediates of a draw are, None if nothing is carried: a site takes its own kind only."""
+def _is_carried(fn):
+    """Whether the draws of this distribution have intermediates."""
     d = innermost(fn)
-    return "the law of the guide" if isinstance(d, site.Relaxed) else getattr(d, "_log_space", None)
+    return isinstance(d, (site.Relaxed, Gate)) or bool(getattr(d, "_log_space", None))
+
+
+def _handed_on(source, fn):
+    """What the guide's site tells a site of the model, in whose terms it is; None if it tells nothing.
+
+    The law of a relaxed site goes to a relaxed site, an unrounded draw to a distribution with the same form
+    of it, and the masses of atoms to any law with these atoms.
+    """
+    (carried,) = source["intermediates"]
+    guide, model = innermost(source["fn"]), innermost(fn)
+    if isinstance(guide, site.Relaxed) or isinstance(model, site.Relaxed):
+        return carried if type(guide) is type(model) else None
+    unrounded, atoms = carried
+    if getattr(guide, "_log_space", None) != getattr(model, "_log_space", None):
+        unrounded = None
+    if not isinstance(model, Gate):
+        atoms = None
+    return None if unrounded is None and atoms is None else Carried(unrounded, atoms)
 
 
 def replayed(value):

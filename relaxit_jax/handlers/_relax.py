@@ -11,12 +11,13 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.distributions import Delta, Distribution
-from numpyro.primitives import _PYRO_STACK
+from numpyro.primitives import _PYRO_STACK, _masked_observe
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _base as distributions
 from relaxit_jax.distributions import _site as site
+from relaxit_jax.distributions._gate import Gate
 from relaxit_jax.handlers import _base as base
 
 METHODS = {
@@ -32,6 +33,8 @@ METHODS = {
     },
 }
 
+
+OBSERVED, UNOBSERVED = "_observed", "_unobserved"  # how NumPyro calls the halves of a site with obs_mask
 
 # what JAX, NumPy and Python say of a vector of floats that is used as an index
 AS_INDEX = (
@@ -54,10 +57,11 @@ class relax(base.unrounded):
     of one trial (to a point of the simplex: a Categorical site becomes a vector, see `take`),
     DiscreteUniform, Binomial, BetaBinomial, Poisson, Geometric, NegativeBinomial and other integers
     (to a number, a weighted mean of finitely many values); in plates, under `to_event`, `expand` and
-    masks, and inside of `scan`. Observed, conditioned, substituted and enumerated sites stay as they are.
+    masks, and inside of `scan`. Observed, conditioned, substituted and enumerated sites stay as they are; of a
+    site with `obs_mask` the unobserved elements are relaxed.
 
     What runs, but loses the gradient of a relaxed site: `jnp.where` and `jax.lax.cond` of it (see
-    `select`), comparing it, rounding it. What is not meant: MCMC on the relaxed model, whose
+    `select`), comparing it (see `less`), rounding it. What is not meant: MCMC on the relaxed model, whose
     posterior is another one; RenyiELBO, whose importance weights need draws of the discrete law;
     `flax.nnx.Rngs` inside the model with several particles (take keys from `numpyro.prng_key()`).
 
@@ -72,8 +76,9 @@ class relax(base.unrounded):
         ``logits`` and ``tau``.
       kl: "discrete", or "relaxed" for the densities of the relaxed draws themselves. The latter
         shrinks towards the prior, the more the more classes there are, and has no form for counts.
-      config: what to do with single sites, by name: a method as above, a function of the site's
-        discrete distribution that returns one of this library's, or None to leave the site alone.
+      config: what to do with single sites, by name: a method as above, "one_hot" for a vector of weights over
+        the values 0, 1, ... in place of a number (for `take`, `less`, `greater` and `equal`), a function of
+        the site's discrete distribution that returns one of this library's, or None to leave the site alone.
       num_values: how many values a count takes, an integer or a dictionary by site. Default: so many
         that less than 1e-8 is beyond them, if the parameters are known before tracing; what is
         beyond is folded into the last value. It has to be the same for model and guide.
@@ -118,7 +123,7 @@ class relax(base.unrounded):
         ck.require(kl in ("discrete", "relaxed"), "kl", "'discrete' or 'relaxed'", repr(kl))
         _check_method("method", method)
         for name, own in (config or {}).items():
-            if own is not None and (isinstance(own, (str, type)) or not callable(own)):
+            if own not in (None, "one_hot") and (isinstance(own, (str, type)) or not callable(own)):
                 _check_method(f"config['{name}']", own)
         self.options: dict[str, Any] = {
             "tau": tau, "method": method, "kl": kl, "config": config or {}, "num_values": num_values
@@ -130,6 +135,7 @@ class relax(base.unrounded):
         self._vectors = {}  # names of relaxed Categorical sites, in order
         self._flow = None  # the last control flow that was met
         self._met = set()  # names of sites
+        self._partly = {}  # names of partly observed sites whose values are vectors, and their length
 
     def __enter__(self) -> None:
         self._reset()
@@ -160,8 +166,13 @@ class relax(base.unrounded):
             self._met.add(msg["name"])
         if msg["type"] == "control_flow":
             self._flow = msg["fn"]
+        elif msg["type"] == "deterministic" and msg["name"] in self._partly:
+            self._met.add(msg["name"])
+            msg["value"] = jnp.moveaxis(msg["value"], 0, -1)
+        elif msg["type"] == "sample" and msg["is_observed"]:
+            self._observe_a_part(msg)
         elif msg["type"] == "sample" and base.is_latent(msg) and base.is_discrete(msg["fn"]):
-            own = self.options["config"].get(msg["name"], self.options["method"])
+            own = self._option("config", msg["name"], self.options["method"])
             if own is not None and msg["value"] is None:
                 msg["fn"] = base.rewrap(msg["fn"], lambda d: self._replace(msg["name"], d, own))
                 msg["infer"] = _NeedsRelaxedModel(msg["infer"])
@@ -173,8 +184,47 @@ class relax(base.unrounded):
                 )
         super().process_message(msg)
 
+    def _option(self, table, name, default=None):
+        """What an option says of a site; the unobserved part of a site also goes by the name of the site."""
+        table = self.options[table]
+        if not isinstance(table, Mapping):
+            return table
+        return table.get(name, table.get(name.removesuffix(UNOBSERVED), default))
+
+    def _law(self, name, d, method):
+        """The finite law of a site, as classes where the method makes vectors of it; and the method."""
+        law = site.law_of(name, d, self._option("num_values", name))
+        if method == "one_hot":
+            method = self.options["method"]
+            method = METHODS.get(method, {}).get("class", method) if isinstance(method, str) else method
+            ck.require(
+                _is_one_hot(method), f"config['{name}']", "another than 'one_hot' beside a method of numbers",
+                f"method={method.__name__}",
+            )  # fmt: skip
+        named = (
+            self._option("config", name) is not None
+        )  # one method for all sites makes no vectors of numbers
+        return (site.as_classes(name, law) if named and _is_one_hot(method) else law), method
+
+    def _observe_a_part(self, msg):
+        """The first half of a site with `obs_mask`: NumPyro joins it with the second by ``where(mask, ...)``.
+
+        A mask has no axis for classes. Where the second half is a vector of weights both halves are handed to
+        NumPyro with the classes first, and the deterministic site of the two puts them last.
+        """
+        whole = msg["name"].removesuffix(OBSERVED)
+        if not (base.is_discrete(msg["fn"]) and whole != msg["name"] and _called_with_obs_mask()):
+            return
+        name, d = whole + UNOBSERVED, base.innermost(msg["fn"])
+        method = self._option("config", name, self.options["method"])
+        if method is None or (callable(method) and not isinstance(method, type)):
+            return
+        law, _ = self._law(name, d, method)
+        if law.kind == "class" and not d.event_dim:
+            self._partly[whole] = law.log_pmf.shape[-1]
+
     def _replace(self, name, d, method):
-        law = site.law_of(name, d, self.options["num_values"])
+        law, method = self._law(name, d, method)
         if law.kind == "class" and not d.event_dim:
             self._vectors[name] = None
         if callable(method) and not isinstance(method, type):
@@ -189,7 +239,7 @@ class relax(base.unrounded):
         if self.options["kl"] == "discrete":
             return site.Relaxed(relaxation, law.log_pmf, law.values)
         need = f"'discrete' for the site '{name}', as {type(relaxation).__name__} has no density"
-        discrete = law.kind == "count" or relaxation.has_enumerate_support
+        discrete = law.kind == "count" or not (relaxation.has_rsample or isinstance(relaxation, Gate))
         has_density = getattr(relaxation, "_density", True) is not None
         ck.require(has_density and not discrete, "kl", need, "'relaxed'")
         return relaxation
@@ -199,6 +249,13 @@ class relax(base.unrounded):
             self._relaxed.remove(id(msg))
             _check_use(msg, self.options["kl"])
         super().postprocess_message(msg)
+        if msg["type"] != "sample":
+            return
+        # a `trace` further out has the value already; this is what NumPyro goes on with
+        if msg["is_observed"] and (size := self._partly.get(msg["name"].removesuffix(OBSERVED))):
+            msg["value"] = jnp.moveaxis(jax.nn.one_hot(msg["value"], size), -1, 0)
+        elif not msg["is_observed"] and msg["name"].removesuffix(UNOBSERVED) in self._partly:
+            msg["value"] = jnp.moveaxis(msg["value"], -1, 0)
 
 
 def _check_method(name, method):
@@ -207,6 +264,20 @@ def _check_method(name, method):
     )
     known = method in METHODS if isinstance(method, str) else _takes_logits(method)
     ck.require(known, name, need, repr(method))
+
+
+def _is_one_hot(kind):
+    return isinstance(kind, type) and issubclass(kind, distributions.OneHot)
+
+
+def _called_with_obs_mask():
+    """Whether the site that is being processed is one half of a site with `obs_mask`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _masked_observe.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _takes_logits(kind):
@@ -298,7 +369,10 @@ def take(table: ArrayLike, z: ArrayLike) -> Array:
     if jnp.issubdtype(z.dtype, jnp.integer):
         return table[z]
     rows = table.shape[0]
-    need = f"integers, or vectors of {rows} weights for the {rows} rows of the table"
+    need = (
+        f"integers, or vectors of {rows} weights for the {rows} rows of the table (a relaxed count is a number: "
+        "relax the site with config={its name: 'one_hot'})"
+    )
     ck.require(z.shape[-1:] == (rows,), "z", need, f"dtype {z.dtype} and shape {z.shape}")
     return jnp.tensordot(z, table, 1, precision=jax.lax.Precision.HIGHEST)
 
@@ -328,3 +402,86 @@ def select(bit: ArrayLike, if_one: ArrayLike, if_zero: ArrayLike) -> Array:
     """
     bit = jnp.asarray(bit)
     return bit * if_one + (1 - bit) * if_zero
+
+
+def less(t: ArrayLike, s: ArrayLike) -> Array:
+    """``t < s`` for the value s of a discrete site, with the gradient of a relaxed one.
+
+    ``sum_k s_k 1[t < k]`` for a vector of weights over the values 0, 1, ...; 0 or 1 for an integer. With it,
+    ``select(less(t, s), before, after)`` is a change point at s that works with `relax` and without.
+
+    Args:
+      t: numbers of shape (...).
+      s: integers of shape (...); or vectors of weights of shape (..., K), the draws of a site that is
+        relaxed with ``config={name: "one_hot"}``.
+
+    Returns:
+      The probability that t is less, of the broadcast shape.
+
+    Raises:
+      ValueError: for an ``s`` that is a single number but no integer: a relaxed number has no such weights.
+
+    References:
+      E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
+
+    >>> less(jnp.arange(3), 2), less(jnp.arange(3), jnp.array([0.0, 0.25, 0.75]))
+    (Array([1., 1., 0.], dtype=float32), Array([1.  , 0.75, 0.  ], dtype=float32))
+    """
+    return _compare(jnp.less, t, s)
+
+
+def greater(t: ArrayLike, s: ArrayLike) -> Array:
+    """``t > s`` for the value s of a discrete site, with the gradient of a relaxed one.
+
+    ``sum_k s_k 1[t > k]`` for a vector of weights over the values 0, 1, ...; 0 or 1 for an integer.
+
+    Args:
+      t: numbers of shape (...).
+      s: as for `less`.
+
+    Returns:
+      The probability that t is greater, of the broadcast shape.
+
+    Raises:
+      ValueError: as for `less`.
+
+    References:
+      E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
+
+    >>> greater(jnp.arange(3), jnp.array([0.0, 0.25, 0.75]))
+    Array([0.  , 0.  , 0.25], dtype=float32)
+    """
+    return _compare(jnp.greater, t, s)
+
+
+def equal(t: ArrayLike, s: ArrayLike) -> Array:
+    """``t == s`` for the value s of a discrete site, with the gradient of a relaxed one.
+
+    ``sum_k s_k 1[t = k]`` for a vector of weights over the values 0, 1, ...; 0 or 1 for an integer.
+
+    Args:
+      t: numbers of shape (...).
+      s: as for `less`.
+
+    Returns:
+      The probability that t is equal, of the broadcast shape.
+
+    Raises:
+      ValueError: as for `less`.
+
+    References:
+      E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
+
+    >>> equal(2, jnp.array([0.0, 0.25, 0.75]))
+    Array(0.75, dtype=float32)
+    """
+    return _compare(jnp.equal, t, s)
+
+
+def _compare(holds, t, s):
+    t, s = jnp.asarray(t), jnp.asarray(s)
+    if not jnp.issubdtype(s.dtype, jnp.inexact):
+        return holds(t, s).astype(jnp.result_type(float))
+    need = "integers, or vectors of weights: relax the site with config={its name: 'one_hot'}"
+    ck.require(s.ndim > 0, "s", need, f"one number of dtype {s.dtype}")
+    return jnp.sum(jnp.where(holds(t[..., None], jnp.arange(s.shape[-1])), s, 0), -1)

@@ -49,7 +49,8 @@ def straight_through_categorical(
 def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
     """Log-mass of `straight_through_categorical`, and of every exact one-hot draw of these logits.
 
-    ``log P(e_k) = log_softmax(logits)_k``.
+    ``log P(z) = sum_k z_k log_softmax(logits)_k``, which is linear in z: its gradient in the value is the
+    log-probability of every class, which the straight-through gradient passes on (0 for impossible ones).
 
     Args:
       value: one-hot vectors, shape (..., K).
@@ -73,8 +74,10 @@ def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -
     value = jnp.asarray(value).astype(logits.dtype)
     ck.require_same_event(value, logits)
     ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
-    chosen = value != 0  # 0 log 0 is 0
-    law = jnp.sum(jnp.where(chosen, value * jnp.where(chosen, log_softmax(logits), 0), 0), -1)
+    impossible = logits == -jnp.inf
+    log_p = jnp.where(impossible, 0, log_softmax(logits))
+    law = jnp.sum(value * log_p, -1)
+    law = jnp.where(jnp.any(impossible & (value != 0), -1), -jnp.inf, law)
     one_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value, -1) == 1)
     return jnp.where(one_hot, law, jnp.where(jnp.isnan(law), jnp.nan, -jnp.inf))
 
