@@ -53,7 +53,7 @@ class RelaxedBernoulli(base.Bit):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.bit_logits(logits, probs), tau=tau)
+        super().__init__(validate_args, logits=logits, probs=probs, tau=tau)
 
     def cdf(self, value: ArrayLike) -> Array:
         value = jnp.asarray(value)
@@ -105,7 +105,7 @@ class StraightThroughBernoulli(base.Bit):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.bit_logits(logits, probs))
+        super().__init__(validate_args, logits=logits, probs=probs)
 
     @property
     def mean(self) -> Array:
@@ -165,8 +165,7 @@ class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.bit_logits(logits, probs)
-        base.Bit.__init__(self, validate_args, logits=logits, tau=tau)
+        base.Bit.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
 class StochasticTimesSmooth(base.SamplerDistribution):
@@ -205,7 +204,7 @@ class StochasticTimesSmooth(base.SamplerDistribution):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.bit_logits(logits, probs))
+        super().__init__(validate_args, logits=logits, probs=probs)
 
     @property
     def mean(self) -> Array:
@@ -279,8 +278,7 @@ class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.bit_logits(logits, probs)
-        super().__init__(validate_args, logits=logits, tau=tau, scale_tril=scale_tril)
+        super().__init__(validate_args, logits=logits, probs=probs, tau=tau, scale_tril=scale_tril)
 
 
 def _log_pmf(d):

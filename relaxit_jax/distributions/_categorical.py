@@ -49,7 +49,7 @@ class GumbelSoftmax(base.OneHot):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.class_logits(logits, probs), tau=tau)
+        super().__init__(validate_args, logits=logits, probs=probs, tau=tau)
 
 
 def RelaxedOneHotCategorical(
@@ -115,7 +115,6 @@ class InvertibleGaussian(base.SamplerDistribution):
         delta: ArrayLike = 1.0,
         validate_args: bool | None = None,
     ) -> None:
-        scale = base.per_coordinate(scale, loc)
         super().__init__(validate_args, loc=loc, scale=scale, tau=tau, delta=delta)
 
 

@@ -62,8 +62,7 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        super().__init__(validate_args, {"hard": hard}, logits=logits, values=values, tau=tau)
+        super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, values=values, tau=tau)
         size = self.logits.shape[-1]
         need = f"of shape (..., {size}), as logits is"
         ck.require(self.values.shape[-1] == size, "values", need, f"shape {self.values.shape}")

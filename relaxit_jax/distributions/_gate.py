@@ -131,10 +131,9 @@ class HardConcrete(base.Bit):
         stretch: tuple[float, float] = (-0.1, 1.1),
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.bit_logits(logits, probs)
         samplers.hard_concrete_gate(0.0, stretch=stretch)  # checks the stretch
         static = {"stretch": tuple(map(float, stretch))}
-        super().__init__(validate_args, static, logits=logits, tau=tau)
+        super().__init__(validate_args, static, logits=logits, probs=probs, tau=tau)
 
     @property
     def _log_space(self):  # type: ignore[override]  # of an instance

@@ -61,10 +61,8 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        ck.require_event("logits", logits)
-        k = ck.as_static_int("k", k, 1, jnp.shape(logits)[-1])
-        super().__init__(validate_args, {"k": k, "hard": hard}, logits=logits, tau=tau)
+        super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, tau=tau)
+        self.k = ck.as_static_int("k", k, 1, self.logits.shape[-1])
 
     def _density(self, value, logits, **_):
         if not self.hard:
@@ -117,10 +115,8 @@ class SimpleTopK(base.SamplerDistribution):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        ck.require_event("logits", logits)
-        k = ck.as_static_int("k", k, 1, jnp.shape(logits)[-1])
-        super().__init__(validate_args, {"k": k}, logits=logits)
+        super().__init__(validate_args, logits=logits, probs=probs)
+        self.k = ck.as_static_int("k", k, 1, self.logits.shape[-1])
 
     @property
     def mean(self) -> Array:
