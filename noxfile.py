@@ -61,6 +61,29 @@ def lowest(session):
 
 
 @nox.session(python=DEFAULT)
+def numpyro_tests(session):
+    """NumPyro's own tests of a distribution, from the source of the installed version, over every class."""
+    session.install("-e", ".[test]", "pip")
+    source = os.environ.get("NUMPYRO_SOURCE") or numpyro_source(session)
+    if not source:
+        session.skip("no source of NumPyro: set NUMPYRO_SOURCE to a checkout of the installed version")
+    suite = ("tests/numpyro_suite.py", "-o", "addopts=", "-n", "auto", "--dist", "worksteal", "-q")
+    session.run("python", "-m", "pytest", *suite, *session.posargs, env={"NUMPYRO_SOURCE": source})
+
+
+def numpyro_source(session):
+    """The unpacked source distribution, which holds the tests; None where no package index has it."""
+    version = session.run("python", "-c", "import numpyro; print(numpyro.__version__)", silent=True).strip()
+    folder = pathlib.Path(session.create_tmp()).resolve()
+    pip = ("pip", "download", f"numpyro=={version}", "--no-deps", "--no-binary", "numpyro")
+    session.run("python", "-m", *pip, "--dest", str(folder), silent=True, success_codes=[0, 1])
+    for archive in folder.glob(f"numpyro-{version}.tar.gz"):
+        with tarfile.open(archive) as held:
+            held.extractall(folder, filter="data")
+        return str(folder / f"numpyro-{version}")
+
+
+@nox.session(python=DEFAULT)
 def lint(session):
     """ruff, as pre-commit runs it."""
     session.install("ruff")

@@ -12,14 +12,22 @@ from relaxit_jax.samplers import *  # noqa: F403
 from relaxit_jax.samplers import __all__ as _samplers
 
 if typing.TYPE_CHECKING:
-    from relaxit_jax import diagnostics, estimators, laplace_bridge
+    from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge
 
 __version__ = "0.1.0"
-__all__ = [*_samplers, "diagnostics", "estimators", "laplace_bridge"]
+__all__ = [
+    *_samplers,
+    "diagnostics",
+    "distributions",
+    "elbo",
+    "estimators",
+    "handlers",
+    "laplace_bridge",
+]
 
 
 def __getattr__(name: str) -> ModuleType:
-    """The rooms beside the samplers are imported when they are asked for, as who draws needs none of them."""
+    """Import a submodule when it is first used: the samplers need none, and importing NumPyro takes long."""
     if name in __all__:
         return importlib.import_module(f"relaxit_jax.{name}")
     raise AttributeError(f"module 'relaxit_jax' has no attribute {name!r}")

@@ -1,5 +1,7 @@
 """What can be known before tracing is checked before tracing, by a ValueError that names the argument."""
 
+import contextlib
+import contextvars
 import operator
 
 import jax
@@ -13,13 +15,33 @@ def require(condition, name, need, got):
         raise ValueError(f"{name} must be {need}, got {got}")
 
 
+def can_be_seen(x):
+    """Whether the values of x are known here: neither traced nor held by other processes."""
+    parts = x if isinstance(x, (list, tuple)) else [x]
+    traced = any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(parts))
+    return not traced and getattr(x, "is_fully_addressable", True)
+
+
+_values_are_checked = contextvars.ContextVar("_values_are_checked", default=True)
+
+
+@contextlib.contextmanager
+def check_values(flag):
+    """Whether `require_values` looks, for the distributions whose `validate_args` is False."""
+    token = _values_are_checked.set(flag)
+    try:
+        yield
+    finally:
+        _values_are_checked.reset(token)
+
+
 def require_values(name, x, need, holds):
     """`require` that `holds` of the values of x, where they can be seen.
 
-    They cannot if x is traced or if other processes hold a part of it. NumPy looks at them, since
-    inside a jitted function even the operations of jax on constants are traced.
+    NumPy looks at them, since inside a jitted function even the operations of jax on constants are
+    traced.
     """
-    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
+    if _values_are_checked.get() and can_be_seen(x):
         try:
             values = np.asarray(x)
         except ValueError:  # a ragged list

@@ -320,7 +320,7 @@ def test_bridge_of_distributions(batch):
     alpha = np.broadcast_to(ALPHA if batch else ALPHA[0], (*batch, 3))
     dirichlet = dist.Dirichlet(alpha)
     there = to_logistic_normal(dirichlet)
-    assert isinstance(there, rd.LogisticNormalSoftmax) and there.scale is None
+    assert isinstance(there, rd.LogisticNormalSoftmax) and there.get_args().keys() == {"loc", "scale_tril"}
     assert (there.batch_shape, there.event_shape) == (batch, (3,))
     loc, covariance = dirichlet_to_gaussian(jnp.asarray(alpha))
     projection = np.eye(3) - 1 / 3

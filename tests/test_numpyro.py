@@ -1,6 +1,9 @@
 """Every class of relaxit_jax.distributions in NumPyro's hands: expand, vmap, arguments, models."""
 
+import copy
+import functools
 import inspect
+import pickle
 import re
 
 import chex
@@ -17,6 +20,7 @@ from numpyro.distributions import biject_to
 from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
 
 from cases import DISTRIBUTIONS
+from relaxit_jax import _checks as ck
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _base as base
 from test_distributions import (
@@ -246,11 +250,17 @@ def test_probs_are_logits(case):
     for wrong in ({}, {"logits": logits, "probs": probs}):
         with pytest.raises(ValueError, match="logits must be given, or else probs"):
             case.distribution(**wrong, **arguments)
-    with pytest.raises(ValueError, match="probs must be"):
-        case.distribution(probs=-probs, **arguments)
-    if not bits:
-        with pytest.raises(ValueError, match="probs must be of sum 1"):
-            case.distribution(probs=2 * probs, **arguments)
+    below, above, nan = -probs, 2 * probs, np.full_like(probs, np.nan)
+    for bad, need in ((below, ""), (nan, ""), (above, "" if bits else "of sum 1")):
+        make = functools.partial(case.distribution, probs=bad, **arguments)
+        named = (
+            f"^{case.distribution.__name__} distribution got invalid probs parameter: probs must be {need}"
+        )
+        for made in (make, functools.partial(jax.eval_shape, make)):  # inside of a jitted function too
+            with pytest.raises(ValueError, match=named):
+                made()
+        hidden = jnp.isnan(make(validate_args=False).logits)
+        assert hidden.any() == (bits or bad is not above)  # NaN is what can be seen of a traced one as well
 
 
 # by name, at the edge of what is allowed where it has one; of all others NaN is bad
@@ -264,9 +274,16 @@ BAD = {
 def test_bad_values_are_named_if_validated(case):
     for name, x in case.floats.items():
         bad = jnp.full_like(x, BAD.get(name, np.nan))
-        with pytest.raises(ValueError, match=f"invalid {name} parameter"):
-            case.build(**{name: bad}, validate_args=True)
-        case.build(**{name: bad}, validate_args=False)
+        for known in (bad, np.asarray(bad), bad.tolist()):
+            build = functools.partial(case.build, **{name: known})
+            for made in (build, functools.partial(jax.eval_shape, build)):  # inside of a jitted function too
+                with pytest.raises(ValueError, match=f"invalid {name} parameter"):
+                    made()
+            build(validate_args=False)
+            with numpyro.validation_enabled(False):
+                build()
+                with pytest.raises(ValueError, match=f"invalid {name} parameter"):
+                    build(validate_args=True)
         with pytest.raises(ValueError, match=name):
             case.build(**{name: None})
         with pytest.raises(ValueError, match=f"{name} must be"):
@@ -274,6 +291,46 @@ def test_bad_values_are_named_if_validated(case):
     if "tau" in case.params and case.floats.keys() != {"tau"}:
         with pytest.raises(ValueError, match="batch shapes that broadcast"):
             case.build(tau=jnp.ones(3))
+
+
+@rows()
+def test_a_sampler_looks_at_values_unless_told_not_to(case, monkeypatch):
+    """With `validate_args=False` what was constructed can be drawn and scored, whatever its values."""
+
+    def sampler(*_, shape=(2,), **__):
+        ck.require_values("tau", -1.0, "positive", lambda x: x > 0)
+        return jnp.zeros(shape)
+
+    for name in ("_sampler", "_density"):
+        monkeypatch.setattr(case.distribution, name, staticmethod(sampler))
+    for call in (lambda d: d.sample(KEY), lambda d: d.log_prob(jnp.zeros(case.event))):
+        call(case.build(validate_args=False))
+        with pytest.raises(ValueError, match="tau must be positive"):
+            call(case.build())
+
+
+def test_of_a_logistic_normal_both_scales_can_be_read():
+    """The one that was not given is computed, and neither kept nor handed to the sampler."""
+    case = {case.name: case for case in DISTRIBUTIONS}
+    diagonal, full = case["logistic_normal"].build(), case["logistic_normal_full"].build()
+    for d, given in ((diagonal, "scale"), (full, "scale_tril")):
+        covariance = d.scale_tril @ jnp.matrix_transpose(d.scale_tril)
+        np.testing.assert_allclose(covariance, d.covariance_matrix, rtol=1e-6)
+        np.testing.assert_allclose(d.scale**2, jnp.diagonal(covariance, axis1=-2, axis2=-1), rtol=1e-6)
+        for again in (d, jax.jit(lambda d: d)(d), pickle.loads(pickle.dumps(d)), copy.copy(d)):
+            assert again.get_args().keys() == {"loc", given} and len(jax.tree.leaves(again)) == 2
+            np.testing.assert_array_equal(again.scale_tril, d.scale_tril)
+
+
+def test_probabilities_that_rounding_left_above_one_are_one():
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        above = jnp.asarray(1, dtype) + jnp.finfo(dtype).eps
+        assert rd.StraightThroughBernoulli(probs=above).logits == jnp.inf
+
+
+def test_a_list_may_hold_traced_numbers():
+    logits = jax.jit(lambda p: rd.StraightThroughBernoulli(probs=[0.5, p]).logits)(0.25)
+    np.testing.assert_allclose(logits, [0, -np.log(3)], rtol=1e-6)
 
 
 def test_options_are_checked_and_kept():

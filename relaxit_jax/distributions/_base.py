@@ -1,4 +1,4 @@
-"""What the distributions share: one thin class over a sampler and its density, constraints, discrete KL."""
+"""What the distributions share: one thin class over a sampler and its density, and the discrete KL."""
 
 import inspect
 import math
@@ -13,158 +13,72 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from numpyro.distributions import Distribution, constraints, kl_divergence
-from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.distribution import DistributionMeta
-from numpyro.distributions.transforms import StickBreakingTransform, biject_to
-from numpyro.distributions.util import validate_sample
+from numpyro.distributions.util import lazy_property, validate_sample
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
+from relaxit_jax.distributions._constraints import (  # noqa: F401
+    Draws,
+    draws_in_simplex,
+    draws_in_unit_interval,
+    log_odds,
+    log_weights,
+    one_hot,
+    real_draws,
+    simplex,
+)
 
 Constraint = constraints.Constraint[Any]
 
-# --- constraints ------------------------------------------------------------------------------
-
-
-class _LogOdds(constraints.ParameterFreeConstraint):
-    """Real numbers and both infinities: certain bits are bits."""
-
-    def __call__(self, x):
-        return x == x  # not NaN
-
-    def feasible_like(self, prototype):
-        return jnp.zeros_like(prototype)
-
-
-class _LogWeights(constraints.ParameterFreeConstraint):
-    """Categorical logits: -inf is an impossible class, but one class has to be possible."""
-
-    event_dim = 1
-
-    def __call__(self, x):
-        return (x < np.inf).all(-1) & (x > -np.inf).any(-1)
-
-    def feasible_like(self, prototype):
-        return jnp.zeros_like(prototype)
-
-
-class _Simplex(constraints.ParameterFreeConstraint):
-    """The simplex, to the rounding of the dtype: NumPyro's own allows 1e-6, which bfloat16 misses."""
-
-    event_dim = 1
-
-    def __call__(self, x):
-        slack = 8 * float(jnp.finfo(x.dtype).eps)
-        total = x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(-1)
-        return (x >= 0).all(-1) & (abs(total - 1) <= slack)
-
-    def feasible_like(self, prototype):
-        return jnp.full_like(prototype, 1 / prototype.shape[-1])
-
-
-class _OneHot(constraints.ParameterFreeConstraint):
-    """Vectors of zeros with a single one."""
-
-    event_dim = 1
-    is_discrete = True
-
-    def __call__(self, x):
-        return ((x == 0) | (x == 1)).all(-1) & (x.sum(-1) == 1)
-
-    def feasible_like(self, prototype):
-        return jnp.zeros_like(prototype).at[..., 0].set(1)
-
-
-class Draws(constraints.ParameterFreeConstraint):
-    """A support without a bijection from the real numbers, and that NumPyro must not take for discrete.
-
-    NUTS and the continuous automatic guides ask for that bijection. They would lose the probabilities of
-    single values without a word.
-    """
-
-    def __init__(self, hull):
-        self.hull = hull
-
-    @property
-    def event_dim(self):  # type: ignore[override]  # of the set that the values lie in
-        return self.hull.event_dim
-
-    def __call__(self, x):
-        return self.hull(x)
-
-    def feasible_like(self, prototype):
-        return self.hull.feasible_like(prototype)
-
-    def tree_flatten(self):
-        return (), ((), {"hull": self.hull})
-
-    def eq(self, other, static=False):
-        return isinstance(other, Draws) and self.hull.eq(other.hull, static=static)
-
-
-def _no_bijection(constraint):
-    raise ValueError(
-        "NUTS and the continuous automatic guides, such as AutoNormal, need a density on the real numbers. This "
-        "site has none: single values of it have a probability (straight-through draws, gates with atoms at 0 "
-        "and 1), or it is scored by those of a discrete site (relax). Train it by SVI with a guide that has a "
-        "discrete distribution or one of the same class there, such as auto_guide makes."
-    )
-
-
-log_odds, log_weights, simplex, one_hot = _LogOdds(), _LogWeights(), _Simplex(), _OneHot()
-draws_in_unit_interval, draws_in_simplex = Draws(constraints.unit_interval), Draws(simplex)
-real_draws = Draws(constraints.real)
-biject_to.register(Draws)(_no_bijection)
-biject_to.register(log_odds)(lambda _: biject_to(constraints.real))
-biject_to.register(log_weights)(lambda _: biject_to(constraints.real_vector))
-biject_to.register(simplex)(lambda _: StickBreakingTransform())
-
-
-# --- probabilities to logits, in log space ----------------------------------------------------
+# --- parameters as they come ------------------------------------------------------------------
 
 
 SLACK = 1e-4  # by which rounding may have moved a probability, or a sum of them, above 1
 
 
-def bit_logits(logits, probs) -> ArrayLike:
-    """The log-odds, from exactly one of the two; a probability of 0 or 1 is an infinite one."""
-    if not _given_by_probs(logits, probs):
-        return logits
-    ck.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= 1 + SLACK))
+def bit_logits(probs) -> Array:
+    """The log-odds; a probability of 0 or 1 is an infinite one. What rounding left above 1 is 1."""
     dtype, p = ck.widen(probs=probs)
-    p = jnp.where(p <= 1 + SLACK, jnp.minimum(p, 1), p)
+    ck.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= 1 + SLACK))
+    p = jnp.where((p > 1) & (p <= 1 + SLACK), 1, p)
     return (jnp.log(p) - jnp.log1p(-p)).astype(dtype)
 
 
-def class_logits(logits, probs) -> ArrayLike:
-    """The log-probabilities, from exactly one of the two; a probability of 0 is an impossible class."""
-    if not _given_by_probs(logits, probs):
-        return logits
+def class_logits(probs) -> Array:
+    """The log-probabilities; a probability of 0 is an impossible class."""
     ck.require_event("probs", probs)
     ck.require_values("probs", probs, "not negative", lambda p: p >= 0)
     dtype, p = ck.widen(probs=probs)
     slack = SLACK + p.shape[-1] * float(jnp.finfo(dtype).eps)
     ck.require_values("probs", probs, "of sum 1", lambda p: abs(p.astype(float).sum(-1) - 1) <= slack)
-    possible = p > 0
-    return jnp.where(possible, jnp.log(jnp.where(possible, p, 1)), -jnp.inf).astype(dtype)
+    return jnp.where(p == 0, -jnp.inf, jnp.log(jnp.where(p == 0, 1, p))).astype(dtype)
 
 
-def _given_by_probs(logits, probs):
-    ck.require((logits is None) != (probs is None), "logits", "given, or else probs", "both or neither")
-    return probs is not None
+def per_coordinate(scale, size):
+    """A scale with an event axis of this size."""
+    fits = scale.shape[-1:] in ((), (1,), (size,))
+    ck.require(fits, "scale", f"of shape (..., {size})", f"shape {scale.shape}")
+    numpy = np if isinstance(scale, np.ndarray) else jnp
+    return numpy.broadcast_to(scale, (*scale.shape[:-1], size))
 
 
-def per_coordinate(scale, loc):
-    """A scale with the event axis of its loc."""
-    if scale is None or loc is None:
-        return scale
-    ck.require_event("loc", loc)
-    scale = ck.as_float("scale", scale)
-    size = jnp.shape(loc)[-1]
-    ck.require(
-        scale.shape[-1:] in ((), (1,), (size,)), "scale", f"of shape (..., {size})", f"shape {scale.shape}"
-    )
-    return jnp.broadcast_to(scale, (*scale.shape[:-1], size))
+class _Derived(lazy_property):
+    """Computed each time: what NumPyro's keeps would look like a parameter that was given."""
+
+    def __get__(self, instance: Any, obj_type: Any = None) -> Any:
+        return self if instance is None else self.wrapped(instance)
+
+
+def derived(of: Callable[[Any], Array]) -> Any:
+    """A parameter that is computed where another was given in its place."""
+    return _Derived(of)
+
+
+def _values(x, array):
+    """The values of x in the dtype of its array, as NumPy has them; the array, where they cannot be seen."""
+    with np.errstate(all="ignore"):  # what overflows is stored as an infinity, and checked as one
+        return np.asarray(x, array.dtype) if ck.can_be_seen(x) else array
 
 
 def logit_quantile(logits, q):
@@ -268,22 +182,43 @@ class SamplerDistribution(Distribution, metaclass=Made):
         static: Mapping[str, Any] | None = None,
         **parameters: ArrayLike | None,
     ) -> None:
+        checked = self._validate_args if validate_args is None else validate_args
+        if "probs" in parameters:
+            parameters["logits"] = self._logits(parameters["logits"], parameters.pop("probs"), checked)
         for name, x in parameters.items():
             ck.require(x is not None or name in self._either, name, "given", None)
-            setattr(self, name, None if x is None else ck.as_float(name, x))
-        for name, x in (static or {}).items():
+        arrays = {name: ck.as_float(name, x) for name, x in parameters.items() if x is not None}
+        # NumPyro's checks see the values as they came: an array made inside of a jitted function is traced
+        values = {name: _values(parameters[name], x) if checked else x for name, x in arrays.items()}
+        for name in arrays:
+            if name in self._per_coordinate:
+                size = arrays["loc"].shape[-1]
+                arrays[name], values[name] = (per_coordinate(x[name], size) for x in (arrays, values))
+            if self.arg_constraints[name].event_dim:
+                ck.require_event(name, arrays[name])
+        batch_shape, event_shape = self._shapes({name: x.shape for name, x in arrays.items()})
+        for name, x in (values | dict(static or {})).items():
             setattr(self, name, x)
-        shapes = {name: x.shape for name, x in self.get_args().items()}
-        batch_shape, event_shape = self._shapes(shapes)
-        # all of one rank, as NumPyro's own: what vmap or scan put in front then lines up
-        for name, x in self.get_args().items():
-            missing = len(batch_shape) + self.arg_constraints[name].event_dim - x.ndim
-            if missing:
-                setattr(self, name, x.reshape((1,) * missing + x.shape))
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
+        self._given = parameters  # constants, where they were given as such inside of a jitted function
+        # all of one rank, as NumPyro's own: what vmap or scan put in front then lines up
+        for name, x in arrays.items():
+            missing = len(batch_shape) + self.arg_constraints[name].event_dim - x.ndim
+            setattr(self, name, x.reshape((1,) * missing + x.shape) if missing else x)
 
-    def get_args(self) -> dict[str, Array]:
-        return {name: x for name in self.arg_constraints if (x := getattr(self, name)) is not None}
+    def _logits(self, logits, probs, checked):
+        """From exactly one of the two, of bits or of classes."""
+        ck.require((logits is None) != (probs is None), "logits", "given, or else probs", "both or neither")
+        if probs is None:
+            return logits
+        constraint = self.arg_constraints["logits"]
+        of_bits = getattr(constraint, "base_constraint", constraint) is log_odds
+        try:
+            with ck.check_values(checked):
+                return bit_logits(probs) if of_bits else class_logits(probs)
+        except ValueError as error:
+            kind = type(self).__name__
+            raise ValueError(f"{kind} distribution got invalid probs parameter: {error}") from None
 
     def _arguments(self):
         """What the sampler and the density take beside key and value."""
@@ -321,7 +256,15 @@ class SamplerDistribution(Distribution, metaclass=Made):
         return cls._shapes(shapes | scalars)
 
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
-        return self._sampler(key, shape=(*sample_shape, *self.batch_shape), **self._arguments())
+        return self._draw(key, sample_shape)
+
+    def _draw(self, key, sample_shape, **extra):
+        with self._checks():
+            return self._sampler(key, shape=(*sample_shape, *self.batch_shape), **self._arguments(), **extra)
+
+    def _checks(self):
+        """Those of the sampler and the density: of the values as well, unless `validate_args` is False."""
+        return ck.check_values(self._validate_args is not False)
 
     def sample_with_intermediates(
         self, key: Array | None, sample_shape: tuple[int, ...] = ()
@@ -331,7 +274,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
         shape = (*sample_shape, *self.batch_shape)
         unrounded, atoms = None, self._atoms()
         if self._log_space:
-            unrounded = self._sampler(key, shape=shape, log_space=True, **self._arguments())
+            unrounded = self._draw(key, sample_shape, log_space=True)
         if atoms is not None:
             atoms = jnp.broadcast_to(atoms, (*shape, 2))
         nothing = unrounded is None and atoms is None
@@ -344,13 +287,16 @@ class SamplerDistribution(Distribution, metaclass=Made):
         if not intermediates:
             if self._no_slope:
                 value = without_slope(value, f"{type(self).__name__}: {self._no_slope}")
-            return self._batched(self._density(value, **self._arguments()))
+            return self._law(value)
         unrounded, atoms = intermediates[0]
-        if unrounded is None:
-            law = self._density(value, **self._arguments())
-        else:
-            law = self._density(unrounded, log_space=True, **self._arguments())
-        return self._batched(law if atoms is None else law - _crossing(atoms, self._jumps()))
+        law = self._law(value) if unrounded is None else self._law(unrounded, log_space=True)
+        return law if atoms is None else law - _crossing(atoms, self._jumps())
+
+    def _law(self, value, **form):
+        """The density of the sampler at a value."""
+        assert self._density is not None
+        with self._checks():
+            return self._batched(self._density(value, **self._arguments(), **form))
 
     @property
     def _no_slope(self) -> str | None:
@@ -372,16 +318,6 @@ class SamplerDistribution(Distribution, metaclass=Made):
     def _full(self, x):
         """A moment in its full shape."""
         return jnp.broadcast_to(x, self.batch_shape + self.event_shape)
-
-
-@promote_batch_shape.register
-def _(d: SamplerDistribution):
-    """As NumPyro's, but a parameter that was not given has no shape."""
-    new = jax.tree.unflatten(*reversed(jax.tree.flatten(d)))
-    new._batch_shape = jnp.broadcast_shapes(
-        d.batch_shape, d._shapes({name: jnp.shape(x) for name, x in d.get_args().items()})[0]
-    )
-    return new
 
 
 class Bit(SamplerDistribution):
@@ -449,8 +385,9 @@ def discrete_kl(log_q, log_p):
     return expected_log_pmf(log_q, log_q) - expected_log_pmf(log_q, log_p)
 
 
-def known_equal(a, b):
-    """Whether two parameters are the same for certain. Traced values may be, and may not be."""
+def known_equal(name, p, q):
+    """Whether a parameter is the same in both for certain. Traced values may be, and may not be."""
+    a, b = (getattr(d, "_given", {}).get(name, getattr(d, name)) for d in (p, q))
     if isinstance(a, Tracer) or isinstance(b, Tracer):
         return a is b
     return bool(np.all(np.asarray(a) == np.asarray(b)))

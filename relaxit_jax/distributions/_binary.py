@@ -53,7 +53,7 @@ class RelaxedBernoulli(base.Bit):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.bit_logits(logits, probs), tau=tau)
+        super().__init__(validate_args, logits=logits, probs=probs, tau=tau)
 
     def cdf(self, value: ArrayLike) -> Array:
         value = jnp.asarray(value)
@@ -106,7 +106,7 @@ class StraightThroughBernoulli(base.Bit):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.bit_logits(logits, probs))
+        super().__init__(validate_args, logits=logits, probs=probs)
 
     @property
     def mean(self) -> Array:
@@ -166,8 +166,7 @@ class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.bit_logits(logits, probs)
-        base.Bit.__init__(self, validate_args, logits=logits, tau=tau)
+        base.Bit.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
 class StochasticTimesSmooth(base.SamplerDistribution):
@@ -211,7 +210,7 @@ class StochasticTimesSmooth(base.SamplerDistribution):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.bit_logits(logits, probs))
+        super().__init__(validate_args, logits=logits, probs=probs)
 
     @property
     def mean(self) -> Array:
@@ -285,8 +284,7 @@ class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.bit_logits(logits, probs)
-        super().__init__(validate_args, logits=logits, tau=tau, scale_tril=scale_tril)
+        super().__init__(validate_args, logits=logits, probs=probs, tau=tau, scale_tril=scale_tril)
 
 
 def _log_pmf(d):
@@ -312,7 +310,7 @@ def _kl_of_bits(p, q):
 @base.kl_rule((RelaxedBernoulli, RelaxedBernoulli))
 def _kl_of_concretes(p, q):
     """At one temperature the KL of two logistic distributions, ``d coth(d / 2) - 2``, d the shift."""
-    if not base.known_equal(p.tau, q.tau):
+    if not base.known_equal("tau", p, q):
         return base.concrete_kl((p.logits, p.tau), (q.logits, q.tau))
     _, a, b = ck.widen(p=p.logits, q=q.logits)
     d = jnp.where(jnp.isinf(a) & (a == b), 0, a - b)

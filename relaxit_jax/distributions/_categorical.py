@@ -49,7 +49,7 @@ class GumbelSoftmax(base.OneHot):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.class_logits(logits, probs), tau=tau)
+        super().__init__(validate_args, logits=logits, probs=probs, tau=tau)
 
 
 def RelaxedOneHotCategorical(
@@ -115,7 +115,6 @@ class InvertibleGaussian(base.SamplerDistribution):
         delta: ArrayLike = 1.0,
         validate_args: bool | None = None,
     ) -> None:
-        scale = base.per_coordinate(scale, loc)
         super().__init__(validate_args, loc=loc, scale=scale, tau=tau, delta=delta)
 
 
@@ -126,7 +125,7 @@ class InvertibleGaussian(base.SamplerDistribution):
 def _kl_of_invertible_gaussians(p, q):
     """The KL of the Gaussian log-ratios, ``log z_k - log z_K``."""
     _, loc, other_loc, scale, other = ck.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
-    if not (base.known_equal(p.tau, q.tau) and base.known_equal(p.delta, q.delta)):
+    if not (base.known_equal("tau", p, q) and base.known_equal("delta", p, q)):
         (loc, scale), (other_loc, other) = (
             (loc / d.tau[..., None] - jnp.log(d.delta)[..., None], scale / d.tau[..., None])
             for d, loc, scale in ((p, loc, scale), (q, other_loc, other))

@@ -66,8 +66,7 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        super().__init__(validate_args, {"hard": hard}, logits=logits, values=values, tau=tau)
+        super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, values=values, tau=tau)
         size = self.logits.shape[-1]
         need = f"of shape (..., {size}), as logits is"
         ck.require(self.values.shape[-1] == size, "values", need, f"shape {self.values.shape}")
@@ -129,7 +128,7 @@ def _kl_of_counts(p, q):
     if not (p.hard and q.hard):
         raise NotImplementedError("a relaxed number has no density in closed form, and no KL; give hard=True")
     log_p = p._log_pmf()
-    if base.known_equal(p.values, q.values):
+    if base.known_equal("values", p, q):
         return base.discrete_kl(log_p, q._log_pmf())
     same = p.values[..., :, None] == q.values[..., None, :]
     return base.discrete_kl(log_p, jnp.max(jnp.where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))

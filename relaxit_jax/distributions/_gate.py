@@ -27,16 +27,16 @@ class Gate(base.Bit):
     support: base.Constraint = base.draws_in_unit_interval
     _pathwise = False
     _no_slope = (
-        "the gradient of the log-probability in a draw misses the mass that crosses into the atoms at 0 and 1. "
-        "Put relaxit_jax.handlers.unrounded around both the model and the guide, or train with RLOO_ELBO, or, "
-        "where model and guide have the same class, with TraceMeanField_ELBO"
+        "the gradient of the log-probability in a draw misses the mass that crosses into the atoms at 0 "
+        "and 1. Put relaxit_jax.handlers.unrounded around both the model and the guide, or train with "
+        "RLOO_ELBO, or, where model and guide have the same class, with TraceMeanField_ELBO"
     )
 
     def _ends(self):
         """The log-masses at 0 and 1, and the log-densities beside them, on a last axis."""
         info = jnp.finfo(jnp.float32)
         at, beside = (
-            jnp.stack([self._density(jnp.float32(z), **self._arguments()) for z in pair], -1)
+            jnp.stack([self._law(jnp.float32(z)) for z in pair], -1)
             for pair in ((0, 1), (info.tiny, 1 - info.epsneg))
         )
         return at, beside
@@ -162,10 +162,9 @@ class HardConcrete(Gate):
         stretch: tuple[float, float] = (-0.1, 1.1),
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.bit_logits(logits, probs)
         samplers.hard_concrete_gate(0.0, stretch=stretch)  # checks the stretch
         static = {"stretch": tuple(map(float, stretch))}
-        super().__init__(validate_args, static, logits=logits, tau=tau)
+        super().__init__(validate_args, static, logits=logits, probs=probs, tau=tau)
 
     @property
     def _log_space(self):  # type: ignore[override]  # of an instance
@@ -224,17 +223,17 @@ def _kl_of_gaussian_gates(p, q):
 def _kl_of_hard_concretes(p, q):
     """The atoms', and between them the KL of the two underlying binary Concrete variables.
 
-    At one temperature it is ``m (log A + log B - d + r coth(r / 2) - 2)``, with m the mass of p there, d how far
-    the logits of q lie above those of p, A and B the values of ``u + exp(d) (1 - u)`` at both ends, u the
-    distribution function of p, and ``r = log B - log A``.
+    At one temperature it is ``m (log A + log B - d + r coth(r / 2) - 2)``, with m the mass of p there, d how
+    far the logits of q lie above those of p, A and B the values of ``u + exp(d) (1 - u)`` at both ends, u
+    the distribution function of p, and ``r = log B - log A``.
     """
     if p.stretch != q.stretch:
         raise NotImplementedError(
-            f"the KL of two HardConcrete has a closed form for one stretch alone, got {p.stretch} and {q.stretch}"
+            f"stretch must be the same in two HardConcrete for their KL, got {p.stretch} and {q.stretch}"
         )
     a, b = p.stretch
     ends = math.log(-a / b), math.log((1 - a) / (b - 1))
-    if not base.known_equal(p.tau, q.tau):
+    if not base.known_equal("tau", p, q):
         return _kl_of_atoms(p, q) + base.concrete_kl((p.logits, p.tau), (q.logits, q.tau), *ends)
     _, logits, other, tau = ck.widen(p=p.logits, q=q.logits, tau=p.tau)
     certain = jnp.isinf(logits) | jnp.isinf(other)

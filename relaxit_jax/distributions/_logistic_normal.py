@@ -42,13 +42,15 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
     """
 
     loc: Array
-    scale: Array | None
-    scale_tril: Array | None
+    # both can be read, whichever was given
+    scale: Array = base.derived(lambda d: jnp.sqrt(jnp.sum(d.scale_tril**2, -1)))
+    scale_tril: Array = base.derived(lambda d: _diagonal(d.scale))
     arg_constraints: dict[str, Any] = {
         "loc": constraints.real_vector,
         "scale": constraints.independent(constraints.positive, 1),
         "scale_tril": constraints.lower_cholesky,
     }
+    pytree_data_fields: tuple[str, ...] = tuple(arg_constraints)
     support: base.Constraint = base.simplex
     _sampler = staticmethod(samplers.logistic_normal)
     _density = staticmethod(samplers.logistic_normal_log_prob)
@@ -68,19 +70,13 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
         ck.require(
             (scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither"
         )
-        scale = base.per_coordinate(scale, loc)
         super().__init__(validate_args, loc=loc, scale=scale, scale_tril=scale_tril)
 
     @property
     def covariance_matrix(self) -> Array:
         """Sigma, of the logits, shape (..., K, K)."""
-        given = self.get_args()
-        if "scale" in given:
-            scale = given["scale"]
-            covariance = scale[..., None] ** 2 * jnp.eye(self.event_shape[0], dtype=scale.dtype)
-        else:
-            a = given["scale_tril"]
-            covariance = jnp.matmul(a, jnp.matrix_transpose(a), precision="highest")
+        a = self.scale_tril
+        covariance = jnp.matmul(a, jnp.matrix_transpose(a), precision="highest")
         return jnp.broadcast_to(covariance, self.batch_shape + 2 * self.event_shape)
 
 
@@ -167,7 +163,7 @@ def _kl_of_logistic_normals(p, q):
     half = (p.event_shape[-1] - 1) / 2
     _, loc, other_loc = ck.widen(p=p.loc, q=q.loc)
     shift = loc - other_loc
-    if p.scale_tril is None and q.scale_tril is None:
+    if _is_diagonal(p) and _is_diagonal(q):
         _, scale, other = ck.widen(p=p.scale, q=q.scale)
         return _log_volume(other) - _log_volume(scale) - half + _mean_square(shift, scale**2, other) / 2
     a, b = _ratio_factor(p), _ratio_factor(q)
@@ -186,7 +182,7 @@ def _kl_of_dirichlet_and_logistic_normal(p, q):
     m = digamma(a) - digamma(total)[..., None]
     negative_entropy = gammaln(total) - jnp.sum(gammaln(a), -1) + jnp.sum((a - 1) * m, -1)
     variance = polygamma(1, a)
-    if q.scale_tril is None:
+    if _is_diagonal(q):
         _, scale = ck.widen(scale=q.scale)
         log_volume, square = _log_volume(scale), _mean_square(m - loc, variance, scale)
     else:
@@ -199,6 +195,14 @@ def _kl_of_dirichlet_and_logistic_normal(p, q):
         square = jnp.sum(shift**2, -1) + own + shared
         log_volume = _log_det(b)
     return negative_entropy + jnp.sum(m, -1) + (k - 1) / 2 * math.log(2 * math.pi) + log_volume + square / 2
+
+
+def _is_diagonal(d):
+    return "scale" in d.get_args()
+
+
+def _diagonal(scale):
+    return scale[..., None] * jnp.eye(scale.shape[-1], dtype=scale.dtype)
 
 
 def _log_volume(scale):
@@ -222,9 +226,9 @@ def _ratios(x):
 
 def _ratio_factor(d):
     """A lower-triangular factor of the covariance of the K - 1 log-ratios."""
-    if d.scale_tril is None:
+    if _is_diagonal(d):
         _, scale = ck.widen(scale=d.scale)
-        a = scale[..., None] * jnp.eye(scale.shape[-1], dtype=scale.dtype)
+        a = _diagonal(scale)
     else:
         _, a = ck.widen(scale_tril=base.without_batch_of_one(d.scale_tril, 2))
     rows = a[..., :-1, :] - a[..., -1:, :]

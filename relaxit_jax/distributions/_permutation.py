@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
@@ -64,8 +63,7 @@ class GumbelSinkhorn(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        ck.require_event("logits", logits)
-        ck.require_square("logits", logits, jnp.shape(logits)[-1])
         num_iters = ck.as_static_int("num_iters", num_iters, 1, 1_000_000)
-        super().__init__(validate_args, {"num_iters": num_iters, "hard": hard}, logits=logits, tau=tau)
+        static = {"num_iters": num_iters, "hard": hard}
+        super().__init__(validate_args, static, logits=logits, probs=probs, tau=tau)
+        ck.require_square("logits", self.logits, self.logits.shape[-1])

@@ -50,7 +50,7 @@ class OneHotCategorical(base.OneHot):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, logits=base.class_logits(logits, probs))
+        super().__init__(validate_args, logits=logits, probs=probs)
 
     @staticmethod
     def _density(value, logits, **_):
@@ -114,8 +114,7 @@ class StraightThroughGumbelSoftmax(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        base.OneHot.__init__(self, validate_args, logits=logits, tau=tau)
+        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
 def RelaxedOneHotCategoricalStraightThrough(
@@ -168,7 +167,7 @@ class StraightThroughCategorical(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
+        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
 class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
@@ -214,10 +213,8 @@ class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        base.OneHot.__init__(
-            self, validate_args, logits=logits, tau_forward=tau_forward, tau_backward=tau_backward
-        )
+        taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
+        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, **taus)
 
 
 class GappedStraightThrough(_StraightThrough):
@@ -261,8 +258,7 @@ class GappedStraightThrough(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        base.OneHot.__init__(self, validate_args, logits=logits, tau=tau, gap=gap)
+        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau, gap=gap)
 
 
 class ReinMax(_StraightThrough):
@@ -299,7 +295,7 @@ class ReinMax(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        base.OneHot.__init__(self, validate_args, logits=base.class_logits(logits, probs), tau=tau)
+        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
 class GumbelRao(_StraightThrough):
@@ -341,7 +337,7 @@ class GumbelRao(_StraightThrough):
         validate_args: bool | None = None,
     ) -> None:
         static = {"num_samples": ck.as_num_samples(num_samples)}
-        base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
+        base.OneHot.__init__(self, validate_args, static, logits=logits, probs=probs, tau=tau)
 
 
 class ReinMaxRao(_StraightThrough):
@@ -383,7 +379,7 @@ class ReinMaxRao(_StraightThrough):
         validate_args: bool | None = None,
     ) -> None:
         static = {"num_samples": ck.as_num_samples(num_samples)}
-        base.OneHot.__init__(self, validate_args, static, logits=base.class_logits(logits, probs), tau=tau)
+        base.OneHot.__init__(self, validate_args, static, logits=logits, probs=probs, tau=tau)
 
 
 # --- KL ---------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
     arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("k", "hard")
     _no_slope = (
-        "the log-probability of a set has no slope in its elements. Train it with RLOO_ELBO, or use SimpleTopK, "
-        "whose log-probability is linear in them"
+        "the log-probability of a set has no slope in its elements. Train it with RLOO_ELBO, or use "
+        "SimpleTopK, whose log-probability is linear in them"
     )
     _sampler = staticmethod(samplers.relaxed_top_k)
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])
@@ -64,10 +64,8 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        ck.require_event("logits", logits)
-        k = ck.as_static_int("k", k, 1, jnp.shape(logits)[-1])
-        super().__init__(validate_args, {"k": k, "hard": hard}, logits=logits, tau=tau)
+        super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, tau=tau)
+        self.k = ck.as_static_int("k", k, 1, self.logits.shape[-1])
 
     @property
     def support(self) -> base.Constraint:  # type: ignore[override]  # of an instance
@@ -130,10 +128,8 @@ class SimpleTopK(base.SamplerDistribution):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits = base.class_logits(logits, probs)
-        ck.require_event("logits", logits)
-        k = ck.as_static_int("k", k, 1, jnp.shape(logits)[-1])
-        super().__init__(validate_args, {"k": k}, logits=logits)
+        super().__init__(validate_args, logits=logits, probs=probs)
+        self.k = ck.as_static_int("k", k, 1, self.logits.shape[-1])
 
     @property
     def mean(self) -> Array:

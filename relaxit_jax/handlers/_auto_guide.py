@@ -200,14 +200,14 @@ class auto_guide:
         return _Parameters(law.kind, law.values, start, possible)
 
 
-# Log-odds at which the other value has probability 0 in every floating-point type. NumPyro's BernoulliLogits has
-# no log-probability at infinite ones.
+# Log-odds at which the other value has probability 0 in every floating-point type; NumPyro's BernoulliLogits
+# has no log-probability at infinite ones.
 CERTAIN = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parameters:
-    """The parameters of a discrete site: its kind and values, where the logits start, and what is possible."""
+    """The parameters of a discrete site: its kind and values, where they start, and what is possible."""
 
     kind: str
     values: np.ndarray | None

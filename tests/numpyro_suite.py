@@ -1,0 +1,117 @@
+"""NumPyro's own tests of a distribution, run over the classes of relaxit_jax.distributions.
+
+`python -m pytest` does not collect this file: it needs NumPyro's source of the installed version, in
+the folder that NUMPYRO_SOURCE names. `nox --session numpyro_tests` downloads it and runs this file.
+"""
+
+import functools
+import importlib.util
+import inspect
+import os
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from numpyro.distributions import constraints
+
+from cases import DISTRIBUTIONS
+from relaxit_jax.distributions import _base as base
+
+SOURCE = pathlib.Path(os.environ.get("NUMPYRO_SOURCE", ""), "test", "test_distributions.py")
+
+
+def load():
+    """NumPyro's module of tests, which draws from and looks at this library's constraints as well."""
+    spec = importlib.util.spec_from_file_location("numpyros_test_distributions", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    alike = [
+        (base.log_odds, constraints.real),
+        (base.log_weights, constraints.real_vector),
+        (base.simplex, constraints.simplex),
+    ]
+
+    def knows(generate, hot):
+        def knowing(constraint, size, key=None):
+            if constraint is base.one_hot:
+                return np.broadcast_to(hot * (np.arange(size[-1]) == 0), size).astype(np.float32)
+            same = [theirs for own, theirs in alike if own is constraint]
+            return generate(*same or [constraint], size, key)
+
+        return knowing
+
+    module.gen_values_within_bounds = knows(module.gen_values_within_bounds, 1)
+    module.gen_values_outside_bounds = knows(module.gen_values_outside_bounds, 2)
+    return module
+
+
+def positional(case):
+    """The class of a case, as NumPyro's tests build one: its parameters by position, options set."""
+
+    def __init__(self, *args, **kwargs):
+        given = __init__.__signature__.bind(self, *args, **kwargs).arguments
+        given.pop("self")
+        case.distribution.__init__(self, **given, **case.integers, **case.options)
+
+    kind = inspect.Parameter
+    parameters = [
+        kind("self", kind.POSITIONAL_OR_KEYWORD),
+        *(kind(name, kind.POSITIONAL_OR_KEYWORD) for name in case.distribution.arg_constraints),
+        kind("validate_args", kind.KEYWORD_ONLY, default=None),
+    ]
+    __init__.__signature__ = inspect.Signature(parameters)
+    return type(case.distribution)(case.distribution.__name__, (case.distribution,), {"__init__": __init__})
+
+
+def given(case):
+    """The rows of NumPyro's table for a case: of one element, and of a batch."""
+    cls = positional(case)
+    for shape, params in (("one", case.element(0)), ("batch", case.params)):
+        arguments = tuple(params.get(name) for name in cls.arg_constraints)  # None where not given
+        yield pytest.param(cls, None, arguments, id=f"{case}-{shape}")
+
+
+def as_numpyros(case):
+    """A draw has the gradient of its own value, so that finite differences agree with it."""
+    return case.outcome is None
+
+
+def without_atoms(case):
+    """cdf and icdf are inverse to each other."""
+    return as_numpyros(case) and case.support != "gate"
+
+
+# What a test takes for granted, where NumPyro's classes all have it.
+HOLDS = {"test_sample_gradient": as_numpyros, "test_cdf_and_icdf": without_atoms}
+module = load()
+
+
+def ours(name, test):
+    """The same test, over these classes; what has no density is tested up to where it needs one."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        try:
+            test(*args, **kwargs)
+        except NotImplementedError as error:
+            if not re.search("no density|no closed form", str(error)):
+                raise
+            pytest.skip(str(error))
+
+    applies = HOLDS.get(name, lambda case: True)
+    rows = [row for case in DISTRIBUTIONS if applies(case) for row in given(case)]
+    run.pytestmark = [
+        pytest.mark.parametrize(mark.args[0], rows).mark if over_classes(mark) else mark
+        for mark in test.pytestmark
+    ]
+    return run
+
+
+def over_classes(mark):
+    return mark.name == "parametrize" and mark.args and "sp_dist" in mark.args[0]
+
+
+for name, test in vars(module).items():
+    if name.startswith("test_") and any(map(over_classes, getattr(test, "pytestmark", []))):
+        globals()[name] = ours(name, test)
