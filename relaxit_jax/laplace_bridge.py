@@ -97,16 +97,17 @@ def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike, *, log_space: b
     loc = loc - jnp.mean(loc, -1, keepdims=True)
     rows = jnp.mean(covariance, -1) + jnp.mean(covariance, -2)
     everything = jnp.mean(covariance, (-2, -1))[..., None]
-    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1) - rows + everything
+    diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    variance = jnp.where(diagonal > 0, diagonal - rows + everything, jnp.nan)
     log_spread = loc + logsumexp(-loc, -1, keepdims=True) - 2 * math.log(k)
     least = 1 - 2 / k
     log_variance = jnp.log(variance)
     if log_space:
         return (jnp.logaddexp(log_spread, math.log(least)) if least else log_spread) - log_variance
     log_alpha = log_spread - log_variance
-    fits = log_alpha < math.log(float(jnp.finfo(loc.dtype).max))
-    alpha = least / jnp.where(fits, variance, 1) + jnp.exp(jnp.where(fits, log_alpha, 0))
-    return jnp.where(fits | jnp.isnan(log_alpha), alpha, jnp.inf).astype(dtype)
+    too_large = log_alpha >= math.log(float(jnp.finfo(loc.dtype).max))
+    alpha = least / jnp.where(too_large, 1, variance) + jnp.exp(jnp.where(too_large, 0, log_alpha))
+    return jnp.where(too_large, jnp.inf, alpha).astype(dtype)
 
 
 def _at_least_two(name, x):

@@ -273,8 +273,8 @@ def correlated_bernoulli(
       Values in [0, 1] of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: as for `relaxed_bernoulli`, and for a ``scale_tril`` of another shape, not lower
-        triangular, or without rows of norm 1.
+      ValueError: as for `relaxed_bernoulli`, and for a ``tau`` with an axis for K, or a
+        ``scale_tril`` of another shape, not lower triangular, or without rows of norm 1.
 
     References:
       C. Lee, F. Imrie, M. van der Schaar (2022), Self-Supervision Enhanced Feature Selection with

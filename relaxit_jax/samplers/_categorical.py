@@ -39,9 +39,9 @@ def gumbel_softmax(
       Points of the simplex of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, a dtype that is not floating point, logits
-        without a class axis or all -inf, a ``shape`` the parameters do not broadcast to, or
-        ``hard`` together with ``log_space``.
+      ValueError: for a ``tau`` that is not positive or has an axis for K, a dtype that is not
+        floating point, logits without a class axis or all -inf, a ``shape`` the parameters do not
+        broadcast to, or ``hard`` together with ``log_space``.
 
     References:
       C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
@@ -90,8 +90,8 @@ def gumbel_softmax_log_prob(
       outside [0, 1] or an impossible class is above 0.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, dtypes that are not floating point, logits all
-        -inf, or shapes that do not fit together.
+      ValueError: for a ``tau`` that is not positive or has an axis for K, dtypes that are not
+        floating point, logits all -inf, or shapes that do not fit together.
 
     References:
       C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
@@ -158,9 +158,9 @@ def invertible_gaussian(
       Points of the simplex of shape ``shape + (K,)``, in the promoted dtype of ``loc`` and ``scale``.
 
     Raises:
-      ValueError: for a ``scale``, ``tau`` or ``delta`` that is not positive, a dtype that is not
-        floating point, no event axis, shapes that do not fit together, or ``hard`` together with
-        ``log_space``.
+      ValueError: for a ``scale``, ``tau`` or ``delta`` that is not positive, a ``tau`` or
+        ``delta`` with an axis for K, a dtype that is not floating point, no event axis, shapes
+        that do not fit together, or ``hard`` together with ``log_space``.
 
     References:
       A. Potapczynski, G. Loaiza-Ganem, J. P. Cunningham (2020), Invertible Gaussian

@@ -52,9 +52,9 @@ def generalized_gumbel_softmax(
       of ``logits`` and ``values``.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, a dtype that is not floating point, logits
-        without a class axis or all -inf, ``values`` that are not finite or not as many as the
-        logits, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` that is not positive or has an axis for K, a dtype that is not
+        floating point, logits without a class axis or all -inf, ``values`` that are not finite or
+        not as many as the logits, or a ``shape`` the parameters do not broadcast to.
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), Generalized Gumbel-Softmax Gradient Estimator for
@@ -92,7 +92,8 @@ def poisson_support(
     ``P(k) = rate^k exp(-rate) / k!``, k = 0, 1, ..., and all beyond the last value folded into it.
 
     Args:
-      rate: mean counts, positive, of the batch shape.
+      rate: mean counts, positive, of the batch shape. A traced rate that has rounded to 0 has the law
+        and the slope of the least float; a negative one is NaN.
       num_values: how many values to keep, a Python integer. Default: the least for which the mass
         beyond them is below ``eps`` for all parameters given, which must not be traced. In a jitted
         step give the number found outside for the largest mean: ``values.size``.
@@ -103,9 +104,9 @@ def poisson_support(
       values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for a ``rate`` that is not positive or not floating point, for no ``num_values``
-        with traced parameters, for a ``num_values`` that leaves out more than ``eps`` (where that
-        can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for a ``rate`` that is not positive, finite and floating point, for no
+        ``num_values`` with traced parameters, for a ``num_values`` that leaves out more than
+        ``eps`` (where that can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -141,9 +142,9 @@ def geometric_support(
       values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for ``logits`` that are not floating point, for no ``num_values`` with traced
-        parameters, for a ``num_values`` that leaves out more than ``eps`` (where that can be seen)
-        or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for ``logits`` that are not floating point, -inf or NaN, for no ``num_values``
+        with traced parameters, for a ``num_values`` that leaves out more than ``eps`` (where that
+        can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -168,7 +169,8 @@ def binomial_support(
     Args:
       total_count: n, integers of the batch shape, known before tracing.
       logits: log-odds of a success, of the batch shape.
-      num_values: how many values to keep, a Python integer; default: all, up to the largest n.
+      num_values: how many values to keep, a Python integer; default: all, up to the largest n. Where
+        that is 10,000 or more, the least for which the mass beyond them is below ``eps``.
       eps: mass that may lie beyond the values kept. It is folded into the last of them.
 
     Returns:
@@ -177,8 +179,8 @@ def binomial_support(
 
     Raises:
       ValueError: for a ``total_count`` that is not of known integers, 1 or more, ``logits`` that
-        are not floating point, for a ``num_values`` that leaves out more than ``eps`` (where that
-        can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+        are NaN or not floating point, for a ``num_values`` that leaves out more than ``eps``
+        (where that can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -211,7 +213,8 @@ def negative_binomial_support(
     folded into it.
 
     Args:
-      total_count: r, positive, not only integers, of the batch shape.
+      total_count: r, positive, not only integers, of the batch shape; where it is traced, as for
+        `poisson_support`.
       logits: log-odds of a success, of the batch shape.
       num_values: how many values to keep, a Python integer. Default: the least for which the mass
         beyond them is below ``eps`` for all parameters given, which must not be traced. In a jitted
@@ -223,9 +226,10 @@ def negative_binomial_support(
       values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for a ``total_count`` that is not positive, dtypes that are not floating point,
-        for no ``num_values`` with traced parameters, for a ``num_values`` that leaves out more than
-        ``eps`` (where that can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for a ``total_count`` that is not positive and finite, ``logits`` that are inf
+        or NaN, dtypes that are not floating point, for no ``num_values`` with traced parameters,
+        for a ``num_values`` that leaves out more than ``eps`` (where that can be seen) or is
+        above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.

@@ -50,9 +50,9 @@ def gumbel_sinkhorn(
       the backward pass, whatever ``num_iters``; time is O(n^3) a step.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, a ``num_iters`` that is not a positive integer,
-        logits that are not square matrices of floating point or leave no permutation possible, or a
-        ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` that is not positive or has axes for n, a ``num_iters`` that is
+        not a positive integer, logits that are not square matrices of floating point or leave no
+        permutation possible, or a ``shape`` the parameters do not broadcast to.
 
     References:
       G. Mena, D. Belanger, S. Linderman, J. Snoek (2018), Learning Latent Permutations with

@@ -31,8 +31,9 @@ def straight_through_categorical(
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, a dtype that is not floating point, logits
-        without a class axis or all -inf, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` that is not positive or has an axis for K, a dtype that is not
+        floating point, logits without a class axis or all -inf, or a ``shape`` the parameters do
+        not broadcast to.
 
     References:
       Y. Bengio, N. Leonard, A. Courville (2013), Estimating or Propagating Gradients Through
@@ -106,8 +107,9 @@ def decoupled_gumbel_softmax(
       Points of the simplex of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a temperature that is not positive, a dtype that is not floating point, logits
-        without a class axis or all -inf, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a temperature that is not positive or has an axis for K, a dtype that is not
+        floating point, logits without a class axis or all -inf, or a ``shape`` the parameters do
+        not broadcast to.
 
     References:
       R. Shah, M. Yan, M. C. Mozer, D. Liu (2024), Improving Discrete Optimisation Via Decoupled
@@ -145,8 +147,9 @@ def gapped_straight_through(
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a ``tau`` or ``gap`` that is not positive, a dtype that is not floating point,
-        logits without a class axis or all -inf, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` or ``gap`` that is not positive or has an axis for K, a dtype that
+        is not floating point, logits without a class axis or all -inf, or a ``shape`` the
+        parameters do not broadcast to.
 
     References:
       T.-H. Fan, T.-C. Chi, A. I. Rudnicky, P. J. Ramadge (2022), Training Discrete Deep Generative

@@ -303,9 +303,9 @@ def relaxed_top_k(
       range of float32.
 
     Raises:
-      ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a ``tau`` that is not
-        positive, a dtype that is not floating point, or a ``shape`` the parameters do not broadcast
-        to.
+      ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a ``tau`` that is
+        not positive or has an axis for n, a dtype that is not floating point, or a ``shape`` the
+        parameters do not broadcast to.
 
     References:
       S. M. Xie, S. Ermon (2019), Reparameterizable Subset Sampling via Continuous Relaxations,
