@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 import operator
 
 import jax
@@ -84,8 +85,22 @@ def widen(**parameters):
 
 def as_tau(tau, dtype, name="tau"):
     """A temperature in the dtype of the computation (a schedule's float32 never widens a result)."""
-    require_positive(name, tau)
-    return as_float(name, tau).astype(dtype)
+    return as_positive(name, tau, dtype)
+
+
+def as_positive(name, x, dtype):
+    """`x` in the dtype of the computation; NaN where it is not positive and a trace hid it."""
+    with np.errstate(over="ignore"):
+        require_values(name, x, "positive", lambda x: x.astype(dtype) > 0)
+    array = as_float(name, x).astype(dtype)
+    # added, so that the gradient in x is not cut off: it is NaN where x is
+    return array if can_be_seen(x) else array + jnp.where(array > 0, 0, jnp.nan)
+
+
+def widen_with_scale(loc, scale):
+    """`widen` of a mean and a positive scale."""
+    dtype, loc, _ = widen(loc=loc, scale=scale)
+    return dtype, loc, as_positive("scale", scale, loc.dtype)
 
 
 def require_positive(name, x):
@@ -148,15 +163,21 @@ def as_num_samples(x, least=1):
     return as_static_int("num_samples", x, least, 1_000_000)
 
 
-def batch_shape(shape, **batches: tuple[int, ...]) -> tuple[int, ...]:
-    """The batch shape of a result: `shape`, which the parameters must broadcast to, or their own."""
+def batch_shape(shape, *, per_event=(), **batches: tuple[int, ...]) -> tuple[int, ...]:
+    """The batch shape of a result: `shape`, which the parameters must broadcast to, or their own.
+
+    ``per_event`` has the shapes of parameters that have no event axis, where others have one.
+    """
+    everything = batches | dict(per_event)
     try:
-        own = jnp.broadcast_shapes(*batches.values())
+        own = jnp.broadcast_shapes(*everything.values())
     except ValueError as error:
+        _refuse_event_axes(per_event, batches)
         raise ValueError(
-            f"{', '.join(batches)} must have batch shapes that broadcast, got {batches}"
+            f"{', '.join(everything)} must have batch shapes that broadcast, got {everything}"
         ) from error
     if shape is None:
+        _refuse_event_axes(per_event, batches)
         return own
     need = f"a tuple of sizes that the parameters' batch shape {own} broadcasts to"
     try:
@@ -164,5 +185,35 @@ def batch_shape(shape, **batches: tuple[int, ...]) -> tuple[int, ...]:
         fits = min(shape, default=0) >= 0 and jnp.broadcast_shapes(shape, own) == shape
     except (TypeError, ValueError):
         fits = False
+    if not fits:
+        _refuse_event_axes(per_event, batches)
     require(fits, "shape", need, shape)
     return shape
+
+
+def _refuse_event_axes(per_event, batches):
+    """No (B, 1) beside a batch of (B,): it would stand for B x B pairs where (B,) was meant.
+
+    It is one if the parameter has more axes than the batch, and fewer draws without its last ones of size 1.
+    """
+
+    def draws(*shapes):
+        try:
+            return math.prod(jnp.broadcast_shapes(*shapes))
+        except ValueError:
+            return None
+
+    if draws(*batches.values()) is None:
+        return
+    batch = jnp.broadcast_shapes(*batches.values())
+    for name, shape in dict(per_event).items():
+        extra = len(shape) - len(batch)
+        for ones in range(1, extra + 1):
+            without = shape[:-ones]
+            if shape == without + (1,) * ones and draws(batch, without) not in (None, draws(batch, shape)):
+                index, axes = ", 0" * ones, ", ".join(["None"] * extra)
+                raise ValueError(
+                    f"{name} must have the batch shape and no axis for the event, got shape {shape} beside a "
+                    f"batch of shape {batch}. Write {name}[...{index}]; if you want every pair of the two, "
+                    f"write {next(iter(batches))}[{axes}], or give a sampler the shape of all pairs."
+                )

@@ -189,6 +189,16 @@ def bernoulli(key, p, q, shape):
     return jnp.where(r < 0, -r > q, r < p)
 
 
+def show_nan(x, *arguments, event=()):
+    """x, and NaN where an argument is: what is decided by cases must not hide it.
+
+    Those of ``event`` have one axis more than x, or are scalars.
+    """
+    hidden = [jnp.isnan(y) for y in arguments] + [jnp.any(jnp.isnan(jnp.atleast_1d(y)), -1) for y in event]
+    # added, so that the gradient is not cut off there
+    return x + jnp.where(functools.reduce(jnp.logical_or, hidden), jnp.nan, 0)
+
+
 # --- gradients --------------------------------------------------------------------------------
 
 
@@ -207,9 +217,10 @@ def _straight_through_jvp(primals, tangents):
 
 
 def over_tau(x, tau):
-    """x / tau, with gradient 0 in x and tau where x is infinite (elsewhere it would be inf * 0)."""
-    finite = jnp.isfinite(x)
-    return jnp.where(finite, jnp.where(finite, x, 0) / tau, jax.lax.stop_gradient(x))
+    """x / tau, with gradient 0 in x and tau where x is infinite (it would be inf * 0); NaN stays NaN."""
+    infinite = jnp.isinf(x)
+    vertex = jax.lax.stop_gradient(jnp.where(jnp.isnan(tau), tau, x))
+    return jnp.where(infinite, vertex, jnp.where(infinite, 0, x) / tau)
 
 
 @jax.custom_jvp
@@ -266,8 +277,8 @@ def log_min_gumbel_cdf(x):
 
 def log_min_gumbel_cdf_slope(x):
     """The derivative of `log_min_gumbel_cdf`, w / (exp(w) - 1) with w = exp(x): from 1 to 0."""
-    w = jnp.exp(jnp.minimum(x, 5))
-    return jnp.where(x < -15, 1, w * jnp.exp(-w) / -jnp.expm1(-jnp.maximum(w, 1e-7)))
+    w = jnp.exp(jnp.clip(x, -60, 5))  # at -60 it is 1 to the last digit
+    return w * jnp.exp(-w) / -jnp.expm1(-w)
 
 
 @log_min_gumbel_cdf.defjvp
@@ -278,17 +289,30 @@ def _log_min_gumbel_cdf_jvp(primals, tangents):
 
 @jax.custom_jvp
 def log_ndtr(x):
-    """log Phi(x), with a slope that keeps its digits far into the lower tail."""
-    return jax.scipy.special.log_ndtr(x)
+    """log Phi(x), to the last digits of value and slope far into the lower tail."""
+    far, a, series = _lower_tail(x)
+    return jnp.where(far, log_normal_pdf(a) - jnp.log(-a / series), jax.scipy.special.log_ndtr(x))
 
 
 def log_ndtr_slope(x):
-    """phi(x) / Phi(x); below -10 its asymptotic series, as the two would be a difference of squares."""
-    far = x < (-20 if x.dtype == jnp.float64 else -10)
-    a = jnp.where(far, x, -10)
-    y = 1 / a**2
+    """phi(x) / Phi(x)."""
+    far, a, series = _lower_tail(x)
     near = jnp.exp(log_normal_pdf(jnp.where(far, 0, x)) - jax.scipy.special.log_ndtr(jnp.where(far, 0, x)))
-    return jnp.where(far, -a / (1 - y * (1 - 3 * y * (1 - 5 * y * (1 - 7 * y)))), near)
+    return jnp.where(far, -a / series, near)
+
+
+def _lower_tail(x):
+    """Where x is so low that Phi(x) = phi(x) / -x * series, the asymptotic one; x there, and the series.
+
+    A ratio of phi and Phi would be a difference of squares in the exponent, and Phi ends at the least float.
+    """
+    edge = -20 if x.dtype == jnp.float64 else -10
+    far = x <= edge
+    a = jnp.where(far, x, edge)
+    y, series = 1 / a**2, 1
+    for n in range(13, 0, -2):
+        series = 1 - n * y * series
+    return far, a, series
 
 
 @log_ndtr.defjvp
@@ -300,25 +324,24 @@ def _log_ndtr_jvp(primals, tangents):
 @jax.custom_jvp
 def probit_to_logit(v):
     """logit Phi(v), without rounding Phi(v) to 0 or 1."""
-    a, q = jnp.abs(v), _lower_tail(v)
-    # Beyond what q can hold, logit Phi(a) is a^2/2 + log(a sqrt(2 pi)), to 1/a^2.
-    far = q < 1e-37
-    ratio = jnp.where(far, a * math.sqrt(2 * math.pi), (1 - q) / jnp.where(far, 1, q))
-    return jnp.sign(v) * (jnp.log(ratio) + jnp.where(far, a**2 / 2, 0))
+    far, a, series = _lower_tail(-jnp.abs(v))
+    q = _lower_mass(v, far)
+    tail = a**2 / 2 + jnp.log(-a / series * math.sqrt(2 * math.pi))
+    return jnp.sign(v) * jnp.where(far, tail, jnp.log((1 - q) / q))
 
 
-def _lower_tail(v):
-    """Phi(-|v|), to its last digits."""
-    return jax.scipy.special.erfc(jnp.abs(v) * math.sqrt(0.5)) / 2
+def _lower_mass(v, far):
+    """Phi(-|v|) to its last digits, where that is not far."""
+    return jax.scipy.special.erfc(jnp.where(far, 0, jnp.abs(v)) * math.sqrt(0.5)) / 2
 
 
 @probit_to_logit.defjvp
 def _probit_to_logit_jvp(primals, tangents):
     (v,), (dv,) = primals, tangents
-    q = _lower_tail(v)
-    far = q < 1e-37
-    slope = jnp.exp(log_normal_pdf(v)) / jnp.where(far, 1, q * (1 - q))
-    return probit_to_logit(v), dv * jnp.where(far, jnp.abs(v), slope)
+    far, a, series = _lower_tail(-jnp.abs(v))
+    q = _lower_mass(v, far)
+    slope = jnp.where(far, -a / series, jnp.exp(log_normal_pdf(v)) / (q * (1 - q)))
+    return probit_to_logit(v), dv * slope
 
 
 @jax.custom_jvp

@@ -15,7 +15,8 @@ def enough_values(log_pmf, eps):
     """The least n for which the mass of n, n + 1, ... is below eps, or None if it is above MOST_VALUES.
 
     ``log_pmf(values)`` has the values on its last axis. As many again as are kept are added up; the
-    rest counts as the geometric series that the last two begin.
+    rest counts as the geometric series that the last two begin. Together they are 1, or the mass lies
+    farther on, where nothing of it is seen yet.
     """
     size = 64
     with jax.ensure_compile_time_eval():
@@ -23,10 +24,11 @@ def enough_values(log_pmf, eps):
             log_p = np.asarray(log_pmf(np.arange(size)), np.float64)
             p, last = np.exp(log_p), log_p[..., -1:]
             before = np.where(last > -np.inf, log_p[..., -2:-1], 0)
-            ratio = np.exp(last - before)
+            ratio = np.exp(np.minimum(last - before, 1))
             beyond = np.where(ratio < 1, p[..., -1:] * ratio / np.maximum(1 - ratio, 1e-9), np.inf)
             tail = np.cumsum(np.concatenate([beyond, p[..., ::-1]], -1), -1)[..., ::-1]
-            small = np.all(tail[..., : size // 2] < eps, tuple(range(tail.ndim - 1)))
+            found = np.abs(tail[..., :1] - 1) < 0.01
+            small = np.all(found & (tail[..., : size // 2] < eps), tuple(range(tail.ndim - 1)))
             if small.any():
                 n = max(int(np.argmax(small)), 1)
                 return n if n <= MOST_VALUES else None

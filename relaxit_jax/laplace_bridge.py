@@ -1,5 +1,7 @@
 """The Laplace Bridge between Dirichlet distributions and Gaussians on the logits."""
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import logsumexp
@@ -38,8 +40,8 @@ def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
            [-0.5,  0.5]], dtype=float32)
     """
     ck.require_event("concentration", concentration)
-    ck.require_positive("concentration", concentration)
     dtype, alpha = ck.widen(concentration=concentration)
+    alpha = ck.as_positive("concentration", concentration, alpha.dtype)
     k = _at_least_two("concentration", alpha)
     log_alpha, inverse = jnp.log(alpha), 1 / alpha
     loc = log_alpha - jnp.mean(log_alpha, -1, keepdims=True)
@@ -51,7 +53,7 @@ def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
     return loc.astype(dtype), covariance.astype(dtype)
 
 
-def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike) -> Array:
+def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike, *, log_space: bool = False) -> Array:
     """The Dirichlet whose Laplace approximation in logit space has this mean and these variances.
 
     ``alpha_k = (1 - 2/K + exp(mu_k)/K^2 sum_l exp(-mu_l)) / Sigma_kk``, with mu and Sigma first
@@ -63,9 +65,14 @@ def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike) -> Array:
     Args:
       loc: mu, shape (..., K) with K >= 2.
       covariance: Sigma, shape (..., K, K): variances on its diagonal, not standard deviations.
+      log_space: return ``log alpha`` in float32 or wider. The mean of the Dirichlet is its softmax,
+        also where ``alpha`` itself overflows.
 
     Returns:
-      The concentration, shape (..., K), in the promoted dtype of ``loc`` and ``covariance``.
+      The concentration, shape (..., K), in the promoted dtype of ``loc`` and ``covariance``. It grows
+      with the exponential of the distance between two logits: logits that are 90 apart have
+      concentrations near 1e39, which float32 has as inf. Such an entry has gradient 0 and leaves the
+      others and their gradients right.
 
     Raises:
       ValueError: for shapes that do not fit together, fewer than two classes, dtypes that are not
@@ -90,9 +97,17 @@ def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike) -> Array:
     loc = loc - jnp.mean(loc, -1, keepdims=True)
     rows = jnp.mean(covariance, -1) + jnp.mean(covariance, -2)
     everything = jnp.mean(covariance, (-2, -1))[..., None]
-    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1) - rows + everything
-    spread = jnp.exp(loc + logsumexp(-loc, -1, keepdims=True)) / k**2
-    return ((1 - 2 / k + spread) / variance).astype(dtype)
+    diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    variance = jnp.where(diagonal > 0, diagonal - rows + everything, jnp.nan)
+    log_spread = loc + logsumexp(-loc, -1, keepdims=True) - 2 * math.log(k)
+    least = 1 - 2 / k
+    log_variance = jnp.log(variance)
+    if log_space:
+        return (jnp.logaddexp(log_spread, math.log(least)) if least else log_spread) - log_variance
+    log_alpha = log_spread - log_variance
+    too_large = log_alpha >= math.log(float(jnp.finfo(loc.dtype).max))
+    alpha = least / jnp.where(too_large, 1, variance) + jnp.exp(jnp.where(too_large, 0, log_alpha))
+    return jnp.where(too_large, jnp.inf, alpha).astype(dtype)
 
 
 def _at_least_two(name, x):

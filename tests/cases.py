@@ -33,6 +33,7 @@ from laws import (
     which_set,
     which_value,
 )
+from relaxit_jax import _numerics as nm
 from relaxit_jax import distributions as rd
 
 
@@ -91,6 +92,22 @@ class Case:
         return {name: x for name, x in self.params.items() if name not in self.integers}
 
     @property
+    def batched(self):
+        """The same, each of the batch shape at least: one number for every element."""
+        return {name: np.full(2, x) if np.ndim(x) == 0 else x for name, x in self.floats.items()}
+
+    @property
+    def positive(self):
+        """The arguments that have to be positive."""
+        return [name for name in self.floats if name in ("scale", "delta", "gap") or name.startswith("tau")]
+
+    @property
+    def per_event(self):
+        """The arguments of the batch shape in a law whose others have an event axis."""
+        axes = {name: np.ndim(x) for name, x in self.batched.items()}
+        return [name for name in axes if axes[name] == 1 < max(axes.values())]
+
+    @property
     def integers(self):
         """The arguments that set shapes or loops."""
         return {name: x for name, x in self.params.items() if isinstance(x, int)}
@@ -128,6 +145,46 @@ FACTORS = f32([[0.9, 0, 0], [0.4, 0.7, 0], [-0.3, 0.2, 0.5]], [[1, 0, 0], [-1, 1
 def tempered(key, logits, tau, shape):
     """The probabilities at a temperature, for every element of a batch."""
     return jnp.broadcast_to(jax.nn.softmax(logits / jnp.asarray(tau)[..., None]), (*shape, logits.shape[-1]))
+
+
+def gapped(key, logits, tau, gap, shape):
+    """The softmax whose gradient a draw has in which it leads by a gap, as the paper has it."""
+    draw = rj.gapped_straight_through(key, logits, tau, gap, shape=shape)
+    top = jnp.max(logits, -1, keepdims=True)
+    m1 = (top - jnp.sum(logits * draw, -1, keepdims=True)) * draw
+    m2 = jax.nn.relu(logits + jnp.asarray(gap)[..., None] - top) * (1 - draw)
+    return jax.nn.softmax((logits + jax.lax.stop_gradient(m1 - m2)) / jnp.asarray(tau)[..., None])
+
+
+def second_order(key, logits, tau, shape):
+    draw = rj.reinmax(key, logits, tau, shape=shape)
+    half = (draw + tempered(key, logits, tau, shape)) / 2
+    p1 = jax.nn.softmax(logits + jax.lax.stop_gradient(jnp.log(half) - logits))
+    return 2 * p1 - jax.nn.softmax(logits) / 2
+
+
+def mean_softmax(key, draw, log_p, logits, tau, num_samples):
+    """Of the noise under which log_p + G is largest where the draw is one."""
+
+    def one(key):
+        _, perturbed = nm.conditional_gumbel(key, log_p, draw > 0)
+        noise = jax.lax.stop_gradient(perturbed - logits)
+        return jax.nn.softmax((logits + noise) / jnp.asarray(tau)[..., None])
+
+    return jnp.mean(jax.vmap(one)(jax.random.split(jax.random.split(key)[1], num_samples)), 0)
+
+
+def rao_blackwellised(key, logits, tau, num_samples, shape):
+    draw = rj.gumbel_rao(key, logits, tau, num_samples, shape=shape)
+    log_p = jnp.broadcast_to(jax.nn.log_softmax(logits), draw.shape)
+    return mean_softmax(key, draw, log_p, logits, tau, num_samples)
+
+
+def rao_blackwellised_second_order(key, logits, tau, num_samples, shape):
+    draw = rj.reinmax_rao(key, logits, tau, num_samples, shape=shape)
+    p0 = jax.nn.softmax(logits)
+    theta, tau = jax.lax.stop_gradient((jnp.log((draw + p0) / 2), tau))
+    return 2 * mean_softmax(key, draw, theta, logits, tau, num_samples) - p0 / 2
 
 
 ORDER = Case(
@@ -231,7 +288,7 @@ CASES = [
     ),
     dataclasses.replace(
         ONE_HOT, name="straight_through_categorical", sampler=rj.straight_through_categorical,
-        log_prob=lambda value, logits, tau: rj.straight_through_categorical_log_prob(value, logits),
+        log_prob=lambda value, logits, **_: rj.straight_through_categorical_log_prob(value, logits),
         soft=tempered,
         distribution=rd.StraightThroughCategorical,
     ),
@@ -242,19 +299,21 @@ CASES = [
     ),
     dataclasses.replace(
         ONE_HOT, name="gapped_straight_through", sampler=rj.gapped_straight_through,
-        params=ONE_HOT.params | {"gap": np.float32(0.6)}, no_gradient=("gap",),
+        params=ONE_HOT.params | {"gap": np.float32(0.6)}, no_gradient=("gap",), soft=gapped,
         distribution=rd.GappedStraightThrough,
     ),
     dataclasses.replace(
-        ONE_HOT, name="reinmax", sampler=rj.reinmax, no_gradient=("tau",), distribution=rd.ReinMax,
+        ONE_HOT, name="reinmax", sampler=rj.reinmax, no_gradient=("tau",), soft=second_order,
+        distribution=rd.ReinMax,
     ),
     dataclasses.replace(
         ONE_HOT, name="gumbel_rao", sampler=rj.gumbel_rao,
-        params=ONE_HOT.params | {"num_samples": 3}, distribution=rd.GumbelRao,
+        params=ONE_HOT.params | {"num_samples": 3}, soft=rao_blackwellised, distribution=rd.GumbelRao,
     ),
     dataclasses.replace(
         ONE_HOT, name="reinmax_rao", sampler=rj.reinmax_rao,
-        params=ONE_HOT.params | {"num_samples": 3}, no_gradient=("tau",), distribution=rd.ReinMaxRao,
+        params=ONE_HOT.params | {"num_samples": 3}, no_gradient=("tau",),
+        soft=rao_blackwellised_second_order, distribution=rd.ReinMaxRao,
     ),
     Case(
         "invertible_gaussian", rj.invertible_gaussian, GAUSSIANS, (3,), "simplex",
@@ -285,7 +344,8 @@ CASES = [
     ORDER,
     dataclasses.replace(
         ORDER, name="gumbel_top_k_ordered", pick=lambda draw: draw[0], no_gradient=("logits",),
-        log_prob=rj.gumbel_top_k_log_prob, discrete=orders, outcome=which_order,
+        log_prob=lambda value, logits, k: rj.gumbel_top_k_log_prob(value, logits),
+        discrete=orders, outcome=which_order,
     ),
     Case(
         "relaxed_top_k", rj.relaxed_top_k, {"logits": ITEMS, "k": 2, "tau": TAU}, (4,), "k_hot_soft",
@@ -332,6 +392,10 @@ def cases(*conditions):
 
 def has_density(case):
     return case.log_prob is not None and case.support in ("unit", "simplex", "gate")
+
+
+def has_log_prob(case):
+    return case.log_prob is not None
 
 
 def has_log_space(case):

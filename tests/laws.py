@@ -99,3 +99,64 @@ def gaussian_argmax(loc, scale, tau, delta):
 
 def gaussian_bits(loc, scale):
     return np.array([sp.ndtr((0.5 - loc) / scale), sp.ndtr((loc - 0.5) / scale)])
+
+
+# --- log-densities and log-masses as they are written, of one element of a batch, in float64 -----
+
+
+def binary_concrete(z, logits, tau, **_):
+    x = tau * sp.logit(z) - logits
+    return np.log(tau) + sp.log_expit(x) + sp.log_expit(-x) - np.log(z) - np.log1p(-z)
+
+
+def hard_concrete(z, logits, tau):
+    zero, one = hard_concrete_atoms(logits, tau)
+    inside = binary_concrete((np.clip(z, 0, 1) + 0.1) / 1.2, logits, tau) - np.log(1.2)
+    return np.where(z == 0, np.log(zero), np.where(z == 1, np.log(one), inside))
+
+
+def gaussian_gate(z, loc, scale):
+    inside = st.norm.logpdf(z, loc, scale)
+    zero, one = sp.log_ndtr(-loc / scale), sp.log_ndtr((loc - 1) / scale)
+    return np.where(z == 0, zero, np.where(z == 1, one, inside))
+
+
+def gaussian_copula(z, logits, tau, scale_tril):
+    v = sp.ndtri(sp.expit(tau * sp.logit(z) - logits))
+    together = st.multivariate_normal(cov=scale_tril @ scale_tril.T).logpdf(v)
+    return together - st.norm.logpdf(v).sum(-1) + binary_concrete(z, logits, tau).sum(-1)
+
+
+def concrete(z, logits, tau):
+    y, k = np.log(z), len(logits)
+    law = sp.gammaln(k) + (k - 1) * np.log(tau) - k * sp.logsumexp(logits - tau * y, -1)
+    return law + (logits - (tau + 1) * y).sum(-1)
+
+
+def softmax_plus_plus(z, loc, scale, tau, delta):
+    y = tau * (np.log(z[..., :-1]) - np.log(z[..., -1:]) + np.log(delta))
+    return st.norm.logpdf(y, loc, scale).sum(-1) + len(loc) * np.log(tau) - np.log(z).sum(-1)
+
+
+def logistic_normal(z, loc, scale=None, scale_tril=None):
+    """The Gaussian of the log-ratios to the last coordinate, and its Jacobian."""
+    ratios = np.eye(len(loc))[:-1] - np.eye(len(loc))[-1]
+    a = ratios @ (np.diag(scale) if scale_tril is None else scale_tril)
+    return st.multivariate_normal(ratios @ loc, a @ a.T).logpdf(np.log(z) @ ratios.T) - np.log(z).sum(-1)
+
+
+LOG_LAWS = {
+    "relaxed_bernoulli": binary_concrete,
+    "gaussian_bernoulli": gaussian_gate,
+    "hard_concrete": hard_concrete,
+    "straight_through_bernoulli": lambda z, logits: np.log(bernoulli(logits))[z.astype(int)],
+    "stochastic_times_smooth": lambda z, logits: np.log(root(logits))[(z > 0).astype(int)],
+    "correlated_bernoulli": gaussian_copula,
+    "gumbel_softmax": concrete,
+    "straight_through_categorical": lambda z, logits, tau: z @ sp.log_softmax(logits),
+    "invertible_gaussian": softmax_plus_plus,
+    "logistic_normal": logistic_normal,
+    "logistic_normal_full": logistic_normal,
+    "gumbel_top_k_ordered": lambda z, logits, k: np.log(orders(logits, k))[which_order(z)],
+    "simple_top_k": lambda z, logits, k: np.log(bits_given_their_sum(logits, k))[which_set(z)],
+}

@@ -1,8 +1,8 @@
 """Every class inside of what users run it in: the right number, or a refusal whose sentence says what to do.
 
-One element of a plate is ``z ~ class(prior)``, ``y ~ N(f(z), 1)`` with ``f(z) = a . z + (b . z)^2``, and the guide is
-of the same class. The exact loss is a sum over the outcomes of z, or a quadrature. `OWED` says what each kind of
-class owes to each engine; docs/families/numpyro.md has the same table.
+One element of a plate is ``z ~ class(prior)``, ``y ~ N(f(z), 1)`` with ``f(z) = a . z + (b . z)^2``, and the
+guide is of the same class. The exact loss is a sum over the outcomes of z, or a quadrature. `OWED` says what
+each kind of class owes to each engine; docs/families/numpyro.md has the same table.
 """
 
 import functools
@@ -80,8 +80,8 @@ def kind(case):
     return named.get(case.distribution, "straight-through")
 
 
-# One class of a kind goes through every engine and arrangement. Of the others the programs are the same but for
-# the draw and the density, and what is slow is to compile them: they get the engines that use both.
+# One class of a kind goes through every engine and arrangement. The programs of the others differ in the draw
+# and the density alone, and compiling them is slow: they go through the engines that use both.
 WHOLE = [
     "relaxed_bernoulli", "gumbel_softmax", "hard_concrete", "straight_through_bernoulli",
     "straight_through_categorical", "one_hot_categorical", "relaxed_top_k_hard",
@@ -246,7 +246,7 @@ def z_scores(gradients, expected, error=0.0):
 
 @rows(*(set(OWED) - {"no density", "own atom"}))
 def test_gradients_of_the_bounds(case):
-    """In a plate, in a scan, and in a minibatch with a scale and a mask; eager programs and jitted ones are one."""
+    """In a plate, in a scan, and in a minibatch with a scale and a mask."""
     owed, params = OWED[kind(case)], trained(case)
     _, exact_gradients = exact(case.name)
     total = {name: g.sum(0) for name, g in exact_gradients.items()}
@@ -267,9 +267,9 @@ def test_gradients_of_the_bounds(case):
         for name, a in itertools.product(arranged, ("scan", "minibatch")):
             found[a] = grad(lambda p, name=name, a=a: loss(case, p, key, name, shape_of(a)))
         for name in own:
-            again = jax.random.fold_in(key, 1)
+            hand = functools.partial(own_loss, case, jax.random.fold_in(key, 1))
             closed = name == "TraceMeanField_ELBO"
-            found[name, "by definition"] = grad(lambda p, closed=closed: own_loss(case, again, p, closed))
+            found[name, "by definition"] = grad(lambda p, hand=hand, closed=closed: hand(p, closed))
         return {str(name): x for name, x in found.items()}
 
     found = gradients(params, jax.random.split(KEY, DRAWS))
@@ -369,7 +369,7 @@ def test_nuts_refuses_one_hot_sites():
         site(case, case.floats, "plate", Y)
 
     for kernel in (NUTS(model), DiscreteHMCGibbs(HMC(model))):
-        with pytest.raises((RuntimeError, ValueError, AssertionError), match="enumerate support|discrete"):
+        with pytest.raises((RuntimeError, ValueError, AssertionError), match=r"enumerate support|discrete"):
             MCMC(kernel, num_warmup=1, num_samples=1, progress_bar=False).run(KEY)
 
 

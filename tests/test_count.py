@@ -11,6 +11,7 @@ import scipy.special as sp
 import scipy.stats as st
 
 import relaxit_jax as rj
+from relaxit_jax.samplers import _count as count
 
 quick = pytest.mark.usefixtures("fast_compilation")
 KEY = jax.random.key(9)
@@ -101,7 +102,7 @@ def test_gradient_of_the_logits(support, parameters, law):
         lambda x: rj.geometric_support(x, 20),
         lambda x: rj.binomial_support(5, x),
         lambda x: rj.negative_binomial_support(2.5, x, 20),
-        lambda x: rj.poisson_support(jnp.exp(jnp.clip(x, -80, 80)), 20),
+        lambda x: rj.poisson_support(jnp.exp(jnp.minimum(x, 80)), 20),
     ],
     ids=["geometric", "binomial", "negative_binomial", "poisson"],
 )
@@ -116,6 +117,87 @@ def test_extreme_parameters_have_finite_gradients(support):
     gradient, (mean, z, values) = jax.jit(jax.grad(total, has_aux=True))(x)
     assert jnp.isfinite(gradient).all() and jnp.isfinite(z).all()
     assert set(np.round(mean, 4).tolist()) == {0, values[-1].item()}  # all mass at one end or the other
+
+
+@quick
+def test_totals_beyond_what_is_kept():
+    """A few of a billion trials, and a mean of 1 from a total without an end: Poisson laws."""
+    for support in (
+        lambda: rj.binomial_support(10**9, sp.logit(1e-9)),
+        lambda: rj.negative_binomial_support(1e9, np.log(1e-9)),
+        lambda: rj.negative_binomial_support(1e30, np.log(1e-30)),
+    ):
+        logits, values = support()
+        assert 10 < values.size < 20
+        np.testing.assert_allclose(logits[:8], st.poisson(1).logpmf(np.arange(8)), atol=2e-5)
+    certain, _ = rj.negative_binomial_support(2.0, -np.inf)
+    np.testing.assert_array_equal(certain, [0.0])
+
+
+@quick
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("support", "slope"),
+    [
+        (lambda rate: rj.poisson_support(rate, 20), 1.0),
+        (lambda r: rj.negative_binomial_support(r, -1.0, 20), np.exp(-1)),
+    ],
+    ids=["poisson", "negative_binomial"],
+)
+def test_a_traced_rate_may_round_to_nothing(support, slope, dtype):
+    """The slope of the mean at 0 and next to it, forward and backward, and of the mass of a single event."""
+    with jax.enable_x64(dtype == np.float64):
+        tiny = np.finfo(dtype).tiny
+        rates = np.array([0, 1e-45, tiny, 2 * tiny, 20 * tiny, 1e-36, 1e-30, 1e-20, 1e-6], dtype)
+
+        def mean(rate):
+            logits, values = support(rate)
+            return jnp.exp(logits) @ values, logits
+
+        def of(rate):
+            (_, logits), (pushed, _) = jax.jvp(mean, (rate,), (jnp.ones_like(rate),))
+            z = lambda rate: rj.generalized_gumbel_softmax(KEY, *support(rate), 0.5, shape=(100,)).sum()
+            return logits, pushed, jax.grad(lambda rate: mean(rate)[0])(rate), jax.grad(z)(rate)
+
+        logits, pushed, pulled, of_draws = jax.jit(jax.vmap(of))(rates)
+        np.testing.assert_allclose([pushed, pulled], slope, rtol=1e-5)
+        assert np.isfinite(logits).all() and np.isfinite(of_draws).all()
+        exact = rates > (1e-29 if slope < 1 else 1e-37)
+        one = np.log(rates[exact].astype(float) * (sp.expit(-1.0) if slope < 1 else 1))
+        np.testing.assert_allclose(logits[exact, 1], one, rtol=2e-6)
+        for bad in (-1e-30, -1.0, np.nan):
+            assert all(np.isnan(x).any() for x in jax.jit(of)(dtype(bad)))
+        largest = jax.jit(of)(dtype(np.inf))  # all beyond the last value
+        assert largest[0][-1] == 0 and largest[0][0] < -1e30 and np.isfinite(largest[1:]).all()
+
+
+@quick
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_poisson_terms_have_all_their_digits(dtype):
+    """From x = 1 to 20,000 and on both sides of where one form gives way to another, by exact factorials."""
+    x = np.array([*range(1, 31), 100, 5000, 20_000], dtype)[:, None]
+    ratio = np.array(
+        [1e-3, 0.1, 0.4999, 0.5, 0.5001, 0.8999, 0.9, 0.9001, 0.999, 1, 1.001, 1.0999, 1.1, 1.1001, 2, 9]
+    )
+    mean = (x * ratio).astype(dtype)
+    log_factorial = np.cumsum(np.log(np.arange(1, 20_001, dtype=np.longdouble)))[x.astype(int) - 1]
+    wide = mean.astype(np.longdouble)
+    exact = (x * np.log(wide) - wide - log_factorial).astype(float)
+    slope = (x / wide - 1).astype(float)
+    with jax.enable_x64(dtype == np.float64):
+        law = lambda mean: count._log_poisson(x, mean, jnp.log(mean))
+        value, pull = jax.vjp(jax.jit(law), mean)
+        slopes = pull(jnp.ones_like(value))[0]
+        between = np.linspace(10, 30, 101)
+        stirling = (
+            sp.gammaln(between + 1) - (between + 0.5) * np.log(between) + between - np.log(2 * np.pi) / 2
+        )
+        found = count._stirling_error(jnp.asarray(between, dtype))
+    eps = float(np.finfo(dtype).eps)
+    assert (np.abs(np.asarray(value) - exact) < 16 * eps * np.maximum(np.abs(exact), x + 10)).all()
+    np.testing.assert_allclose(slopes, slope, rtol=8 * eps, atol=8 * eps)
+    rtol, atol = (3e-7, 0) if dtype == np.float32 else (0, 6e-14)  # the reference cancels
+    np.testing.assert_allclose(found, stirling, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -173,7 +255,24 @@ def test_batches_and_low_precision():
     [
         (lambda: rj.poisson_support(-1.0), "rate must be positive, got -1.0"),
         (lambda: rj.poisson_support(jnp.array([1, 2])), "rate must be floating point"),
-        (lambda: rj.poisson_support(1e5), "num_values must be at most 10000"),
+        *(
+            (lambda rate=rate: rj.poisson_support(rate), "num_values must be at most 10000")
+            for rate in (1e5, 1e7, 1e9, 1e38, np.array([1.0, 1e9]))
+        ),
+        (lambda: rj.poisson_support(1e9, 100), "num_values must be at most 10000"),
+        (lambda: rj.geometric_support(-1e4), "num_values must be at most 10000"),
+        (lambda: rj.negative_binomial_support(2.0, 1e4), "num_values must be at most 10000"),
+        (lambda: rj.negative_binomial_support(1e9, 0.0), "num_values must be at most 10000"),
+        (lambda: rj.binomial_support(10**9, 0.0), "num_values must be at most 10000"),
+        (lambda: rj.poisson_support(np.inf), "rate must be finite, got inf"),
+        (lambda: rj.poisson_support(np.nan), "rate must be positive, got nan"),
+        (lambda: rj.geometric_support(-np.inf), "logits must be above -inf, got -inf"),
+        (lambda: rj.geometric_support(np.nan), "logits must be above -inf, got nan"),
+        (lambda: rj.negative_binomial_support(2.0, np.inf), "logits must be below inf, got inf"),
+        (lambda: rj.negative_binomial_support(2.0, np.nan), "logits must be below inf, got nan"),
+        (lambda: rj.negative_binomial_support(np.inf, 0.0), "total_count must be finite, got inf"),
+        (lambda: rj.binomial_support(5, np.nan), "logits must be log-odds, not NaN, got nan"),
+        (lambda: rj.binomial_support(np.inf, 0.0), "total_count must be integers"),
         (lambda: rj.poisson_support(10.0, 12), "num_values must be at least 33 .* got 12"),
         (lambda: rj.poisson_support(10.0, 0), r"num_values must be an integer in \[1, 10000\]"),
         (lambda: rj.poisson_support(10.0, 12.5), "num_values must be an integer"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 import scipy.stats as st
 
 import relaxit_jax as rj
-from cases import cases, coordinates, has_density, has_log_space, log_density_coordinates
-from test_samplers import KEY, P_VALUE, as_users, chi_square, dtypes, quick, rows, seen
+from cases import cases, coordinates, has_density, has_log_prob, has_log_space, log_density_coordinates
+from laws import LOG_LAWS
+from test_samplers import KEY, P_VALUE, as_users, chi_square, dtypes, is_nan, quick, rows, seen, spoiled
 
 REACH = 40.0
 EDGES = np.arange(-4.0, 4.5, 1.0)  # of the bins that draws are counted in; they lie on the grid
@@ -125,36 +127,81 @@ def test_density_of_own_draws_agrees_with_float64(case, dtype):
 
 
 @quick
-@rows(cases(has_density))
+@rows(cases(has_log_prob))
+def test_the_law_in_float64_is_its_formula(case):
+    """As it is written, by SciPy, of the own draws in float64: to digits that float32 has not."""
+    with jax.enable_x64(True):
+        params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
+        value, law = jax.jit(lambda p: (z := case.draw(KEY, (40, 2), **p), case.density(z, **p)))(params)
+        assert law.dtype == jnp.float64
+        for i in range(2):
+            formula = LOG_LAWS[case.name](np.asarray(value[:, i]), **seen(case).element(i))
+            np.testing.assert_allclose(law[:, i], formula, rtol=1e-11, atol=1e-11)
+
+
+@quick
+@rows(cases(has_log_prob))
+def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
+    """NaN of value and parameters, and what has to be positive and is not, also at a vertex and outside."""
+    taken = inspect.signature(case.log_prob).parameters
+    integers = case.support == "order"
+
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.grad, has_aux=True)
+    def both(params, value, log_space):
+        return jnp.sum(law := case.density(value, log_space, **params)), law
+
+    for log_space in {False, case.log_space}:
+        options = {"log_space": True} if log_space else case.sample_options
+        draws = np.asarray(dataclasses.replace(case, sample_options=options).draw(KEY, (3, 2)))
+        params = {n: np.array(x, np.float32) for n, x in case.batched.items()}
+        good = both(params, draws, log_space)[1]
+        for end in (None, 0, 1) if integers else (None, -np.inf, np.inf) if log_space else (None, 0, 1, 2):
+            value = draws.copy()
+            if end is not None:
+                value[:, 0] = end
+            for name in case.floats.keys() & taken.keys():
+                for bad in (np.nan, 0.0, -0.7, -np.inf) if name in case.positive else (np.nan,):
+                    gradients, law = both(spoiled(case, name, bad), value, log_space)
+                    assert (is_nan(law) == [True, False]).all(), (name, bad, end)
+                    np.testing.assert_allclose(law[:, 1], good[:, 1], rtol=1e-5, atol=1e-5)
+                    assert np.isfinite(gradients[name][1]).all(), (name, bad, end)
+                    if end is None:
+                        assert np.isnan(gradients[name][0]).any(), (name, bad)
+        if not integers:
+            value = draws.copy()
+            value[(slice(None), 0, *(0,) * len(case.event))] = np.nan
+            assert (is_nan(both(params, value, log_space)[1]) == [True, False]).all()
+
+
+@quick
+@rows(cases(has_log_prob, lambda case: case.support != "atoms"))  # an atom moves with its logit
 def test_gradient_of_the_density_is_its_derivative(case):
-    """In every argument and in the value, by central differences in float64."""
+    """In every argument, and in the value of a density, by central differences in float64."""
     log_space = case.log_space
     with jax.enable_x64(True):
         logs = dataclasses.replace(case, sample_options={"log_space": True} if log_space else {})
-        params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
-        value = jax.jit(lambda params: logs.draw(KEY, (20, 2), **params))(params)
+        params = {n: np.asarray(x, np.float64) for n, x in case.batched.items()}
+        value = np.asarray(jax.jit(lambda params: logs.draw(KEY, (20, 2), **params))(params))
 
         @jax.jit
         @jax.value_and_grad
         def total(arguments):
-            value, params = arguments
-            law = case.density(value, log_space, **params)
+            law = case.density(**{"value": value, "log_space": log_space} | arguments)
             return jnp.sum(jnp.where(jnp.isfinite(law), law, 0))
 
-        leaves, tree = jax.tree.flatten((value, params))
-        gradients = jax.tree.leaves(total((value, params))[1])
-        leaves = [np.asarray(x) for x in leaves]
-        for i, (x, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+        arguments = params | ({"value": value} if has_density(case) else {})
+        gradients = total(arguments)[1]
+        for name in arguments.keys() & {"value", *inspect.signature(case.log_prob).parameters}:
+            x = arguments[name]
             direction = np.cos(1.0 + np.arange(x.size)).reshape(x.shape)
-            if i == 0 and case.atoms is not None and not log_space:
+            if name == "value" and case.atoms is not None and not log_space:
                 direction = direction * ((x > 0.001) & (x < 0.999))
-            if x.ndim == 3:  # a triangular factor
+            if name == "scale_tril":
                 direction = np.tril(direction)
-            ends = []
-            for step in (1e-6, -1e-6):
-                moved = [leaf + step * direction if j == i else leaf for j, leaf in enumerate(leaves)]
-                ends.append(total(jax.tree.unflatten(tree, moved))[0])
-            slope = np.sum(direction * gradient)
+            ends = [total(arguments | {name: x + step * direction})[0] for step in (1e-6, -1e-6)]
+            slope = np.sum(direction * gradients[name])
+            assert slope != 0, name
             np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-5, atol=1e-5)
 
 
@@ -197,6 +244,9 @@ def test_stochastic_times_smooth_mass():
         atol=1e-20,
     )
     slope = jax.vmap(jax.grad(rj.stochastic_times_smooth_log_prob, 1))
+    p = root.astype(float) ** 2
+    np.testing.assert_allclose(slope(jnp.float32(root), logits), (1 - p) / 2, rtol=1e-4)
+    np.testing.assert_allclose(slope(jnp.zeros(4), logits), -(1 - p) * root / (1 - root) / 2, rtol=1e-4)
     np.testing.assert_allclose(slope(jnp.zeros(4), far), [0, 0, -1, -1], atol=1e-6)
     np.testing.assert_allclose(slope(jnp.ones(4), far)[2:], 0, atol=1e-6)
 

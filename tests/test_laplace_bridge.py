@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special as sp
 
 from relaxit_jax.laplace_bridge import dirichlet_to_gaussian, gaussian_to_dirichlet
 
@@ -66,6 +67,72 @@ def test_gradients():
     weights = jnp.arange(1.0, 5)
     there_and_back = lambda alpha: jnp.sum(weights * gaussian_to_dirichlet(*dirichlet_to_gaussian(alpha)))
     np.testing.assert_allclose(jax.grad(there_and_back)(alpha), jnp.tile(weights, (2, 1)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("k", [2, 3, 10])
+def test_logits_far_apart(k, dtype):
+    """Spans up to 200, where alpha passes the range of float32: its logarithm, and each alpha that fits."""
+    rng = np.random.default_rng(k)
+    span = np.array([0, 1, 10, 80, 90, 100, 150, 200])
+    loc = (span[:, None] * np.linspace(0, 1, k)).astype(dtype)
+    a = rng.normal(size=(k, k))
+    covariance = (a @ a.T + np.eye(k)).astype(dtype)
+    weights = np.cos(np.arange(k))
+
+    centred = loc - loc.astype(float).mean(-1, keepdims=True)
+    project = np.eye(k) - 1 / k
+    variance = (project @ covariance.astype(float) @ project).diagonal()
+    log_spread = centred + sp.logsumexp(-centred, -1, keepdims=True) - 2 * np.log(k)
+    with np.errstate(divide="ignore"):
+        exact = np.logaddexp(log_spread, np.log(1 - 2 / k)) - np.log(variance)
+    largest = np.log(float(np.finfo(dtype).max))
+    fits, small = exact < largest, exact < 80
+    eps = 30 * float(np.finfo(dtype).eps)
+
+    @jax.jit
+    def of(loc):
+        log_alpha = gaussian_to_dirichlet(loc, covariance, log_space=True)
+        mean, pull = jax.vjp(
+            lambda l: jax.nn.softmax(gaussian_to_dirichlet(l, covariance, log_space=True)), loc
+        )
+        alpha, pull_alpha = jax.vjp(lambda l: gaussian_to_dirichlet(l, covariance), loc)
+        return log_alpha, mean, pull(mean * weights)[0], alpha, pull_alpha(jnp.where(small, 1 / alpha, 0))[0]
+
+    with jax.enable_x64(dtype == np.float64):
+        log_alpha, mean, slope, alpha, slope_of_log = map(np.asarray, of(jnp.asarray(loc)))
+    assert log_alpha.dtype == alpha.dtype == dtype
+    np.testing.assert_allclose(log_alpha, exact, rtol=eps, atol=eps)
+    np.testing.assert_allclose(mean, sp.softmax(exact, -1), rtol=100 * eps, atol=1e-37)
+    assert (np.isinf(alpha) == ~fits).all() and fits.all() == (dtype == np.float64)
+    np.testing.assert_allclose(np.log(alpha[fits]), exact[fits], rtol=eps, atol=eps)
+
+    # d log alpha_i / d loc_j, by the share of the spread in alpha_i; both are centred
+    share = np.exp(log_spread - np.log(variance) - exact)
+    jacobian = share[..., None] * (np.eye(k) - sp.softmax(-centred, -1)[:, None, :]) @ project
+    np.testing.assert_allclose(slope_of_log, np.einsum("ni,nij->nj", small, jacobian), rtol=1e-4, atol=1e-4)
+    p = sp.softmax(exact, -1)
+    through_mean = p * (p * weights - (p * p * weights).sum(-1, keepdims=True))
+    np.testing.assert_allclose(slope, np.einsum("ni,nij->nj", through_mean, jacobian), atol=1e-5)
+
+
+def test_low_precision_overflows_alone():
+    """float16 ends at 65,504; log alpha is in float32 then, and the mean is right."""
+    loc, covariance = jnp.array([0.0, 8.0, 16.0], jnp.float16), jnp.eye(3, dtype=jnp.float16)
+    alpha = gaussian_to_dirichlet(loc, covariance)
+    log_alpha = gaussian_to_dirichlet(loc, covariance, log_space=True)
+    assert alpha.dtype == jnp.float16 and log_alpha.dtype == jnp.float32
+    np.testing.assert_array_equal(jnp.isinf(alpha), [False, False, True])
+    np.testing.assert_allclose(jnp.exp(log_alpha[:2]), alpha[:2], rtol=1e-3)
+    assert jnp.isfinite(jax.nn.softmax(log_alpha)).all()
+
+
+def test_bad_numbers_are_seen_under_a_trace():
+    forth, back = jax.jit(dirichlet_to_gaussian), jax.jit(gaussian_to_dirichlet)
+    for bad in (0.0, -1.0, np.nan):
+        assert all(jnp.isnan(x).any() for x in forth(jnp.array([1.0, bad])))
+        assert jnp.isnan(back(jnp.zeros(2), jnp.diag(jnp.array([1.0, bad])))).any()
+    assert jnp.isnan(back(jnp.array([0.0, jnp.nan]), jnp.eye(2))).all()
 
 
 def test_bad_arguments():

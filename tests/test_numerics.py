@@ -1,5 +1,7 @@
 """The noise, bit by bit, and the helpers in log space."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +36,13 @@ def test_noise_is_the_quantile_of_its_bits(noise, dtype, monkeypatch):
     with jax.enable_x64(dtype == jnp.float64):
         width = 32 if dtype == jnp.float32 else 64
         small = [0, 1, 2, 3, 10, 1000, 123_456_789, 2**30, 2 ** (width - 2), 2 ** (width - 1) - 1]
+        small += [int(x) for x in np.geomspace(4, 2 ** (width - 1.001), 300)]
+        small += [int(x * 2**width) for x in np.linspace(9e-4, 9.5e-4, 50)]  # where one fit meets the other
         bits = np.array(small + [2**width - 1 - i for i in small], f"uint{width}")
         monkeypatch.setattr(nm, "random_bits", lambda *args: jnp.asarray(bits))
         drawn = np.asarray(noise(KEY, bits.shape, dtype), np.float64)
     tail = (np.array(small, np.float64) + 0.5) * 2.0**-width
-    rtol = 3e-6 if dtype == jnp.float32 else 1e-12
+    rtol = 6e-7 if dtype == jnp.float32 else 3e-15
     np.testing.assert_allclose(drawn[: len(small)], NOISE[noise](tail), rtol=rtol, atol=rtol)
     np.testing.assert_allclose(drawn[len(small) :], UPPER[noise](tail), rtol=rtol, atol=rtol)
 
@@ -68,6 +72,70 @@ def test_noise_has_its_distribution(noise):
     laws = {nm.logistic: st.logistic, nm.gumbel: st.gumbel_r, nm.normal: st.norm}
     drawn = np.asarray(noise(KEY, (200_000,), jnp.float32), np.float64)
     assert st.kstest(drawn, laws[noise].cdf).pvalue > 1e-4
+
+
+ONE_GATE = np.ones((1, 1), np.float32)
+END = math.log(11)  # of the logits of v where a hard concrete gate is 0 or 1, at tau = 1
+# An event of probability p, and whether it lies in the lower tail of the uniform noise or in the upper one.
+TAILS = {
+    "relaxed_bernoulli is 1": ("upper", lambda *a: rj.relaxed_bernoulli(KEY, logit(*a), 0.5, hard=True) > 0),
+    "relaxed_bernoulli is 0": ("lower", lambda *a: rj.relaxed_bernoulli(KEY, -logit(*a), 0.5, hard=True) < 1),
+    "straight_through_bernoulli is 1": (
+        "lower", lambda *a: rj.straight_through_bernoulli(KEY, logit(*a)) > 0),
+    "straight_through_bernoulli is 0": (
+        "upper", lambda *a: rj.straight_through_bernoulli(KEY, -logit(*a)) < 1),
+    # of a probability p^2 the root is p, and of (1 - p)^2 it is 1 - p
+    "stochastic_times_smooth is not 0": (
+        "lower", lambda p, cast: rj.stochastic_times_smooth(KEY, logit(p**2, cast)) > 0),
+    "stochastic_times_smooth is 0": (
+        "upper", lambda p, cast: rj.stochastic_times_smooth(KEY, -logit(p * (2 - p), cast)) == 0),
+    "gaussian_bernoulli is exactly 0": (
+        "lower", lambda p, cast: rj.gaussian_bernoulli(KEY, cast(-sp.ndtri(p)), 1.0) == 0),
+    "gaussian_bernoulli is exactly 1": (
+        "upper", lambda p, cast: rj.gaussian_bernoulli(KEY, cast(1 + sp.ndtri(p)), 1.0) == 1),
+    "gaussian_bernoulli is 1": (
+        "upper", lambda p, cast: rj.gaussian_bernoulli(KEY, cast(0.5 + sp.ndtri(p)), 1.0, hard=True) > 0),
+    "hard_concrete is exactly 0": (
+        "lower", lambda p, cast: rj.hard_concrete(KEY, cast(-END - sp.logit(p)), 1.0) == 0),
+    "hard_concrete is exactly 1": (
+        "upper", lambda p, cast: rj.hard_concrete(KEY, cast(END + sp.logit(p)), 1.0) == 1),
+    "hard_concrete is 1": ("upper", lambda *a: rj.hard_concrete(KEY, logit(*a), 0.5, hard=True) > 0),
+    "correlated_bernoulli is 1": ("upper", lambda *a: gates(logit(*a)) > 0),
+    "correlated_bernoulli is 0": ("lower", lambda *a: gates(-logit(*a)) < 1),
+}  # fmt: skip
+
+
+def logit(p, cast):
+    return cast(sp.logit(p))
+
+
+def gates(logits):
+    return rj.correlated_bernoulli(KEY, logits[..., None], 0.5, ONE_GATE, hard=True)[..., 0]
+
+
+@pytest.mark.usefixtures("fast_compilation")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_tails_are_right_to_the_last_bit(dtype, monkeypatch):
+    """Which random bits make a rare event, counted from the end: as many as its probability has.
+
+    Bits are uniform, so this is the frequency of the event, in either tail and of both parts of a law.
+    """
+    width = 32 if dtype == jnp.float32 else 64
+    rare = np.array([1e-2, 1e-4, 1e-6, 1e-8] if width == 32 else [1e-3, 1e-8, 1e-12, 1e-16])
+    slack = 5e-5 if width == 32 else 1e-9
+    number = [int(p * 2**width) for p in rare]  # of bits that make the event
+    inside = [[0, n // 2, int(n * (1 - slack)) - 1] for n in number]
+    outside = [[int(n * (1 + slack)) + 1, 2 * n, 2 ** (width - 1) - 1] for n in number]
+    lower = np.array([a + b for a, b in zip(inside, outside, strict=True)], f"uint{width}")
+    for name, (tail, event) in TAILS.items():
+        for bits in (lower, ~lower):
+            with jax.enable_x64(width == 64), monkeypatch.context() as patch:
+                patch.setattr(nm, "random_bits", lambda key, shape, width: jnp.asarray(bits).reshape(shape))  # noqa: B023
+                cast = lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), lower.shape)
+                happens = np.asarray(event(rare[:, None], cast))
+            own = (bits is lower) == (tail == "lower")
+            expected = [True] * 3 + [False] * 3 if own else [False] * 6
+            np.testing.assert_array_equal(happens, [expected] * len(rare), err_msg=name)
 
 
 RARE = 1e-7
@@ -137,27 +205,74 @@ def test_probit_and_logit_are_inverse_far_into_the_tails():
     probit = np.asarray(nm.logit_to_probit(jnp.asarray(x)))
     np.testing.assert_allclose(probit, exact, rtol=2e-6, atol=2e-7)
     np.testing.assert_allclose(nm.probit_to_logit(probit), x, rtol=2e-4, atol=1e-6)
-    with jax.enable_x64(True):
-        x = jnp.linspace(-50, 50, 101)
-        there = jax.jit(jax.vmap(jax.grad(nm.logit_to_probit)))(x)
-        back = jax.jit(lambda x: jax.vmap(jax.grad(nm.probit_to_logit))(nm.logit_to_probit(x)))(x)
-        np.testing.assert_allclose(there * back, 1, rtol=1e-10)
     assert jax.grad(nm.logit_to_probit)(jnp.inf) == 0
 
 
-def test_log_min_gumbel_cdf():
-    x = np.linspace(-80, 80, 3001)
-    w = np.exp(x)
+def mills(x):
+    """phi(x) / Phi(x)."""
+    return math.sqrt(2 / math.pi) / sp.erfcx(-x / math.sqrt(2))
+
+
+def log_odds_of_ndtr(v):
+    return sp.log_ndtr(v) - sp.log_ndtr(-v)
+
+
+def probit_of_logit(x):
+    v = -sp.ndtri_exp(-np.logaddexp(0, x))
+    return v - (log_odds_of_ndtr(v) - x) / (mills(v) + mills(-v))  # SciPy's has 14 digits at large x
+
+
+def log_min_gumbel_cdf(x):
+    w = np.exp(x.astype(np.longdouble))
     with np.errstate(divide="ignore"):
-        exact = np.where(x < -30, x - w / 2, np.log(-np.expm1(-w)))
-    value = nm.log_min_gumbel_cdf(jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(value, exact, rtol=3e-5, atol=1e-7)
-    with jax.enable_x64(True):
-        x = jnp.linspace(-60, 20, 801)
-        slope = jax.vmap(jax.grad(nm.log_min_gumbel_cdf))(x)
-        step = 1e-6
-        difference = (nm.log_min_gumbel_cdf(x + step) - nm.log_min_gumbel_cdf(x - step)) / (2 * step)
-        np.testing.assert_allclose(slope, difference, atol=1e-7)
+        return np.where(w > 1, np.log1p(-np.exp(-w)), np.log(-np.expm1(-w))).astype(float)
+
+
+def log_min_gumbel_cdf_slope(x):
+    w = np.exp(x)
+    return w * np.exp(-w) / -np.expm1(-w)
+
+
+SLOPES = {
+    nm.log_ndtr: mills,
+    nm.probit_to_logit: lambda v: mills(v) + mills(-v),
+    nm.logit_to_probit: lambda x: 1 / (mills(probit_of_logit(x)) + mills(-probit_of_logit(x))),
+    nm.log_min_gumbel_cdf: log_min_gumbel_cdf_slope,
+}
+# a function, its values by SciPy, its range, and where one form of it gives way to another
+FORMS = [
+    (nm.log_ndtr, sp.log_ndtr, (-60, 8), {32: (-10.0, -5.0, 5.0), 64: (-20.0, -10.0, 8.0)}),
+    (nm.log_ndtr, sp.log_ndtr, (-1e4, -60), {32: (), 64: ()}),
+    (nm.probit_to_logit, log_odds_of_ndtr, (-38, 38), {32: (10.0, -10.0, 12.9), 64: (20.0, -20.0, 12.9)}),
+    (nm.probit_to_logit, log_odds_of_ndtr, (38, 1e4), {32: (), 64: ()}),
+    (nm.logit_to_probit, probit_of_logit, (-36, 36), {32: (5.1,), 64: (5.1,)}),
+    (nm.logit_to_probit, probit_of_logit, (36, 1e4), {32: (53.2,), 64: (203.9,)}),
+    (nm.log_min_gumbel_cdf, log_min_gumbel_cdf, (-80, 6), {32: (-15.0, 5.0), 64: (-15.0, 5.0)}),
+]
+
+
+@pytest.mark.usefixtures("fast_compilation")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("f", "reference", "ends", "switches"), FORMS, ids=[f"{f.__name__}{ends}" for f, _, ends, _ in FORMS]
+)
+def test_log_space_functions_have_all_their_digits(f, reference, ends, switches, dtype):
+    """Value and slope on a fine grid, and next to where one form gives way to another, on both sides."""
+    width = np.dtype(dtype).itemsize * 8
+    steps = np.array([-1e-2, -1e-5, 0, 1e-5, 1e-2])
+    near = [x + steps for x in switches[width]] + [np.nextafter(dtype(x), dtype(y)) + 0 * steps
+                                                   for x in switches[width] for y in (-1e9, 1e9)]  # fmt: skip
+    grid = np.linspace(*ends, 4001) if ends[1] < 1e3 else np.geomspace(*ends, 300)
+    x = np.concatenate([grid, *near]).astype(dtype)
+    with jax.enable_x64(width == 64):
+        value, slope = jax.jit(jax.vmap(jax.value_and_grad(f)))(x)
+        assert value.dtype == slope.dtype == dtype
+    x = x.astype(float)
+    value_rtol, slope_rtol, far_rtol = (1e-6, 1.5e-5, 4e-7) if width == 32 else (2e-15, 1e-13, 1e-14)
+    np.testing.assert_allclose(value, reference(x), rtol=value_rtol, atol=value_rtol / 5)
+    far = np.abs(x) > (10 if width == 32 else 20) if f in (nm.log_ndtr, nm.probit_to_logit) else False
+    error = np.abs(np.asarray(slope) - SLOPES[f](x)) / np.maximum(SLOPES[f](x), 1e-20)
+    assert (error < np.where(far, far_rtol, slope_rtol)).all()
 
 
 def test_static_checks_hold_inside_a_jitted_function():

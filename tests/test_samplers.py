@@ -163,13 +163,13 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(case):
 @rows(
     cases(
         is_differentiable,
-        lambda case: case.support in ("unit", "simplex", "gate", "order", "k_hot_soft", "number", "doubly"),
+        lambda case: case.soft is None and not case.sample_options.get("hard"),
     )
 )
 def test_gradient_is_the_derivative_of_the_draw(case):
-    """Of a soft draw at fixed noise, by central differences in float64."""
+    """Of a soft draw at fixed noise, in every parameter, by central differences in float64."""
     with jax.enable_x64(True):
-        params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
+        params = {n: jnp.asarray(x, jnp.float64) for n, x in case.batched.items()}
         loss = jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.cos(3 * case.draw(KEY, (20, 2), **p)))))
         _, gradients = loss(params)
         for name, x in params.items():
@@ -183,7 +183,8 @@ def test_gradient_is_the_derivative_of_the_draw(case):
 @quick
 @rows(cases(has_soft_draw))
 def test_straight_through_has_the_gradient_of_the_soft_draw(case):
-    params = {n: jnp.asarray(x) for n, x in case.floats.items()}
+    """In every parameter: of the draw without ``hard``, or of the definition differentiated by JAX."""
+    params = {n: jnp.asarray(x) for n, x in case.batched.items()}
     weights = jnp.cos(jnp.arange(50 * 2 * np.prod(case.event, dtype=int))).reshape(50, 2, *case.event)
     one = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.draw(KEY, (50, 2), **p))))(params)
     other = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.soft_draw(KEY, (50, 2), **p))))(params)
@@ -314,14 +315,72 @@ def test_log_space_is_the_same_draw_unrounded(case):
         assert jnp.isfinite(cold).all() and jnp.abs(cold).max() > 1000
 
 
+def spoiled(case, name, bad):
+    """The arguments, with a bad number in one of them, in the first element of the batch."""
+    params = {n: np.array(x, np.float32) for n, x in case.batched.items()}
+    params[name][(0,) * params[name].ndim] = bad
+    return params
+
+
+def is_nan(x):
+    """Of every element of a batch, whether a number of it is NaN."""
+    x = np.asarray(x)
+    return np.isnan(x.reshape(*x.shape[:2], -1)).any(-1)
+
+
 @quick
-@rows(cases(has_logits))
-def test_nan_is_not_hidden(case):
-    """A NaN logit shows in the draw, also behind an exact forward value."""
-    if case.name == "gumbel_top_k_ordered":
-        return
-    logits = np.full_like(case.params["logits"], np.nan)
-    assert np.isnan(np.asarray(jax.jit(lambda x: case.draw(KEY, logits=x))(logits))).any()
+@rows(cases(is_differentiable))
+def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
+    """NaN, also behind an exact value, and what has to be positive and is not, where a trace hides it."""
+
+    @jax.jit
+    def both(params):
+        loss = lambda params: jnp.sum(jnp.cos(case.draw(KEY, (3, 2), **params)))
+        return case.draw(KEY, (3, 2), **params), jax.grad(loss)(params)
+
+    good, _ = both({n: np.array(x, np.float32) for n, x in case.batched.items()})
+    for name in case.floats:
+        for bad in (np.nan, 0.0, -0.7, -np.inf) if name in case.positive else (np.nan,):
+            draws, gradients = both(spoiled(case, name, bad))
+            assert (is_nan(draws) == [True, False]).all(), (name, bad)
+            np.testing.assert_allclose(draws[:, 1], good[:, 1], rtol=1e-5, atol=1e-6)
+            if name not in case.no_gradient:
+                assert np.isnan(gradients[name][0]).any(), (name, bad)
+            assert all(np.isfinite(gradient[1]).all() for gradient in gradients.values()), (name, bad)
+
+
+@quick
+def test_bad_numbers_are_seen_in_all_else_that_is_public():
+    l0 = jax.jit(rj.hard_concrete_l0)
+    assert np.isnan([l0(np.nan, 1.0), l0(0.0, np.nan), l0(0.0, 0.0), l0(0.0, -1.0)]).all()
+    assert jnp.isnan(rj.hard_concrete_gate(jnp.nan))
+    assert jnp.isnan(jax.jit(lambda l: rj.simple_top_k_marginals(l, 1))(jnp.array([0.0, jnp.nan]))).all()
+    assert jnp.isnan(jax.jit(lambda l: rj.gumbel_top_k(KEY, l, 1)[1])(jnp.array([0.0, jnp.nan]))).all()
+    certain = jax.jit(lambda tau: rj.relaxed_bernoulli(KEY, jnp.array([-jnp.inf, jnp.inf]), tau))
+    assert jnp.isnan(certain(-1.0)).all() and (certain(1.0) == jnp.arange(2)).all()
+    states = jnp.array([[0.0, jnp.nan], [0.0, 0.0]])
+    search = lambda key: rj.stochastic_beam_search(key, lambda s, token: (states[token], s), (), 2, 3)
+    assert jnp.isnan(jax.jit(search)(KEY)[1]).all()
+    matching = jax.jit(lambda tau: rj.gumbel_sinkhorn(KEY, jnp.zeros((3, 3)), tau, 5, hard=True))
+    assert jnp.isnan(matching(-1.0)).all()
+
+
+@rows(cases(lambda case: case.per_event))
+def test_a_temperature_with_an_event_axis_is_an_error(case):
+    """(B, 1) beside logits (B, K) would draw all pairs; what asks for those says so."""
+    draws = lambda shape, **params: jax.eval_shape(lambda: case.draw(KEY, shape, **params)).shape
+    for name in case.per_event:
+        x = case.batched[name]
+        for shape in (None, (2,)):
+            with pytest.raises(ValueError, match=rf"{name} must .* got shape \(2, 1\).* {name}\[\.\.\., 0\]"):
+                draws(shape, **{name: x[:, None]})
+        with pytest.raises(ValueError, match=rf"Write {name}\[\.\.\., 0, 0\]"):
+            draws(None, **{name: x[:, None, None]})
+        assert draws((2, 2), **{name: x[:, None]}) == (2, 2, *case.event)
+        assert draws(None, **{name: np.float32([[0.5], [0.6], [0.7]])}) == (3, 2, *case.event)
+        assert draws(None, **{name: x[:1, None]}) == (1, 2, *case.event)
+        with_axis = {n: y[None] for n, y in case.batched.items() if n not in case.per_event}
+        assert draws(None, **{name: x[:, None]}, **with_axis) == (2, 2, *case.event)
 
 
 BAD = [

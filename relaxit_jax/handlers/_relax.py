@@ -57,8 +57,8 @@ class relax(base.unrounded):
     of one trial (to a point of the simplex: a Categorical site becomes a vector, see `take`),
     DiscreteUniform, Binomial, BetaBinomial, Poisson, Geometric, NegativeBinomial and other integers
     (to a number, a weighted mean of finitely many values); in plates, under `to_event`, `expand` and
-    masks, and inside of `scan`. Observed, conditioned, substituted and enumerated sites stay as they are; of a
-    site with `obs_mask` the unobserved elements are relaxed.
+    masks, and inside of `scan`. Observed, conditioned, substituted and enumerated sites stay as they are;
+    of a site with `obs_mask` the unobserved elements are relaxed.
 
     What runs, but loses the gradient of a relaxed site: `jnp.where` and `jax.lax.cond` of it (see
     `select`), comparing it (see `less`), rounding it. What is not meant: MCMC on the relaxed model, whose
@@ -201,10 +201,9 @@ class relax(base.unrounded):
                 _is_one_hot(method), f"config['{name}']", "another than 'one_hot' beside a method of numbers",
                 f"method={method.__name__}",
             )  # fmt: skip
-        named = (
-            self._option("config", name) is not None
-        )  # one method for all sites makes no vectors of numbers
-        return (site.as_classes(name, law) if named and _is_one_hot(method) else law), method
+        # a method for all sites makes no vectors of bits and counts
+        as_vector = self._option("config", name) is not None and _is_one_hot(method)
+        return (site.as_classes(name, law) if as_vector else law), method
 
     def _observe_a_part(self, msg):
         """The first half of a site with `obs_mask`: NumPyro joins it with the second by ``where(mask, ...)``.
@@ -370,8 +369,8 @@ def take(table: ArrayLike, z: ArrayLike) -> Array:
         return table[z]
     rows = table.shape[0]
     need = (
-        f"integers, or vectors of {rows} weights for the {rows} rows of the table (a relaxed count is a number: "
-        "relax the site with config={its name: 'one_hot'})"
+        f"integers, or vectors of {rows} weights for the {rows} rows of the table (a relaxed count is a "
+        "number: relax the site with config={its name: 'one_hot'})"
     )
     ck.require(z.shape[-1:] == (rows,), "z", need, f"dtype {z.dtype} and shape {z.shape}")
     return jnp.tensordot(z, table, 1, precision=jax.lax.Precision.HIGHEST)

@@ -102,7 +102,8 @@ def relaxed_bernoulli_log_prob(
     tau = ck.as_tau(tau, logits.dtype)
     ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
     y, outside = nm.as_logit(value, log_space)
-    return jnp.where(outside, -jnp.inf, nm.binary_concrete_log_prob(y, logits, tau))
+    law = jnp.where(outside, -jnp.inf, nm.binary_concrete_log_prob(y, logits, tau))
+    return nm.show_nan(law, value, logits, tau)
 
 
 def straight_through_bernoulli(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
@@ -167,8 +168,8 @@ def straight_through_bernoulli_log_prob(value: ArrayLike, logits: ArrayLike) -> 
     finite = jnp.where(certain, 0, logits)
     inside = value * log_sigmoid(finite) + (1 - value) * log_sigmoid(-finite)
     mass = jnp.where((value == 1) == (logits > 0), 0, -jnp.inf)
-    off = (value != 0) & (value != 1)
-    return jnp.where(off, -jnp.inf, jnp.where(certain, mass, inside))
+    bit = (value == 0) | (value == 1) | jnp.isnan(value)
+    return nm.show_nan(jnp.where(bit, jnp.where(certain, mass, inside), -jnp.inf), value, logits)
 
 
 def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
@@ -237,7 +238,8 @@ def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Arr
     at_root = jnp.abs(value - root) <= rounding * root + smallest
     law = jnp.where(at_root, log_root, -jnp.inf)
     # 1 - sqrt(p) = (1 - p) / (1 + sqrt(p))
-    return jnp.where(value == 0, log_sigmoid(-logits) - jnp.log1p(root), law)
+    law = jnp.where(value == 0, log_sigmoid(-logits) - jnp.log1p(root), law)
+    return nm.show_nan(law, value, logits)
 
 
 def correlated_bernoulli(
@@ -271,8 +273,8 @@ def correlated_bernoulli(
       Values in [0, 1] of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: as for `relaxed_bernoulli`, and for a ``scale_tril`` of another shape, not lower
-        triangular, or without rows of norm 1.
+      ValueError: as for `relaxed_bernoulli`, and for a ``tau`` with an axis for K, or a
+        ``scale_tril`` of another shape, not lower triangular, or without rows of norm 1.
 
     References:
       C. Lee, F. Imrie, M. van der Schaar (2022), Self-Supervision Enhanced Feature Selection with
@@ -337,7 +339,8 @@ def correlated_bernoulli_log_prob(
     copula = _copula_log_density(v, scale_tril, certain)
     inside = jnp.sum(independent, -1) + jnp.where(jnp.all(free | certain, -1), copula, 0)
     outside = outside | (certain & (y != logits))
-    return jnp.where(jnp.any(outside, -1), -jnp.inf, inside)
+    law = jnp.where(jnp.any(outside, -1), -jnp.inf, inside)
+    return nm.show_nan(law, tau[..., 0], event=(value, logits, jnp.sum(scale_tril, -1)))
 
 
 def _correlated_args(logits, tau, scale_tril):
@@ -351,7 +354,7 @@ def _correlated_args(logits, tau, scale_tril):
         lambda a: abs((a.astype(float) ** 2).sum(-1) - 1) < slack,
     )  # fmt: skip
     tau = ck.as_tau(tau, logits.dtype)
-    batch = {"logits": logits.shape[:-1], "tau": tau.shape, "scale_tril": factor.shape[:-2]}
+    batch = {"logits": logits.shape[:-1], "scale_tril": factor.shape[:-2], "per_event": {"tau": tau.shape}}
     return dtype, logits, tau, factor.astype(logits.dtype), batch
 
 

@@ -39,9 +39,9 @@ def gumbel_softmax(
       Points of the simplex of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, a dtype that is not floating point, logits
-        without a class axis or all -inf, a ``shape`` the parameters do not broadcast to, or
-        ``hard`` together with ``log_space``.
+      ValueError: for a ``tau`` that is not positive or has an axis for K, a dtype that is not
+        floating point, logits without a class axis or all -inf, a ``shape`` the parameters do not
+        broadcast to, or ``hard`` together with ``log_space``.
 
     References:
       C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
@@ -57,7 +57,7 @@ def gumbel_softmax(
     ck.require_classes(logits)
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
-    shape = ck.batch_shape(shape, logits=logits.shape[:-1], tau=tau.shape)
+    shape = ck.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
     perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, logits.shape[-1]), logits.dtype)
     y = nm.over_tau(perturbed, tau[..., None])
     if log_space:
@@ -90,8 +90,8 @@ def gumbel_softmax_log_prob(
       outside [0, 1] or an impossible class is above 0.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, dtypes that are not floating point, logits all
-        -inf, or shapes that do not fit together.
+      ValueError: for a ``tau`` that is not positive or has an axis for K, dtypes that are not
+        floating point, logits all -inf, or shapes that do not fit together.
 
     References:
       C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
@@ -104,7 +104,8 @@ def gumbel_softmax_log_prob(
     _, value, logits = ck.widen(value=value, logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     ck.require_same_event(value, logits)
-    ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1], tau=tau.shape)
+    batch = {"value": value.shape[:-1], "logits": logits.shape[:-1]}
+    ck.batch_shape(None, **batch, per_event={"tau": tau.shape})
     y, outside = nm.as_log(value, log_space)
     possible = logits != -jnp.inf
     zero = possible & (y == -jnp.inf)
@@ -122,7 +123,8 @@ def gumbel_softmax_log_prob(
     even = (balance == 0) & (zeros == 1)
     limit = jnp.where(even, finite, jnp.where(balance >= 0, jnp.inf, -jnp.inf))
     off = outside | jnp.any(~possible & (y > -jnp.inf), -1)
-    return jnp.where(off, -jnp.inf, jnp.where(zeros > 0, limit, inside))
+    law = jnp.where(off, -jnp.inf, jnp.where(zeros > 0, limit, inside))
+    return nm.show_nan(law, tau, event=(value, logits))
 
 
 def invertible_gaussian(
@@ -156,9 +158,9 @@ def invertible_gaussian(
       Points of the simplex of shape ``shape + (K,)``, in the promoted dtype of ``loc`` and ``scale``.
 
     Raises:
-      ValueError: for a ``scale``, ``tau`` or ``delta`` that is not positive, a dtype that is not
-        floating point, no event axis, shapes that do not fit together, or ``hard`` together with
-        ``log_space``.
+      ValueError: for a ``scale``, ``tau`` or ``delta`` that is not positive, a ``tau`` or
+        ``delta`` with an axis for K, a dtype that is not floating point, no event axis, shapes
+        that do not fit together, or ``hard`` together with ``log_space``.
 
     References:
       A. Potapczynski, G. Loaiza-Ganem, J. P. Cunningham (2020), Invertible Gaussian
@@ -228,16 +230,16 @@ def invertible_gaussian_log_prob(
     y = tau * (log_z[..., :-1] - log_z[..., -1:] + jnp.log(delta)[..., None])
     gaussian = nm.log_normal_pdf((y - loc) / scale) - jnp.log(scale)
     law = jnp.sum(gaussian + jnp.log(tau), -1) - jnp.sum(log_z, -1)
-    return jnp.where(outside, -jnp.inf, law)
+    law = jnp.where(outside, -jnp.inf, law)
+    return nm.show_nan(law, tau[..., 0], delta, event=(value, loc, scale))
 
 
 def _invertible_args(loc, scale, tau, delta):
     ck.require_event("loc", loc)
-    ck.require_positive("scale", scale)
-    dtype, loc, scale = ck.widen(loc=loc, scale=scale)
-    tau, delta = ck.as_tau(tau, loc.dtype), ck.as_tau(delta, loc.dtype, "delta")
+    dtype, loc, scale = ck.widen_with_scale(loc, scale)
+    tau, delta = ck.as_tau(tau, loc.dtype), ck.as_positive("delta", delta, loc.dtype)
     loc = jnp.broadcast_to(loc, ck.batch_shape(None, loc=loc.shape, scale=scale.shape))
-    batch = {"loc": loc.shape[:-1], "tau": tau.shape, "delta": delta.shape}
+    batch = {"loc": loc.shape[:-1], "per_event": {"tau": tau.shape, "delta": delta.shape}}
     return dtype, loc, scale, tau, delta, batch
 
 
@@ -336,7 +338,8 @@ def logistic_normal_log_prob(
     else:
         gaussian = _log_ratio_density_full(r, scale_tril)
     law = gaussian - jnp.sum(log_z, -1) - (loc.shape[-1] - 1) / 2 * math.log(2 * math.pi)
-    return jnp.where(outside, -jnp.inf, law)
+    spread = scale if scale_tril is None else jnp.sum(scale_tril, -1)
+    return nm.show_nan(jnp.where(outside, -jnp.inf, law), event=(value, loc, spread))
 
 
 def _logistic_normal_args(loc, scale, scale_tril):
@@ -345,8 +348,7 @@ def _logistic_normal_args(loc, scale, scale_tril):
     )
     ck.require_event("loc", loc)
     if scale_tril is None:
-        ck.require_positive("scale", scale)
-        dtype, loc, scale = ck.widen(loc=loc, scale=scale)
+        dtype, loc, scale = ck.widen_with_scale(loc, scale)
         loc = jnp.broadcast_to(loc, ck.batch_shape(None, loc=loc.shape, scale=scale.shape))
         return dtype, loc, scale, None, {"loc": loc.shape[:-1]}
     ck.require_scale_tril(scale_tril, jnp.shape(loc)[-1])

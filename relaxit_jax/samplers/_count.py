@@ -52,9 +52,9 @@ def generalized_gumbel_softmax(
       of ``logits`` and ``values``.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, a dtype that is not floating point, logits
-        without a class axis or all -inf, ``values`` that are not finite or not as many as the
-        logits, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` that is not positive or has an axis for K, a dtype that is not
+        floating point, logits without a class axis or all -inf, ``values`` that are not finite or
+        not as many as the logits, or a ``shape`` the parameters do not broadcast to.
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), Generalized Gumbel-Softmax Gradient Estimator for
@@ -73,8 +73,8 @@ def generalized_gumbel_softmax(
     need = f"of shape (..., {classes}), as logits is"
     ck.require(values.shape[-1] == classes, "values", need, f"shape {values.shape}")
     tau = ck.as_tau(tau, logits.dtype)
-    batch = {"logits": logits.shape[:-1], "values": values.shape[:-1], "tau": tau.shape}
-    shape = ck.batch_shape(shape, **batch)
+    batch = {"logits": logits.shape[:-1], "values": values.shape[:-1]}
+    shape = ck.batch_shape(shape, **batch, per_event={"tau": tau.shape})
     perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, classes), logits.dtype)
     weights = jax.nn.softmax(nm.over_tau(perturbed, tau[..., None]))
     soft = jnp.sum(weights * values, -1)
@@ -92,7 +92,8 @@ def poisson_support(
     ``P(k) = rate^k exp(-rate) / k!``, k = 0, 1, ..., and all beyond the last value folded into it.
 
     Args:
-      rate: mean counts, positive, of the batch shape.
+      rate: mean counts, positive, of the batch shape. A traced rate that has rounded to 0 has the law
+        and the slope of the least float; a negative one is NaN.
       num_values: how many values to keep, a Python integer. Default: the least for which the mass
         beyond them is below ``eps`` for all parameters given, which must not be traced. In a jitted
         step give the number found outside for the largest mean: ``values.size``.
@@ -103,9 +104,9 @@ def poisson_support(
       values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for a ``rate`` that is not positive or not floating point, for no ``num_values``
-        with traced parameters, for a ``num_values`` that leaves out more than ``eps`` (where that
-        can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for a ``rate`` that is not positive, finite and floating point, for no
+        ``num_values`` with traced parameters, for a ``num_values`` that leaves out more than
+        ``eps`` (where that can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -116,7 +117,7 @@ def poisson_support(
     >>> print(values.size, f"{jnp.exp(logits) @ values:.4f}")
     18 3.0000
     """
-    ck.require_positive("rate", rate)
+    _require_positive_and_finite("rate", rate)
     _, rate = ck.widen(rate=rate)
     return _support(_poisson, (rate,), num_values, eps)
 
@@ -141,9 +142,9 @@ def geometric_support(
       values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for ``logits`` that are not floating point, for no ``num_values`` with traced
-        parameters, for a ``num_values`` that leaves out more than ``eps`` (where that can be seen)
-        or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for ``logits`` that are not floating point, -inf or NaN, for no ``num_values``
+        with traced parameters, for a ``num_values`` that leaves out more than ``eps`` (where that
+        can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -152,6 +153,7 @@ def geometric_support(
     >>> print(values.size, f"{jnp.exp(logits) @ values:.4f}")
     27 1.0000
     """
+    ck.require_values("logits", logits, "above -inf", lambda x: x > -np.inf)
     _, logits = ck.widen(logits=logits)
     return _support(_geometric, (logits,), num_values, eps)
 
@@ -167,7 +169,8 @@ def binomial_support(
     Args:
       total_count: n, integers of the batch shape, known before tracing.
       logits: log-odds of a success, of the batch shape.
-      num_values: how many values to keep, a Python integer; default: all, up to the largest n.
+      num_values: how many values to keep, a Python integer; default: all, up to the largest n. Where
+        that is 10,000 or more, the least for which the mass beyond them is below ``eps``.
       eps: mass that may lie beyond the values kept. It is folded into the last of them.
 
     Returns:
@@ -176,8 +179,8 @@ def binomial_support(
 
     Raises:
       ValueError: for a ``total_count`` that is not of known integers, 1 or more, ``logits`` that
-        are not floating point, for a ``num_values`` that leaves out more than ``eps`` (where that
-        can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+        are NaN or not floating point, for a ``num_values`` that leaves out more than ``eps``
+        (where that can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -189,11 +192,13 @@ def binomial_support(
     """
     need = "integers, 1 or more, known before tracing"
     ck.require(not isinstance(total_count, jax.core.Tracer), "total_count", need, total_count)
-    ck.require_values("total_count", total_count, need, lambda x: (x >= 1) & (x == np.round(x)))
+    integers = lambda x: (x >= 1) & (x < np.inf) & (x == np.round(x))
+    ck.require_values("total_count", total_count, need, integers)
+    ck.require_values("logits", logits, "log-odds, not NaN", lambda x: x == x)
     _, logits = ck.widen(logits=logits)
     n = np.asarray(total_count)
     ck.batch_shape(None, total_count=n.shape, logits=logits.shape)
-    if num_values is None:
+    if num_values is None and n.max() < tr.MOST_VALUES:
         num_values = int(n.max()) + 1
     return _support(_binomial, (n.astype(logits.dtype), logits), num_values, eps)
 
@@ -208,7 +213,8 @@ def negative_binomial_support(
     folded into it.
 
     Args:
-      total_count: r, positive, not only integers, of the batch shape.
+      total_count: r, positive, not only integers, of the batch shape; where it is traced, as for
+        `poisson_support`.
       logits: log-odds of a success, of the batch shape.
       num_values: how many values to keep, a Python integer. Default: the least for which the mass
         beyond them is below ``eps`` for all parameters given, which must not be traced. In a jitted
@@ -220,9 +226,10 @@ def negative_binomial_support(
       values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for a ``total_count`` that is not positive, dtypes that are not floating point,
-        for no ``num_values`` with traced parameters, for a ``num_values`` that leaves out more than
-        ``eps`` (where that can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for a ``total_count`` that is not positive and finite, ``logits`` that are inf
+        or NaN, dtypes that are not floating point, for no ``num_values`` with traced parameters,
+        for a ``num_values`` that leaves out more than ``eps`` (where that can be seen) or is
+        above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -232,12 +239,18 @@ def negative_binomial_support(
     >>> print(values.size, f"{jnp.exp(logits) @ values:.4f}")
     31 2.0000
     """
-    ck.require_positive("total_count", total_count)
+    _require_positive_and_finite("total_count", total_count)
+    ck.require_values("logits", logits, "below inf", lambda x: x < np.inf)
     _, r, logits = ck.widen(total_count=total_count, logits=logits)
     ck.batch_shape(None, total_count=r.shape, logits=logits.shape)
     # With a constant r jaxlib 0.10.2 compiles wrong gradients inside of a scan on CPUs: it is hidden.
     r = jax.lax.optimization_barrier(r)
     return _support(_negative_binomial, (r, logits), num_values, eps)
+
+
+def _require_positive_and_finite(name, x):
+    ck.require_positive(name, x)
+    ck.require_values(name, x, "finite", np.isfinite)
 
 
 def _support(log_pmf, parameters, num_values, eps):
@@ -275,10 +288,10 @@ def _folded(log_pmf, num_values, *parameters):
 
 
 def _poisson(k, mean):
-    """log P(k), in the saddle-point form of C. Loader (2000), without the cancellation of its terms."""
     some = jnp.maximum(k, 1)
-    law = -_stirling_error(some) - _deviance(some, mean, jnp.log(mean)) - 0.5 * jnp.log(2 * math.pi * some)
-    return jnp.where(k == 0, -mean, law)
+    # k / mean is what passes the range of floats first, where P(k) has long been 0
+    mean_k = _within(mean, 16 * some)
+    return jnp.where(k == 0, -_within(mean, 16), _log_poisson(some, mean_k, jnp.log(mean_k)))
 
 
 def _geometric(k, logits):
@@ -292,30 +305,50 @@ def _binomial(k, n, logits):
 
 
 def _negative_binomial(k, r, logits):
-    return jnp.log(r / (r + k)) + _successes(k, r, logits)
+    r = _within(r, 1e8)  # all of P(k), about r p^k / k, are numbers too
+    some = jnp.maximum(k, 1)
+    return jnp.where(k == 0, 0, jnp.log(r / (r + some))) + _successes(k, r, logits)
+
+
+def _within(x, low):
+    """A traced x > 0 that has rounded to 0 or inf, as a number near there; ``low`` in the least floats.
+
+    It has the slope of the law there, which is right in the limit. A negative x is NaN.
+    """
+    info = jnp.finfo(x.dtype)
+    inside = jnp.clip(x, low * float(info.tiny), float(info.max) / 1024)
+    return nm.straight_through(jnp.where(x < 0, jnp.nan, inside), jnp.broadcast_to(x, inside.shape))
 
 
 def _successes(k, rest, logits):
-    """log P(k) of k + rest trials, of which the rest may be any number; by Loader's form too."""
+    """log P(k) of k + rest trials, of which the rest may be any number."""
     log_p, log_q = log_sigmoid(logits), log_sigmoid(-logits)
     inside = (k > 0) & (rest > 0)
     a, b = jnp.where(inside, k, 1), jnp.where(inside, rest, 1)
     n, log_n = a + b, jnp.log(a + b)
-    law = _stirling_error(n) - _stirling_error(a) - _stirling_error(b)
-    law -= _deviance(a, n * jnp.exp(log_p), log_n + log_p) + _deviance(b, n * jnp.exp(log_q), log_n + log_q)
-    law += 0.5 * (log_n - jnp.log(2 * math.pi * a) - jnp.log(b))
+    law = _log_poisson(a, n * jnp.exp(log_p), log_n + log_p)
+    law += _log_poisson(b, n * jnp.exp(log_q), log_n + log_q) - _log_poisson(n, n, log_n)
     # of no successes or nothing but successes; beyond the trials there is no mass
     edge = jnp.where(k == 0, rest * log_q, jnp.where(rest == 0, k * log_p, -jnp.inf))
     return jnp.where(inside, law, edge)
 
 
+def _log_poisson(x, mean, log_mean):
+    """x log(mean) - mean - log Gamma(x + 1), of x > 0.
+
+    From 10 on in the saddle-point form of C. Loader (2000), whose terms do not cancel.
+    """
+    large = x >= 10
+    y = jnp.where(large, x, 10)
+    saddle = -_stirling_error(y) - _deviance(y, mean, log_mean) - 0.5 * jnp.log(2 * math.pi * y)
+    y = jnp.where(large, 1, x)
+    return jnp.where(large, saddle, y * log_mean - mean - gammaln(y + 1))
+
+
 def _stirling_error(x):
-    """log Gamma(x + 1) - (x + 1/2) log x + x - log(2 pi) / 2."""
-    y = jnp.maximum(x, 10)
-    far = (1 - (1 / 30 - (1 / 105 - 1 / (140 * y**2)) / y**2) / y**2) / (12 * y)
-    y = jnp.clip(x, 1e-30, 10)
-    near = gammaln(y + 1) - (y + 0.5) * jnp.log(y) + y - 0.5 * math.log(2 * math.pi)
-    return jnp.where(x < 10, near, far)
+    """log Gamma(x + 1) - (x + 1/2) log x + x - log(2 pi) / 2, for x of 10 or more."""
+    y = 1 / (x * x)
+    return (1 - y * (1 / 30 - y * (1 / 105 - y * (1 / 140 - y / 99)))) / (12 * x)
 
 
 def _deviance(k, mean, log_mean):

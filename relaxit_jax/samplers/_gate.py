@@ -44,8 +44,7 @@ def gaussian_bernoulli(
     Array([0., 1.], dtype=float32)
     """
     ck.check_key(key)
-    ck.require_positive("scale", scale)
-    dtype, loc, scale = ck.widen(loc=loc, scale=scale)
+    dtype, loc, scale = ck.widen_with_scale(loc, scale)
     shape = ck.batch_shape(shape, loc=loc.shape, scale=scale.shape)
     y = loc + scale * nm.normal(key, shape, loc.dtype, used_twice=True)
     z = jnp.clip(y, 0, 1)
@@ -85,11 +84,12 @@ def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLi
     >>> print(f"{jnp.exp(gaussian_bernoulli_log_prob(0.0, 0.5, 1.0)):.4f}")  # Phi(-1/2)
     0.3085
     """
-    ck.require_positive("scale", scale)
+    _, loc, scale = ck.widen_with_scale(loc, scale)
     _, value, loc, scale = ck.widen(value=value, loc=loc, scale=scale)
     ck.batch_shape(None, value=value.shape, loc=loc.shape, scale=scale.shape)
     inside = nm.log_normal_pdf((value - loc) / scale) - jnp.log(scale)
-    return _with_atoms(value, nm.log_ndtr(-loc / scale), inside, nm.log_ndtr((loc - 1) / scale))
+    law = _with_atoms(value, nm.log_ndtr(-loc / scale), inside, nm.log_ndtr((loc - 1) / scale))
+    return nm.show_nan(law, value, loc, scale)
 
 
 def _with_atoms(value, at_zero, inside, at_one):
@@ -216,7 +216,8 @@ def hard_concrete_log_prob(
         y, z = jnp.log(inside - a) - jnp.log(b - inside), value
     at_zero = log_sigmoid(tau * low - logits)
     at_one = log_sigmoid(logits - tau * high)
-    return _with_atoms(z, at_zero, nm.binary_concrete_log_prob(y, logits, tau) - math.log(b - a), at_one)
+    inside = nm.binary_concrete_log_prob(y, logits, tau) - math.log(b - a)
+    return nm.show_nan(_with_atoms(z, at_zero, inside, at_one), value, logits, tau)
 
 
 def hard_concrete_l0(

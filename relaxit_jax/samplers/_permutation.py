@@ -50,9 +50,9 @@ def gumbel_sinkhorn(
       the backward pass, whatever ``num_iters``; time is O(n^3) a step.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, a ``num_iters`` that is not a positive integer,
-        logits that are not square matrices of floating point or leave no permutation possible, or a
-        ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` that is not positive or has axes for n, a ``num_iters`` that is
+        not a positive integer, logits that are not square matrices of floating point or leave no
+        permutation possible, or a ``shape`` the parameters do not broadcast to.
 
     References:
       G. Mena, D. Belanger, S. Linderman, J. Snoek (2018), Learning Latent Permutations with
@@ -71,7 +71,7 @@ def gumbel_sinkhorn(
     ck.require_values("logits", logits, "such that a permutation is possible", _has_permutation)
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
-    shape = ck.batch_shape(shape, logits=logits.shape[:-2], tau=tau.shape)
+    shape = ck.batch_shape(shape, logits=logits.shape[:-2], per_event={"tau": tau.shape})
     # what is added to a row changes neither S nor the best permutation; why it is centred, see nm.centre
     perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, n, n), logits.dtype)
     z = _sinkhorn(num_iters, nm.over_tau(perturbed, tau[..., None, None]))

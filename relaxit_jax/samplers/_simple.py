@@ -121,7 +121,7 @@ def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     0.1667
     """
     k, logits, _ = ck.subset_args(logits, k)
-    value = jnp.asarray(value)
+    given = value = jnp.asarray(value)
     ck.require_event("value", value)
     ck.require_same_event(value, logits)
     batch = ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
@@ -133,7 +133,8 @@ def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     best = nm.k_hot(nm.top_k(logits, k)[1], logits)
     value = jnp.where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
     law = jnp.where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
-    return jnp.where(_has_enough(k, logits)[..., 0], law, jnp.nan)
+    law = jnp.where(_has_enough(k, logits)[..., 0], law, jnp.nan)
+    return nm.show_nan(law, event=(given, logits))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

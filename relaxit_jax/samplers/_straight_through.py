@@ -31,8 +31,9 @@ def straight_through_categorical(
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive, a dtype that is not floating point, logits
-        without a class axis or all -inf, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` that is not positive or has an axis for K, a dtype that is not
+        floating point, logits without a class axis or all -inf, or a ``shape`` the parameters do
+        not broadcast to.
 
     References:
       Y. Bengio, N. Leonard, A. Courville (2013), Estimating or Propagating Gradients Through
@@ -79,7 +80,7 @@ def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -
     law = jnp.sum(value * log_p, -1)
     law = jnp.where(jnp.any(impossible & (value != 0), -1), -jnp.inf, law)
     one_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value, -1) == 1)
-    return jnp.where(one_hot, law, jnp.where(jnp.isnan(law), jnp.nan, -jnp.inf))
+    return nm.show_nan(jnp.where(one_hot, law, -jnp.inf), event=(value, logits))
 
 
 def decoupled_gumbel_softmax(
@@ -109,8 +110,9 @@ def decoupled_gumbel_softmax(
       Points of the simplex of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a temperature that is not positive, a dtype that is not floating point, logits
-        without a class axis or all -inf, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a temperature that is not positive or has an axis for K, a dtype that is not
+        floating point, logits without a class axis or all -inf, or a ``shape`` the parameters do
+        not broadcast to.
 
     References:
       R. Shah, M. Yan, M. C. Mozer, D. Liu (2024), Improving Discrete Optimisation Via Decoupled
@@ -122,7 +124,8 @@ def decoupled_gumbel_softmax(
     taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
     dtype, logits, tau_forward, tau_backward = _arguments(key, logits, shape, **taus)
     perturbed = nm.centre(logits) + nm.gumbel(key, logits.shape, logits.dtype)
-    soft = softmax(nm.over_tau(perturbed, tau_backward))
+    # exact draws do not depend on tau_forward, but a NaN of it is shown as everywhere
+    soft = softmax(nm.over_tau(perturbed, nm.show_nan(tau_backward, tau_forward)))
     value = nm.largest(perturbed) if hard else softmax(nm.over_tau(perturbed, tau_forward))
     return nm.straight_through(value, soft).astype(dtype)
 
@@ -147,8 +150,9 @@ def gapped_straight_through(
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: for a ``tau`` or ``gap`` that is not positive, a dtype that is not floating point,
-        logits without a class axis or all -inf, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` or ``gap`` that is not positive or has an axis for K, a dtype that
+        is not floating point, logits without a class axis or all -inf, or a ``shape`` the
+        parameters do not broadcast to.
 
     References:
       T.-H. Fan, T.-C. Chi, A. I. Rudnicky, P. J. Ramadge (2022), Training Discrete Deep Generative
@@ -308,19 +312,19 @@ def _arguments(key, logits, shape, **temperatures):
     dtype, logits = ck.widen(logits=logits)
     taus = {name: ck.as_tau(tau, logits.dtype, name) for name, tau in temperatures.items()}
     shapes = {name: tau.shape for name, tau in taus.items()}
-    shape = ck.batch_shape(shape, logits=logits.shape[:-1], **shapes)
+    shape = ck.batch_shape(shape, logits=logits.shape[:-1], per_event=shapes)
     logits = jnp.broadcast_to(logits, (*shape, logits.shape[-1]))
     return dtype, logits, *(tau[..., None] for tau in taus.values())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _mean_softmax(num_samples, key, winner, log_p, logits, tau):
-    """A value that nobody looks at, with the mean derivative of softmax((logits + sg(G)) / tau).
+    """A value that is looked at for NaN alone, with the mean derivative of softmax((logits + sg(G)) / tau).
 
     G is Gumbel noise given that ``log_p + G`` is largest at the winner. The derivative is a scan of
     which the backward pass keeps the keys alone: each turn draws its noise again.
     """
-    return jnp.exp(log_p)
+    return nm.show_nan(jnp.exp(log_p), tau)
 
 
 @_mean_softmax.defjvp

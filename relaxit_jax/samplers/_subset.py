@@ -54,10 +54,10 @@ def gumbel_top_k(
     return indices, values + shift
 
 
-def _perturb(key, logits, shape, **batches):
+def _perturb(key, logits, shape, per_event=()):
     """Centred logits plus Gumbel noise, and what centring took off."""
     ck.check_key(key)
-    shape = ck.batch_shape(shape, logits=logits.shape[:-1], **batches)
+    shape = ck.batch_shape(shape, logits=logits.shape[:-1], per_event=per_event)
     centred = nm.centre(logits)
     noise = nm.gumbel(key, (*shape, logits.shape[-1]), logits.dtype)
     return centred + noise, jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
@@ -118,7 +118,7 @@ def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool 
     impossible = repeated | jnp.any(chosen == -jnp.inf, -1)
     safe = jnp.where(impossible[..., None], 0, chosen)
     law = _ordered_log_prob(safe, rest) if ordered else _set_log_prob(safe, rest)
-    return jnp.where(impossible, -jnp.inf, law)
+    return nm.show_nan(jnp.where(impossible, -jnp.inf, law), event=(logits,))
 
 
 def _ordered_log_prob(chosen, rest):
@@ -303,9 +303,9 @@ def relaxed_top_k(
       range of float32.
 
     Raises:
-      ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a ``tau`` that is not
-        positive, a dtype that is not floating point, or a ``shape`` the parameters do not broadcast
-        to.
+      ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a ``tau`` that is
+        not positive or has an axis for n, a dtype that is not floating point, or a ``shape`` the
+        parameters do not broadcast to.
 
     References:
       S. M. Xie, S. Ermon (2019), Reparameterizable Subset Sampling via Continuous Relaxations,
@@ -316,7 +316,7 @@ def relaxed_top_k(
     """
     k, logits, dtype = ck.subset_args(logits, k)
     tau = ck.as_tau(tau, logits.dtype)
-    perturbed, _ = _perturb(key, logits, shape, tau=tau.shape)
+    perturbed, _ = _perturb(key, logits, shape, per_event={"tau": tau.shape})
 
     # Of each draw the backward pass keeps the exponentials, and computes the rest from them again.
     kept = jax.checkpoint_policies.save_only_these_names("exponentials")
