@@ -199,9 +199,6 @@ def test_gradients_are_the_derivatives(name):
             for i, x in enumerate(leaves):
                 if x is getattr(d, "scale_tril", None):
                     ways[i] = np.tril(ways[i])
-                # the rule holds where these are equal, so they are not moved
-                if x is getattr(d, "tau", None) or x is getattr(d, "delta", None):
-                    ways[i] = 0 * ways[i]
 
         @jax.jit
         def slopes(leaves):
@@ -232,19 +229,39 @@ def test_near_concretes_in_float32():
     np.testing.assert_allclose(jax.grad(jax.grad(kl))(0.3, 0.3), 1 / 3, rtol=1e-5)
 
 
-def test_only_at_one_temperature():
-    """An error, not a wrong number; where it cannot be seen, NaN."""
-    d = lambda tau=0.5, delta=1.0: rd.InvertibleGaussian(loc=jnp.zeros(2), scale=1.0, tau=tau, delta=delta)
-    b = lambda tau: rd.RelaxedBernoulli(logits=0.0, tau=tau)
-    for p, q, name in ((d(), d(0.6), "tau"), (d(), d(delta=2.0), "delta"), (b(0.5), b(0.6), "tau")):
-        for error in (NotImplementedError, ValueError):
-            with pytest.raises(error, match=f"{name} must be the same"):
-                kl_divergence(p, q)
-        assert jnp.isnan(compiled_kl(p, q)) and compiled_kl(p, p) == 0
-    with pytest.raises(NotImplementedError):
-        kl_divergence(
-            rd.OneHotCategorical(logits=jnp.zeros(3)), rd.GumbelSoftmax(logits=jnp.zeros(3), tau=0.5)
-        )
+@pytest.mark.parametrize("kind", [rd.RelaxedBernoulli, rd.HardConcrete])
+def test_the_closed_form_of_constant_temperatures_is_the_quadrature_of_traced_ones(kind):
+    """To the digits of float64 and of float32, from equal logits to far ones."""
+    logits = np.array([-8.0, -1.0, -1.0, 0.3, 2.0, 5.0]), np.array([7.0, -1.0, -1.001, 2.0, -0.5, 5.5])
+    for wide, tolerance in ((True, 1e-9), (False, 2e-6)):
+        with jax.enable_x64(wide):
+            a, b = (jnp.asarray(x, float) for x in logits)
+            law = lambda logits, tau: kind(logits=logits, tau=tau)
+            closed = jax.jit(lambda: kl_divergence(law(a, 0.6), law(b, 0.6)))()
+            traced = jax.jit(lambda tau: kl_divergence(law(a, tau), law(b, 0.6)))(0.6)
+            np.testing.assert_allclose(traced, closed, rtol=tolerance, atol=tolerance)
+
+
+def test_counts_and_what_has_no_closed_form():
+    """The KL of two lists of values, matched by value; an error where there is no formula."""
+    p, q = np.float32([0.2, 0.5, 0.3]), np.float32([0.1, 0.6, 0.3])
+    count = lambda probs, values, hard=True: rd.GeneralizedGumbelSoftmax(
+        probs=probs, values=jnp.float32(values), tau=0.5, hard=hard
+    )
+    expected = np.sum(p * np.log(p / q))
+    for same in (count(q, [0, 1, 3]), count(q[::-1], [3, 1, 0])):
+        for kl in (kl_divergence, compiled_kl):
+            np.testing.assert_allclose(kl(count(p, [0, 1, 3]), same), expected, rtol=1e-5)
+    assert kl_divergence(count(p, [0, 1, 3]), count(q, [0, 1, 2])) == np.inf
+    stretched = lambda low: rd.HardConcrete(logits=0.0, tau=0.5, stretch=(low, 1.1))
+    logits = {"logits": jnp.zeros(3)}
+    for p, q in (
+        (count(p, [0, 1, 3], hard=False), count(q, [0, 1, 3])),
+        (stretched(-0.1), stretched(-0.2)),
+        (rd.OneHotCategorical(**logits), rd.GumbelSoftmax(**logits, tau=0.5)),
+    ):
+        with pytest.raises(NotImplementedError):
+            kl_divergence(p, q)
 
 
 def test_softmax_does_not_see_the_all_ones_direction():

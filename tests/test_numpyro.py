@@ -75,6 +75,7 @@ def test_expanded_reinterpreted_and_masked(case):
         if case.distribution in DISCRETE:
             pairs["entropy"] = wide.entropy(), full.entropy()
             pairs["entropy of the event"] = wide.to_event(1).entropy(), full.entropy().sum(-1)
+        if case.build().has_enumerate_support:
             pairs["support"] = wide.enumerate_support(), full.enumerate_support()
             pairs["unexpanded"] = (wide.enumerate_support(False), full.enumerate_support(False))
         return z, case.build(**params).sample(KEY, (20_000,)), pairs
@@ -96,7 +97,7 @@ def test_expanded_reinterpreted_and_masked(case):
         assert reinterpreted.event_shape == (2, *case.event)
         with pytest.raises(NotImplementedError):  # as of NumPyro's own
             reinterpreted.enumerate_support()
-    if case.distribution not in DISCRETE:
+    if not issubclass(case.distribution, rd.StraightThroughBernoulli):  # whose values are 0 and 1
         assert not d.has_enumerate_support and not d.expand((3, 2)).has_enumerate_support
         for one in (d, d.expand((3, 2))):
             with pytest.raises(NotImplementedError):
@@ -113,10 +114,11 @@ def test_a_scalar_scale_counts_for_every_class():
 
 
 @rows()
-def test_only_what_is_declared_discrete_has_no_gradient(case):
+def test_what_has_probabilities_of_single_values_is_not_reparametrized(case):
+    """The derivative of its draws is not the whole gradient: engines that ask take the score instead."""
     d = case.build()
-    assert d.has_rsample == (not d.is_discrete) == (not d.support.is_discrete)
-    assert d.has_rsample == (case.distribution is not rd.OneHotCategorical)
+    assert d.has_rsample == (case.support in ("unit", "simplex", "number", "k_hot_soft", "doubly"))
+    assert d.is_discrete == d.support.is_discrete == (case.distribution is rd.OneHotCategorical)
     assert d.expand((3, 2)).has_rsample == d.to_event(1).has_rsample == d.has_rsample
 
 
