@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.lax import stop_gradient
 from numpyro.contrib.control_flow.cond import cond_wrapper
@@ -27,7 +29,8 @@ class RLOO_ELBO(ELBO):
 
     ``SVI(model, guide, optimizer, RLOO_ELBO(num_particles=10))`` trains any guide. What has a
     pathwise gradient gets it, as under `Trace_ELBO`. A site z that has none (``has_rsample`` false:
-    Bernoulli, Categorical, Poisson, ...) gets the score of its law times what its draw has cost,
+    Bernoulli, Categorical, Poisson, ..., and this library's straight-through classes and gates with atoms,
+    whose pathwise gradient is not the whole of it) gets the score of its law times what its draw has cost,
     less what the other particles' draws have cost. With K particles, and C_k the sum of the terms
     ``log p - log q`` of particle k that are downstream of z_k, the gradient is that of
 
@@ -53,6 +56,10 @@ class RLOO_ELBO(ELBO):
         baseline.
       vectorize_particles: True to `jax.vmap` over the particles, False for `jax.lax.map`, or a function
         to use in their place, called with the function of one particle and the keys.
+
+    Where the model gives a draw probability 0, the loss is infinite, and the gradient is NaN for the elements
+    whose cost has it, and for these alone. ``loss`` names the site and the draws if it is called outside of
+    `jax.jit`.
 
     Returns:
       From ``loss(key, params, model, guide, *args)``: the negative bound, averaged over the particles.
@@ -104,21 +111,48 @@ class RLOO_ELBO(ELBO):
             for f, key in zip((model, guide), minibatch, strict=True)
         )
         particle = functools.partial(_particle, model, guide, args, kwargs, param_map)
-        elbos, scored, mutable = self.vectorize_particles_fn(particle, keys)
-        surrogate = sum((_leave_one_out(*pair) for pair in scored.values()), start=jnp.array(0.0))
-        elbo = jnp.mean(elbos) + surrogate - stop_gradient(surrogate)
+        elbos, scored, impossible, mutable = self.vectorize_particles_fn(particle, keys)
+        _tell(impossible)
+        elbo = jnp.mean(elbos) + sum(_leave_one_out(*pair) for pair in scored.values())
         return {"loss": -elbo, "mutable_state": jax.tree.map(lambda x: x[0], mutable) or None}
 
 
 def _leave_one_out(log_q, cost):
-    """``mean_k (C_k - mean_{j != k} C_j) log q(z_k)``, of each element; the particles' axis is first."""
-    # Equal costs are 0 exactly after the first of them is taken off, and large ones do not round the mean.
+    """0, with the gradient of ``mean_k (C_k - mean_{j != k} C_j) log q(z_k)`` of each element.
+
+    The particles' axis is first.
+    """
+    # One cost is taken off first: equal ones become 0 exactly, and large ones do not round the mean.
     cost = cost - cost[:1]
-    return jnp.sum(stop_gradient(cost - jnp.mean(cost, 0)) * log_q) / (len(cost) - 1)
+    return _slope(stop_gradient(cost - jnp.mean(cost, 0)) / (len(cost) - 1), log_q)
+
+
+@jax.custom_jvp
+def _slope(gain, log_q):
+    """0, with the gradient of ``sum gain log_q`` in log_q: an infinite gain stays out of the value."""
+    return jnp.zeros((), log_q.dtype)
+
+
+@_slope.defjvp
+def _slope_jvp(primals, tangents):
+    return _slope(*primals), jnp.sum(primals[0] * tangents[1])
+
+
+def _tell(impossible):
+    """Name the sites at which draws have probability 0, where that can be seen: outside of `jax.jit`."""
+    for name, draws in impossible.items():
+        if not isinstance(draws, jax.core.Tracer) and (which := np.flatnonzero(draws)).size:
+            warnings.warn(
+                f"the site '{name}' has probability 0 under the draws of the particles {which.tolist()}: the "
+                "loss is infinite, and the gradient of the latent elements that it depends on is NaN. Give "
+                "the guide no mass where the model has none, or the model a little everywhere.",
+                stacklevel=4,
+            )
 
 
 def _particle(model, guide, args, kwargs, params, key):
-    """The bound with its pathwise gradient, each scored site's pair (log q, cost), the mutable values."""
+    """The bound with its pathwise gradient, each scored site's pair (log q, cost), the sites of probability
+    0 in the model, and the mutable values."""
     model_key, guide_key = jax.random.split(key)
     with _Draws(guide=True):  # outside of the trace, which then sees what it has done
         guide_trace = trace(substitute(seed(guide, guide_key), params)).get_trace(*args, **kwargs)
@@ -147,6 +181,9 @@ def _particle(model, guide, args, kwargs, params, key):
                 log_prob = log_prob if s["scale"] is None else s["scale"] * log_prob
                 terms.append((_plates(s), sign * log_prob, deps.get(name, ())))
     elbo = sum((jnp.sum(term) for _, term, _ in terms), start=jnp.array(0.0))
+    impossible = {
+        name: jnp.any(_log_prob(s) == -jnp.inf) for name, s in model_trace.items() if s["type"] == "sample"
+    }
 
     pairs = {}
     for name, s in scored.items():
@@ -158,7 +195,7 @@ def _particle(model, guide, args, kwargs, params, key):
         log_q = _sum_to(own, _log_prob(law))
         cost = sum(_sum_to(own & plates, term) for plates, term, deps in terms if name in deps)
         pairs[name] = jnp.broadcast_arrays(log_q, cost)
-    return elbo, pairs, mutable
+    return elbo, pairs, impossible, mutable
 
 
 def _values(sites, kind):

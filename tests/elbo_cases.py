@@ -13,6 +13,8 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.infer.util import compute_log_probs
 
+from relaxit_jax.handlers import take
+
 # model(p) and guide(p), with all parameters in p. `whole` leaves subsampling out, `plain` (of the guide)
 # also scale and mask: what is drawn does not know of them.
 
@@ -269,6 +271,88 @@ WALK = Case(
     step=(2 * np.pi / 80) ** 2,
 )
 
+KNOWN = np.array([True, False, False, True])
+
+
+def partly_model(p, whole=False):
+    """Bits, classes and counts that are observed in part, in a plate of as many elements as classes.
+
+    What a guide draws where they are observed counts nowhere, so the mask stays in a plain guide.
+    """
+    obs = {"obs_mask": jnp.asarray(KNOWN[:3])}
+    with numpyro.plate("points", 3):
+        b = numpyro.sample("b", dist.Bernoulli(0.4), obs=np.array([1, 0, 0]), **obs)
+        z = numpyro.sample(
+            "z", dist.Categorical(logits=jnp.array([0.3, 0.0, -0.5])), obs=jnp.array([2, 9, -1]), **obs
+        )
+        n = numpyro.sample("n", dist.Binomial(2, 0.6), obs=np.array([1, 0, 0]), **obs)
+        numpyro.sample(
+            "y", dist.Normal(take(p["loc"], z) + b * n, 1), obs=np.array([0.3, 1.2, 2.4], np.float32)
+        )
+
+
+def partly_guide(p, whole=False, plain=False):
+    with numpyro.plate("points", 3), handlers.mask(mask=~KNOWN[:3]):
+        numpyro.sample("b_unobserved", dist.Bernoulli(logits=p["b"]))
+        numpyro.sample("z_unobserved", dist.Categorical(logits=p["z"]))
+        numpyro.sample("n_unobserved", dist.Binomial(2, logits=p["n"]))
+
+
+def of_unknown(values, known):
+    """All values of the elements that are not known, and the first value of the others."""
+    found = np.full((len(values) ** (~known).sum(), len(known)), values[0])
+    found[:, ~known] = all_values(values, (~known).sum())
+    return found
+
+
+PARTLY = Case(
+    partly_model,
+    partly_guide,
+    {
+        "b": jnp.array([0.3, -0.5, 0.8]),
+        "z": jnp.linspace(-1, 1, 9).reshape(3, 3),
+        "n": jnp.array([0.1, 0.6, -0.4]),
+        "loc": jnp.array(LOC),
+    },
+    {
+        "b_unobserved": of_unknown([0, 1], KNOWN[:3]),
+        "z_unobserved": of_unknown([0, 1, 2], KNOWN[:3]),
+        "n_unobserved": of_unknown([0, 1, 2], KNOWN[:3]),
+    },
+)
+
+
+def partly_chain_model(p, whole=False):
+    def step(before, data):
+        y, label, known = data
+        law = dist.Categorical(logits=take(jnp.array([[0.5, -0.5, 0], [0, 1, -1], [-1, 0, 0.3]]), before))
+        z = numpyro.sample("z", law, obs=label, obs_mask=known)
+        numpyro.sample("y", dist.Normal(take(p["loc"], z), 1), obs=y)
+        return z, None
+
+    first = numpyro.sample("first", dist.Categorical(logits=jnp.zeros(3)))
+    scan(step, first, (jnp.array([0.4, 1.7, -0.3, 1.0]), jnp.array([2, 0, 0, 1]), jnp.asarray(KNOWN)))
+
+
+def partly_chain_guide(p, whole=False, plain=False):
+    numpyro.sample("first", dist.Categorical(logits=p["first"]))
+
+    def step(carry, data):
+        logits, known = data
+        with handlers.mask(mask=~known):
+            numpyro.sample("z_unobserved", dist.Categorical(logits=logits))
+        return carry, None
+
+    scan(step, 0.0, (p["z"], jnp.asarray(KNOWN)))
+
+
+PARTLY_SCAN = Case(
+    partly_chain_model,
+    partly_chain_guide,
+    {"first": jnp.array([0.3, -0.5, 0.8]), "z": jnp.linspace(-1, 1, 12).reshape(4, 3), "loc": jnp.array(LOC)},
+    {"first": np.arange(3), "z_unobserved": of_unknown([0, 1, 2], KNOWN)},
+)
+
 CASES = {
     "bits": BITS,
     "loose": LOOSE,
@@ -278,4 +362,6 @@ CASES = {
     "scan": SCAN,
     "poisson": POISSON,
     "walk": WALK,
+    "partly": PARTLY,
+    "partly scan": PARTLY_SCAN,
 }

@@ -10,10 +10,10 @@ import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import cond, scan
-from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 import posteriors
-from elbo_cases import BITS, CASES, LOC, exact_loss
+from elbo_cases import BITS, CASES, KNOWN, LOC, exact_loss
 from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import relax, take
 
@@ -214,6 +214,61 @@ def test_mutable_state_survives_updates():
     assert after["count"] == before["count"] + 3 and jnp.isfinite(loss)
     np.testing.assert_allclose(after["value"], 2 + (before["value"] - 2) / 8, rtol=1e-6)
     assert svi.get_params(state)["logits"] != 0.1
+
+
+@pytest.mark.parametrize("name", ["partly", "partly scan"])
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.filterwarnings("ignore:Failed to verify mean field:UserWarning")
+def test_partly_observed_sites_under_relax(name, elbo):
+    """Straight-through draws are exact, so that the mean of the relaxed loss is the enumerated one."""
+    case = CASES[name]
+    model, guide = (relax(lambda p, f=f: f(p), tau=0.5, method="straight_through")
+                    for f in (case.model, case.guide))  # fmt: skip
+    loss = lambda p, key: elbo().loss(key, {}, model, guide, p)
+    losses, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))(
+        case.params, jax.random.split(KEY, 4000)
+    )
+    exact = jax.jit(lambda p: exact_loss(case, p))(case.params)
+    assert z_scores(np.asarray(losses, np.float64), exact) < 4.5 < z_scores(losses, 1.05 * exact)
+    known = KNOWN[: len(case.params["z"])]
+    for site in set(case.params) - {"loc", "first"}:  # what is observed has no gradient at all
+        moves = np.abs(gradients[site]).max(0) > 0
+        np.testing.assert_array_equal(moves.reshape(len(known), -1).any(-1), ~known)
+
+
+def test_what_is_observed_stays_where_it_is():
+    """All particles have the same cost there: the gradient is 0, no rounding that Adam would walk along."""
+    case = CASES["partly"]
+    guide = lambda p: case.guide(p)
+    gradient = jax.grad(lambda p: RLOO_ELBO(3).loss(KEY, {}, lambda p: case.model(p), guide, p))(case.params)
+    for site in ("b", "z", "n"):
+        assert (gradient[site][0] == 0).all() and (gradient[site][1:] != 0).any()
+
+
+def test_a_draw_of_probability_0_is_named_and_stays_where_it_is():
+    """More were counted than there can be: the elements that it does not reach keep their gradients."""
+    y = jnp.array([1, 6, 2])
+
+    def model(p):
+        with numpyro.plate("n", 3):
+            n = numpyro.sample("size", dist.Poisson(4.0))
+            numpyro.sample("y", dist.Binomial(n, 0.5), obs=y)
+
+    def guide(rates):
+        with numpyro.plate("n", 3):
+            numpyro.sample("size", dist.Poisson(rates))
+
+    loss = lambda rates: RLOO_ELBO(4).loss(KEY, {}, model, guide, rates)
+    rates = jnp.array([30.0, 7.0, 30.0])
+    with pytest.warns(
+        UserWarning, match=r"the site 'y' has probability 0 under the draws of the particles \["
+    ):
+        value, gradient = jax.value_and_grad(loss)(rates)
+    assert value == np.inf
+    np.testing.assert_array_equal(np.isnan(gradient), [False, True, False])
+    alone, slope = jax.jit(jax.value_and_grad(loss))(rates)
+    np.testing.assert_allclose(slope[::2], gradient[::2], rtol=1e-5)
+    assert alone == np.inf
 
 
 # --- errors -----------------------------------------------------------------------------------

@@ -102,6 +102,26 @@ def test_masks_outside_of_the_handler():
     np.testing.assert_array_equal(law, np.where(mask, own, 0))
 
 
+@pytest.mark.parametrize("handle", [unrounded, functools.partial(relax, tau=0.5)], ids=["unrounded", "relax"])
+def test_masks_inside_and_outside_of_the_handler_both_count(handle):
+    """An element is scored where both let it: the losses of masked pieces are those of the elements."""
+    relaxed = handle is unrounded
+    logits, other = jnp.linspace(-1, 1, 4), jnp.linspace(2, -1, 4)
+    inner, outer = jnp.array([True, True, False, False]), jnp.array([True, False, True, False])
+
+    def site(logits, mask):
+        law = rd.RelaxedBernoulli(logits=logits, tau=0.5) if relaxed else dist.Bernoulli(logits=logits)
+        with numpyro.plate("n", 4), handlers.mask(mask=mask):
+            numpyro.sample("z", law)
+
+    def loss(inner, outer):
+        wrapped = [handlers.mask(handle(lambda x=x: site(x, inner)), mask=outer) for x in (other, logits)]
+        return Trace_ELBO().loss(KEY, {}, *wrapped)
+
+    np.testing.assert_allclose(loss(inner, outer), loss(inner & outer, True), rtol=1e-5)
+    assert abs(loss(inner, outer) - loss(inner, True)) > 1e-3 < abs(loss(inner, outer) - loss(True, outer))
+
+
 # --- scan -------------------------------------------------------------------------------------
 
 MOVES = np.log(np.array([[0.7, 0.3], [0.2, 0.8]], np.float32))

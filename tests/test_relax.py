@@ -12,7 +12,9 @@ from numpyro.infer import Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanFiel
 
 import posteriors
 from relaxit_jax import distributions as rd
-from relaxit_jax.handlers import auto_guide, relax, select, take
+from relaxit_jax.distributions._site import FiniteDiscrete
+from relaxit_jax.elbo import RLOO_ELBO
+from relaxit_jax.handlers import auto_guide, equal, greater, less, relax, select, take
 
 KEY = jax.random.key(20261122)
 ELBOS = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO)
@@ -264,6 +266,104 @@ def test_the_trained_guide_draws_discrete_values():
     share = np.bincount(np.asarray(draws).ravel(), minlength=4) / draws.size
     np.testing.assert_allclose(share, posteriors.CLASS_P, atol=4.5 * 0.5 / np.sqrt(draws.size))
     np.testing.assert_allclose(guide.probs(params)["z"], np.tile(posteriors.CLASS_P, (5, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("low", [0, 2])
+def test_a_change_point(low):
+    """``where(t < s, a, b)`` for a uniform s: with straight-through draws the mean loss is the exact one."""
+    t, y = np.arange(8), np.float32([0.3, -0.2, 0.1, 2.2, 1.7, 2.4, 1.9, 2.1])
+    logits = jnp.linspace(-1, 1, 8 - low)
+
+    def change():
+        s = numpyro.sample("s", dist.DiscreteUniform(low, 7))
+        numpyro.sample("y", dist.Normal(select(less(t, s), 0.0, 2.0), 1).to_event(1), obs=y)
+
+    def own(logits):
+        numpyro.sample("s", FiniteDiscrete(logits, low))
+
+    def loss(logits, key):
+        soft = [relax(f, tau=0.5, method="straight_through", config={"s": "one_hot"})
+                for f in (lambda _: change(), own)]  # fmt: skip
+        return Trace_ELBO().loss(key, {}, *soft, logits)
+
+    def exact(logits):
+        log_q = jax.nn.log_softmax(logits)
+        means = jnp.where(t < np.arange(low, 8)[:, None], 0.0, 2.0)
+        cost = log_q + jnp.log(8 - low) - dist.Normal(means, 1).log_prob(y).sum(-1)
+        return jnp.exp(log_q) @ cost
+
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))(
+        logits, jax.random.split(KEY, 4000)
+    )
+    error = np.std(values) / np.sqrt(4000)
+    assert abs(np.mean(values, dtype=float) - exact(logits)) < 4.5 * error < 0.1 * exact(logits)
+    assert (np.abs(gradients).max(0) > 0).all() and np.isfinite(gradients).all()
+    plain = handlers.trace(handlers.seed(change, 1)).get_trace()  # and the plain value is compared as it is
+    np.testing.assert_array_equal(plain["y"]["fn"].base_dist.loc, np.where(t < plain["s"]["value"], 0, 2))
+
+
+def test_comparisons_of_weights_are_those_of_their_values():
+    weights, t = jnp.float32([[0.1, 0.2, 0.7], [0.5, 0.5, 0]]), jnp.array([[0], [1], [2]])
+    for compare, holds in ((less, np.less), (greater, np.greater), (equal, np.equal)):
+        expected = np.sum(np.where(holds(np.arange(3)[:, None, None], np.arange(3)), weights, 0), -1)
+        np.testing.assert_allclose(compare(t, weights), expected, rtol=1e-6)
+        np.testing.assert_array_equal(compare(t, jnp.array([0, 2])), holds(t, np.array([0, 2])))
+        slope = jax.grad(lambda w, compare=compare: compare(1.0, w))(weights[0])
+        np.testing.assert_array_equal(slope, holds(1, np.arange(3)))
+        with pytest.raises(ValueError, match="s must be integers, or vectors of weights"):
+            compare(1, 0.4)
+
+
+def test_one_hot_sites_start_at_0():
+    for law, size in ((dist.Bernoulli(0.3), 2), (dist.Binomial(3, 0.4), 4), (dist.DiscreteUniform(2, 5), 6)):
+        soft = relax(lambda law=law: numpyro.sample("z", law), tau=0.5, config={"z": "one_hot"})
+        z = handlers.seed(soft, 0)()
+        assert z.shape == (size,) and (z[:2] == 0).all() == (size == 6)
+        np.testing.assert_allclose(z.sum(), 1, rtol=1e-5)
+    below = relax(lambda: numpyro.sample("z", dist.DiscreteUniform(-1, 5)), tau=0.5, config={"z": "one_hot"})
+    with pytest.raises(ValueError, match="site 'z' must be of values from 0 on to be one-hot"):
+        handlers.seed(below, 0)()
+
+
+@pytest.mark.parametrize("certain", [0.0, 1.0])
+def test_bits_that_are_certain(certain):
+    """The automatic guide leaves the other value out; the law of one that rounds to 0 or 1 is finite."""
+
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(jnp.array([certain, 0.3])).to_event(1))
+        numpyro.sample("y", dist.Normal(z, 1).to_event(1), obs=jnp.array([0.5, 0.2]))
+
+    guide = auto_guide(model)
+    start = handlers.trace(handlers.seed(guide, 0)).get_trace()["z_auto_logits"]["value"]
+    assert guide.probs({"z_auto_logits": start + 3})["z"][0] == certain
+    for elbo, handle in ((Trace_ELBO(4), lambda f: relax(f, tau=0.5)), (RLOO_ELBO(4), lambda f: f)):
+        loss = lambda x, e=elbo, h=handle: e.loss(KEY, {"z_auto_logits": x}, h(model), h(guide))
+        value, gradient = jax.value_and_grad(loss)(start)
+        assert np.isfinite(value) and gradient[0] == 0 and np.isfinite(gradient).all() and gradient[1] != 0
+
+    def regression(w):
+        z = numpyro.sample("z", dist.Bernoulli(jax.nn.sigmoid(w * jnp.array([-30.0, 2, 30]))).to_event(1))
+        numpyro.sample("y", dist.Normal(z, 1).to_event(1), obs=jnp.zeros(3))
+
+    own = lambda w: numpyro.sample("z", dist.Bernoulli(logits=jnp.zeros(3) + w).to_event(1))
+    soft = [relax(f, tau=0.5) for f in (regression, own)]
+    value, slope = jax.value_and_grad(lambda w: Trace_ELBO().loss(KEY, {}, *soft, w))(2.0)
+    assert np.isfinite(value) and np.isfinite(slope)
+
+
+def test_possible_classes_of_a_subsampled_plate():
+    """A class is left out of a column of the guide if it is impossible in that column of the minibatch."""
+    prior = jnp.array([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
+
+    def model():
+        with numpyro.plate("rows", 4, subsample_size=2, dim=-2), numpyro.plate("columns", 2, dim=-1):
+            numpyro.sample("z", dist.Categorical(prior))
+
+    guide = auto_guide(model)
+    start = handlers.trace(handlers.seed(guide, 0)).get_trace()["z_auto_logits"]["value"]
+    probs = guide.probs({"z_auto_logits": start})["z"]
+    assert probs.shape == (4, 2, 3)
+    np.testing.assert_allclose(probs, np.broadcast_to(prior, (4, 2, 3)), rtol=1e-5)
 
 
 def test_take_and_select_are_indexing_and_where():
