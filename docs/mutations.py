@@ -74,7 +74,7 @@ MUTATIONS = [
     (
         "no guard for infinite logits",
         NOISE,
-        "return jnp.where(finite, jnp.where(finite, x, 0) / tau, jax.lax.stop_gradient(x))",
+        "return jnp.where(infinite, vertex, jnp.where(infinite, 0, x) / tau)",
         "return x / tau",
         "test_samplers.py",
         "impossible or extreme",
