@@ -1,8 +1,9 @@
 """Unbiased gradients of an expectation over discrete draws, E f(b).
 
 ``estimator(key, f, q, **options)`` returns an array of ``q.batch_shape``, an unbiased value of E f(b),
-and `jax.grad` of its sum is an unbiased gradient for all that the logits of q and f depend on. ``f`` maps
-an array of ``q.shape`` to one of ``q.batch_shape``.
+and `jax.grad` of its sum is an unbiased gradient for all that the logits of q and f depend on. The gradient
+can be differentiated again: derivatives of every order, mixed ones included, are unbiased too. ``f`` maps an
+array of ``q.shape`` to one of ``q.batch_shape``.
 """
 
 from relaxit_jax.estimators._antithetic import arm, disarm

@@ -1,4 +1,4 @@
-"""What the estimators share: what they ask of q, calling f, and a value with a gradient of its own."""
+"""What the estimators share: what they ask of q, calling f, and a value with derivatives of its own."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -26,6 +26,8 @@ class Family(Protocol):
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array: ...
     def score(self, sample: ArrayLike) -> Array: ...
     def log_prob(self, sample: ArrayLike) -> Array: ...
+    def log_masses(self, sample: ArrayLike) -> Array: ...
+    def with_own_derivatives(self, gradient: Array) -> Array: ...
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]: ...
     def coupled(self, key: Array) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]: ...
     def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array: ...
@@ -60,16 +62,77 @@ def per_event(x, q):
     return x.reshape(x.shape + (1,) * q.event_ndims)
 
 
+def estimate(q, samples, values, gradient, parts, *, baselines=None, rest=None):
+    """The mean of the values, whose gradient is `gradient` in the logits and the mean of their own in f.
+
+    The gradient is a number for the draws that were made, but its mean depends on the logits: the draws do,
+    and so does the formula. Therefore it has derivatives of its own, those of the estimate that the same
+    draws give at logits nearby. There each draw counts with the ratio of its probabilities there and here,
+    and each element with `Family.with_own_derivatives`. The mean of that estimate is the gradient of E f at
+    the logits nearby, exactly, so derivatives of every order are unbiased.
+
+    Args:
+      q: the family that was drawn from.
+      samples: the draws, stacked on a first axis, as values, parts and baselines are.
+      values: f of each draw.
+      gradient: of the shape of the logits; at infinite ones 0 takes its place.
+      parts: these and `rest` add up to the gradient. Each is f of its draw times a factor for each variable
+        that depends on the noise of this variable only.
+      baselines: for each value a guess of it that does not depend on its draw, such as the mean of the
+        others. It lowers the variance of derivatives in the parameters of f, then in the logits.
+      rest: the remaining part of the gradient, whose mean is 0 at all logits.
+    """
+    return _estimate(q, samples, values, gradient, parts, baselines, rest)
+
+
 @jax.custom_jvp
-def with_gradient(value: Array, logits: Array, gradient: Array) -> Array:
-    """The value, with its own gradient and, for the logits, one that is given; 0 at infinite ones."""
-    return value
+def _estimate(q, samples, values, gradient, parts, baselines, rest):
+    return jnp.mean(values, 0)
 
 
-@with_gradient.defjvp
-def _with_gradient_jvp(primals, tangents):
-    value, logits, gradient = primals
-    event = tuple(range(value.ndim, gradient.ndim))
-    gradient = jnp.where(jnp.isinf(logits), 0, gradient)
-    slope = jnp.sum(gradient * tangents[1].astype(gradient.dtype), event)
-    return with_gradient(*primals), tangents[0] + slope.astype(value.dtype)
+@_estimate.defjvp
+def _estimate_jvp(primals, tangents):
+    q, samples, values, gradient, parts, baselines, rest = primals
+    along, slopes = tangents[0].logits, tangents[2]
+    ratios = likelihood_ratio(jnp.sum(q.log_masses(samples), _event(q))).astype(values.dtype)
+    slopes = ratios * slopes if baselines is None else slopes + (ratios - 1) * (slopes - tangents[5])
+    gradient = jnp.where(jnp.isinf(q.logits), 0, _nearby(gradient, q, samples, parts, rest))
+    slope = jnp.sum(gradient * along.astype(gradient.dtype), _event(q))
+    return _estimate(*primals), jnp.mean(slopes, 0) + slope.astype(values.dtype)
+
+
+@jax.custom_jvp
+def _nearby(gradient, q, samples, parts, rest):
+    """The gradient, with the derivatives that `estimate` describes."""
+    return gradient
+
+
+@_nearby.defjvp
+def _nearby_jvp(primals, tangents):
+    def formula(_, q, samples, parts, rest):
+        own = q.log_masses(samples)
+        others = likelihood_ratio(jnp.sum(own, _event(q), keepdims=True) - own)
+        total = jnp.sum(others * parts, 0)
+        return q.with_own_derivatives(total if rest is None else total + rest)
+
+    slope = jax.jvp(formula, primals, tangents)[1]
+    return _nearby(*primals), slope.astype(primals[0].dtype)
+
+
+@jax.custom_jvp
+def likelihood_ratio(log_p: Array) -> Array:
+    """P(draw) over P(draw) where the draw was made, which is 1, with its derivatives of every order.
+
+    J. Foerster et al. (2018), DiCE: The Infinitely Differentiable Monte Carlo Estimator, arXiv:1802.05098.
+    """
+    return jnp.ones_like(log_p)
+
+
+@likelihood_ratio.defjvp
+def _likelihood_ratio_jvp(primals, tangents):
+    ratio = likelihood_ratio(*primals)
+    return ratio, ratio * tangents[0]
+
+
+def _event(q):
+    return tuple(range(-q.event_ndims, 0))

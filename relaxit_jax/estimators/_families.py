@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
+from relaxit_jax.estimators import _base as base
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -44,6 +45,14 @@ class Variables:
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one event: all that f takes together."""
         return self.shape[len(self.shape) - self.event_ndims :]
+
+    def log_prob(self, sample: ArrayLike) -> Array:
+        """log P(sample), of the batch shape; differentiable in the logits."""
+        return jnp.sum(self.log_masses(sample), tuple(range(-self.event_ndims, 0)))
+
+    def log_masses(self, sample: ArrayLike) -> Array:
+        """log P of each variable's own value, of a shape that broadcasts against the sample's."""
+        raise NotImplementedError
 
     def _set(self, logits, event_ndims, least):
         """Both fields, once everything about them that can be known is checked."""
@@ -96,11 +105,17 @@ class Bernoulli(Variables):
         p, q = self._probabilities()
         return jnp.where(sample != 0, q, -p)
 
-    def log_prob(self, sample: ArrayLike) -> Array:
-        """log P(sample), of the batch shape; differentiable in the logits."""
+    def log_masses(self, sample: ArrayLike) -> Array:
+        """log P of each bit's own value."""
         logits = self._wide()
-        each = jax.nn.log_sigmoid(jnp.where(sample != 0, logits, -logits))
-        return jnp.sum(each, tuple(range(each.ndim - self.event_ndims, each.ndim)))
+        return jax.nn.log_sigmoid(jnp.where(sample != 0, logits, -logits))
+
+    def with_own_derivatives(self, gradient: Array) -> Array:
+        """A gradient of E f, with its derivatives in each bit's own logit.
+
+        E f is linear in the probability p of a bit. So its gradient is p'(l) times a factor without l.
+        """
+        return gradient * base.likelihood_ratio(nm.log_logistic_pdf(self._wide()))
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
         """How many events there are, and a function from some of their numbers to the events."""
@@ -173,13 +188,24 @@ class OneHotCategorical(Variables):
         return self._as_sample(nm.one_hot_draw(key, self._probabilities(), (*shape, *self.shape[:-1])))
 
     def score(self, sample: ArrayLike) -> Array:
-        """The gradient of log P(sample) in the logits, b - p."""
-        return jnp.asarray(sample, self._wide().dtype) - self._probabilities()
+        """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
+        p, drawn = self._probabilities(), jnp.asarray(sample) != 0
+        return jnp.where(drawn, jnp.sum(jnp.where(drawn, 0, p), -1, keepdims=True), -p)
 
-    def log_prob(self, sample: ArrayLike) -> Array:
-        """log P(sample), of the batch shape; differentiable in the logits."""
-        each = jnp.where(sample != 0, jax.nn.log_softmax(self._wide()), 0)
-        return jnp.sum(each, tuple(range(each.ndim - self.event_ndims, each.ndim)))
+    def log_masses(self, sample: ArrayLike) -> Array:
+        """log P of each variable's own class; the last axis has one element."""
+        return jnp.sum(jnp.where(sample != 0, self._log_probabilities(), 0), -1, keepdims=True)
+
+    def with_own_derivatives(self, gradient: Array) -> Array:
+        """A gradient of E f, with its derivatives in each variable's own logits.
+
+        E f is linear in the probabilities p of a variable. So its gradient is p_k (a_k - sum_j p_j a_j) with
+        factors a without the logits. A constant in a drops out, so p_k a_k may be the gradient itself where
+        the draw was made.
+        """
+        log_p = self._log_probabilities()
+        scaled = gradient * base.likelihood_ratio(log_p)
+        return scaled - jnp.exp(log_p) * jnp.sum(scaled, -1, keepdims=True)
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
         """How many events there are, and a function from some of their numbers to the events."""
@@ -216,3 +242,10 @@ class OneHotCategorical(Variables):
 
     def _probabilities(self):
         return jax.nn.softmax(jax.lax.stop_gradient(self._wide()))
+
+    def _log_probabilities(self):
+        """log softmax; jax.nn.log_softmax rounds that of a class that is nearly sure to 0."""
+        logits = self._wide()
+        first = nm.largest(logits)
+        below = logits - jnp.sum(jnp.where(first, logits, 0), -1, keepdims=True)
+        return below - jnp.log1p(jnp.sum(jnp.where(first, 0, jnp.exp(below)), -1, keepdims=True))
