@@ -239,7 +239,7 @@ def draw(table, path):
     "--words", type=click.IntRange(4, 10_000), default=200, help="Largest number of words drawn at once, k."
 )
 @click.option(
-    "--runs", type=click.IntRange(2, 1_000_000), default=500, help="Searches that an error is the mean of."
+    "--runs", type=click.IntRange(2, 100_000), default=500, help="Searches that an error is the mean of."
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the training and of the draws.")
 @out_option

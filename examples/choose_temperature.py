@@ -241,8 +241,8 @@ def table(results):
     help="Gradients drawn for each method and temperature, rounded up to whole thousands above a thousand.",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the logits, the functions and the draws.")
-@click.option("--variables", type=SIZE, default=3, help="Number of categorical variables.")
-@click.option("--classes", type=click.IntRange(2, 10_000), default=3, help="Classes of each variable.")
+@click.option("--variables", type=click.IntRange(1, 14), default=3, help="Number of categorical variables.")
+@click.option("--classes", type=click.IntRange(2, 100), default=3, help="Classes of each variable.")
 @click.option(
     "--num-samples",
     type=SIZE,

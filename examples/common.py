@@ -102,10 +102,10 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list such as {self.example}: {reason}.", param, ctx)
 
 
-# Every number has an upper bound, far above what is useful and below what no machine can hold.
-COUNT = click.IntRange(1, 1_000_000)
+# Every number has an upper bound: far above what is useful, far below what no machine can hold.
+COUNT = click.IntRange(1, 100_000)
 STEPS = click.IntRange(1, 10_000_000)
-SIZE = click.IntRange(1, 10_000)  # of a layer, or of anything else that arrays have an axis for
+SIZE = click.IntRange(1, 4096)  # of a layer, or of anything else that arrays have an axis for
 SEED = click.IntRange(0, 2**32 - 1)
 RATE = FloatRange(0, 100, min_open=True)
 TAU = FloatRange(0.001, 1000)

@@ -220,7 +220,7 @@ def meet(coordinator, num_processes, process_id, seconds):
         check_port(coordinator)
     with last_words(
         f"error: the {num_processes} processes did not meet at {coordinator} within {seconds} s; start all "
-        "of them with that address, or raise --join-timeout"
+        "of them with that address, each with a --process-id of its own, or raise --join-timeout"
     ):
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=seconds,

@@ -301,7 +301,7 @@ def draw(results, paths, everything, path):
 
 @click.command(context_settings={"show_default": True})
 @click.option("--seeds", type=SIZE, default=5, help="Splits of the rows and targets.")
-@click.option("--noise-columns", type=click.IntRange(1, 1000), default=30, help="Permuted copies of columns.")
+@click.option("--noise-columns", type=click.IntRange(1, 100), default=30, help="Permuted copies of columns.")
 @click.option("--steps", type=STEPS, default=3000, help="Steps of Adam for the gates.")
 @click.option("--hidden", type=SIZE, default=128, help="Units of the gates' network.")
 @out_option

@@ -108,7 +108,7 @@ def draw(path, x, learned, known, title):
 @click.command(context_settings={"show_default": True})
 @click.option("--clusters", type=click.IntRange(2, len(COLOURS)), default=4, help="Clusters of the mixture.")
 @click.option(
-    "--points", type=click.IntRange(20, 1_000_000), default=500, help="Points of all clusters together."
+    "--points", type=click.IntRange(20, 100_000), default=500, help="Points of all clusters together."
 )
 @click.option(
     "--separation",

@@ -339,14 +339,19 @@ def draw(results, settings, path):
 @click.option("--environments", type=SIZE, default=32, help="Episodes played at once for an update.")
 @click.option(
     "--copies",
-    type=click.IntRange(2, 10_000),
+    type=click.IntRange(2, 4096),
     default=8,
     help="Episodes of rloo from the same first state, each the baseline of the others.",
 )
 @click.option("--horizon", type=SIZE, default=500, help="Longest episode, in steps.")
 @click.option("--every", type=STEPS, default=5, help="Updates between two evaluations.")
 @click.option("--evaluations", type=SIZE, default=32, help="New episodes of an evaluation, actions drawn.")
-@click.option("--hidden", type=SIZE, default=32, help="Units in each of the two hidden layers of a network.")
+@click.option(
+    "--hidden",
+    type=click.IntRange(1, 1024),
+    default=32,
+    help="Units in each of the two hidden layers of a network.",
+)
 @click.option(
     "--learning-rate",
     type=RATE,

@@ -189,7 +189,7 @@ def draw(histories, pictures, path):
 )
 @click.option("--tau", type=TAU, default=1.0, help="Temperature of the permutation.")
 @click.option("--steps", type=STEPS, default=2000, help="Steps of Adam, in rounds of 50.")
-@click.option("--copies", type=click.IntRange(1, 1000), default=6, help="Moved copies of each image.")
+@click.option("--copies", type=click.IntRange(1, 50), default=6, help="Moved copies of each image.")
 @click.option("--batch-size", type=SIZE, default=32, help="Sequences in a step.")
 @click.option(
     "--learning-rate",

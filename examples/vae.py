@@ -281,7 +281,7 @@ def report(experiment, history, elbo, weighted, pictures, out):
 @click.option("--latents", type=SIZE, default=48, help="Number of bits, gates, elements or counts.")
 @click.option("--variables", type=SIZE, default=20, help="Number of categorical latents.")
 @click.option(
-    "--classes", type=click.IntRange(2, 10_000), default=10, help="Classes of each categorical latent."
+    "--classes", type=click.IntRange(2, 4096), default=10, help="Classes of each categorical latent."
 )
 @click.option(
     "--subset-size",

@@ -197,7 +197,7 @@ def best(report, budget):
     help="Problem to measure on; may be given more than once.",
 )
 @click.option(
-    "--num-samples", type=click.IntRange(100, 1_000_000), default=2000, help="Estimates of each method."
+    "--num-samples", type=click.IntRange(100, 100_000), default=2000, help="Estimates of each method."
 )
 @click.option(
     "--epochs", type=click.IntRange(0, 10_000), default=10, help="Epochs of the VAE before it is measured."

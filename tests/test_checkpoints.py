@@ -91,9 +91,7 @@ def test_all_damaged_is_said_at_each_call(run):
     for epoch in (0, 1):
         (run.folder / str(epoch) / "run.json").write_text("{}")
     for _ in range(2):
-        with pytest.raises(
-            UserError, match=r"every checkpoint in .* is damaged; start again in"
-        ):
+        with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; start again in"):
             run.restore(STATE)
 
 
@@ -119,9 +117,7 @@ def files_of_at_most(size):
 def test_where_no_more_can_be_written_the_last_checkpoint_stays(run, tmp_path):
     large = STATE | {"weights": jax.random.normal(jax.random.key(0), (300, 300))}
     with files_of_at_most(50_000):
-        with pytest.raises(
-            UserError, match=r"cannot write the checkpoint of epoch 3 \(.+\); make room"
-        ):
+        with pytest.raises(UserError, match=r"cannot write the checkpoint of epoch 3 \(.+\); make room"):
             run.save(2, large, HISTORY)
         common.write_file(tmp_path / "metrics.json", b"old")
         with pytest.raises(UserError, match=r"cannot write .*metrics.json \(File too large\); make room"):
