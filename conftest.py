@@ -45,6 +45,38 @@ def pytest_configure(config):
         config.add_cleanup(cache.cleanup)
 
 
+before = pytest.StashKey[set]()
+left_behind = pytest.StashKey[list]()
+
+
+def files(root):
+    """Those of the working tree, but for what Python and tools keep there: caches, and names with a dot."""
+    found = set()
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
+        found.update(os.path.join(folder, name) for name in (*folders, *names) if name[0] != ".")
+    return found
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):  # xdist's workers end before the session does
+        session.config.stash[before] = files(session.config.rootpath)
+
+
+def pytest_sessionfinish(session):
+    """No test leaves anything in the working tree: where one does, the session fails."""
+    if before in session.config.stash:
+        new = sorted(files(session.config.rootpath) - session.config.stash[before])
+        session.config.stash[left_behind] = new
+        if new and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for path in config.stash.get(left_behind, []):
+        terminalreporter.write_line(f"FAILED: {path} appeared while the tests ran", red=True)
+
+
 compiled = 0  # since the caches were last emptied
 
 

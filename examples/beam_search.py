@@ -38,7 +38,21 @@ from flax import nnx
 from tqdm import tqdm
 
 import relaxit_jax as rj
-from common import UserError, out_option, output_folder, run, save_figure, versions, write_json
+from common import (
+    COUNT,
+    RATE,
+    SEED,
+    SIZE,
+    STEPS,
+    Path,
+    UserError,
+    out_option,
+    output_folder,
+    run,
+    save_figure,
+    versions,
+    write_json,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 END = 0  # before the first letter and after the last; the letters are 1 to 26
@@ -206,30 +220,36 @@ def draw(table, path):
 
 @click.command(context_settings={"show_default": True})
 @click.option(
-    "--text", metavar="FILE", default=None, help="Learn the words of this one.  [default: Python's topics]"
+    "--text",
+    type=Path(),
+    metavar="FILE",
+    help="Text whose words are learned.  [default: Python's topics]",
 )
-@click.option("--length", type=click.IntRange(min=2), default=14, help="Letters of the longest words.")
-@click.option("--units", type=click.IntRange(min=1), default=96, help="Of the recurrent network.")
-@click.option("--steps", type=click.IntRange(min=1), default=1500, help="Of Adam, in rounds of 50.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=256, help="Words in a step.")
+@click.option("--length", type=click.IntRange(2, 100), default=14, help="Letters of the longest words.")
+@click.option("--units", type=SIZE, default=96, help="Units of the recurrent network.")
+@click.option("--steps", type=STEPS, default=1500, help="Steps of Adam, in rounds of 50.")
+@click.option("--batch-size", type=COUNT, default=256, help="Words in a step.")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=RATE,
     default=0.005,
-    help="Of Adam at the start; it falls to zero by a cosine.",
-)
-@click.option("--words", type=click.IntRange(min=4), default=200, help="The most that are drawn at once, k.")
-@click.option(
-    "--runs", type=click.IntRange(min=2), default=500, help="Searches that an error is the mean of."
+    help="Learning rate of Adam at the start; it falls to zero by a cosine.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the training and of the draws."
+    "--words", type=click.IntRange(4, 10_000), default=200, help="Largest number of words drawn at once, k."
 )
+@click.option(
+    "--runs", type=click.IntRange(2, 100_000), default=500, help="Searches that an error is the mean of."
+)
+@click.option("--seed", type=SEED, default=0, help="Seed of the training and of the draws.")
 @out_option
 def main(text, length, units, steps, batch_size, learning_rate, words, runs, seed, out):
     """Estimate expectations under a character model from k samples without replacement."""
-    out = output_folder(out, "beam_search")
+    exist = sum(len(LETTERS) ** n for n in range(length + 1))
+    if words > exist:
+        raise UserError(f"--words {words} is above the {exist} words of up to {length} letters; lower it")
     rows = np.random.default_rng(0).permutation(encode(read_text(text), length))
+    out = output_folder(out, "beam_search")
     held_out, rows = rows[: len(rows) // 10], jnp.asarray(rows[len(rows) // 10 :])
     graph, state = train(rows, units, steps, batch_size, learning_rate, seed)
     model = nnx.merge(graph, state)

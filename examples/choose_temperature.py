@@ -25,7 +25,18 @@ import numpy as np
 from tqdm import tqdm
 
 import relaxit_jax as rj
-from common import UserError, out_option, output_folder, run, save_figure, versions, write_json
+from common import (
+    COUNT,
+    SEED,
+    SIZE,
+    UserError,
+    out_option,
+    output_folder,
+    run,
+    save_figure,
+    versions,
+    write_json,
+)
 
 FUNCTIONS = ("linear", "quadratic", "cubic")
 ROUNDING = 1e-5  # of float32, in units of the exact gradient
@@ -222,33 +233,25 @@ def table(results):
         yield f"{name:34}" + "".join(f"{row['rms_error']:8.2f} @ {row['tau']:<4.2g}" for row in lowest)
 
 
-count = click.IntRange(min=1)
-
-
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--samples",
-    type=click.IntRange(min=100),
+    type=click.IntRange(100, 100_000_000),
     default=20_000,
     help="Gradients drawn for each method and temperature, rounded up to whole thousands above a thousand.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    help="Of the logits, of the functions and of the draws.",
-)
-@click.option("--variables", type=count, default=3, help="Number of categorical variables.")
-@click.option("--classes", type=click.IntRange(min=2), default=3, help="Classes of each variable.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the logits, the functions and the draws.")
+@click.option("--variables", type=click.IntRange(1, 14), default=3, help="Number of categorical variables.")
+@click.option("--classes", type=click.IntRange(2, 100), default=3, help="Classes of each variable.")
 @click.option(
     "--num-samples",
-    type=count,
+    type=SIZE,
     default=10,
     help="Relaxed draws that gumbel_rao and reinmax_rao average for one gradient.",
 )
 @click.option(
     "--draws",
-    type=count,
+    type=COUNT,
     default=10,
     help="Gradients that a step of training averages: that lowers the variance, and leaves the bias.",
 )
@@ -260,8 +263,8 @@ def main(samples, seed, variables, classes, num_samples, draws, out):
     """
     if classes**variables > MOST_VERTICES:
         raise UserError(
-            f"{variables} variables of {classes} classes have {classes**variables} values, too many to "
-            f"enumerate for the exact gradient; lower --variables or --classes to {MOST_VERTICES} or fewer"
+            f"{variables} variables of {classes} classes have too many values to enumerate for the exact "
+            f"gradient; lower --variables or --classes to {MOST_VERTICES} or fewer"
         )
     settings = dict(click.get_current_context().params)
     del settings["out"]

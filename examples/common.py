@@ -1,13 +1,16 @@
-"""What the examples share: data, an output folder, checkpoints, pictures, and errors of one line."""
+"""What the examples share: options, errors of one line, an output folder, data and pictures."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
+import math
+import os
 import pathlib
 import platform
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -21,7 +24,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import orbax.checkpoint as ocp
 
 # --- the command line --------------------------------------------------------------------------
 
@@ -37,47 +39,105 @@ def run(command):
     try:
         sys.exit(command(standalone_mode=False))
     except click.ClickException as error:
-        line = " ".join(error.format_message().split())
-        click.echo(f"error: {line}", err=True)
-        sys.exit(2)
+        end(error.format_message())
     except click.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        end(f"out of memory ({str(error)[:150] or 'of this process'}); lower the sizes that you gave")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        end(f"{place}{error.strerror or error}; check the path, its permissions and the space on its disk")
 
+
+def end(message):
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+class FloatRange(click.FloatRange):
+    """A range of numbers. NaN is refused: it is neither below nor above a bound, so click lets it pass."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
+class Path(click.Path):
+    """A path that every part of a program can print and write: not empty, and in UTF-8."""
+
+    def convert(self, value, param, ctx):
+        text = os.fsdecode(value)
+        if not text:
+            self.fail("the path is empty; name one.", param, ctx)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.fail(f"{click.format_filename(text)!r} is not UTF-8; rename it.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Numbers(click.ParamType):
+    """Numbers of one range with commas between them, at most 16."""
+
+    name = "numbers"
+
+    def __init__(self, each, example):
+        self.each, self.example = each, example
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        parts = value.split(",")
+        if len(parts) > 16:
+            self.fail(f"{len(parts)} numbers are too many; give at most 16.", param, ctx)
+        try:
+            return tuple(self.each.convert(part.strip(), param, ctx) for part in parts)
+        except click.BadParameter as error:
+            reason = error.message.rstrip(".")
+            self.fail(f"{value!r} is not a list such as {self.example}: {reason}.", param, ctx)
+
+
+# Every number has an upper bound: far above what is useful, far below what no machine can hold.
+COUNT = click.IntRange(1, 100_000)
+STEPS = click.IntRange(1, 10_000_000)
+SIZE = click.IntRange(1, 4096)  # of a layer, or of anything else that arrays have an axis for
+SEED = click.IntRange(0, 2**32 - 1)
+RATE = FloatRange(0, 100, min_open=True)
+TAU = FloatRange(0.001, 1000)
 
 out_option = click.option(
     "--out",
-    type=click.Path(path_type=pathlib.Path),
+    type=Path(path_type=pathlib.Path),
     metavar="DIR",
     show_default=False,
-    help="Where results go.  [default: runs/NAME-TIME]",
+    help="Folder that results go to.  [default: runs/NAME-TIME]",
 )
 
 
 def training_options(command):
     """The flags of the examples that train a NumPyro model by `relax`."""
     options = [
-        click.option("--tau", type=click.FloatRange(min=0.001), default=0.1, help="Temperature."),
+        click.option("--tau", type=TAU, default=0.1, help="Temperature of the relaxation."),
         click.option(
             "--method",
             type=click.Choice(["relaxed", "straight_through"]),
             default="relaxed",
             help="What goes forward: relaxed draws, or exact ones with the gradient of the relaxed.",
         ),
-        click.option("--steps", type=click.IntRange(min=1), default=5000, help="Of Adam."),
-        click.option("--particles", type=click.IntRange(min=1), default=40, help="Draws for each step."),
+        click.option("--steps", type=STEPS, default=5000, help="Steps of Adam."),
+        click.option("--particles", type=SIZE, default=40, help="Draws in each step."),
         click.option(
             "--learning-rate",
-            type=click.FloatRange(min=0, min_open=True),
+            type=RATE,
             default=0.05,
-            help="Of Adam at the start; it falls to zero by a cosine.",
+            help="Learning rate of Adam at the start; it falls to zero by a cosine.",
         ),
-        click.option(
-            "--seed",
-            type=click.IntRange(0, 2**32 - 1),
-            default=0,
-            help="Of the data and of the training.",
-        ),
+        click.option("--seed", type=SEED, default=0, help="Seed of the data and of the training."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -115,7 +175,23 @@ def versions():
 
 
 def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_file(path, content):
+    """All of the content or nothing, and in this folder: a link of that name is replaced, not followed."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as stream:
+            stream.write(content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); make room, or choose another folder with --out"
+        ) from error
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -134,9 +210,13 @@ def load_images(name):
     if name == "mnist":
         from sklearn.datasets import fetch_openml
 
+        home = pathlib.Path(os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")).expanduser()
+        is_new = not home.exists()
         try:
             table = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
         except Exception as error:
+            if is_new:
+                remove_empty(home)
             raise UserError(
                 f"cannot download MNIST ({type(error).__name__}); check the network, or use the "
                 "5,000 images that need none: --data mnist5k"
@@ -145,23 +225,43 @@ def load_images(name):
     return read_images(pathlib.Path(name))
 
 
+def remove_empty(folder):
+    """Remove the folder and those inside it that hold no file."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # it holds something
+            os.rmdir(place)
+
+
 def read_images(path):
     """The images of an .npz file: its array `images`, or its only one."""
     if path.suffix != ".npz":
         raise UserError(f"unknown data {str(path)!r}; use mnist5k, digits, mnist or the path of an .npz file")
+    if not path.exists():
+        raise UserError(f"there is no file {path}; check the path")
     try:
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise ValueError("it is no regular file")
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive, or only a part of one")
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = file.files
             key = "images" if "images" in names else names[0] if len(names) == 1 else None
             if key is None:
                 raise UserError(f"{path} holds arrays named {names}; name the one to use 'images'")
             images = file[key]
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}; check the path") from error
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz file; write it with numpy.savez") from error
-    except ValueError as error:  # an array of objects, as NumPy makes of a ragged list
-        raise UserError(f"{path} holds images of different sizes; resize them to one size") from error
+            if not isinstance(images, np.ndarray):  # but the bytes of a file that is not NumPy's
+                raise ValueError("it holds no arrays")
+    except UserError:
+        raise
+    except Exception as error:  # of the file system, of zipfile, of each decompressor, of NumPy
+        if "Object arrays" in str(error):  # which NumPy makes of a ragged list
+            raise UserError(
+                f"{path} holds Python objects, maybe images of different sizes; resize them to one size"
+            ) from error
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(
+            f"{path} is not a readable .npz file ({reason}); write it with numpy.savez"
+        ) from error
     return check_images(images, path)
 
 
@@ -184,6 +284,12 @@ def check_images(images, path):
             "(divide bytes by 255)"
         )
     return images
+
+
+def digest(array):
+    """A few letters that another array does not have."""
+    array = np.ascontiguousarray(array)
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]
 
 
 def split_images(images):
@@ -219,97 +325,14 @@ def augment(key, images):
     return jax.vmap(sample)(images, where).reshape(images.shape)
 
 
-# --- checkpoints -------------------------------------------------------------------------------
-
-
-class Checkpoints:
-    """The states of a run after each epoch, written by orbax: a kill leaves whole ones or none.
-
-    A digest of the arrays is kept with them, so that damage to a file is noticed and not trained on.
-    """
-
-    def __init__(self, folder, settings):
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        together = jax.process_count() > 1  # then one process writes, and waits for nobody
-        folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=3,
-            create=False,
-            enable_async_checkpointing=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=jax.process_index(),
-                active_processes={jax.process_index()} if together else None,
-                barrier_sync_key_prefix="checkpoints" if together else None,
-            ),
-        )
-        self.manager = ocp.CheckpointManager(folder, options=options)
-
-    def save(self, epoch, state, history):
-        arrays = [np.asarray(x) for x in jax.tree.leaves(state)]
-        info = {"settings": self.settings, "history": history, "digest": digest(arrays)}
-        self.manager.save(
-            epoch,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), info=ocp.args.JsonSave(info)),
-        )
-
-    def restore(self, like):
-        """The last good (epoch, state, history); damaged ones are moved aside, with a word.
-
-        A run that was stopped before its first checkpoint starts again: (-1, like, []).
-        """
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        for epoch in steps:
-            try:
-                state, history = self._read(epoch, like)
-            except UserError:
-                raise
-            except Exception as error:
-                reason = " ".join(str(error).split())[:80] or type(error).__name__
-                aside = self.folder.parent / "damaged" / f"epoch-{epoch}"
-                click.echo(f"warning: checkpoint {epoch} is damaged ({reason}); moved to {aside}", err=True)
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                shutil.move(self.folder / str(epoch), aside)
-                self.manager.reload()
-                continue
-            return epoch, state, history
-        if steps:
-            raise UserError(f"every checkpoint in {self.folder} is damaged; start again in another --out")
-        return -1, like, []
-
-    def _read(self, epoch, like):
-        info = self.manager.restore(epoch, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
-        differing = [key for key, value in self.settings.items() if info["settings"].get(key) != value]
-        if differing:
-            raise UserError(
-                f"the run in {self.folder.parent} has other settings: "
-                + ", ".join(f"{key} {info['settings'].get(key)!r}" for key in differing)
-                + "; give the same ones to resume it"
-            )
-        leaves, tree = jax.tree.flatten(like)
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(np.asarray, leaves)]
-        restored = self.manager.restore(
-            epoch, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        )
-        arrays = [np.asarray(x) for x in restored.state]
-        if digest(arrays) != info["digest"]:
-            raise ValueError("its digest does not match")
-        return jax.tree.unflatten(tree, [jnp.asarray(x) for x in arrays]), info["history"]
-
-
-def digest(arrays):
-    total = hashlib.sha256()
-    for x in arrays:
-        total.update(f"{x.dtype}{x.shape}".encode() + x.tobytes())
-    return total.hexdigest()
-
-
 # --- pictures ----------------------------------------------------------------------------------
 
 
 def save_figure(figure, path):
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=120, bbox_inches="tight")
     plt.close(figure)
+    write_file(path, content.getvalue())
 
 
 def image_rows(path, rows, titles, columns=16):

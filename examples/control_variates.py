@@ -29,7 +29,18 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from common import out_option, output_folder, run, save_figure, versions, write_json
+from common import (
+    RATE,
+    SEED,
+    SIZE,
+    FloatRange,
+    out_option,
+    output_folder,
+    run,
+    save_figure,
+    versions,
+    write_json,
+)
 from relaxit_jax import estimators
 
 RECORDS = 100  # along a curve
@@ -140,22 +151,17 @@ def draw(results, target, steps, path):
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--target",
-    type=click.FloatRange(0, 0.5, max_open=True),
+    type=FloatRange(0, 0.5, max_open=True),
     default=0.499,
-    help="t of the loss; the nearer to 0.5, the harder.",
-)
-@click.option("--steps", type=click.IntRange(min=RECORDS), default=10_000, help="Of both optimisers.")
-@click.option("--seeds", type=click.IntRange(min=1), default=20, help="Runs of each method; bands hold 80 %.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all draws.")
-@click.option(
-    "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=0.01, help="Of theta's Adam."
+    help="Target t of the loss; the nearer to 0.5, the harder.",
 )
 @click.option(
-    "--variate-rate",
-    type=click.FloatRange(min=0, min_open=True),
-    default=0.01,
-    help="Of the control variate's Adam.",
+    "--steps", type=click.IntRange(RECORDS, 10_000_000), default=10_000, help="Steps of both optimizers."
 )
+@click.option("--seeds", type=SIZE, default=20, help="Runs of each method; bands hold 80 %.")
+@click.option("--seed", type=SEED, default=0, help="Seed of all draws.")
+@click.option("--learning-rate", type=RATE, default=0.01, help="Learning rate of theta.")
+@click.option("--variate-rate", type=RATE, default=0.01, help="Learning rate of the control variate.")
 @out_option
 def main(target, steps, seeds, seed, learning_rate, variate_rate, out):
     """Train one bit by four unbiased gradients, and draw where it goes and the gradients' variance.

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import multivariate_normal, norm
 
 import relaxit_jax as rj
-from common import out_option, output_folder, run, save_figure, versions, write_json
+from common import SEED, TAU, out_option, output_folder, run, save_figure, versions, write_json
 
 PI = np.array([[0.2, 0.4, 0.4], [0.3, 0.5, 0.2]])
 R = np.array([[1, 0.5, 0.3], [0.5, 1, 0.7], [0.3, 0.7, 1]])
@@ -42,9 +42,9 @@ def compare(axis, title, names, exact, seen, error):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--draws", type=click.IntRange(min=100), default=200_000, help="Of all gates.")
-@click.option("--tau", type=click.FloatRange(min=0, min_open=True), default=0.1, help="Temperature.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
+@click.option("--draws", type=click.IntRange(100, 10_000_000), default=200_000, help="Draws of all gates.")
+@click.option("--tau", type=TAU, default=0.1, help="Temperature of the gates.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the draws.")
 @out_option
 def main(draws, tau, seed, out):
     """Draw correlated relaxed gates, and hold their thresholded bits against the exact law."""

@@ -3,10 +3,14 @@
 The batch is split over a mesh of all devices, everything else is on each of them. Random numbers are those
 of the whole batch, wherever its parts are drawn, so that a run has the same losses on any number of devices.
 Where a process is lost, the others cannot go on: they end with a message, and the last checkpoint stays.
+Where one has other settings or data than the others, or cannot begin, all end with the line that says so.
 """
 
 import contextlib
+import functools
+import json
 import os
+import socket
 import subprocess
 import sys
 from typing import NamedTuple
@@ -19,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from common import UserError
 
+LETTERS = 1 << 14  # in what a process can tell the others
 LOST = 3  # exit code of a process that has lost another
 SILENCE = 30  # seconds without a sign of life, after which a process counts as lost
 
@@ -54,9 +59,56 @@ class Cluster(NamedTuple):
             state = share(jax.tree.map(np.asarray, state))
         return self.everywhere(state), text
 
+    def together(self, action, *args):
+        """What the action returns. Where it is a UserError in one process, all of them end with its line."""
+        result = problem = None
+        try:
+            result = action(*args)
+        except UserError as error:
+            if self.processes == 1:
+                raise
+            problem = error.message[:1000]
+        for process, other in enumerate(self.ask(problem)):
+            if other is not None:
+                where = "" if process == self.process else f"process {process}: "
+                raise UserError(where + other)
+        return result
+
+    def agree(self, settings):
+        """All processes have these settings, or all end with the line that names the others."""
+        everyone = self.ask(settings)
+        differing = [name for name in everyone[0] if any(x[name] != everyone[0][name] for x in everyone)]
+        if differing:
+            said = "; ".join(
+                f"{name} is " + ", ".join(f"{x[name]!r} in process {i}" for i, x in enumerate(everyone))
+                for name in differing
+            )
+            raise UserError(f"the processes have different settings: {said}; give the same ones to all")
+
+    def ask(self, said):
+        """What each process said, in their order."""
+        if self.processes == 1:
+            return [said]
+        letters = np.frombuffer(json.dumps(said).encode().ljust(LETTERS), np.uint8)
+        rows, stack = stacked(self.processes)
+        letters = stack(jax.make_array_from_process_local_data(rows, letters[None]))
+        return [json.loads(bytes(row)) for row in np.asarray(letters.addressable_data(0))]
+
     def describe(self):
         kind = self.mesh.devices.flat[0].device_kind
         return {"devices": self.mesh.size, "processes": self.processes, "kind": kind}
+
+
+@functools.cache
+def stacked(processes):
+    """How to lay out a row of each process, and a function that gives all of them to each.
+
+    One device of each process takes part, as they may differ in how many they have.
+    """
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([first[i] for i in range(processes)]), ("process",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec("process")), jax.jit(lambda x: x, out_shardings=everywhere)
 
 
 def take_options(options):
@@ -78,7 +130,7 @@ def device_options(command):
     """--devices, --coordinator, --num-processes and --process-id."""
     options = [
         click.option(
-            "--devices", type=click.IntRange(min=1), metavar="N", show_default=False,
+            "--devices", type=click.IntRange(1, 1024), metavar="N", show_default=False,
             help="Devices of this process that share each batch; of a CPU, that many virtual ones are made.  "
             "[default: all that JAX sees]",
         ),
@@ -87,13 +139,16 @@ def device_options(command):
             help="Train together with other processes: the address where process 0 listens. Start the same "
             "command in each, with its own --process-id; process 0 alone reads and writes files.",
         ),
-        click.option("--num-processes", type=click.IntRange(min=1), metavar="P", help="How many there are."),
         click.option(
-            "--process-id", type=click.IntRange(min=0), metavar="I", help="Which this is, from 0 to P - 1."
+            "--num-processes", type=click.IntRange(1, 4096), metavar="P", help="Number of processes."
         ),
         click.option(
-            "--join-timeout", type=click.IntRange(min=1), default=120, metavar="SECONDS",
-            help="How long to wait for the other processes at the start.",
+            "--process-id", type=click.IntRange(0, 4095), metavar="I",
+            help="Number of this process, from 0 to P - 1.",
+        ),
+        click.option(
+            "--join-timeout", type=click.IntRange(1, 86400), default=120, metavar="SECONDS",
+            help="Time to wait for the other processes at the start.",
         ),
     ]  # fmt: skip
     for option in reversed(options):
@@ -105,7 +160,7 @@ def address(context, parameter, value):
     if value is None:
         return None
     host, _, port = value.rpartition(":")
-    if host and port.isdigit() and 0 < int(port) < 65536:
+    if host and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536:
         return value
     raise click.BadParameter(f"{value!r} is not HOST:PORT, such as 127.0.0.1:29500")
 
@@ -125,27 +180,47 @@ def join(*, devices, coordinator, num_processes, process_id, join_timeout):
     if coordinator is not None:
         meet(coordinator, num_processes, process_id, join_timeout)
     here = jax.local_devices()
-    if devices and devices > len(here):
-        raise UserError(f"--devices {devices} is above the {len(here)} that JAX sees here; lower it")
+    cluster = Cluster(None, process_id or 0, num_processes or 1)
+    with guarded(cluster):
+        cluster.together(check_devices, devices, len(here))
+        cluster.agree({"devices": devices or len(here)})
     if coordinator is None:
         return Cluster(mesh_of(here[:devices]))
     # as many of each process, in the order of the processes
-    counts = multihost_utils.process_allgather(np.int64(devices or len(here)))
-    if len(set(counts.tolist())) > 1:
-        raise UserError(f"the processes have {counts.tolist()} devices; give the same --devices to all")
     chosen = [
         device
         for process in range(num_processes)
         for device in [d for d in jax.devices() if d.process_index == process][:devices]
     ]
-    return Cluster(mesh_of(chosen), process_id, num_processes)
+    return cluster._replace(mesh=mesh_of(chosen))
+
+
+def check_devices(wanted, seen):
+    if wanted and wanted > seen:
+        raise UserError(f"--devices {wanted} is above the {seen} that JAX sees here; lower it")
+
+
+def check_port(coordinator):
+    """Where process 0 listens, nobody else may: JAX would share the port, and other runs' processes join."""
+    port = coordinator.rpartition(":")[2]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen at port {port} of --coordinator {coordinator} ({error.strerror}); give "
+                "another port to all processes"
+            ) from error
 
 
 def meet(coordinator, num_processes, process_id, seconds):
     """Join the other processes; JAX ends this one if they do not come."""
+    if process_id == 0:
+        check_port(coordinator)
     with last_words(
         f"error: the {num_processes} processes did not meet at {coordinator} within {seconds} s; start all "
-        "of them with that address, or raise --join-timeout"
+        "of them with that address, each with a --process-id of its own, or raise --join-timeout"
     ):
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=seconds,
@@ -182,17 +257,17 @@ def last_words(message):
 
 
 @contextlib.contextmanager
-def guarded(cluster, out):
+def guarded(cluster, out=None):
     """If a process of the cluster is lost inside, the others end, with a word that says what to do."""
     if cluster.processes == 1:
         yield
         return
-    where = f"in {out}" if cluster.leads else "in the folder of process 0"
     message = (
         f"error: process {cluster.process} of {cluster.processes} ended before its time: it or another one "
-        f"was lost; the checkpoints are {where}: start all processes again with --resume and that --out, to "
-        "continue from the last one"
+        "was lost; start all processes again"
     )
+    if out is not None:
+        message += f" with --resume and that --out, to continue after the last checkpoint in {out}"
     with last_words(message) as speak:
         try:
             yield

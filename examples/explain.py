@@ -50,7 +50,17 @@ from matplotlib.colors import to_rgb
 from tqdm import tqdm
 
 import relaxit_jax as rj
-from common import load_labelled, out_option, output_folder, run, save_figure, versions, write_json
+from common import (
+    SIZE,
+    STEPS,
+    load_labelled,
+    out_option,
+    output_folder,
+    run,
+    save_figure,
+    versions,
+    write_json,
+)
 
 JUDGES = {
     "classifier": "the classifier,\nof masked images",
@@ -233,10 +243,17 @@ def mean_and_spread(name, values):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--k", "ks", type=click.IntRange(1, PATCHES), multiple=True, default=(5, 10, 20), help="Kept.")
-@click.option("--seeds", type=click.IntRange(1), default=3, help="Classifiers, and all that explains them.")
-@click.option("--steps", type=click.IntRange(1), default=800, help="Of Adam for explainers; half for judges.")
-@click.option("--classifier-steps", type=click.IntRange(1), default=2000, help="Of Adam, for the classifier.")
+@click.option(
+    "--k",
+    "ks",
+    type=click.IntRange(1, PATCHES),
+    multiple=True,
+    default=(5, 10, 20),
+    help="Patches that are kept; may be given more than once.",
+)
+@click.option("--seeds", type=SIZE, default=3, help="Classifiers, each explained by every method.")
+@click.option("--steps", type=STEPS, default=800, help="Steps of Adam for explainers; judges take half.")
+@click.option("--classifier-steps", type=STEPS, default=2000, help="Steps of Adam for the classifier.")
 @out_option
 def main(ks, seeds, steps, classifier_steps, out):
     """Explain a classifier of digits by the k patches that keep its answer, chosen by seven methods.

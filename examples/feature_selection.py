@@ -57,7 +57,7 @@ from sklearn.preprocessing import PolynomialFeatures, QuantileTransformer, Stand
 from tqdm import tqdm
 
 import relaxit_jax as rj
-from common import out_option, output_folder, run, save_figure, versions, write_json
+from common import SIZE, STEPS, out_option, output_folder, run, save_figure, versions, write_json
 
 TITLES = {"linear": "four columns, linear", "products": "two products of two columns"}
 TARGETS = (*TITLES, "diagnosis")  # the last is the table's own
@@ -300,10 +300,10 @@ def draw(results, paths, everything, path):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--seeds", type=click.IntRange(min=1), default=5, help="Splits of the rows and targets.")
-@click.option("--noise-columns", type=click.IntRange(min=1), default=30, help="Permuted copies of columns.")
-@click.option("--steps", type=click.IntRange(min=1), default=3000, help="Of Adam, for the gates.")
-@click.option("--hidden", type=click.IntRange(min=1), default=128, help="Units of the gates' network.")
+@click.option("--seeds", type=SIZE, default=5, help="Splits of the rows and targets.")
+@click.option("--noise-columns", type=click.IntRange(1, 100), default=30, help="Permuted copies of columns.")
+@click.option("--steps", type=STEPS, default=3000, help="Steps of Adam for the gates.")
+@click.option("--hidden", type=SIZE, default=128, help="Units of the gates' network.")
 @out_option
 def main(seeds, noise_columns, steps, hidden, out):
     """Select columns of a table by lasso and by gates, where the relevant ones are known and where not.

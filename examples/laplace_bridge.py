@@ -11,7 +11,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import relaxit_jax as rj
-from common import UserError, out_option, output_folder, run, save_figure, versions, write_json
+from common import (
+    SEED,
+    FloatRange,
+    out_option,
+    output_folder,
+    run,
+    save_figure,
+    versions,
+    write_json,
+)
 from relaxit_jax.laplace_bridge import dirichlet_to_gaussian, gaussian_to_dirichlet
 
 CORNERS = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
@@ -43,15 +52,15 @@ def draw_densities(path, points, densities):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the random concentration.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the random concentration.")
 @click.option(
     "--concentration",
-    type=float,
+    type=FloatRange(0.01, 1000),
     nargs=3,
     show_default=False,
-    help="Of the Dirichlet.  [default: random, between 1.2 and 7.4]",
+    help="Concentration of the Dirichlet.  [default: random, between 1.2 and 7.4]",
 )
-@click.option("--grid", type=click.IntRange(min=20), default=200, help="Points along an edge.")
+@click.option("--grid", type=click.IntRange(20, 1000), default=200, help="Points along an edge.")
 @out_option
 def main(seed, concentration, grid, out):
     """Draw a Dirichlet, its logistic-normal by the Laplace Bridge, and the Dirichlet back."""
@@ -59,8 +68,6 @@ def main(seed, concentration, grid, out):
         alpha = jnp.exp(jax.random.uniform(jax.random.key(seed), (3,), minval=0.2, maxval=2))
     else:
         alpha = jnp.array(concentration, jnp.float32)
-    if not (alpha > 0).all():
-        raise UserError(f"--concentration {concentration} is not positive; give three positive numbers")
     out = output_folder(out, "laplace_bridge")
 
     loc, covariance = dirichlet_to_gaussian(alpha)

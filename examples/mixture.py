@@ -28,6 +28,7 @@ from scipy.special import softmax
 from sklearn.cluster import KMeans
 
 from common import (
+    FloatRange,
     UserError,
     check_losses,
     out_option,
@@ -105,11 +106,13 @@ def draw(path, x, learned, known, title):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--clusters", type=click.IntRange(2, len(COLOURS)), default=4, help="Of the mixture.")
-@click.option("--points", type=click.IntRange(min=20), default=500, help="Of all clusters together.")
+@click.option("--clusters", type=click.IntRange(2, len(COLOURS)), default=4, help="Clusters of the mixture.")
+@click.option(
+    "--points", type=click.IntRange(20, 100_000), default=500, help="Points of all clusters together."
+)
 @click.option(
     "--separation",
-    type=click.FloatRange(min=0, max=20, min_open=True),
+    type=FloatRange(0, 20, min_open=True),
     default=2.5,
     help="Distance of neighbouring centres, in standard deviations of a cluster.",
 )

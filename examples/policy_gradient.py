@@ -41,7 +41,19 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from common import UserError, out_option, output_folder, run, save_figure, versions, write_json
+from common import (
+    RATE,
+    SEED,
+    SIZE,
+    STEPS,
+    UserError,
+    out_option,
+    output_folder,
+    run,
+    save_figure,
+    versions,
+    write_json,
+)
 from relaxit_jax.estimators import OneHotCategorical, reinforce, relax, value_and_grads
 
 # The mean return at which each is called solved, and the size of its observations, which are divided by it.
@@ -304,9 +316,6 @@ def draw(results, settings, path):
     save_figure(figure, path)
 
 
-count, rate = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
-
-
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--environment",
@@ -314,7 +323,7 @@ count, rate = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
     type=click.Choice(list(ENVIRONMENTS)),
     multiple=True,
     default=list(ENVIRONMENTS),
-    help="Of gymnax; may be given more than once.",
+    help="Environment of gymnax; may be given more than once.",
 )
 @click.option(
     "--estimator",
@@ -322,30 +331,35 @@ count, rate = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
     type=click.Choice(list(ESTIMATORS)),
     multiple=True,
     default=list(ESTIMATORS),
-    help="Of the gradient; may be given more than once.",
+    help="Estimator of the gradient; may be given more than once.",
 )
-@click.option("--seeds", type=count, default=5, help="Policies trained at once, each from a seed of its own.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="That all seeds follow from.")
-@click.option("--updates", type=count, default=200, help="Of Adam, each from new episodes.")
-@click.option("--environments", type=count, default=32, help="Episodes played at once, one update's.")
+@click.option("--seeds", type=SIZE, default=5, help="Policies trained at once, each from a seed of its own.")
+@click.option("--seed", type=SEED, default=0, help="Seed that all the others follow from.")
+@click.option("--updates", type=STEPS, default=200, help="Updates by Adam, each from new episodes.")
+@click.option("--environments", type=SIZE, default=32, help="Episodes played at once for an update.")
 @click.option(
     "--copies",
-    type=click.IntRange(min=2),
+    type=click.IntRange(2, 4096),
     default=8,
-    help="Of rloo: episodes from the same first state, each the baseline of the others.",
+    help="Episodes of rloo from the same first state, each the baseline of the others.",
 )
-@click.option("--horizon", type=count, default=500, help="Longest episode, in steps.")
-@click.option("--every", type=count, default=5, help="Updates between two evaluations.")
-@click.option("--evaluations", type=count, default=32, help="New episodes of an evaluation, actions drawn.")
-@click.option("--hidden", type=count, default=32, help="Units in each of the two hidden layers of a network.")
+@click.option("--horizon", type=SIZE, default=500, help="Longest episode, in steps.")
+@click.option("--every", type=STEPS, default=5, help="Updates between two evaluations.")
+@click.option("--evaluations", type=SIZE, default=32, help="New episodes of an evaluation, actions drawn.")
+@click.option(
+    "--hidden",
+    type=click.IntRange(1, 1024),
+    default=32,
+    help="Units in each of the two hidden layers of a network.",
+)
 @click.option(
     "--learning-rate",
-    type=rate,
+    type=RATE,
     default=0.005,
-    help="Of the policy; 0 for the first tenth of the updates, then falling by a cosine.",
+    help="Learning rate of the policy; 0 for the first tenth of the updates, then falling by a cosine.",
 )
-@click.option("--baseline-rate", type=rate, default=0.01, help="Learning rate of V.")
-@click.option("--variate-rate", type=rate, default=0.001, help="Learning rate of h, of relax.")
+@click.option("--baseline-rate", type=RATE, default=0.01, help="Learning rate of V.")
+@click.option("--variate-rate", type=RATE, default=0.001, help="Learning rate of h, of relax.")
 @out_option
 def main(names, estimators, seeds, seed, horizon, out, **options):
     """Train policies by REINFORCE with a baseline, RLOO and RELAX.

@@ -32,7 +32,12 @@ from tqdm import tqdm
 
 import relaxit_jax as rj
 from common import (
-    UserError,
+    COUNT,
+    RATE,
+    SIZE,
+    STEPS,
+    TAU,
+    Numbers,
     augment,
     load_labelled,
     out_option,
@@ -176,29 +181,28 @@ def draw(histories, pictures, path):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--lengths", default="5,10", help="Images in a sequence, one training each.")
-@click.option("--tau", type=click.FloatRange(min=0.001), default=1.0, help="Temperature of the permutation.")
-@click.option("--steps", type=click.IntRange(min=1), default=2000, help="Of Adam, in rounds of 50.")
-@click.option("--copies", type=click.IntRange(min=1), default=6, help="Of each image, moved, to train on.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Sequences in a step.")
+@click.option(
+    "--lengths",
+    type=Numbers(click.IntRange(2, 1000), "5,10"),
+    default="5,10",
+    help="Images in a sequence, one training each.",
+)
+@click.option("--tau", type=TAU, default=1.0, help="Temperature of the permutation.")
+@click.option("--steps", type=STEPS, default=2000, help="Steps of Adam, in rounds of 50.")
+@click.option("--copies", type=click.IntRange(1, 50), default=6, help="Moved copies of each image.")
+@click.option("--batch-size", type=SIZE, default=32, help="Sequences in a step.")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=RATE,
     default=0.005,
-    help="Of Adam at the start; it falls to zero by a cosine.",
+    help="Learning rate of Adam at the start; it falls to zero by a cosine.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=2, help="Trainings of each kind.")
-@click.option("--test-sequences", type=click.IntRange(min=1), default=1000, help="Of the 1,000 test images.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the first training.")
+@click.option("--seeds", type=SIZE, default=2, help="Trainings of each kind.")
+@click.option("--test-sequences", type=COUNT, default=1000, help="Sequences of the 1,000 test images.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Seed of the first training.")
 @out_option
 def main(lengths, tau, steps, copies, batch_size, learning_rate, seeds, test_sequences, seed, out):
     """Sort sequences of digit images by Gumbel-Sinkhorn, learned from their order alone."""
-    try:
-        lengths = [int(n) for n in lengths.split(",")]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 2:
-        raise UserError("--lengths must be numbers above 1 with commas between them, such as 5,10")
     out = output_folder(out, "sort_digits")
     (images, digits), (test_images, test_digits) = load_labelled()
     images, digits = moved_copies(images, digits, copies)

@@ -47,7 +47,19 @@ import optax
 from tqdm import tqdm
 
 import relaxit_jax as rj
-from common import load_labelled, out_option, output_folder, run, save_figure, versions, write_json
+from common import (
+    SEED,
+    SIZE,
+    FloatRange,
+    Numbers,
+    load_labelled,
+    out_option,
+    output_folder,
+    run,
+    save_figure,
+    versions,
+    write_json,
+)
 
 TAU = 2 / 3
 CLASSES = 10
@@ -242,27 +254,17 @@ def draw(dense, runs, total, path):
     save_figure(figure, path)
 
 
-class Penalties(click.ParamType):
-    name = "numbers"
-
-    def convert(self, value, parameter, context):
-        try:
-            penalties = tuple(map(float, value.split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers as in 0.3,1,3")
-        if not all(0 <= penalty < np.inf for penalty in penalties):
-            self.fail(f"{value!r} holds a number below 0 or without end")
-        return penalties
-
-
 @click.command(context_settings={"show_default": True})
-@click.option("--penalties", type=Penalties(), default="0.3,1,3,10,20", help="Prices of all weights in nats.")
-@click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each penalty.")
-@click.option("--epochs", type=click.IntRange(min=1), default=20, help="Of training; half as many to tune.")
 @click.option(
-    "--hidden", type=click.IntRange(min=1), nargs=2, default=(300, 100), help="Neurons of each layer."
+    "--penalties",
+    type=Numbers(FloatRange(0, 1e6), "0.3,1,3"),
+    default="0.3,1,3,10,20",
+    help="Prices of all weights in nats.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all draws.")
+@click.option("--seeds", type=SIZE, default=3, help="Runs of each penalty.")
+@click.option("--epochs", type=SIZE, default=20, help="Epochs of training; half as many to tune.")
+@click.option("--hidden", type=SIZE, nargs=2, default=(300, 100), help="Neurons of each layer.")
+@click.option("--seed", type=SEED, default=0, help="Seed of all draws.")
 @out_option
 def main(penalties, seeds, epochs, hidden, seed, out):
     """Prune a network by gates and by magnitude, and draw its test error over the weights that it keeps.

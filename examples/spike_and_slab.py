@@ -25,6 +25,7 @@ from numpyro.infer.initialization import init_to_mean
 from scipy.special import expit, log_expit, logit, softmax
 
 from common import (
+    FloatRange,
     UserError,
     check_losses,
     out_option,
@@ -126,23 +127,24 @@ def draw(path, answers, slopes):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--rows", type=click.IntRange(min=2), default=80, help="Observations.")
-@click.option("--columns", type=click.IntRange(min=1), default=12, help="Of the regression; at most 16.")
-@click.option("--support", type=click.IntRange(min=0), default=3, help="How many columns truly matter.")
+@click.option("--rows", type=click.IntRange(2, 100_000), default=80, help="Observations.")
+@click.option(
+    "--columns",
+    type=click.IntRange(1, 16),
+    default=12,
+    help="Columns of the regression; the exact answer takes 2^N supports.",
+)
+@click.option("--support", type=click.IntRange(0, 16), default=3, help="Columns that truly matter.")
 @click.option(
     "--correlation",
-    type=click.FloatRange(-1, 1, min_open=True, max_open=True),
+    type=FloatRange(-0.999, 0.999),
     default=0.5,
-    help="Of neighbouring columns; it falls off with their distance.",
+    help="Correlation of neighboring columns; it falls off with their distance.",
 )
 @training_options
 @out_option
 def main(rows, columns, support, correlation, tau, method, steps, particles, learning_rate, seed, out):
     """Train which columns of a regression matter, and hold that against two known answers."""
-    if columns > 16:
-        raise UserError(
-            f"--columns {columns} means 2^{columns} supports for the exact answer; give at most 16"
-        )
     if support > columns:
         raise UserError(f"--support {support} is above the {columns} columns; lower it")
     out = output_folder(out, "spike_and_slab")

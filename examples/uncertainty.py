@@ -56,7 +56,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from common import load_labelled, out_option, output_folder, run, save_figure, versions, write_json
+from common import SIZE, load_labelled, out_option, output_folder, run, save_figure, versions, write_json
 from foreign import letters, photographs, rotated
 from relaxit_jax.laplace_bridge import gaussian_to_dirichlet
 
@@ -322,14 +322,14 @@ def draw(results, clock, path):
 
 
 @click.command(context_settings={"show_default": True})
+@click.option("--networks", type=SIZE, default=3, help="Networks, each trained with a seed of its own.")
+@click.option("--keys", type=SIZE, default=3, help="Keys of Monte Carlo for each network.")
+@click.option("--epochs", type=SIZE, default=10, help="Epochs of training.")
+@click.option("--width", type=click.IntRange(2, 500), default=32, help="Features that the last layer sees.")
+@click.option("--repeats", type=SIZE, default=5, help="Measurements that a time is the median of.")
 @click.option(
-    "--networks", type=click.IntRange(min=1), default=3, help="Trained, each with a seed of its own."
+    "--seed", type=click.IntRange(0, 2**31), default=0, help="Seed of the first network and of all draws."
 )
-@click.option("--keys", type=click.IntRange(min=1), default=3, help="Of Monte Carlo, for each network.")
-@click.option("--epochs", type=click.IntRange(min=1), default=10, help="Of training.")
-@click.option("--width", type=click.IntRange(min=2), default=32, help="Features that the last layer sees.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Of each time, to take the median of.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the first network and all draws.")
 @out_option
 def main(networks, keys, epochs, width, repeats, seed, out):
     """Predict with a Laplace approximation of the last layer: by the bridge, and by Monte Carlo.

@@ -35,11 +35,20 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from checkpoints import Checkpoints
 from common import (
-    Checkpoints,
+    COUNT,
+    RATE,
+    SEED,
+    SIZE,
+    TAU,
+    FloatRange,
+    Numbers,
+    Path,
     UserError,
     augment,
     binarise,
+    digest,
     image_rows,
     load_images,
     out_option,
@@ -177,9 +186,10 @@ class Experiment:
 def train(experiment, checkpoints, resume):
     """All epochs that are still to do; the last state and the history of all."""
     cluster, state, first, history = experiment.cluster, experiment.state, 0, []
+    nothing = lambda *_: None  # the leading process alone has checkpoints
+    save, restore = (checkpoints.save, checkpoints.restore) if cluster.leads else (nothing, nothing)
     if resume:
-        if cluster.leads:
-            first, state, history = checkpoints.restore(state)
+        first, state, history = cluster.together(restore, state) or (first, state, history)
         state, text = cluster.share(state, json.dumps([first, history]))
         first, history = json.loads(text)
         first += 1
@@ -197,8 +207,7 @@ def train(experiment, checkpoints, resume):
                     "lower --learning-rate, or raise --tau"
                 )
             history.append({"train": objective, "test": bound, "seconds": seconds})
-            if cluster.leads:
-                checkpoints.save(number, state, history)
+            cluster.together(save, number, state, history)
             bar.update()
             bar.set_postfix_str(f"train {objective:.1f}, test -ELBO {bound:.1f} nats")
     return state, history
@@ -223,7 +232,7 @@ def report(experiment, history, elbo, weighted, pictures, out):
     axis.plot(numbers, [row["test"] for row in history], label="test negative ELBO, exact draws")
     axis.axhline(weighted, ls=":", color="gray", label="test bound of 100 samples, at the end")
     axis.set(xlabel="epoch", ylabel="nats per image", title=f"{experiment.config.method}: {elbo:.1f} nats")
-    axis.legend()
+    axis.legend(loc="upper right")  # the best place is searched for, with a warning if that takes long
     save_figure(figure, out / "curve.png")
     seconds = [row["seconds"] for row in history]
     metrics = {
@@ -246,17 +255,6 @@ def report(experiment, history, elbo, weighted, pictures, out):
     )
 
 
-def sizes(context, parameter, value):
-    parts = value.split(",")
-    if all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        return tuple(map(int, parts))
-    raise click.BadParameter(f"{value!r} is not a list of layer sizes such as 512,512")
-
-
-positive = click.FloatRange(min=0, min_open=True)
-count = click.IntRange(min=1)
-
-
 @click.command(
     context_settings={"show_default": True, "max_content_width": 110},
     epilog="\b\nMethods:\n" + "\n".join(f"  {name:30}{row.about}" for name, row in METHODS.items()),
@@ -270,52 +268,59 @@ count = click.IntRange(min=1)
 )
 @click.option(
     "--data",
+    type=Path(),
     default="mnist5k",
     metavar="NAME|FILE.npz",
-    help="mnist5k: 5,000 MNIST images, no network; digits: 1,797 of 8x8; mnist: all 70,000, "
+    help="Images: mnist5k, 5,000 of MNIST, no network; digits, 1,797 of 8x8; mnist, all 70,000, "
     "downloaded once; or an .npz file of images in [0, 1], (n, height, width).",
 )
-@click.option("--epochs", type=click.IntRange(min=0), default=50, help="Passes over the training images.")
 @click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the initial weights and of all draws."
+    "--epochs", type=click.IntRange(0, 100_000), default=50, help="Passes over the training images."
 )
-@click.option("--latents", type=count, default=48, help="Number of bits, gates, elements or counts.")
-@click.option("--variables", type=count, default=20, help="Number of categorical latents.")
-@click.option("--classes", type=click.IntRange(min=2), default=10, help="Classes of each categorical latent.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the initial weights and of all draws.")
+@click.option("--latents", type=SIZE, default=48, help="Number of bits, gates, elements or counts.")
+@click.option("--variables", type=SIZE, default=20, help="Number of categorical latents.")
 @click.option(
-    "--subset-size", type=count, show_default=False, help="k of subsets.  [default: half of --latents]"
+    "--classes", type=click.IntRange(2, 4096), default=10, help="Classes of each categorical latent."
 )
-@click.option("--largest-mean", type=click.FloatRange(0.1, 100), default=8.0, help="Of each count.")
+@click.option(
+    "--subset-size",
+    type=SIZE,
+    show_default=False,
+    help="Elements in each subset.  [default: half of --latents]",
+)
+@click.option("--largest-mean", type=FloatRange(0.1, 100), default=8.0, help="Largest mean of each count.")
 @click.option(
     "--correlation",
     type=click.Choice(["identity", "learned"]),
     default="identity",
-    help="Of correlated_bernoulli: none, or a Cholesky factor that is learned.",
+    help="Correlation of correlated_bernoulli: none, or a Cholesky factor that is learned.",
 )
 @click.option(
     "--tau",
-    type=positive,
+    type=TAU,
     show_default=False,
     help="Temperature at the start.  [default: the method's own, 1]",
 )
 @click.option(
     "--tau-end",
-    type=positive,
+    type=TAU,
     show_default=False,
-    help="Temperature at the end, reached exponentially.  [default: --tau if given, else the method's own]",
+    help="Temperature at the end. Step t of T has the temperature tau (tau-end / tau)^(t / T).  "
+    "[default: --tau if given, else the method's own]",
 )
 @click.option(
     "--hidden",
+    type=Numbers(SIZE, "512,512"),
     default="512,512",
     metavar="SIZES",
-    callback=sizes,
-    help="Hidden layers of the encoder; the decoder mirrors them.",
+    help="Sizes of the hidden layers of the encoder; the decoder mirrors them.",
 )
 @click.option(
     "--activation",
     type=click.Choice(["gelu", "relu", "silu", "tanh"]),
     default="gelu",
-    help="Between layers.",
+    help="Activation between layers.",
 )
 @click.option(
     "--prior",
@@ -331,13 +336,15 @@ count = click.IntRange(min=1)
 @click.option(
     "--centre/--no-centre", default=True, help="Subtract the mean training image before the encoder."
 )
-@click.option("--batch-size", type=count, default=100, help="Images a step.")
-@click.option("--learning-rate", type=positive, default=3e-3, help="Of Adam; the peak of the schedule.")
+@click.option("--batch-size", type=COUNT, default=100, help="Images in a step.")
+@click.option(
+    "--learning-rate", type=RATE, default=3e-3, help="Learning rate of Adam, at the peak of its schedule."
+)
 @click.option(
     "--schedule",
     type=click.Choice(["cosine", "constant"]),
     default="cosine",
-    help="Of the learning rate; cosine warms up for a tenth of the steps.",
+    help="Schedule of the learning rate; cosine warms up for a tenth of the steps.",
 )
 @device_options
 @out_option
@@ -361,29 +368,44 @@ def main(out, resume, tau, tau_end, subset_size, **options):
     if resume and out is None:
         raise UserError("--resume needs the run's folder; give it with --out")
     cluster = join(**cluster_options)
-    if config.batch_size % cluster.mesh.size:
-        raise UserError(
-            f"--batch-size {config.batch_size} is no multiple of the {cluster.mesh.size} devices; change one"
-        )
-    if resume and cluster.leads and not (out / "checkpoints").exists():
-        raise UserError(f"there is no run to resume in {out}; check --out, or leave out --resume")
-    training, test = split_images(load_images(config.data))
-    if config.batch_size > len(training):
-        raise UserError(
-            f"--batch-size {config.batch_size} is above the {len(training)} training images; lower it"
-        )
-    checkpoints = None
-    if cluster.leads:
-        out = output_folder(out, f"vae-{name}")
-        if not resume and (out / "checkpoints").exists():
-            raise UserError(f"{out} holds a run already; continue it with --resume, or choose another --out")
-        checkpoints = Checkpoints(out / "checkpoints", config._asdict())
+    with guarded(cluster):
+        training, test, images = cluster.together(prepare, config, cluster)
+        settings = config._asdict() | {"data": images}
+        cluster.agree(settings | {"resume": resume})
+        out, checkpoints = cluster.together(open_run, out, name, settings, resume, cluster)
     with guarded(cluster, out):
         experiment = Experiment(config, training, test, cluster)
         state, history = train(experiment, checkpoints, resume)
         found = results(experiment, state)
     if cluster.leads:
         report(experiment, history, *found, out)
+
+
+def prepare(config, cluster):
+    """The images to train on and to test, and their digest: what each process reads and checks by itself."""
+    if config.batch_size % cluster.mesh.size:
+        raise UserError(
+            f"--batch-size {config.batch_size} is no multiple of the {cluster.mesh.size} devices; change one"
+        )
+    images = load_images(config.data)
+    training, test = split_images(images)
+    if config.batch_size > len(training):
+        raise UserError(
+            f"--batch-size {config.batch_size} is above the {len(training)} training images; lower it"
+        )
+    return training, test, digest(images)
+
+
+def open_run(out, name, settings, resume, cluster):
+    """The folder of the run and its checkpoints, of the leading process."""
+    if not cluster.leads:
+        return "its folder", None
+    if resume and not (out / "checkpoints").exists():
+        raise UserError(f"there is no run to resume in {out}; check --out, or leave out --resume")
+    out = output_folder(out, f"vae-{name}")
+    if not resume and (out / "checkpoints").exists():
+        raise UserError(f"{out} holds a run already; continue it with --resume, or choose another --out")
+    return out, Checkpoints(out / "checkpoints", settings)
 
 
 if __name__ == "__main__":

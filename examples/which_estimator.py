@@ -28,6 +28,7 @@ import methods
 import relaxit_jax as rj
 import vae
 from common import (
+    SEED,
     load_images,
     out_option,
     output_folder,
@@ -193,12 +194,16 @@ def best(report, budget):
     type=click.Choice(list(PROBLEMS)),
     multiple=True,
     default=list(PROBLEMS),
-    help="What to measure on; may be given more than once.",
+    help="Problem to measure on; may be given more than once.",
 )
-@click.option("--num-samples", type=click.IntRange(min=100), default=2000, help="Estimates of each method.")
-@click.option("--epochs", type=click.IntRange(min=0), default=10, help="Of the VAE, before it is measured.")
-@click.option("--digits", type=click.IntRange(1, 1000), default=10, help="Of the test set, for the VAE.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all draws.")
+@click.option(
+    "--num-samples", type=click.IntRange(100, 100_000), default=2000, help="Estimates of each method."
+)
+@click.option(
+    "--epochs", type=click.IntRange(0, 10_000), default=10, help="Epochs of the VAE before it is measured."
+)
+@click.option("--digits", type=click.IntRange(1, 1000), default=10, help="Test digits that the VAE encodes.")
+@click.option("--seed", type=SEED, default=0, help="Seed of all draws.")
 @out_option
 def main(problems, num_samples, epochs, digits, seed, out):
     """Measure bias, variance and cost of every gradient estimator on three problems.

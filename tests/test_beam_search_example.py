@@ -84,6 +84,20 @@ def test_command_line(tmp_path, capsys):
         seen = rows["with replacement"][-1] ** 2 / rows["with replacement, by theory"][-1] ** 2 * 300
         assert 1e-4 < chi2.sf(seen, 300) < 1 - 1e-4
     assert (tmp_path / "run" / "beam_search.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--text short", "give one of 100 or more"),
+        ("--text absent", "give a text file in UTF-8"),
+        ("--words 704 --length 2", "--words 704 is above the 703 words of up to 2 letters; lower it"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_a_folder_is_made(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "short").write_text("too short")
-    assert run("--text", tmp_path / "short", example=beam_search) == 2
-    assert "give one of 100 or more" in capsys.readouterr().err
+    assert run(*flags.split(), example=beam_search) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["short"]

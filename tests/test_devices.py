@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import devices
-from common import UserError
+from common import UserError, digest
 from test_examples import EXAMPLES, TINY, read, run
 from test_methods import bars
 
@@ -76,13 +76,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_two(images, out, *flags):
-    """Two processes that train together; their output goes to files."""
+def start_two(images, out, *flags, second=()):
+    """Two processes that train together, the second one with some flags of its own."""
     command = [sys.executable, EXAMPLES / "vae.py", *TINY, "--data", images, "--epochs", EPOCHS, "--out", out]
     command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, *flags]
     return [
         subprocess.Popen(
-            [*map(str, command), "--process-id", str(i)], text=True,
+            [*map(str, command), "--process-id", str(i), *(map(str, second) if i else ())], text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )
         for i in range(2)
@@ -129,6 +129,75 @@ def test_a_lost_process_ends_the_other_and_the_run_resumes(lost, images, tmp_pat
     np.testing.assert_allclose(history(out), history(tmp_path / "alone"), rtol=2e-6)
 
 
+def ends_of(processes):
+    """The one error line of each, which ends with exit code 2."""
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 2 and "Traceback" not in errors, errors
+        (line,) = re.findall(r"error: .*", errors)
+        yield line
+
+
+def test_processes_with_other_settings_or_data_end_with_one_line(images, tmp_path):
+    """Before anything is written. The data has the same shape and one other pixel."""
+    other = bars()
+    other[3, 2, 1] = 1 - other[3, 2, 1]
+    np.savez(tmp_path / "other.npz", images=other)
+    second = ["--learning-rate", ".1", "--data", tmp_path / "other.npz"]
+    for line in ends_of(start_two(images, tmp_path / "run", second=second)):
+        assert f"data is '{digest(bars())}' in process 0, '{digest(other)}' in process 1; " in line
+        assert "learning_rate is 0.003 in process 0, 0.1 in process 1; give the same ones to all" in line
+    assert not (tmp_path / "run").exists()
+
+
+JOIN = """
+import sys, common, devices
+count, port, process = map(int, sys.argv[1:])
+join = lambda **_: devices.join(devices=count, coordinator=f"127.0.0.1:{port}", num_processes=2,
+                                process_id=process, join_timeout=100)
+common.run(join)
+"""
+
+
+def test_processes_with_other_numbers_of_devices_end_with_one_line():
+    port = free_port()
+    command = lambda i: [sys.executable, "-c", JOIN, str(1 + i), str(port), str(i)]
+    processes = [
+        subprocess.Popen(command(i), stderr=subprocess.PIPE, text=True, env=environment()) for i in (0, 1)
+    ]
+    for line in ends_of(processes):
+        assert "devices is 1 in process 0, 2 in process 1; give the same ones to all" in line
+
+
+def test_what_one_process_cannot_do_ends_all(monkeypatch):
+    """The one with its own words, the others with those and its number."""
+    said = [None, "no room"]
+    monkeypatch.setattr(devices.Cluster, "ask", lambda self, problem: said)
+
+    def fail():
+        raise UserError("no room")
+
+    for process, action, words in ((0, int, "process 1: no room"), (1, fail, "no room")):
+        with pytest.raises(UserError) as error:
+            devices.Cluster(None, process, 2).together(action)
+        assert error.value.message == words
+    said[1] = None
+    assert devices.Cluster(None, 0, 2).together(int, "7") == 7
+
+
+def test_a_port_in_use(images, tmp_path, capsys):
+    """Of another program, or of the coordinator of another run."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        flags = ["--coordinator", address, "--num-processes", 2, "--process-id", 0]
+        assert run(*TINY, "--data", images, "--out", tmp_path / "run", *flags) == 2
+    said = capsys.readouterr().err
+    assert f"of --coordinator {address} (Address already in use); give another port" in said
+    assert said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_nobody_comes(images, tmp_path):
     """A process whose coordinator does not answer says so, and ends."""
     command = [sys.executable, EXAMPLES / "vae.py", *TINY, "--data", images, "--out", tmp_path / "run"]
@@ -148,6 +217,8 @@ def test_nobody_comes(images, tmp_path):
         (["--num-processes", 2, "--process-id", 0], "belong together; give all or none"),
         (["--coordinator", "here", "--num-processes", 1, "--process-id", 0], "'here' is not HOST:PORT"),
         (["--coordinator", "here:99999", "--num-processes", 1, "--process-id", 0], "is not HOST:PORT"),
+        (["--coordinator", "here:²", "--num-processes", 1, "--process-id", 0], "is not HOST:PORT"),
+        (["--devices", 100000], "100000 is not in the range 1<=x<=1024"),
         (
             ["--coordinator", "127.0.0.1:29500", "--num-processes", 2, "--process-id", 2],
             "--process-id 2 is not below --num-processes 2; count from 0",

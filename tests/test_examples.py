@@ -24,6 +24,7 @@ import mixture
 import posteriors
 import spike_and_slab
 import vae
+from checkpoints import Checkpoints
 from methods import METHODS
 from relaxit_jax.handlers import auto_guide
 from test_methods import bars
@@ -67,9 +68,10 @@ def test_vae_writes_what_it_trained(method, images, tmp_path):
     metrics = read(out)
     for picture in ("reconstructions.png", "samples.png", "curve.png"):
         assert (out / picture).stat().st_size > 1000
-    split = common.split_images(common.load_images(str(images)))
-    experiment = vae.Experiment(config_of(metrics["settings"]), *split)
-    checkpoints = common.Checkpoints(out / "checkpoints", metrics["settings"])
+    pixels = common.load_images(str(images))
+    experiment = vae.Experiment(config_of(metrics["settings"]), *common.split_images(pixels))
+    settings = metrics["settings"] | {"data": common.digest(pixels)}
+    checkpoints = Checkpoints(out / "checkpoints", settings)
     epoch, state, history = checkpoints.restore(experiment.state)
     assert epoch == 2 and len(history) == len(metrics["history"]) == 3
     elbo, weighted = experiment.test_bounds(state[0], experiment.test, 100)
@@ -165,7 +167,7 @@ def bad_files(folder):
         ("--data {}/absent.npz", "there is no file"),
         ("--data {}/empty.npz", "is not a readable .npz file"),
         ("--data {}/broken.npz", "is not a readable .npz file"),
-        ("--data {}/ragged.npz", "images of different sizes; resize them"),
+        ("--data {}/ragged.npz", "maybe images of different sizes; resize them"),
         ("--data {}/flat.npz", "it must be (images, height, width)"),
         ("--data {}/none.npz", "holds 0 images"),
         ("--data {}/text.npz", "they must be numbers"),
@@ -175,9 +177,9 @@ def bad_files(folder):
         ("--data digits --out {}/file/run", "choose another folder with --out"),
         ("--data digits --batch-size 100000", "is above the 1437 training images; lower it"),
         ("--data digits --latents 4 --subset-size 5", "lower it"),
-        ("--data digits --tau 0", "0.0 is not in the range x>0"),
+        ("--data digits --tau 0", "0.0 is not in the range 0.001<=x<=1000"),
         ("--data digits --seed -1", "-1 is not in the range 0<=x<=4294967295"),
-        ("--data digits --hidden 5,x", "is not a list of layer sizes"),
+        ("--data digits --hidden 5,x", "'5,x' is not a list such as 512,512: 'x' is not a valid"),
         ("--data digits --resume", "--resume needs the run's folder"),
         ("--data digits --resume --out {}/new", "there is no run to resume in"),
     ],
@@ -326,11 +328,11 @@ def test_spike_and_slab_example(tmp_path):
 @pytest.mark.parametrize(
     ("example", "flags", "words"),
     [
-        (mixture, "--tau 0", "0.0 is not in the range x>=0.001"),
+        (mixture, "--tau 0", "0.0 is not in the range 0.001<=x<=1000"),
         (mixture, "--method nonsense", "is not one of 'relaxed', 'straight_through'"),
         (mixture, "--clusters 8 --points 20 --seed 0", "leave a cluster of 8 empty; raise --points"),
-        (mixture, "--points 20 --steps 3 --learning-rate 1e30 --out {}", "the loss is not finite from step"),
-        (spike_and_slab, "--columns 17", "means 2^17 supports for the exact answer; give at most 16"),
+        (mixture, "--points 20 --steps 30 --learning-rate 100 --out {}", "the loss is not finite from step"),
+        (spike_and_slab, "--columns 17", "17 is not in the range 1<=x<=16"),
         (spike_and_slab, "--support 13", "is above the 12 columns; lower it"),
         (spike_and_slab, "--correlation 1", "1.0 is not in the range"),
         (spike_and_slab, "--out {}/file/run", "choose another folder with --out"),

@@ -191,7 +191,7 @@ def test_example_from_flags_to_files(tmp_path, capsys):
         ("--environment Pong-v5", "is not one of 'CartPole-v1', 'Acrobot-v1'"),
         ("--updates 7", "--updates 7 must be a multiple of --every 5"),
         ("--copies 5", "--environments 32 must be a multiple of --copies 5"),
-        ("--copies 1", "1 is not in the range x>=2"),
+        ("--copies 1", "1 is not in the range 2<=x<=4096"),
     ],
 )
 def test_bad_input_is_one_line(flags, words, tmp_path, capsys):

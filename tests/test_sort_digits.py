@@ -83,4 +83,3 @@ def test_sorts_better_than_chance_after_a_hundred_steps(tmp_path):
         assert binom.sf(200 * row["sequences"][0], 200, chance) < 1e-6
         assert row["positions"][0] > row["sequences"][0]
     assert (tmp_path / "sort_digits.png").stat().st_size > 10_000
-    assert run("--lengths", "5;x", "--out", tmp_path, example=sort_digits) == 2

@@ -130,7 +130,8 @@ def test_the_example_trades_weights_for_accuracy(tmp_path, monkeypatch):
 
 
 def test_a_list_of_penalties_is_read_or_explained():
-    assert example.Penalties().convert("0.3,1e1", None, None) == (0.3, 10.0)
-    for wrong in ("1,x", "", "-1", "inf"):
-        with pytest.raises(example.click.BadParameter, match=r"holds a number|not a list"):
-            example.Penalties().convert(wrong, None, None)
+    penalties = next(option.type for option in example.main.params if option.name == "penalties")
+    assert penalties.convert("0.3,1e1", None, None) == (0.3, 10.0)
+    for wrong in ("1,x", "", "-1", "inf", "1,nan", "1," * 20 + "1"):
+        with pytest.raises(example.click.BadParameter, match=r"is not a list such as 0.3,1,3|at most 16"):
+            penalties.convert(wrong, None, None)
