@@ -53,7 +53,9 @@ class GaussianRelaxedBernoulli(Gate):
     """A Gaussian clipped to [0, 1], `relaxit_jax.gaussian_bernoulli`.
 
     ``z = clip(loc + scale eps, 0, 1)``, eps standard normal. `log_prob` is the log-mass at 0 and 1
-    and the log-density between. It stands for the bit ``z > 1/2``.
+    and the log-density between. It stands for the bit ``z > 1/2``. As a latent site it needs
+    `relaxit_jax.handlers.unrounded`, `TraceMeanField_ELBO` or `RLOO_ELBO`: elsewhere the gradient of its
+    log-probability in a draw, which misses the mass that crosses into the atoms, is an error.
 
     Args:
       loc: mean before clipping.
@@ -126,7 +128,9 @@ class HardConcrete(Gate):
 
     ``z = clip(a + (b - a) v, 0, 1)``, ``v = sigmoid((logits + L) / tau)``, ``stretch = (a, b)``.
     `log_prob` is the log-mass at 0 and 1 and the log-density between. It stands for the bit
-    ``z > 1/2``.
+    ``z > 1/2``. As a latent site it needs `relaxit_jax.handlers.unrounded`, `TraceMeanField_ELBO` or
+    `RLOO_ELBO`: elsewhere the gradient of its log-probability in a draw, which misses the mass that crosses
+    into the atoms, is an error.
 
     Args:
       logits: log-odds; infinite ones are certain bits.

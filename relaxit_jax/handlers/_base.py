@@ -81,6 +81,11 @@ class unrounded(Messenger):
     this handler, around both, they are taken at the same point; masks are respected, and `scan`
     passes it on to its body. `relax` does this by itself.
 
+    The gradient of a bound also needs it where a law has atoms (`HardConcrete`,
+    `GaussianRelaxedBernoulli`): mass that crosses into an atom changes ``E log p(z) - log q(z)`` by how far
+    the log-law jumps there, which no derivative of a draw can tell. Under this handler the masses of the
+    guide's atoms are handed on as well, and that term is added in closed form.
+
     Args:
       fn: a model or a guide; or nothing, to use it as a context or a decorator.
 
