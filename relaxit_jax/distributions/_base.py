@@ -40,8 +40,9 @@ SLACK = 1e-4  # by which rounding may have moved a probability, or a sum of them
 def bit_logits(probs) -> Array:
     """The log-odds; a probability of 0 or 1 is an infinite one. What rounding left above 1 is 1."""
     dtype, p = ck.widen(probs=probs)
-    ck.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= 1 + SLACK))
-    p = jnp.where((p > 1) & (p <= 1 + SLACK), 1, p)
+    most = 1 + SLACK + 2 * float(jnp.finfo(dtype).eps)
+    ck.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= most))
+    p = jnp.where((p > 1) & (p <= most), 1, p)
     return (jnp.log(p) - jnp.log1p(-p)).astype(dtype)
 
 
