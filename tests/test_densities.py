@@ -103,7 +103,10 @@ def test_both_forms_of_a_value_have_one_density(case):
 @dtypes
 @rows(cases(has_log_space))
 def test_density_of_own_draws_agrees_with_float64(case, dtype):
-    """To 1e-4, down to tau = 0.01, where most of the draws themselves round to vertices."""
+    """To 1e-4, down to tau = 0.01, where most of the draws themselves round to vertices.
+
+    And with what else is positive much smaller and larger than in the row.
+    """
     logs = dataclasses.replace(case, sample_options={"log_space": True})
 
     @jax.jit
@@ -115,8 +118,14 @@ def test_density_of_own_draws_agrees_with_float64(case, dtype):
     params = {n: jnp.asarray(x, dtype) for n, x in case.floats.items()}
     if "scale_tril" in params:  # a correlation matrix has to stay one
         params["scale_tril"] = jnp.asarray(case.params["scale_tril"])
-    for tau in (0.01, 0.1, 3.0) if "tau" in params else (None,):
-        params |= {"tau": jnp.float32(tau)} if tau else {}
+    others = [{"tau": jnp.float32(tau)} for tau in (0.01, 0.1, 3.0) if "tau" in params]
+    others += [
+        {name: params[name] * jnp.asarray(factor, params[name].dtype)}
+        for name in {*case.positive} - {"tau"} for factor in (0.1, 30)
+    ]  # fmt: skip
+    original = params
+    for other in others or [{}]:
+        params = original | other
         value, law = draw(params)
         assert value.dtype == law.dtype == jnp.float32
         with jax.enable_x64(True):
@@ -304,6 +313,20 @@ def test_hard_concrete_of_an_uneven_stretch(stretch):
         wide = functools.partial(rj.hard_concrete_log_prob, tau=tau, stretch=stretch)
         exact = jax.jit(wide)(jnp.asarray(z), logits.astype(float))
     np.testing.assert_allclose(law(z.astype(np.float32)), exact, rtol=1e-4, atol=1e-4)
+
+
+@quick
+def test_the_l0_penalty_is_the_mass_beside_the_atom_and_has_its_slopes():
+    logits, tau = jnp.array([-4.0, 0.3, 6.0]), jnp.array([0.1, 0.7, 2.0])
+    with jax.enable_x64(True):
+        logits, tau = jnp.asarray(logits, jnp.float64), jnp.asarray(tau, jnp.float64)
+        beside = lambda logits, tau: jnp.sum(jnp.exp(rj.hard_concrete_log_prob(jnp.zeros(3), logits, tau)))
+        penalty = lambda logits, tau: jnp.sum(1 - rj.hard_concrete_l0(logits, tau))
+        (value, slopes), (exact, of_mass) = (
+            jax.value_and_grad(f, (0, 1))(logits, tau) for f in (penalty, beside)
+        )
+    np.testing.assert_allclose(value, exact, rtol=1e-12)
+    np.testing.assert_allclose(slopes, of_mass, rtol=1e-11)
 
 
 def test_a_shared_factor_is_not_copied_for_each_row():

@@ -258,6 +258,31 @@ def test_extreme_logits_and_temperatures(case, dtype):
 
 
 @quick
+@rows(cases(is_differentiable, lambda case: {"loc", "gap", "values"} & case.params.keys()))
+def test_extremes_of_other_parameters(case):
+    """Means of +-1e4, scales from 1e-3 to 1e3, weights, gaps and values from 1e-4 to 1e4."""
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def of(params):
+        draw = case.draw(KEY, (30, 2), **params)
+        law = case.density(jax.lax.stop_gradient(draw), **params) if case.support == "gate" else draw
+        logs = dataclasses.replace(case, sample_options={"log_space": True})
+        law = case.density(logs.draw(KEY, (30, 2), **params), True, **params) if case.log_space else law
+        return jnp.sum(draw) + jnp.sum(law), (draw, law)
+
+    given = {n: jnp.asarray(x) for n, x in case.floats.items()}
+    for loc in (1e4, 1e-3):
+        pattern = np.resize(np.float32([loc, -loc, 0, loc / 3]), np.shape(given.get("loc", 0)))
+        for small, large in ((1e-3, 1e-4), (1e-3, 1e4), (1e3, 1e-4), (1e3, 1e4)):
+            for tau in (1e-3, 1e3):
+                other = {"loc": pattern, "scale": small, "delta": large, "gap": large, "tau": tau}
+                other["values"] = large * given.get("values", 0)
+                params = {n: jnp.full_like(x, other[n]) if n in other else x for n, x in given.items()}
+                chex.assert_tree_all_finite(of(params))
+
+
+@quick
 @rows(cases(has_logits, is_differentiable))
 def test_an_impossible_class_is_exactly_zero(case):
     """A logit of -inf: value 0, gradient 0, no NaN, also in the temperature; also in the density."""
