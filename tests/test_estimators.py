@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special as sp
 import scipy.stats as st
 from flax import nnx
 
@@ -165,6 +166,185 @@ def test_noisy_logits_drawn_again_have_the_law_of_the_first_given_the_draw():
                 pair = z[(mine, *index)], again[(mine, *index)]
                 assert st.ks_2samp(*pair).pvalue > 1e-4
                 assert abs(np.corrcoef(*pair)[0, 1]) < 4.5 / mine.sum() ** 0.5  # drawn anew
+
+
+# --- the formulas of the docstrings, draw by draw ---------------------------------------------
+
+# the second row has probabilities near 0 and 1
+STEEP = {"bits": BITS * [[1], [6]], "classes": CLASSES * np.array([1, 6])[:, None, None]}
+
+
+def f_by_hand(x, weight):
+    """The values of `interacting`, and their slopes in x and in the weight."""
+    flat = x.reshape(len(x), -1)
+    coupling = COUPLING[flat.shape[1]].astype(np.float32).astype(float)
+    t = np.tanh(np.einsum("bi,ij,bj->b", flat, coupling, flat) + weight * flat[:, 0])
+    slope = flat @ (coupling + coupling.T)
+    slope[:, 0] += weight
+    return 1 + t, ((1 - t**2)[:, None] * slope).reshape(x.shape), (1 - t**2) * flat[:, 0]
+
+
+def probabilities(logits, family):
+    return sp.expit(logits) if family == "bits" else sp.softmax(logits, -1)
+
+
+def each(x, like):
+    return x.reshape(-1, *(like.ndim - 1) * [1])
+
+
+def by_scores(draws, logits, family, weight, gains):
+    """Of `reinforce` and `rloo`: the gain of each draw, given the values of all."""
+    values, _, weights = zip(*(f_by_hand(b, weight) for b in draws), strict=True)
+    score = lambda b: b - probabilities(logits, family)
+    slope = sum(each(g, b) * score(b) for g, b in zip(gains(np.stack(values)), draws, strict=True))
+    return np.mean(values, 0), slope, np.mean(weights, 0)
+
+
+def reinforce_by_hand(draws, logits, family, weight, baseline=0.0):
+    return by_scores(draws["sample"][None], logits, family, weight, lambda values: values - baseline)
+
+
+def rloo_by_hand(draws, logits, family, weight, num_samples=2):
+    gains = lambda values: (values - values.mean(0)) / (num_samples - 1)
+    return by_scores(draws[f"samples_{num_samples}"], logits, family, weight, gains)
+
+
+def antithetic_by_hand(factor):
+    def by_hand(draws, logits, family, weight):
+        u = draws["centred"] + 0.5
+        pair = 1.0 * (u > sp.expit(-logits)), 1.0 * (u < sp.expit(logits))
+        np.testing.assert_array_equal(pair, [draws["one"], draws["other"]])
+        (first, _, w1), (second, _, w2) = (f_by_hand(b, weight) for b in pair)
+        return (first + second) / 2, (first - second)[:, None] * factor(*pair, u, logits), (w1 + w2) / 2
+
+    return by_hand
+
+
+def coupled_by_hand(draws, logits, family, weight, variate):
+    """Of `rebar` and `relax`: the slope of z~ at a fixed P(z < z~ | b), found without how z~ is made."""
+    b, z, again = (draws[name] for name in ("drawn", "noisy", "again"))
+    p = probabilities(logits, family)
+    value, _, weights = f_by_hand(b, weight)
+    slope, (c, slope_again) = variate(z)[1], variate(again)
+    if family == "bits":
+        sign = np.where(b == 1, 1, -1)
+        slope_again = slope_again * (1 - sp.expit(-sign * logits) / sp.expit(sign * (again - logits)))
+    else:  # exp(-z~) less that of the largest is E / p, whose slope in log p is -E / p
+        slope_again = slope_again * -np.expm1(again - again.max(-1, keepdims=True))
+        slope, slope_again = (s - p * s.sum(-1, keepdims=True) for s in (slope, slope_again))
+    return value, each(value - c, b) * (b - p) + slope - slope_again, weights
+
+
+def rebar_by_hand(draws, logits, family, weight, tau=0.5, eta=1.0):
+    def variate(z):
+        x = probabilities(z / tau, family)
+        c, slope, _ = f_by_hand(x, weight)
+        slope = x * (1 - x) * slope if family == "bits" else x * (slope - (x * slope).sum(-1, keepdims=True))
+        return eta * c, eta / tau * slope
+
+    return coupled_by_hand(draws, logits, family, weight, variate)
+
+
+def relax_by_hand(draws, logits, family, weight, control_variate):
+    def variate(z):
+        t = np.tanh(z - 0.3)
+        return t.sum(tuple(range(1, t.ndim))) / 4, (1 - t**2) / 4
+
+    return coupled_by_hand(draws, logits, family, weight, variate)
+
+
+BY_HAND = {
+    es.reinforce: reinforce_by_hand,
+    es.rloo: rloo_by_hand,
+    es.arm: antithetic_by_hand(lambda b, other, u, l: u - 0.5),
+    es.disarm: antithetic_by_hand(
+        lambda b, other, u, l: (-1) ** other * (b != other) * sp.expit(np.abs(l)) / 2
+    ),
+    es.rebar: rebar_by_hand,
+    es.relax: relax_by_hand,
+}
+
+
+@quick
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-11)])
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_value_and_gradient_are_the_formula_at_every_draw(name, family, dtype, tolerance):
+    cls, logits = FAMILIES[family][0], STEEP[family].astype(dtype)
+    estimator, keys = ESTIMATORS[name], jax.random.split(KEY, 30)
+
+    def with_draws(key):
+        q = cls(jnp.asarray(logits))
+        drawn, noisy, again = q.coupled(key)
+        draws = {"drawn": drawn, "noisy": noisy(q.logits), "again": again(q.logits), "sample": q.sample(key)}
+        draws |= {f"samples_{k}": q.sample(key, (k,)) for k in (2, 5)}
+        if family == "bits":
+            draws |= zip(("one", "other", "centred"), q.antithetic(key), strict=True)
+        (slope, weight), values = value_of(estimator, family)(q.logits, dtype(0.7), key)
+        return draws, (values, slope, weight)
+
+    with jax.enable_x64(dtype == np.float64):
+        draws, found = jax.jit(jax.vmap(with_draws))(keys)
+        assert {x.dtype for x in jax.tree.leaves((draws, found))} == {np.dtype(dtype)}
+    options = getattr(estimator, "keywords", {})
+    by_hand = BY_HAND[getattr(estimator, "func", estimator)]
+    for i in range(len(keys)):
+        mine = {name: np.asarray(x[i], float) for name, x in draws.items()}
+        value, slope, weight = by_hand(mine, logits.astype(float), family, float(dtype(0.7)), **options)
+        for x, expected in zip(found, (value, slope, weight.sum()), strict=True):
+            np.testing.assert_allclose(x[i], expected, rtol=10 * tolerance, atol=tolerance)
+
+
+@quick
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_equal_variables_and_equal_rows_are_uncorrelated(name, family):
+    """Each a call of f of its own, so that nothing but shared noise can correlate them."""
+    if family == "bits":
+        q, f, variate = es.Bernoulli(jnp.full((2, 2), 0.4), 0), lambda b: jnp.exp(0.7 * b), jnp.tanh
+    else:
+        q = es.OneHotCategorical(jnp.broadcast_to(jnp.array([0.5, -0.3, 0.1]), (2, 2, 3)), 1)
+        f, variate = lambda b: jnp.exp(b @ jnp.array([0.7, -0.2, 0.4])), lambda z: jnp.tanh(z).sum(-1)
+    options = {"control_variate": variate} if name == "relax" else {}
+
+    def estimate(key):
+        at = lambda logits: ESTIMATORS[name](key, f, type(q)(logits, q.event_ndims), **options)
+        value, pull = jax.vjp(at, q.logits)
+        return jnp.concatenate([value.reshape(4, 1), pull(jnp.ones_like(value))[0].reshape(4, -1)], 1)
+
+    n = 20_000
+    found = np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(KEY, n)), float)
+    for x in (found, (found - found.mean(0)) ** 2):
+        correlation = np.corrcoef(x.reshape(n, -1).T).reshape(*found.shape[1:], *found.shape[1:])
+        between = correlation.transpose(0, 2, 1, 3)[~np.eye(4, dtype=bool)]
+        assert np.abs(between).max() * n**0.5 < 4.5
+
+
+# --- far from 0 -------------------------------------------------------------------------------
+
+
+@quick
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_and_log_prob_keep_their_digits_in_the_tails(family, dtype, tolerance):
+    """At log odds x, P is sigmoid(x): of a bit to be what it is, of a class against all others."""
+    far = np.array([-1e4, -60, -20, -3, 3, 20, 60, 1e4], dtype)
+    if family == "bits":
+        cls, logits, draws = functools.partial(es.Bernoulli, event_ndims=0), far, np.array([[0], [1]])
+        odds = np.where(draws == 1, 1, -1) * logits.astype(float)
+        score = np.where(draws == 1, 1, -1) * sp.expit(-odds)
+    else:
+        cls, draws = functools.partial(es.OneHotCategorical, event_ndims=1), np.eye(3)[:, None]
+        logits = np.stack([far, 0 * far, far / 2 + 1], -1)
+        others = np.stack([sp.logsumexp(np.delete(logits.astype(float), k, -1), -1) for k in range(3)], -1)
+        each_class = logits - others
+        odds = (draws * each_class).sum(-1)
+        score = np.where(draws == 1, sp.expit(-each_class), -sp.expit(each_class))
+    with jax.enable_x64(dtype == np.float64):
+        q, draws = cls(jnp.asarray(logits)), jnp.asarray(draws * np.ones_like(logits))
+        slopes = jax.vmap(jax.grad(lambda l, b: jnp.sum(cls(l).log_prob(b))), (None, 0))(q.logits, draws)
+        pairs = [(q.score(draws), score), (q.log_prob(draws), -np.logaddexp(0, -odds)), (slopes, score)]
+        for found, expected in pairs:
+            assert found.dtype == dtype
+            np.testing.assert_allclose(found, expected, rtol=tolerance, atol=1e-37)
 
 
 # --- the control variate ----------------------------------------------------------------------

@@ -46,14 +46,6 @@ class Variables:
         """The shape of one event: all that f takes together."""
         return self.shape[len(self.shape) - self.event_ndims :]
 
-    def log_prob(self, sample: ArrayLike) -> Array:
-        """log P(sample), of the batch shape; differentiable in the logits."""
-        return jnp.sum(self.log_masses(sample), tuple(range(-self.event_ndims, 0)))
-
-    def log_masses(self, sample: ArrayLike) -> Array:
-        """log P of each variable's own value, of a shape that broadcasts against the sample's."""
-        raise NotImplementedError
-
     def _set(self, logits, event_ndims, least):
         """Both fields, once everything about them that can be known is checked."""
         logits = ck.as_float("logits", logits)
@@ -63,6 +55,9 @@ class Variables:
         ck.require_values("logits", logits, "numbers, not NaN", lambda x: x == x)
         object.__setattr__(self, "logits", logits)
         object.__setattr__(self, "event_ndims", ndims)
+
+    def _over_event(self, log_masses):
+        return jnp.sum(log_masses, tuple(range(-self.event_ndims, 0)))
 
     def _wide(self):
         return self.logits.astype(jnp.promote_types(self.logits.dtype, jnp.float32))
@@ -104,6 +99,10 @@ class Bernoulli(Variables):
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
         p, q = self._probabilities()
         return jnp.where(sample != 0, q, -p)
+
+    def log_prob(self, sample: ArrayLike) -> Array:
+        """log P(sample), of the batch shape; differentiable in the logits."""
+        return self._over_event(self.log_masses(sample))
 
     def log_masses(self, sample: ArrayLike) -> Array:
         """log P of each bit's own value."""
@@ -192,6 +191,10 @@ class OneHotCategorical(Variables):
         p, drawn = self._probabilities(), jnp.asarray(sample) != 0
         return jnp.where(drawn, jnp.sum(jnp.where(drawn, 0, p), -1, keepdims=True), -p)
 
+    def log_prob(self, sample: ArrayLike) -> Array:
+        """log P(sample), of the batch shape; differentiable in the logits."""
+        return self._over_event(self.log_masses(sample))
+
     def log_masses(self, sample: ArrayLike) -> Array:
         """log P of each variable's own class; the last axis has one element."""
         return jnp.sum(jnp.where(sample != 0, self._log_probabilities(), 0), -1, keepdims=True)
@@ -247,5 +250,5 @@ class OneHotCategorical(Variables):
         """log softmax; jax.nn.log_softmax rounds that of a class that is nearly sure to 0."""
         logits = self._wide()
         first = nm.largest(logits)
-        below = logits - jnp.sum(jnp.where(first, logits, 0), -1, keepdims=True)
+        below = jnp.where(first, 0, logits - jnp.sum(jnp.where(first, logits, 0), -1, keepdims=True))
         return below - jnp.log1p(jnp.sum(jnp.where(first, 0, jnp.exp(below)), -1, keepdims=True))
