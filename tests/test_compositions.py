@@ -150,7 +150,7 @@ def exact_losses(case, params):
         weights = jnp.exp(laws[0]) * np.where(np.arange(len(values)) < 2, 1, 1 / 20_000)[:, None]
     else:
         dims = case.event[0] - (case.support == "simplex") if case.event else 1
-        grid = np.linspace(-40, 40, 401 if dims > 1 else 4001)
+        grid = np.linspace(-40, 40, 109 if dims > 1 else 4001)
         y = np.stack(np.meshgrid(*[grid] * dims, indexing="ij"), -1).reshape(-1, 1, dims)
         if case.support == "simplex":
             unrounded = jax.nn.log_softmax(jnp.concatenate([y, 0 * y[..., :1]], -1))
@@ -328,7 +328,7 @@ def test_posterior_by_nuts(case):
 def posterior_moments(case, params):
     """Mean and standard deviation of f(z) given y, for the first element."""
     params = {**case.integers, **params}
-    grid = np.linspace(-40, 40, 401)
+    grid = np.linspace(-40, 40, 109)
     dims = case.event[0] - (case.support == "simplex") if case.event else 1
     y = np.stack(np.meshgrid(*[grid] * dims, indexing="ij"), -1).reshape(-1, 1, dims)
     if case.support == "simplex":
