@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from common import UserError
 
 LETTERS = 1 << 14  # in what a process can tell the others
 LOST = 3  # exit code of a process that has lost another
+STATUS = r"[A-Z_]+: "  # how the ValueError of a collective whose other end is gone begins
 SILENCE = 30  # seconds without a sign of life, after which a process counts as lost
 
 
@@ -271,7 +273,9 @@ def guarded(cluster, out=None):
     with last_words(message) as speak:
         try:
             yield
-        except jax.errors.JaxRuntimeError as reason:  # of a collective whose other end is gone
+        except (jax.errors.JaxRuntimeError, ValueError) as reason:
+            if isinstance(reason, ValueError) and not re.match(STATUS, str(reason)):
+                raise
             click.echo(f"\n{str(reason).splitlines()[0][:200]}", err=True)
             speak()
             os._exit(LOST)  # the usual end would wait for the others

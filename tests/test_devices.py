@@ -76,17 +76,33 @@ def free_port():
         return probe.getsockname()[1]
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """A test that fails half-way ends the processes it started: the next one has the machine to itself."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
 def start_two(images, out, *flags, second=()):
     """Two processes that train together, the second one with some flags of its own."""
     command = [sys.executable, EXAMPLES / "vae.py", *TINY, "--data", images, "--epochs", EPOCHS, "--out", out]
     command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, *flags]
-    return [
+    processes = [
         subprocess.Popen(
             [*map(str, command), "--process-id", str(i), *(map(str, second) if i else ())], text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )
         for i in range(2)
     ]  # fmt: skip
+    STARTED.extend(processes)
+    return processes
 
 
 EPOCHS = 25
