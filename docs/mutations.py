@@ -19,7 +19,7 @@ NOISE, CHECKS = "relaxit_jax/_numerics.py", "relaxit_jax/_checks.py"
 SAMPLERS, ESTIMATORS, CLASSES = (
     f"relaxit_jax/{room}" for room in ("samplers", "estimators", "distributions")
 )
-LOGISTIC = "return jnp.log(jnp.where(r < 0, 1 - v, v) / jnp.where(r < 0, v, 1 - v))"
+LOGISTIC = "return jnp.log(where(r < 0, 1 - v, v) / where(r < 0, v, 1 - v))"
 
 # what is wrong, its file, what stands there, what comes in its place, test files and an expression for -k
 MUTATIONS = [
@@ -27,7 +27,8 @@ MUTATIONS = [
         "logistic noise of float32 uniforms",
         NOISE,
         LOGISTIC,
-        "u = jax.random.uniform(key, shape, dtype, jnp.finfo(dtype).tiny); return jnp.log(u) - jnp.log1p(-u)",
+        "u = jax.random.uniform(key, shape, like.dtype, jnp.finfo(like.dtype).tiny); "
+        "return jnp.log(u) - jnp.log1p(-u)",
         "test_numerics.py",
         "",
     ),
@@ -42,8 +43,8 @@ MUTATIONS = [
     (
         "Gumbel noise in bfloat16",
         NOISE,
-        "return -jnp.log(exponential(key, shape, dtype))",
-        "return jax.random.gumbel(key, shape, jnp.bfloat16).astype(dtype)",
+        "return -jnp.log(exponential(key, shape, like))",
+        "return jax.random.gumbel(key, shape, jnp.bfloat16).astype(like.dtype)",
         "test_numerics.py",
         "noise or rare",
     ),
@@ -66,15 +67,15 @@ MUTATIONS = [
     (
         "noise shared along the last axis",
         f"{SAMPLERS}/_binary.py",
-        "x = logits + nm.logistic(key, shape, logits.dtype)\n    return _relax",
-        "x = logits + nm.logistic(key, (*shape[:-1], 1), logits.dtype)\n    return _relax",
+        "x = logits + nm.logistic(key, shape, logits)\n    return _relax",
+        "x = logits + nm.logistic(key, (*shape[:-1], 1), logits)\n    return _relax",
         "test_samplers.py",
         "independent and relaxed_bernoulli",
     ),
     (
         "no guard for infinite logits",
         NOISE,
-        "return jnp.where(infinite, vertex, jnp.where(infinite, 0, x) / tau)",
+        "return where(infinite, vertex, where(infinite, 0, x) / tau)",
         "return x / tau",
         "test_samplers.py",
         "impossible or extreme",
@@ -90,7 +91,7 @@ MUTATIONS = [
     (
         "straight through as hard + soft - soft",
         NOISE,
-        "return jnp.where(jnp.isnan(soft), soft, hard.astype(soft.dtype))",
+        "return where(jnp.isnan(soft), soft, hard.astype(soft.dtype))",
         "return (hard.astype(soft.dtype) + soft) - soft",
         "test_numerics.py test_samplers.py",
         "straight or support",
@@ -138,7 +139,7 @@ MUTATIONS = [
     (
         "simple_top_k without the second numbers",
         f"{SAMPLERS}/_simple.py",
-        "jnp.where(jnp.isinf(total), 0, rest + lost)",
+        "nm.where(jnp.isinf(total), 0, rest + lost)",
         "jnp.zeros_like(total)",
         "test_simple.py",
         "large or marginals",
@@ -154,7 +155,7 @@ MUTATIONS = [
     (
         "gumbel_rao's noise is not conditioned",
         NOISE,
-        "return -jnp.log(top), jnp.where(winner, 0, gap)",
+        "return -jnp.log(top), where(winner, 0, gap)",
         "gap = log_p + gumbel(key, log_p.shape, log_p.dtype)\n"
         "    return -jnp.log(top), gap - jnp.max(gap, -1, keepdims=True)",
         "test_straight_through.py",
@@ -195,15 +196,15 @@ MUTATIONS = [
     (
         "coupled noise shared by a batch",
         f"{ESTIMATORS}/_families.py",
-        "noise = nm.logistic(noise_key, self.shape, logits.dtype)",
-        "noise = nm.logistic(noise_key, self.shape[-1:], logits.dtype)",
+        "noise = nm.logistic(noise_key, self.shape, logits)",
+        "noise = nm.logistic(noise_key, self.shape[-1:], logits)",
         "test_estimators.py",
         "uncorrelated and bits",
     ),
     (
         "score of bits as b - p",
         f"{ESTIMATORS}/_families.py",
-        "return jnp.where(sample != 0, q, -p)",
+        "return nm.where(sample != 0, q, -p)",
         "return sample - p",
         "test_estimators.py",
         "digits",
@@ -275,7 +276,7 @@ MUTATIONS = [
     (
         "a concentration that overflows spoils the gradients of the others",
         "relaxit_jax/laplace_bridge.py",
-        "jnp.exp(jnp.where(too_large, 0, log_alpha))",
+        "jnp.exp(nm.where(too_large, 0, log_alpha))",
         "jnp.exp(log_alpha)",
         "test_laplace_bridge.py",
         "far_apart",
@@ -283,8 +284,8 @@ MUTATIONS = [
     (
         "gumbel_rao's gradient in tau has the wrong sign",
         f"{SAMPLERS}/_straight_through.py",
-        "(logits_dot - jnp.where(y == -jnp.inf, 0, y) * tau_dot) / tau",
-        "(logits_dot + jnp.where(y == -jnp.inf, 0, y) * tau_dot) / tau",
+        "(logits_dot - nm.where(y == -jnp.inf, 0, y) * tau_dot) / tau",
+        "(logits_dot + nm.where(y == -jnp.inf, 0, y) * tau_dot) / tau",
         "test_samplers.py",
         "soft_draw",
     ),
@@ -331,7 +332,7 @@ MUTATIONS = [
     (
         "a vertex or a value outside hides a NaN",
         NOISE,
-        "return x + jnp.where(functools.reduce(jnp.logical_or, hidden), jnp.nan, 0)",
+        "return x + where(functools.reduce(jnp.logical_or, hidden), jnp.nan, 0)",
         "return x",
         "test_samplers.py test_densities.py",
         "bad_number",
@@ -380,7 +381,7 @@ MUTATIONS = [
         "a one-hot mass has the slope of the class drawn alone",
         f"{SAMPLERS}/_straight_through.py",
         "law = jnp.sum(value * log_p, -1)",
-        "law = jnp.sum(jnp.where(value != 0, value * log_p, 0), -1)",
+        "law = jnp.sum(nm.where(value != 0, value * log_p, 0), -1)",
         "test_compositions.py",
         "bounds and straight_through_categorical",
     ),

@@ -8,6 +8,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 
 def require(condition, name, need, got):
@@ -181,8 +182,8 @@ def batch_shape(shape, *, per_event=(), **batches: tuple[int, ...]) -> tuple[int
         return own
     need = f"a tuple of sizes that the parameters' batch shape {own} broadcasts to"
     try:
-        shape = tuple(operator.index(size) for size in shape)
-        fits = min(shape, default=0) >= 0 and jnp.broadcast_shapes(shape, own) == shape
+        shape = tuple(size if export.is_symbolic_dim(size) else operator.index(size) for size in shape)
+        fits = all(size >= 0 for size in shape) and jnp.broadcast_shapes(shape, own) == shape
     except (TypeError, ValueError):
         fits = False
     if not fits:

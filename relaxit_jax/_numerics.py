@@ -21,32 +21,77 @@ from jax.scipy.special import ndtri
 # --- noise ------------------------------------------------------------------------------------
 
 
-def random_bits(key, shape, width):
+def placed(x, *others):
+    """x, placed as the others are.
+
+    What is made of a shape alone, such as noise and zeros, is on every device. A loop, a `where` and the rule
+    of a derivative want equal types, and a type says over which axes of shard_map an array varies and, on an
+    explicit mesh, how it is sharded.
+    """
+    x = vary_as(x, *others)
+    spec = _spec(jnp.shape(x), *others)
+    return x if spec is None or spec == jax.typeof(x).sharding.spec else jax.sharding.reshard(x, spec)
+
+
+def vary_as(x, *others):
+    """x, which inside of shard_map varies over the axes that the others vary over."""
+    own, *rest = (jax.typeof(y).manual_axis_type.varying for y in (x, *others))
+    axes = frozenset().union(*rest) - own
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def where(condition, x, y):
+    """`jnp.where`, which wants all three sharded alike where the types say how they are."""
+    three = condition, x, y
+    shape = jnp.broadcast_shapes(*map(jnp.shape, three))
+    spec = _spec(shape, *three)
+    if spec is not None:
+        three = [jax.sharding.reshard(jnp.broadcast_to(a, shape), spec) if jnp.ndim(a) else a for a in three]
+    return jnp.where(*three)
+
+
+def _spec(shape, *others):
+    """How an array of this shape is sharded if it is beside the others; None where types do not say."""
+    spec = [None] * len(shape)
+    for y in map(jax.typeof, others):
+        for axis in range(-min(len(shape), y.ndim), 0):
+            names = y.sharding.spec[axis]
+            if names and spec[axis] is None and names not in spec and y.shape[axis] == shape[axis]:
+                spec[axis] = names
+    return jax.sharding.PartitionSpec(*spec) if any(spec) else None
+
+
+def random_bits(key, shape, width, like=()):
     """The numbers of jax.random.bits; those of 32 bits in a sixth to a half of the time on CPUs.
 
     There JAX hashes in a loop that goes through memory eleven times. Unrolled, the hash is an expression of
     a number's place, which the compiler joins with what uses it: no memory, no collective however the array
     is sharded, and less to compile too.
     """
-    counted = width == 32 and math.prod(shape) <= 2**32 and jax.random.key_impl(key) == "threefry2x32"
-    return _threefry(key, tuple(shape)) if counted else jax.random.bits(key, shape, f"uint{width}")
+    spec = _spec(shape, *like)
+    # a batch size that stands for a number, as jax.export has it, may be above 2^32
+    known = all(isinstance(size, int) for size in shape) and math.prod(shape) <= 2**32
+    if width == 32 and known and jax.random.key_impl(key) == "threefry2x32":
+        return _threefry(key, tuple(shape), spec)
+    return jax.random.bits(key, shape, f"uint{width}", out_sharding=spec)
 
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _threefry(key, shape):
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _threefry(key, shape, spec):
     """The exclusive or of both words of Threefry-2x32, with 20 rounds, of the count of each number.
 
     J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw (2011), Parallel Random Numbers: As Easy as 1, 2, 3.
     """
     u32, (k0, k1) = jnp.uint32, jax.random.key_data(key)
     keys = k0, k1, k0 ^ k1 ^ u32(0x1BD11BDA)
-    place = jnp.zeros(shape, u32)
+    place = jnp.zeros(shape, u32, out_sharding=spec)
     for axis in range(len(shape)):
-        place += jax.lax.broadcasted_iota(u32, shape, axis) * u32(math.prod(shape[axis + 1 :]) % 2**32)
-    x, y = jnp.broadcast_to(k0, shape), place + k1  # the high word of the count is 0
+        index = jax.lax.broadcasted_iota(u32, shape, axis, out_sharding=spec)
+        place += index * u32(math.prod(shape[axis + 1 :]) % 2**32)
+    x, y = jnp.zeros_like(place) + k0, place + k1  # the high word of the count is 0
     for four in range(5):
         for r in ROTATIONS[four % 2]:
             x += y
@@ -55,42 +100,45 @@ def _threefry(key, shape):
     return x ^ y
 
 
-def tail_uniform(key, shape, dtype):
+def tail_uniform(key, shape, like):
     """Uniform noise U in (0, 1) as r in (-1/2, 1/2]: U = r if r > 0, else U = 1 - |r|.
 
     Floats are dense near 0 only, so a plain uniform resolves 2^-24 near 1 and never draws a rare
     event of that tail. Held this way both tails end at 0 and are resolved to 2^-32 (2^-64 in
     float64), from the same number of random bits and symmetric to the last of them.
+
+    The dtype of this noise and of all that is made of it is that of the array `like`, and where types say
+    how arrays are sharded it is sharded as that is.
     """
-    width = 8 * jnp.dtype(dtype).itemsize
-    signed = jax.lax.bitcast_convert_type(random_bits(key, shape, width), jnp.dtype(f"int{width}"))
-    return (signed.astype(dtype) + 0.5) * 2.0**-width
+    width = 8 * like.dtype.itemsize
+    signed = jax.lax.bitcast_convert_type(random_bits(key, shape, width, (like,)), jnp.dtype(f"int{width}"))
+    return (signed.astype(like.dtype) + 0.5) * 2.0**-width
 
 
-def logistic(key, shape, dtype):
+def logistic(key, shape, like):
     """Logistic(0, 1) noise, log U - log(1 - U)."""
-    r = tail_uniform(key, shape, dtype)
+    r = tail_uniform(key, shape, like)
     v = jnp.abs(r)
     # The logarithm comes last, as CPUs make it once; what is cheap after it would ask for r, so hash again.
-    return jnp.log(jnp.where(r < 0, 1 - v, v) / jnp.where(r < 0, v, 1 - v))
+    return jnp.log(where(r < 0, 1 - v, v) / where(r < 0, v, 1 - v))
 
 
-def exponential(key, shape, dtype):
+def exponential(key, shape, like):
     """Exponential(1) noise, -log U."""
-    r = tail_uniform(key, shape, dtype)
+    r = tail_uniform(key, shape, like)
     v = jnp.abs(r)
-    u = jnp.where(r < 0, 1 - v, v)
+    u = where(r < 0, 1 - v, v)
     # In the upper half -log U is -log1p(-v). Kahan's form of it costs no second logarithm: the
     # rounding of u = 1 - v is undone by the factor v / (1 - u), in which 1 - u is exact.
     gap = 1 - u
     lower = -jnp.log(u)
-    upper = jnp.where(gap == 0, v, lower * v / jnp.where(gap == 0, 1, gap))
-    return jnp.where(r < 0, upper, lower)
+    upper = where(gap == 0, v, lower * v / where(gap == 0, 1, gap))
+    return where(r < 0, upper, lower)
 
 
-def gumbel(key, shape, dtype):
+def gumbel(key, shape, like):
     """Gumbel(0, 1) noise, -log(-log U)."""
-    return -jnp.log(exponential(key, shape, dtype))
+    return -jnp.log(exponential(key, shape, like))
 
 
 def largest(x):
@@ -101,7 +149,7 @@ def largest(x):
     """
     index = jnp.arange(x.shape[-1])
     at_top = x == jnp.max(x, -1, keepdims=True)
-    return index == jnp.min(jnp.where(at_top, index, x.shape[-1]), -1, keepdims=True)
+    return index == jnp.min(where(at_top, index, x.shape[-1]), -1, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -137,7 +185,7 @@ def one_hot_draw(key, probs, shape):
     The first to arrive in a race of exponentials, argmin E / p. It is the law of argmax(l + G) at
     half of the logarithms, and no class is too rare for it, as one is for a cumulative sum.
     """
-    return largest(probs / exponential(key, (*shape, probs.shape[-1]), probs.dtype))
+    return largest(probs / exponential(key, (*shape, probs.shape[-1]), probs))
 
 
 def conditional_gumbel(key, log_p, winner):
@@ -147,12 +195,12 @@ def conditional_gumbel(key, log_p, winner):
     exponential (C. J. Maddison, D. Tarlow, T. Minka, 2014, A* Sampling, arXiv:1411.0030).
     """
     key, top_key = jax.random.split(key)
-    e = exponential(key, winner.shape, log_p.dtype)
-    top = exponential(top_key, (*winner.shape[:-1], 1), log_p.dtype)
+    e = exponential(key, winner.shape, log_p)
+    top = exponential(top_key, (*winner.shape[:-1], 1), log_p)
     rare = log_p < -60  # exp(-log_p) would overflow, and E_i no longer counts
-    ratio = e / top * jnp.exp(-jnp.where(rare, 0, log_p))
-    gap = jnp.where(rare, log_p, 0) - jnp.log(jnp.where(rare, ratio, 1 + ratio))
-    return -jnp.log(top), jnp.where(winner, 0, gap)
+    ratio = e / top * jnp.exp(-where(rare, 0, log_p))
+    gap = where(rare, log_p, 0) - jnp.log(where(rare, ratio, 1 + ratio))
+    return -jnp.log(top), where(winner, 0, gap)
 
 
 # Phi^-1(v) = -(1 - 2 v) f(w) with w = -log(4 v (1 - v)), the form of M. Giles (2010), Approximating the
@@ -165,28 +213,35 @@ _TAIL = (4.0064340, 1.4165873, 1.3365363e-2, -1.0875810e-2, 8.0406026e-3, -4.781
          -4.0046445e-4, 3.3190197e-5)  # fmt: skip
 
 
-def normal(key, shape, dtype, *, used_twice=False):
+def normal(key, shape, like, *, used_twice=False):
     """Normal(0, 1) noise, by the inverse of the distribution function.
 
     On CPUs a division as the last operation keeps the noise where two results ask for it, as in `logistic`;
     where one does, a division parts the noise, and each part hashes again. Values are the same.
     """
-    r = tail_uniform(key, shape, dtype)
+    r = tail_uniform(key, shape, like)
     v = jnp.abs(r)
-    if dtype == jnp.float64:
+    if like.dtype == jnp.float64:
         tail = ndtri(v)
     else:
         w = -jnp.log(4 * v * (1 - v))
-        centre = jnp.polyval(jnp.array(_CENTRE[::-1], dtype), w - 2.5, unroll=16)
-        f = jnp.where(w < 5.6, centre, jnp.polyval(jnp.array(_TAIL[::-1], dtype), jnp.sqrt(w) - 3, unroll=16))
+        f = where(w < 5.6, _polynomial(_CENTRE, w - 2.5), _polynomial(_TAIL, jnp.sqrt(w) - 3))
         tail = (2 * v - 1) * f
-    return tail / jnp.where(r < 0, -1, 1).astype(dtype) if used_twice else jnp.where(r < 0, -tail, tail)
+    return tail / where(r < 0, -1, 1).astype(like.dtype) if used_twice else where(r < 0, -tail, tail)
+
+
+def _polynomial(coefficients, x):
+    """The first coefficient is that of x^0."""
+    *lower, y = coefficients
+    for c in reversed(lower):
+        y = y * x + c
+    return y
 
 
 def bernoulli(key, p, q, shape):
     """1[U < p], given both p and q = 1 - p so that neither tail is rounded away."""
-    r = tail_uniform(key, shape, p.dtype)
-    return jnp.where(r < 0, -r > q, r < p)
+    r = tail_uniform(key, shape, p)
+    return where(r < 0, -r > q, r < p)
 
 
 def show_nan(x, *arguments, event=()):
@@ -196,7 +251,7 @@ def show_nan(x, *arguments, event=()):
     """
     hidden = [jnp.isnan(y) for y in arguments] + [jnp.any(jnp.isnan(jnp.atleast_1d(y)), -1) for y in event]
     # added, so that the gradient is not cut off there
-    return x + jnp.where(functools.reduce(jnp.logical_or, hidden), jnp.nan, 0)
+    return x + where(functools.reduce(jnp.logical_or, hidden), jnp.nan, 0)
 
 
 # --- gradients --------------------------------------------------------------------------------
@@ -208,19 +263,20 @@ def straight_through(hard, soft):
 
     The usual `hard + soft - stop_gradient(soft)` returns 0.99999994 for one 1 of five.
     """
-    return jnp.where(jnp.isnan(soft), soft, hard.astype(soft.dtype))
+    return where(jnp.isnan(soft), soft, hard.astype(soft.dtype))
 
 
 @straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
-    return straight_through(*primals), tangents[1]
+    value = straight_through(*primals)
+    return value, placed(tangents[1], value)
 
 
 def over_tau(x, tau):
     """x / tau, with gradient 0 in x and tau where x is infinite (it would be inf * 0); NaN stays NaN."""
     infinite = jnp.isinf(x)
-    vertex = jax.lax.stop_gradient(jnp.where(jnp.isnan(tau), tau, x))
-    return jnp.where(infinite, vertex, jnp.where(infinite, 0, x) / tau)
+    vertex = jax.lax.stop_gradient(where(jnp.isnan(tau), tau, x))
+    return where(infinite, vertex, where(infinite, 0, x) / tau)
 
 
 @jax.custom_jvp
@@ -264,15 +320,15 @@ def log_normal_pdf(x):
 def log_sum_exp(x):
     """log sum exp(x) over the last axis; of nothing but -inf it is -inf, with gradient 0."""
     nothing = jnp.all(x == -jnp.inf, -1)
-    return jnp.where(nothing, -jnp.inf, jax.nn.logsumexp(jnp.where(nothing[..., None], 0, x), -1))
+    return where(nothing, -jnp.inf, jax.nn.logsumexp(where(nothing[..., None], 0, x), -1))
 
 
 @jax.custom_jvp
 def log_min_gumbel_cdf(x):
     """log(1 - exp(-exp(x))), which is x for very negative x and 0 for large x."""
     low = x < -15
-    w = jnp.exp(jnp.where(low, 0, jnp.minimum(x, 5)))  # at 5 the result is already below e^-148
-    return jnp.where(low, x - 0.5 * jnp.exp(jnp.minimum(x, -15)), jnp.log(-jnp.expm1(-w)))
+    w = jnp.exp(where(low, 0, jnp.minimum(x, 5)))  # at 5 the result is already below e^-148
+    return where(low, x - 0.5 * jnp.exp(jnp.minimum(x, -15)), jnp.log(-jnp.expm1(-w)))
 
 
 def log_min_gumbel_cdf_slope(x):
@@ -291,14 +347,14 @@ def _log_min_gumbel_cdf_jvp(primals, tangents):
 def log_ndtr(x):
     """log Phi(x), to the last digits of value and slope far into the lower tail."""
     far, a, series = _lower_tail(x)
-    return jnp.where(far, log_normal_pdf(a) - jnp.log(-a / series), jax.scipy.special.log_ndtr(x))
+    return where(far, log_normal_pdf(a) - jnp.log(-a / series), jax.scipy.special.log_ndtr(x))
 
 
 def log_ndtr_slope(x):
     """phi(x) / Phi(x)."""
     far, a, series = _lower_tail(x)
-    near = jnp.exp(log_normal_pdf(jnp.where(far, 0, x)) - jax.scipy.special.log_ndtr(jnp.where(far, 0, x)))
-    return jnp.where(far, -a / series, near)
+    near = jnp.exp(log_normal_pdf(where(far, 0, x)) - jax.scipy.special.log_ndtr(where(far, 0, x)))
+    return where(far, -a / series, near)
 
 
 def _lower_tail(x):
@@ -308,7 +364,7 @@ def _lower_tail(x):
     """
     edge = -20 if x.dtype == jnp.float64 else -10
     far = x <= edge
-    a = jnp.where(far, x, edge)
+    a = where(far, x, edge)
     y, series = 1 / a**2, 1
     for n in range(13, 0, -2):
         series = 1 - n * y * series
@@ -327,12 +383,12 @@ def probit_to_logit(v):
     far, a, series = _lower_tail(-jnp.abs(v))
     q = _lower_mass(v, far)
     tail = a**2 / 2 + jnp.log(-a / series * math.sqrt(2 * math.pi))
-    return jnp.sign(v) * jnp.where(far, tail, jnp.log((1 - q) / q))
+    return jnp.sign(v) * where(far, tail, jnp.log((1 - q) / q))
 
 
 def _lower_mass(v, far):
     """Phi(-|v|) to its last digits, where that is not far."""
-    return jax.scipy.special.erfc(jnp.where(far, 0, jnp.abs(v)) * math.sqrt(0.5)) / 2
+    return jax.scipy.special.erfc(where(far, 0, jnp.abs(v)) * math.sqrt(0.5)) / 2
 
 
 @probit_to_logit.defjvp
@@ -340,7 +396,7 @@ def _probit_to_logit_jvp(primals, tangents):
     (v,), (dv,) = primals, tangents
     far, a, series = _lower_tail(-jnp.abs(v))
     q = _lower_mass(v, far)
-    slope = jnp.where(far, -a / series, jnp.exp(log_normal_pdf(v)) / (q * (1 - q)))
+    slope = where(far, -a / series, jnp.exp(log_normal_pdf(v)) / (q * (1 - q)))
     return probit_to_logit(v), dv * slope
 
 
@@ -351,7 +407,7 @@ def logit_to_probit(x):
     Newton's method on |x| = logit Phi(v), which is convex for v > 0. Both x sqrt(pi/8) and
     sqrt(2 x) lie above the root, so the iterates fall to it monotonically.
     """
-    a = jnp.where(jnp.isinf(x), 1, jnp.abs(x))
+    a = where(jnp.isinf(x), 1, jnp.abs(x))
     v = jnp.minimum(a * math.sqrt(math.pi / 8), jnp.sqrt(2 * a))
 
     def newton(_, v):
@@ -359,7 +415,7 @@ def logit_to_probit(x):
         return v - (upper - lower - a) * jnp.exp(upper + lower - log_normal_pdf(v))
 
     v = jax.lax.fori_loop(0, 5, newton, v)
-    return jnp.where(jnp.isinf(x), x, jnp.sign(x) * v)
+    return where(jnp.isinf(x), x, jnp.sign(x) * v)
 
 
 @logit_to_probit.defjvp
@@ -367,9 +423,9 @@ def _logit_to_probit_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
     v = logit_to_probit(x)
     # 1 / (logit Phi)'(v), which is the sum of the slopes of log Phi on both sides
-    finite = jnp.where(jnp.isinf(v), 0, v)
+    finite = where(jnp.isinf(v), 0, v)
     slope = 1 / (log_ndtr_slope(finite) + log_ndtr_slope(-finite))
-    return v, dx * jnp.where(jnp.isinf(x), 0, slope)
+    return v, dx * where(jnp.isinf(x), 0, slope)
 
 
 def as_log(value, log_space):
@@ -377,12 +433,12 @@ def as_log(value, log_space):
     if log_space:
         # Where the compiler computes a draw twice, once with fused operations, its largest log z can
         # come out above 0 by a rounding of what it was computed from.
-        span = jnp.maximum(jnp.max(jnp.where(jnp.isfinite(value), jnp.abs(value), 0), -1, keepdims=True), 1)
+        span = jnp.maximum(jnp.max(where(jnp.isfinite(value), jnp.abs(value), 0), -1, keepdims=True), 1)
         return value, jnp.any(value > 1e-5 * span, -1)
     outside = jnp.any((value < 0) | (value > 1), -1)
     inside = (value > 0) & ~outside[..., None] | jnp.isnan(value)
-    log_value = jnp.log(jnp.where(inside, value, 1))  # log 0 has no slope that 0 could cancel
-    return jnp.where(value == 0, -jnp.inf, log_value), outside
+    log_value = jnp.log(where(inside, value, 1))  # log 0 has no slope that 0 could cancel
+    return where(value == 0, -jnp.inf, log_value), outside
 
 
 def as_logit(value, log_space):
@@ -391,19 +447,19 @@ def as_logit(value, log_space):
         return value, jnp.zeros(value.shape, bool)
     outside = (value < 0) | (value > 1)
     inside = (value > 0) & (value < 1) | jnp.isnan(value)
-    y = jnp.where(inside, value, 0.5)  # logit 0 has no slope that 0 could cancel
-    vertex = jnp.where(value == 0, -jnp.inf, jnp.where(value == 1, jnp.inf, 0))
-    return jnp.where(inside, jnp.log(y) - jnp.log1p(-y), vertex), outside
+    y = where(inside, value, 0.5)  # logit 0 has no slope that 0 could cancel
+    vertex = where(value == 0, -jnp.inf, where(value == 1, jnp.inf, 0))
+    return where(inside, jnp.log(y) - jnp.log1p(-y), vertex), outside
 
 
 def binary_concrete_log_prob(y, logits, tau):
     """The binary Concrete log-density of z = sigmoid(y)."""
     vertex, certain = jnp.isinf(y), jnp.isinf(logits)
-    y_in, logits_in = jnp.where(vertex, 0, y), jnp.where(certain, 0, logits)
+    y_in, logits_in = where(vertex, 0, y), where(certain, 0, logits)
     inside = jnp.log(tau) + log_logistic_pdf(tau * y_in - logits_in) - log_logistic_pdf(y_in)
-    limit = jnp.where(tau < 1, jnp.inf, jnp.where(tau > 1, -jnp.inf, jnp.sign(y) * logits_in))
-    mass = jnp.where(y == logits, 0, -jnp.inf)
-    return jnp.where(certain, mass, jnp.where(vertex, limit, inside))
+    limit = where(tau < 1, jnp.inf, where(tau > 1, -jnp.inf, jnp.sign(y) * logits_in))
+    mass = where(y == logits, 0, -jnp.inf)
+    return where(certain, mass, where(vertex, limit, inside))
 
 
 def apply_factor(scale_tril, noise):
@@ -414,10 +470,35 @@ def apply_factor(scale_tril, noise):
 def solve_lower(scale_tril, x):
     """scale_tril^-1 x over the last axis, batches broadcast; a factor without a batch is not copied."""
     solve = jax.lax.linalg.triangular_solve
-    if scale_tril.ndim == 2:
+    if scale_tril.ndim == 2 and _spec(x.shape, x) is None:
         rows = x.reshape(-1, x.shape[-1])
         return solve(scale_tril, rows, lower=True, transpose_a=True).reshape(x.shape)
     batch = jnp.broadcast_shapes(scale_tril.shape[:-2], x.shape[:-1])
     factor = jnp.broadcast_to(scale_tril, batch + scale_tril.shape[-2:])
-    x = jnp.broadcast_to(x, batch + x.shape[-1:])
-    return solve(factor, x[..., None], left_side=True, lower=True)[..., 0]
+    columns = jnp.broadcast_to(x, batch + x.shape[-1:])[..., None]
+    return solve_lower_matrix(factor, columns)[..., 0]
+
+
+def solve_lower_matrix(factor, x):
+    """factor^-1 x, of the same batch."""
+    solve = jax.lax.linalg.triangular_solve
+    x = placed(x, factor[..., :1])
+    return whole(lambda x, factor: solve(factor, x, left_side=True, lower=True), x, factor)
+
+
+def lower_factor(a):
+    """The lower-triangular factor of a a^T, by the QR of a^T: its condition number is not squared."""
+    upper = whole(functools.partial(jnp.linalg.qr, mode="r"), jnp.matrix_transpose(a))
+    return jnp.matrix_transpose(upper)
+
+
+def whole(function, x, *others):
+    """function(x, *others), an array like x, by operations without rules for arrays of an explicit mesh."""
+    spec = _spec(x.shape, x)
+    return (function if spec is None else jax.sharding.auto_axes(function, out_sharding=spec))(x, *others)
+
+
+def argsort(x):
+    """The places of the numbers of the last axis in increasing order."""
+    places = placed(jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape), x)
+    return jax.lax.sort_key_val(jax.lax.stop_gradient(x), places)[1]

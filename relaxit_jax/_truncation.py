@@ -46,5 +46,5 @@ def fold_tail(log_pmf, num_values):
     head, tail = log_pmf[..., : num_values - 1], nm.log_sum_exp(log_pmf[..., num_values - 1 :])
     below = nm.log_sum_exp(head)
     heavy = below < math.log(0.999)
-    rest = jnp.log(-jnp.expm1(jnp.where(heavy, below, -1)))
-    return jnp.concatenate([head, jnp.where(heavy, rest, tail)[..., None]], -1)
+    rest = jnp.log(-jnp.expm1(nm.where(heavy, below, -1)))
+    return jnp.concatenate([head, nm.where(heavy, rest, tail)[..., None]], -1)

@@ -8,6 +8,7 @@ from jax.nn import logsumexp
 from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
 
 
 def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
@@ -49,7 +50,7 @@ def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
     shared = (pairs - jnp.mean(inverse, -1)[..., None, None]) / k
     # 1 - 2/K first: on the diagonal 1/alpha - 2/(K alpha) would cancel, wholly so for K = 2
     diagonal = inverse * (1 - 2 / k) + jnp.mean(inverse, -1, keepdims=True) / k
-    covariance = jnp.where(jnp.eye(k, dtype=bool), diagonal[..., None], -shared)
+    covariance = nm.where(jnp.eye(k, dtype=bool), diagonal[..., None], -shared)
     return loc.astype(dtype), covariance.astype(dtype)
 
 
@@ -98,7 +99,7 @@ def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike, *, log_space: b
     rows = jnp.mean(covariance, -1) + jnp.mean(covariance, -2)
     everything = jnp.mean(covariance, (-2, -1))[..., None]
     diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    variance = jnp.where(diagonal > 0, diagonal - rows + everything, jnp.nan)
+    variance = nm.where(diagonal > 0, diagonal - rows + everything, jnp.nan)
     log_spread = loc + logsumexp(-loc, -1, keepdims=True) - 2 * math.log(k)
     least = 1 - 2 / k
     log_variance = jnp.log(variance)
@@ -106,8 +107,8 @@ def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike, *, log_space: b
         return (jnp.logaddexp(log_spread, math.log(least)) if least else log_spread) - log_variance
     log_alpha = log_spread - log_variance
     too_large = log_alpha >= math.log(float(jnp.finfo(loc.dtype).max))
-    alpha = least / jnp.where(too_large, 1, variance) + jnp.exp(jnp.where(too_large, 0, log_alpha))
-    return jnp.where(too_large, jnp.inf, alpha).astype(dtype)
+    alpha = least / nm.where(too_large, 1, variance) + jnp.exp(nm.where(too_large, 0, log_alpha))
+    return nm.where(too_large, jnp.inf, alpha).astype(dtype)
 
 
 def _at_least_two(name, x):

@@ -36,6 +36,7 @@ def load():
 
     def knows(generate, hot):
         def knowing(constraint, size, key=None):
+            constraint = getattr(constraint, "hull", constraint)  # of Draws
             if constraint is base.one_hot:
                 return np.broadcast_to(hot * (np.arange(size[-1]) == 0), size).astype(np.float32)
             same = [theirs for own, theirs in alike if own is constraint]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 def perturbed(logits, shape=()):
     """logits + G of the same key, in float64."""
     logits = jnp.asarray(logits, jnp.float32)
-    noise = nm.gumbel(KEY, (*shape, *logits.shape[-2:]), jnp.float32)
+    noise = nm.gumbel(KEY, (*shape, *logits.shape[-2:]), logits)
     return np.asarray(nm.centre(logits) + noise, np.float64)
 
 

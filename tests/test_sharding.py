@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import relaxit_jax as rj
-from cases import CASES, is_discrete
+from cases import BY_NAME, CASES, is_discrete
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -155,3 +155,189 @@ def test_whatever_the_mesh_and_the_axis():
         assert error < 1e-6 and collectives == [], name
     assert len(found[0]) > 20
     assert found[1]  # the search for collectives finds what there is
+
+
+ESTIMATORS = {
+    "reinforce": {},
+    "rloo": {},
+    "arm": {},
+    "disarm": {},
+    "rebar": {"tau": 0.5, "eta": 1.0},
+    "relax": {"control_variate": lambda z: jnp.tanh(z).sum(-1)},
+}
+
+
+def of_bits(name, key, f, logits):
+    return getattr(rj.estimators, name)(key, f, rj.estimators.Bernoulli(logits), **ESTIMATORS[name])
+
+
+def data_of_devices():
+    """Of each estimator: one key, the same logits, an f with each device's data; the gradient's distance."""
+    where = jax.make_mesh((8,), ("d",), (jax.sharding.AxisType.Auto,))
+    rows, same = PartitionSpec("d"), PartitionSpec()
+    x = np.asarray(jax.random.normal(jax.random.key(3), (8, 4)))
+    found = {}
+    for name in ESTIMATORS:
+        loss = lambda l, x, name=name: of_bits(name, KEY, lambda b: jnp.sum(jnp.sin(b * x), -1) ** 2, l)
+        gradient = jax.grad(loss)
+        of_row = lambda l, x, gradient=gradient: gradient(l, x[0])
+        mapped = jax.shard_map(of_row, mesh=where, in_specs=(same, rows), out_specs=same)
+        expected = sum(jax.jit(gradient)(LOGITS, row) for row in x)
+        found[name] = distance(jax.jit(mapped)(LOGITS, x), expected)
+    return found
+
+
+LOGITS = np.array([0.3, -1, 0.5, 2], np.float32)
+
+
+def test_an_estimator_adds_up_what_devices_with_different_data_find():
+    found = in_eight("print(json.dumps(t.data_of_devices()))")
+    assert set(found) == set(ESTIMATORS)
+    for name, error in found.items():
+        assert error < 2e-5, (name, error)
+
+
+def methods():
+    """Of every sampler and density, and of what has neither: a function of a key and arrays of eight rows."""
+    stretch = lambda x: np.broadcast_to(x, (4, *np.shape(x))).reshape(8, *np.shape(x)[1:]).astype(np.float32)
+    for case in CASES:
+        rows = {n: stretch(x) if np.ndim(x) else np.full(8, x, np.float32) for n, x in case.floats.items()}
+        yield case.name, lambda key, a, case=case: case.draw(key, None, **a), rows
+        if case.log_prob:
+            scored = lambda key, a, case=case: case.density(case.draw(key, None, **a), **a)
+            yield f"{case.name}_log_prob", scored, rows
+    of_four, of_three = (
+        {"logits": stretch(BY_NAME[n].params["logits"])} for n in ("simple_top_k", "reinmax")
+    )
+    cost = lambda b: jnp.sum(jnp.sin(b * jnp.arange(1.0, b.shape[-1] + 1)), -1)
+    for name in ESTIMATORS:
+        bits = lambda key, a, name=name: of_bits(name, key, cost, a["logits"])
+        yield f"{name} of bits", bits, of_four
+        if name not in ("arm", "disarm"):
+            classes = lambda key, a, name=name: getattr(rj.estimators, name)(
+                key, cost, rj.estimators.OneHotCategorical(a["logits"], 1), **ESTIMATORS[name]
+            )
+            yield f"{name} of classes", classes, of_three
+    yield "exact", lambda key, a: rj.estimators.exact(cost, rj.estimators.Bernoulli(a["logits"])), of_four
+    unordered = lambda key, a: rj.gumbel_top_k_log_prob(
+        rj.gumbel_top_k(key, a["logits"], 2)[0], a["logits"], ordered=False
+    )
+    yield "gumbel_top_k_log_prob of sets", unordered, of_four
+    yield "simple_top_k_marginals", lambda key, a: rj.simple_top_k_marginals(a["logits"], 2), of_four
+    entropy = lambda key, a: rj.distributions.SimpleTopK(logits=a["logits"], k=2).entropy()
+    yield "entropy of SimpleTopK", entropy, of_four
+    yield "hard_concrete_l0", lambda key, a: rj.hard_concrete_l0(a["logits"], 0.5), of_four
+    yield "hard_concrete_gate", lambda key, a: rj.hard_concrete_gate(a["logits"]), of_four
+    bridge = rj.laplace_bridge
+    yield (
+        "dirichlet_to_gaussian",
+        lambda key, a: bridge.dirichlet_to_gaussian(jnp.exp(a["logits"]))[1],
+        of_four,
+    )
+    yield (
+        "gaussian_to_dirichlet",
+        lambda key, a: bridge.gaussian_to_dirichlet(a["logits"], jnp.eye(4)),
+        of_four,
+    )
+    yield "stochastic_beam_search", beams, of_four
+
+
+def beams(key, a):
+    step = lambda state, token: (jnp.mean(a["logits"], 0) * state, state)
+    return rj.stochastic_beam_search(key, step, jnp.float32(0.7), 2, 3)[1]
+
+
+def value_and_gradient(f):
+    """Of a function of a key and arrays, both as arrays of numbers."""
+
+    def both(key, a):
+        value = f(key, a)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            return value, a
+        return value, jax.grad(lambda a: jnp.sum(jnp.sin(1 + f(key, a))))(a)
+
+    return both
+
+
+def everywhere(part):
+    """Of each of `methods`, under shard_map of one and eight devices and on explicit meshes.
+
+    The rows are split at one key, or whole at a key a device (the gradient is then the sum over the keys), or
+    on a mesh that shards the first argument, the others or all. What JAX refuses it refuses by the types,
+    before it compiles; where noise is drawn, the numbers are compared with those of one device as well.
+    """
+    found = {}
+    rows, same, devices = PartitionSpec("d"), PartitionSpec(), jax.devices()
+    keys = jax.random.split(KEY, 8)
+    for name, f, a in list(methods())[part::PARTS]:
+        both = value_and_gradient(f)
+        traced = {}
+        for n in (1, 8):
+            where = jax.make_mesh((n,), ("d",), (jax.sharding.AxisType.Auto,), devices=devices[:n])
+            split = jax.shard_map(both, mesh=where, in_specs=(same, rows), out_specs=rows)
+            at_keys = lambda k, a, both=both: both(k[0], a)
+            many = jax.shard_map(at_keys, mesh=where, in_specs=(rows, same), out_specs=(rows, same))
+            traced |= {f"shards {n}": jax.jit(split).lower(KEY, a), f"keys {n}": jax.jit(many).lower(keys, a)}
+        explicit = jax.make_mesh((8,), ("d",))
+        with jax.set_mesh(explicit):
+            for which, names in {"all": list(a), "first": list(a)[:1], "others": list(a)[1:]}.items():
+                specs = {n: rows if n in names else same for n in a}
+                placed = {n: jax.device_put(x, NamedSharding(explicit, specs[n])) for n, x in a.items()}
+                traced[which] = jax.jit(both).lower(KEY, placed)
+                if which == "all":
+                    on_mesh = placed
+        found[name] = {}
+        if name.endswith("log_prob"):
+            continue
+        one = jax.jit(both)
+        of_shards = [one(KEY, {n: x[i : i + 1] for n, x in a.items()}) for i in range(8)]
+        of_shards = jax.tree.map(lambda *x: np.concatenate(x), *of_shards)
+        values, gradients = jax.tree.map(lambda *x: np.stack(x), *(one(key, a) for key in keys))
+        drawn = np.ptp(values, 0).any()  # or else all devices have the same, and there is nothing to sum
+        count = 8 if drawn and jnp.issubdtype(values.dtype, jnp.floating) else 1
+        gradients = jax.tree.map(lambda x, count=count: count * np.mean(x, 0), gradients)
+        of_keys = np.concatenate(values), gradients
+        found[name] = {
+            "shards": distance(traced["shards 8"].compile()(KEY, a), of_shards),
+            "keys": distance(traced["keys 8"].compile()(keys, a), of_keys),
+            "explicit": distance(traced["all"].compile()(KEY, on_mesh), one(KEY, a)),
+        }
+    return found
+
+
+def distance(x, y):
+    """The largest relative distance of two trees."""
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in pairs]
+    return max(float(np.max(np.abs(a - b) / (1 + np.abs(b)))) for a, b in pairs)
+
+
+PARTS = 4
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_everything_works_in_shard_map_and_on_explicit_meshes(part):
+    """With the default checks of shard_map; values and gradients are those of one device."""
+    found = in_eight(f"print(json.dumps(t.everywhere({part})))")
+    assert len(found) >= 10
+    for name, errors in found.items():
+        assert len(errors) == (0 if name.endswith("log_prob") else 3)
+        assert max(errors.values(), default=0) < 2e-5, (name, errors)
+
+
+def exported(part):
+    """Of each of `methods`: how far a program of any batch size is from one of eight, after it was saved."""
+    (size,) = jax.export.symbolic_shape("size")
+    found = {}
+    for name, f, a in list(methods())[part::PARTS]:
+        both = jax.jit(value_and_gradient(f))
+        any_size = {n: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for n, x in a.items()}
+        saved = jax.export.export(both, platforms=("cpu", "cuda", "tpu"))(KEY, any_size).serialize()
+        found[name] = distance(jax.export.deserialize(saved).call(KEY, a), both(KEY, a))
+    return found
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_everything_exports_with_a_symbolic_batch_size(part):
+    for name, error in exported(part).items():
+        assert error < 2e-5, (name, error)

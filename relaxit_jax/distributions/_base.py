@@ -42,7 +42,7 @@ def bit_logits(probs) -> Array:
     dtype, p = ck.widen(probs=probs)
     most = 1 + SLACK + 2 * float(jnp.finfo(dtype).eps)
     ck.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= most))
-    p = jnp.where((p > 1) & (p <= most), 1, p)
+    p = nm.where((p > 1) & (p <= most), 1, p)
     return (jnp.log(p) - jnp.log1p(-p)).astype(dtype)
 
 
@@ -53,7 +53,7 @@ def class_logits(probs) -> Array:
     dtype, p = ck.widen(probs=probs)
     slack = SLACK + p.shape[-1] * float(jnp.finfo(dtype).eps)
     ck.require_values("probs", probs, "of sum 1", lambda p: abs(p.astype(float).sum(-1) - 1) <= slack)
-    return jnp.where(p == 0, -jnp.inf, jnp.log(jnp.where(p == 0, 1, p))).astype(dtype)
+    return nm.where(p == 0, -jnp.inf, jnp.log(nm.where(p == 0, 1, p))).astype(dtype)
 
 
 def per_coordinate(scale, size):
@@ -84,7 +84,7 @@ def _values(x, array):
 
 def logit_quantile(logits, q):
     """The q-quantile of logits + L, L standard logistic; certain bits are certain at q = 0 and 1 too."""
-    return jnp.where(jnp.isinf(logits), logits, logits + jnp.log(q) - jnp.log1p(-q))
+    return nm.where(jnp.isinf(logits), logits, logits + jnp.log(q) - jnp.log1p(-q))
 
 
 def without_batch_of_one(x, event_dim):
@@ -134,7 +134,7 @@ def _crossing(atoms, jumps):
     E g(z) changes by ``dP (g(atom) - g(beside it))`` where mass dP enters an atom, and no draw has a
     derivative that tells of it. Here g is a log-law, which jumps there by ``-jumps``.
     """
-    jumps = jax.lax.stop_gradient(jnp.where(jnp.isfinite(jumps), jumps, 0))
+    jumps = jax.lax.stop_gradient(nm.where(jnp.isfinite(jumps), jumps, 0))
     return jnp.sum((atoms - jax.lax.stop_gradient(atoms)) * jumps, -1)
 
 
@@ -206,6 +206,17 @@ class SamplerDistribution(Distribution, metaclass=Made):
         for name, x in arrays.items():
             missing = len(batch_shape) + self.arg_constraints[name].event_dim - x.ndim
             setattr(self, name, x.reshape((1,) * missing + x.shape) if missing else x)
+
+    def validate_args(self, strict: bool = True) -> None:
+        """NumPyro's check, of the values that can be seen; shard_map refuses to compute with others in it."""
+        for name, x in self.get_args().items():
+            if ck.can_be_seen(x):
+                with jax.ensure_compile_time_eval():
+                    valid = self.arg_constraints[name](x)
+                if not np.all(valid):
+                    raise ValueError(f"{type(self).__name__} distribution got invalid {name} parameter.")
+            elif strict:
+                raise RuntimeError("Cannot validate arguments inside jitted code.")
 
     def _logits(self, logits, probs, checked):
         """From exactly one of the two, of bits or of classes."""
@@ -378,7 +389,7 @@ def log_pmf_of_classes(logits):
 def expected_log_pmf(log_q, log_p):
     """sum_k q_k log p_k over the last axis, in which 0 log 0 is 0."""
     possible = log_q > -jnp.inf
-    return jnp.sum(jnp.where(possible, jnp.exp(log_q) * jnp.where(possible, log_p, 0), 0), -1)
+    return jnp.sum(nm.where(possible, jnp.exp(log_q) * nm.where(possible, log_p, 0), 0), -1)
 
 
 def discrete_kl(log_q, log_p):
@@ -397,10 +408,10 @@ def known_equal(name, p, q):
 def coth_excess(d):
     """``d coth(d / 2) - 2``, the KL of two logistic distributions that lie d apart."""
     near = jnp.abs(d) < 0.5  # there the difference would cancel
-    s = jnp.where(near, d, 0) ** 2
+    s = nm.where(near, d, 0) ** 2
     series = s / 6 * (1 - s / 60 * (1 - s / 42 * (1 - s / 40 * (1 - s * 25 / 990))))
-    far = jnp.where(near, 1, d)
-    return jnp.where(near, series, far / jnp.tanh(far / 2) - 2)
+    far = nm.where(near, 1, d)
+    return nm.where(near, series, far / jnp.tanh(far / 2) - 2)
 
 
 def concrete_kl(p, q, low=-math.inf, high=math.inf):
@@ -417,7 +428,7 @@ def concrete_kl(p, q, low=-math.inf, high=math.inf):
     """
     _, logits, tau, other, other_tau = ck.widen(p=p[0], p_tau=p[1], q=q[0], q_tau=q[1])
     certain = jnp.isinf(logits) | jnp.isinf(other)
-    logits, other = jnp.where(certain, 0, logits), jnp.where(certain, 0, other)
+    logits, other = nm.where(certain, 0, logits), nm.where(certain, 0, other)
     bend = jnp.clip(other / other_tau, low, high)
     place = lambda x: jnp.full_like(bend, x) if math.isinf(x) else tau * x - logits
     ends = [place(low), tau * bend - logits, place(high)]
@@ -431,10 +442,10 @@ def concrete_kl(p, q, low=-math.inf, high=math.inf):
     for i in range(2):
         u = left * below[i] + right * below[i + 1]
         v = left * above[i] + right * above[i + 1]  # 1 - u
-        log_u, log_v = (jnp.log(jnp.where(x > 0, x, 1)) for x in (u, v))
+        log_u, log_v = (jnp.log(nm.where(x > 0, x, 1)) for x in (u, v))
         y = (logits + log_u - log_v) / tau
         ratio = jnp.log(tau / other_tau) + log_u + log_v - nm.log_logistic_pdf(other_tau * y - other)
-        width = jnp.where(u < 0.5, below[i + 1] - below[i], above[i] - above[i + 1])
+        width = nm.where(u < 0.5, below[i + 1] - below[i], above[i] - above[i + 1])
         total += jnp.sum(weights * width * ratio, -1)
     same = (p[0] == q[0]) & certain
-    return jnp.where(certain, jnp.where(same, 0, jnp.inf), total)
+    return nm.where(certain, nm.where(same, 0, jnp.inf), total)

@@ -58,9 +58,9 @@ class RelaxedBernoulli(base.Bit):
     def cdf(self, value: ArrayLike) -> Array:
         value = jnp.asarray(value)
         y, _ = nm.as_logit(value, False)
-        inside = sigmoid(self.tau * jnp.where(jnp.isinf(y), 0, y) - self.logits)
+        inside = sigmoid(self.tau * nm.where(jnp.isinf(y), 0, y) - self.logits)
         ends = (value >= 1) | ((value == 0) & (self.logits == -jnp.inf))
-        return jnp.where((value <= 0) | (value >= 1), ends, inside)
+        return nm.where((value <= 0) | (value >= 1), ends, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
         return sigmoid(base.logit_quantile(self.logits, q) / self.tau)
@@ -121,8 +121,8 @@ class StraightThroughBernoulli(base.Bit):
         return self._full(-base.expected_log_pmf(log_pmf, log_pmf))
 
     def cdf(self, value: ArrayLike) -> Array:
-        inside = jnp.where(jnp.asarray(value) < 1, sigmoid(-self.logits), 1)
-        return self._batched(jnp.where(jnp.asarray(value) < 0, 0, inside))
+        inside = nm.where(jnp.asarray(value) < 1, sigmoid(-self.logits), 1)
+        return self._batched(nm.where(jnp.asarray(value) < 0, 0, inside))
 
     def icdf(self, q: ArrayLike) -> Array:
         return self._batched((q > sigmoid(-self.logits)).astype(self.logits.dtype))
@@ -229,12 +229,12 @@ class StochasticTimesSmooth(base.SamplerDistribution):
         root = jnp.sqrt(sigmoid(self.logits))
         # a draw is the root only to the rounding of its dtype, as for the density
         at_root = value >= root * (1 - 4 * float(jnp.finfo(jnp.result_type(value, root, 0.0)).eps))
-        inside = jnp.where(at_root & (value > 0), 1, sigmoid(-self.logits) / (1 + root))
-        return jnp.where(value < 0, 0, inside)
+        inside = nm.where(at_root & (value > 0), 1, sigmoid(-self.logits) / (1 + root))
+        return nm.where(value < 0, 0, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
         root = jnp.sqrt(sigmoid(self.logits))
-        return jnp.where(q > sigmoid(-self.logits) / (1 + root), root, 0)
+        return nm.where(q > sigmoid(-self.logits) / (1 + root), root, 0)
 
 
 class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
@@ -313,5 +313,5 @@ def _kl_of_concretes(p, q):
     if not base.known_equal("tau", p, q):
         return base.concrete_kl((p.logits, p.tau), (q.logits, q.tau))
     _, a, b = ck.widen(p=p.logits, q=q.logits)
-    d = jnp.where(jnp.isinf(a) & (a == b), 0, a - b)
+    d = nm.where(jnp.isinf(a) & (a == b), 0, a - b)
     return base.coth_excess(d)

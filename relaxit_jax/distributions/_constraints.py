@@ -72,6 +72,9 @@ class Draws(constraints.ParameterFreeConstraint):
     def __call__(self, x):
         return self.hull(x)
 
+    def __repr__(self):
+        return f"draws in {self.hull}"
+
     def feasible_like(self, prototype):
         return self.hull.feasible_like(prototype)
 

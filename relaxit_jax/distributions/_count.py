@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
 from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
 
@@ -88,10 +89,10 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
         _, value = ck.widen(value=value)
         log_pmf = self._log_pmf()
         at = jax.lax.stop_gradient(value)[..., None] == self.values
-        law = jnp.max(jnp.where(at, log_pmf, -jnp.inf), -1)
-        slope = jnp.sum(jnp.where(at, jax.lax.stop_gradient(_slopes(log_pmf, self.values)), 0), -1)
+        law = jnp.max(nm.where(at, log_pmf, -jnp.inf), -1)
+        slope = jnp.sum(nm.where(at, jax.lax.stop_gradient(_slopes(log_pmf, self.values)), 0), -1)
         step = value - jax.lax.stop_gradient(value)  # 0, with the gradient of the value
-        return jnp.where(jnp.any(at, -1), law + slope * step, jnp.where(jnp.isnan(value), jnp.nan, -jnp.inf))
+        return nm.where(jnp.any(at, -1), law + slope * step, nm.where(jnp.isnan(value), jnp.nan, -jnp.inf))
 
     @property
     def mean(self) -> Array:
@@ -110,13 +111,14 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
 def _slopes(log_pmf, values):
     """Of the log-mass at each value, by the line through the possible values next to it on both sides."""
     values, log_pmf = jnp.broadcast_arrays(values, log_pmf)
-    order = jnp.argsort(jnp.where(log_pmf > -jnp.inf, values, jnp.inf), -1)  # the impossible ones last
+    values = nm.placed(values, log_pmf)
+    order = nm.argsort(nm.where(log_pmf > -jnp.inf, values, jnp.inf))  # the impossible ones last
     x, y = (jnp.take_along_axis(a, order, -1) for a in (values, log_pmf))
     x, y = (jnp.concatenate([a[..., :1], a, a[..., -1:]], -1) for a in (x, y))
     last = jnp.isinf(y[..., 2:])  # no possible value above
-    rise, run = (jnp.where(last, a[..., 1:-1], a[..., 2:]) - a[..., :-2] for a in (y, x))
-    slopes = jnp.where((run > 0) & jnp.isfinite(rise), rise / jnp.where(run > 0, run, 1), 0)
-    return jnp.take_along_axis(slopes, jnp.argsort(order, -1), -1)
+    rise, run = (nm.where(last, a[..., 1:-1], a[..., 2:]) - a[..., :-2] for a in (y, x))
+    slopes = nm.where((run > 0) & jnp.isfinite(rise), rise / nm.where(run > 0, run, 1), 0)
+    return jnp.take_along_axis(slopes, nm.argsort(order), -1)
 
 
 # --- KL ---------------------------------------------------------------------------------------
@@ -131,4 +133,4 @@ def _kl_of_counts(p, q):
     if base.known_equal("values", p, q):
         return base.discrete_kl(log_p, q._log_pmf())
     same = p.values[..., :, None] == q.values[..., None, :]
-    return base.discrete_kl(log_p, jnp.max(jnp.where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))
+    return base.discrete_kl(log_p, jnp.max(nm.where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))

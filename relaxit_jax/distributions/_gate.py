@@ -115,8 +115,8 @@ class GaussianRelaxedBernoulli(Gate):
     def cdf(self, value: ArrayLike) -> Array:
         _, loc, scale = self._wide()
         value = jnp.asarray(value)
-        inside = jnp.where(value < 1, ndtr((value - loc) / scale), 1)
-        return jnp.where(value < 0, 0, inside)
+        inside = nm.where(value < 1, ndtr((value - loc) / scale), 1)
+        return nm.where(value < 0, 0, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
         _, loc, scale = self._wide()
@@ -190,8 +190,8 @@ class HardConcrete(Gate):
         value = jnp.asarray(value)
         inside = jnp.clip(value, 0, 1)
         y = jnp.log(inside - a) - jnp.log(b - inside)
-        below = jnp.where(value < 1, sigmoid(self.tau * y - self.logits), 1)
-        return jnp.where(value < 0, 0, below)
+        below = nm.where(value < 1, sigmoid(self.tau * y - self.logits), 1)
+        return nm.where(value < 0, 0, below)
 
     def icdf(self, q: ArrayLike) -> Array:
         a, b = self.stretch
@@ -214,7 +214,7 @@ def _kl_of_gaussian_gates(p, q):
     low, high = -loc / scale, (1 - loc) / scale
     at_low, at_high = jnp.exp(nm.log_normal_pdf(low)), jnp.exp(nm.log_normal_pdf(high))
     # on the side where both are small, so that their difference keeps its digits
-    mass = jnp.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
+    mass = nm.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
     first = at_low - at_high
     second = mass + low * at_low - high * at_high
     ratio, shift = scale / other, (loc - other_loc) / other
@@ -241,11 +241,11 @@ def _kl_of_hard_concretes(p, q):
         return _kl_of_atoms(p, q) + base.concrete_kl((p.logits, p.tau), (q.logits, q.tau), *ends)
     _, logits, other, tau = ck.widen(p=p.logits, q=q.logits, tau=p.tau)
     certain = jnp.isinf(logits) | jnp.isinf(other)
-    logits, d = jnp.where(certain, 0, logits), jnp.where(certain, 0, other - logits)
+    logits, d = nm.where(certain, 0, logits), nm.where(certain, 0, other - logits)
     low, high = (tau * end - logits for end in ends)
-    mass = jnp.where(low > 0, sigmoid(-low) - sigmoid(-high), sigmoid(high) - sigmoid(low))
+    mass = nm.where(low > 0, sigmoid(-low) - sigmoid(-high), sigmoid(high) - sigmoid(low))
     log_a, log_b = (
-        jnp.where(
+        nm.where(
             jnp.abs(d) < 1,
             jnp.log1p(jnp.expm1(jnp.clip(d, -1, 1)) * sigmoid(-x)),
             jnp.logaddexp(log_sigmoid(x), d + log_sigmoid(-x)),
@@ -253,4 +253,4 @@ def _kl_of_hard_concretes(p, q):
         for x in (low, high)
     )
     inside = mass * (log_a + log_b - d + base.coth_excess(log_b - log_a))
-    return _kl_of_atoms(p, q) + jnp.where(certain, 0, inside)
+    return _kl_of_atoms(p, q) + nm.where(certain, 0, inside)

@@ -3,7 +3,6 @@
 import math
 from typing import Any, overload
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import digamma, gammaln, polygamma
@@ -116,7 +115,7 @@ def to_logistic_normal(dirichlet: Distribution) -> Distribution:
     loc, covariance = laplace_bridge.dirichlet_to_gaussian(alpha)
     # of the size of the others, so that the factor is as well conditioned as it can be
     extra = jnp.mean(jnp.diagonal(covariance, axis1=-2, axis2=-1), -1)[..., None, None]
-    factor = jnp.linalg.cholesky(covariance + extra)
+    factor = nm.whole(jnp.linalg.cholesky, covariance + extra)
     return LogisticNormalSoftmax(loc=loc.astype(dtype), scale_tril=factor.astype(dtype))
 
 
@@ -232,14 +231,14 @@ def _ratio_factor(d):
     else:
         _, a = ck.widen(scale_tril=base.without_batch_of_one(d.scale_tril, 2))
     rows = a[..., :-1, :] - a[..., -1:, :]
-    return jnp.matrix_transpose(jnp.linalg.qr(jnp.matrix_transpose(rows), mode="r"))
+    return nm.lower_factor(rows)
 
 
 def _solve(factor, matrix):
     """factor^-1 matrix, batches broadcast."""
     batch = jnp.broadcast_shapes(factor.shape[:-2], matrix.shape[:-2])
     factor, matrix = (jnp.broadcast_to(x, batch + x.shape[-2:]) for x in (factor, matrix))
-    return jax.lax.linalg.triangular_solve(factor, matrix, left_side=True, lower=True)
+    return nm.solve_lower_matrix(factor, matrix)
 
 
 def _log_det(factor):

@@ -14,6 +14,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
 from relaxit_jax import _truncation as tr
 from relaxit_jax.distributions import _base as base
 
@@ -64,8 +65,8 @@ class Relaxed(dist.Distribution):
         else:
             weights = jnp.maximum(1 - jnp.abs(value[..., None] - self.values), 0)
         possible = self.log_pmf > -jnp.inf
-        law = jnp.sum(weights * jnp.where(possible, self.log_pmf, 0), -1)
-        return jnp.where(jnp.any(~possible & (weights > 0), -1), -jnp.inf, law)
+        law = jnp.sum(weights * nm.where(possible, self.log_pmf, 0), -1)
+        return nm.where(jnp.any(~possible & (weights > 0), -1), -jnp.inf, law)
 
 
 @dist.kl_divergence.register(Relaxed, Relaxed)  # type: ignore[attr-defined]  # of multipledispatch
@@ -219,8 +220,8 @@ def _log_pmf(d, values):
     quiet._validate_args = False  # values outside are meant
     at = jnp.asarray(values).reshape(-1, *(1,) * len(d.batch_shape))
     inside = jnp.broadcast_to(quiet.support(at), (len(values), *d.batch_shape))
-    safe = jnp.where(inside, at, _lower_bound(d.support))
-    return jnp.moveaxis(jnp.where(inside, quiet.log_prob(safe), -jnp.inf), 0, -1)
+    safe = nm.where(inside, at, _lower_bound(d.support))
+    return jnp.moveaxis(nm.where(inside, quiet.log_prob(safe), -jnp.inf), 0, -1)
 
 
 def _enough_values(name, d, low):

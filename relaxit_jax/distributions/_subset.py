@@ -82,7 +82,7 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
         _, chosen = nm.top_k(value, self.k)
         law = samplers.gumbel_top_k_log_prob(chosen, logits, ordered=False)
         is_k_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value, -1) == self.k)
-        return jnp.where(is_k_hot, law, -jnp.inf)
+        return nm.where(is_k_hot, law, -jnp.inf)
 
 
 class SimpleTopK(base.SamplerDistribution):
@@ -149,7 +149,7 @@ def _expected_log_prob(p, q):
     _, of_p, of_q = ck.widen(p=p.logits, q=q.logits)
     likely = jax.lax.stop_gradient(nm.k_hot(nm.top_k(of_p, p.k)[1], of_p))
     away = samplers.simple_top_k_marginals(of_p, p.k) - likely
-    moved = jnp.sum(away * jnp.where(of_q == -jnp.inf, 0, of_q), -1)
+    moved = jnp.sum(away * nm.where(of_q == -jnp.inf, 0, of_q), -1)
     return moved + samplers.simple_top_k_log_prob(likely, of_q, q.k)
 
 
@@ -159,4 +159,4 @@ def _kl_simple_top_k(p, q):
     beyond = jnp.any((p.logits > -jnp.inf) & (q.logits == -jnp.inf), -1) | (p.k != q.k)
     shared = SimpleTopK(logits=q.logits, k=min(p.k, q.logits.shape[-1]))
     kl = _expected_log_prob(p, p) - _expected_log_prob(p, shared)
-    return jnp.where(beyond, jnp.inf, kl)
+    return nm.where(beyond, jnp.inf, kl)

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
 
 
 class Family(Protocol):
@@ -96,7 +97,7 @@ def _estimate_jvp(primals, tangents):
     along, slopes = tangents[0].logits, tangents[2]
     ratios = likelihood_ratio(jnp.sum(q.log_masses(samples), _event(q))).astype(values.dtype)
     slopes = ratios * slopes if baselines is None else slopes + (ratios - 1) * (slopes - tangents[5])
-    gradient = jnp.where(jnp.isinf(q.logits), 0, _nearby(gradient, q, samples, parts, rest))
+    gradient = nm.where(jnp.isinf(q.logits), 0, _nearby(gradient, q, samples, parts, rest))
     slope = jnp.sum(gradient * along.astype(gradient.dtype), _event(q))
     return _estimate(*primals), jnp.mean(slopes, 0) + slope.astype(values.dtype)
 

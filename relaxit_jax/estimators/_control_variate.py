@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
 from relaxit_jax.estimators import _base as base
 
 
@@ -59,14 +60,17 @@ def rebar(
 
     # the control variate adds nothing to the mean, so derivatives in what f closes over can leave it out;
     # with it they would be wrong for an f with kinks
-    frozen, closed_over = jax.closure_convert(f, q.logits)
-    closed_over = [jax.lax.stop_gradient(x) for x in closed_over]
+    def variate_at(logits):
+        frozen, closed_over = jax.closure_convert(f, logits.astype(q.logits.dtype))
+        closed_over = [jax.lax.stop_gradient(x) for x in closed_over]
 
-    def variate(z):
-        value = base.call(lambda b: frozen(b, *closed_over), q, q.relaxed(z, tau))
-        return eta.astype(value.dtype) * value
+        def variate(z):
+            value = base.call(lambda b: frozen(b, *closed_over), q, q.relaxed(z, tau))
+            return eta.astype(value.dtype) * value
 
-    return _with_variate(key, f, q, variate)
+        return variate
+
+    return _with_variate(key, f, q, variate_at)
 
 
 def relax(
@@ -111,15 +115,21 @@ def relax(
     >>> jax.grad(estimate)(jnp.zeros(2))
     Array([ 0.63..., -0.35...], dtype=float32)
     """
-    return _with_variate(key, f, q, lambda z: base.call(control_variate, q, z, "control_variate"))
+    variate = lambda z: base.call(control_variate, q, z, "control_variate")
+    return _with_variate(key, f, q, lambda _: variate)
 
 
-def _with_variate(key, f, q, variate):
+def _with_variate(key, f, q, variate_at):
+    """An estimate by the control variate that ``variate_at`` makes for noisy logits typed as its argument."""
     ck.check_key(key)
     # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
     logits = jax.lax.stop_gradient(q.logits.astype(jnp.promote_types(q.logits.dtype, jnp.float32)))
     sample, noisy, again = q.coupled(key)
     value = base.call(f, q, sample)
+    # inside of shard_map the derivative in what all devices share would be the sum over the devices
+    logits = nm.vary_as(logits, key, value)
+    logits = nm.vary_as(logits, jax.eval_shape(variate_at(logits), logits))
+    variate = variate_at(logits)
     variates, slopes = [], []
     for draw in (noisy, again):
         z, pull = jax.vjp(draw, logits)

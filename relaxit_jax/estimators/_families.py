@@ -98,7 +98,7 @@ class Bernoulli(Variables):
     def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
         p, q = self._probabilities()
-        return jnp.where(sample != 0, q, -p)
+        return nm.where(sample != 0, q, -p)
 
     def log_prob(self, sample: ArrayLike) -> Array:
         """log P(sample), of the batch shape; differentiable in the logits."""
@@ -107,7 +107,7 @@ class Bernoulli(Variables):
     def log_masses(self, sample: ArrayLike) -> Array:
         """log P of each bit's own value."""
         logits = self._wide()
-        return jax.nn.log_sigmoid(jnp.where(sample != 0, logits, -logits))
+        return jax.nn.log_sigmoid(nm.where(sample != 0, logits, -logits))
 
     def with_own_derivatives(self, gradient: Array) -> Array:
         """A gradient of E f, with its derivatives in each bit's own logit.
@@ -130,10 +130,10 @@ class Bernoulli(Variables):
         """
         noise_key, again_key = jax.random.split(key)
         logits, softplus = self._wide(), jax.nn.softplus
-        noise = nm.logistic(noise_key, self.shape, logits.dtype)
-        v = nm.logistic(again_key, self.shape, logits.dtype)
+        noise = nm.logistic(noise_key, self.shape, logits)
+        v = nm.logistic(again_key, self.shape, logits)
         one = logits + noise > 0
-        sign = jnp.where(one, 1, -1)
+        sign = nm.where(one, 1, -1)
         return (
             self._as_sample(one),
             lambda l: l + noise,
@@ -147,9 +147,9 @@ class Bernoulli(Variables):
     def antithetic(self, key: Array) -> tuple[Array, Array, Array]:
         """The draws 1[1 - u < p] and 1[u < p] of one uniform u, and u - 1/2."""
         p, q = self._probabilities()
-        r = nm.tail_uniform(key, self.shape, p.dtype)  # of u; that of 1 - u is -r
-        below = lambda r: jnp.where(r < 0, -r > q, r < p)
-        return self._as_sample(below(-r)), self._as_sample(below(r)), jnp.where(r < 0, r + 0.5, r - 0.5)
+        r = nm.tail_uniform(key, self.shape, p)  # of u; that of 1 - u is -r
+        below = lambda r: nm.where(r < 0, -r > q, r < p)
+        return self._as_sample(below(-r)), self._as_sample(below(r)), nm.where(r < 0, r + 0.5, r - 0.5)
 
     def _probabilities(self):
         logits = jax.lax.stop_gradient(self._wide())
@@ -189,7 +189,7 @@ class OneHotCategorical(Variables):
     def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
         p, drawn = self._probabilities(), jnp.asarray(sample) != 0
-        return jnp.where(drawn, jnp.sum(jnp.where(drawn, 0, p), -1, keepdims=True), -p)
+        return nm.where(drawn, jnp.sum(nm.where(drawn, 0, p), -1, keepdims=True), -p)
 
     def log_prob(self, sample: ArrayLike) -> Array:
         """log P(sample), of the batch shape; differentiable in the logits."""
@@ -197,7 +197,7 @@ class OneHotCategorical(Variables):
 
     def log_masses(self, sample: ArrayLike) -> Array:
         """log P of each variable's own class; the last axis has one element."""
-        return jnp.sum(jnp.where(sample != 0, self._log_probabilities(), 0), -1, keepdims=True)
+        return jnp.sum(nm.where(sample != 0, self._log_probabilities(), 0), -1, keepdims=True)
 
     def with_own_derivatives(self, gradient: Array) -> Array:
         """A gradient of E f, with its derivatives in each variable's own logits.
@@ -230,7 +230,7 @@ class OneHotCategorical(Variables):
         """
         noise_key, again_key = jax.random.split(key)
         log_p = jax.nn.log_softmax(self._wide())
-        noise = nm.gumbel(noise_key, self.shape, log_p.dtype)
+        noise = nm.gumbel(noise_key, self.shape, log_p)
         winner = nm.largest(log_p + noise)
 
         def again(l):
@@ -250,5 +250,5 @@ class OneHotCategorical(Variables):
         """log softmax; jax.nn.log_softmax rounds that of a class that is nearly sure to 0."""
         logits = self._wide()
         first = nm.largest(logits)
-        below = jnp.where(first, 0, logits - jnp.sum(jnp.where(first, logits, 0), -1, keepdims=True))
-        return below - jnp.log1p(jnp.sum(jnp.where(first, 0, jnp.exp(below)), -1, keepdims=True))
+        below = nm.where(first, 0, logits - jnp.sum(nm.where(first, logits, 0), -1, keepdims=True))
+        return below - jnp.log1p(jnp.sum(nm.where(first, 0, jnp.exp(below)), -1, keepdims=True))

@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from relaxit_jax import _checks as ck
+from relaxit_jax import _numerics as nm
 from relaxit_jax.estimators import _base as base
 
 MOST_OUTCOMES = 2**20
@@ -121,7 +122,7 @@ def exact(f: Callable[[Array], ArrayLike], q: base.Family) -> Array:
         sample = jnp.broadcast_to(events(index[None])[0], q.shape)
         p = jnp.exp(q.log_prob(sample))
         value = base.call(f, q, sample)
-        return jnp.where(p > 0, p.astype(value.dtype) * value, 0)  # of what is impossible f may be anything
+        return nm.where(p > 0, p.astype(value.dtype) * value, 0)  # of what is impossible f may be anything
 
     terms = jax.lax.map(term, jnp.arange(total), batch_size=min(AT_ONCE, total))
     return jnp.sum(terms, 0)

@@ -54,7 +54,7 @@ def relaxed_bernoulli(
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     shape = ck.batch_shape(shape, logits=logits.shape, tau=tau.shape)
-    x = logits + nm.logistic(key, shape, logits.dtype)
+    x = logits + nm.logistic(key, shape, logits)
     return _relax(x, tau, dtype, hard, log_space)
 
 
@@ -102,7 +102,7 @@ def relaxed_bernoulli_log_prob(
     tau = ck.as_tau(tau, logits.dtype)
     ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
     y, outside = nm.as_logit(value, log_space)
-    law = jnp.where(outside, -jnp.inf, nm.binary_concrete_log_prob(y, logits, tau))
+    law = nm.where(outside, -jnp.inf, nm.binary_concrete_log_prob(y, logits, tau))
     return nm.show_nan(law, value, logits, tau)
 
 
@@ -165,11 +165,11 @@ def straight_through_bernoulli_log_prob(value: ArrayLike, logits: ArrayLike) -> 
     value = jnp.asarray(value).astype(logits.dtype)
     ck.batch_shape(None, value=value.shape, logits=logits.shape)
     certain = jnp.isinf(logits)
-    finite = jnp.where(certain, 0, logits)
+    finite = nm.where(certain, 0, logits)
     inside = value * log_sigmoid(finite) + (1 - value) * log_sigmoid(-finite)
-    mass = jnp.where((value == 1) == (logits > 0), 0, -jnp.inf)
+    mass = nm.where((value == 1) == (logits > 0), 0, -jnp.inf)
     bit = (value == 0) | (value == 1) | jnp.isnan(value)
-    return nm.show_nan(jnp.where(bit, jnp.where(certain, mass, inside), -jnp.inf), value, logits)
+    return nm.show_nan(nm.where(bit, nm.where(certain, mass, inside), -jnp.inf), value, logits)
 
 
 def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
@@ -201,10 +201,10 @@ def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[in
     shape = ck.batch_shape(shape, logits=logits.shape)
     p = sigmoid(logits)
     # where p underflows the root has no slope left, not an infinite one
-    root = jnp.where(p > 0, jnp.sqrt(jnp.where(p > 0, p, 1)), p)
+    root = nm.where(p > 0, jnp.sqrt(nm.where(p > 0, p, 1)), p)
     bit = nm.bernoulli(key, root, sigmoid(-logits) / (1 + root), shape)
     # where, not a product: it keeps NaN logits visible
-    return jnp.where(bit | jnp.isnan(root), root, 0).astype(dtype)
+    return nm.where(bit | jnp.isnan(root), root, 0).astype(dtype)
 
 
 def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
@@ -236,9 +236,9 @@ def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Arr
     log_root = log_sigmoid(logits) / 2
     root = jnp.exp(log_root)
     at_root = jnp.abs(value - root) <= rounding * root + smallest
-    law = jnp.where(at_root, log_root, -jnp.inf)
+    law = nm.where(at_root, log_root, -jnp.inf)
     # 1 - sqrt(p) = (1 - p) / (1 + sqrt(p))
-    law = jnp.where(value == 0, log_sigmoid(-logits) - jnp.log1p(root), law)
+    law = nm.where(value == 0, log_sigmoid(-logits) - jnp.log1p(root), law)
     return nm.show_nan(law, value, logits)
 
 
@@ -289,7 +289,7 @@ def correlated_bernoulli(
     ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
     dtype, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
     shape = ck.batch_shape(shape, **batch)
-    noise = nm.normal(key, (*shape, logits.shape[-1]), logits.dtype)
+    noise = nm.normal(key, (*shape, logits.shape[-1]), logits)
     x = logits + nm.probit_to_logit(nm.apply_factor(scale_tril, noise))
     return _relax(x, tau[..., None], dtype, hard, log_space)
 
@@ -334,12 +334,12 @@ def correlated_bernoulli_log_prob(
     independent = nm.binary_concrete_log_prob(y, logits, tau)
     certain = jnp.isinf(logits)
     free = jnp.isfinite(y) & ~certain
-    x = tau * jnp.where(free, y, 0) - jnp.where(certain, 0, logits)
-    v = jnp.where(certain, 0, nm.logit_to_probit(x))
+    x = tau * nm.where(free, y, 0) - nm.where(certain, 0, logits)
+    v = nm.where(certain, 0, nm.logit_to_probit(x))
     copula = _copula_log_density(v, scale_tril, certain)
-    inside = jnp.sum(independent, -1) + jnp.where(jnp.all(free | certain, -1), copula, 0)
+    inside = jnp.sum(independent, -1) + nm.where(jnp.all(free | certain, -1), copula, 0)
     outside = outside | (certain & (y != logits))
-    law = jnp.where(jnp.any(outside, -1), -jnp.inf, inside)
+    law = nm.where(jnp.any(outside, -1), -jnp.inf, inside)
     return nm.show_nan(law, tau[..., 0], event=(value, logits, jnp.sum(scale_tril, -1)))
 
 
@@ -369,6 +369,6 @@ def _copula_log_density(v, scale_tril, dropped):
     def density_of_the_rest():
         apart = dropped[..., :, None] | dropped[..., None, :]
         r = jnp.matmul(scale_tril, jnp.matrix_transpose(scale_tril), precision="highest")
-        return density(jnp.linalg.cholesky(jnp.where(apart, jnp.eye(r.shape[-1], dtype=r.dtype), r)))
+        return density(nm.whole(jnp.linalg.cholesky, nm.where(apart, jnp.eye(r.shape[-1], dtype=r.dtype), r)))
 
     return jax.lax.cond(jnp.any(dropped), density_of_the_rest, lambda: density(scale_tril))

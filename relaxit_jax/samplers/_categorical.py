@@ -58,7 +58,7 @@ def gumbel_softmax(
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     shape = ck.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
-    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, logits.shape[-1]), logits.dtype)
+    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, logits.shape[-1]), logits)
     y = nm.over_tau(perturbed, tau[..., None])
     if log_space:
         return log_softmax(y)
@@ -109,21 +109,21 @@ def gumbel_softmax_log_prob(
     y, outside = nm.as_log(value, log_space)
     possible = logits != -jnp.inf
     zero = possible & (y == -jnp.inf)
-    y_in = jnp.where(possible & ~zero, y, 0)
-    l = jnp.where(possible, nm.centre(logits), 0)
-    w = jnp.where(possible, l - tau[..., None] * y_in, -jnp.inf)
-    terms = jnp.where(possible, log_softmax(w) - y_in, 0)
+    y_in = nm.where(possible & ~zero, y, 0)
+    l = nm.where(possible, nm.centre(logits), 0)
+    w = nm.where(possible, l - tau[..., None] * y_in, -jnp.inf)
+    terms = nm.where(possible, log_softmax(w) - y_in, 0)
     k = jnp.sum(possible, -1).astype(y.dtype)
     inside = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(terms, -1)
     zeros = jnp.sum(zero, -1)
     # limits: of the sign of zeros - tau (k - zeros), and finite where that is 0 (for one zero)
     balance = zeros - tau * (k - zeros)
-    edge = jnp.where(zero, (1 - k[..., None]) * l, l - (tau[..., None] + 1) * y_in)
-    finite = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(jnp.where(possible, edge, 0), -1)
+    edge = nm.where(zero, (1 - k[..., None]) * l, l - (tau[..., None] + 1) * y_in)
+    finite = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(nm.where(possible, edge, 0), -1)
     even = (balance == 0) & (zeros == 1)
-    limit = jnp.where(even, finite, jnp.where(balance >= 0, jnp.inf, -jnp.inf))
+    limit = nm.where(even, finite, nm.where(balance >= 0, jnp.inf, -jnp.inf))
     off = outside | jnp.any(~possible & (y > -jnp.inf), -1)
-    law = jnp.where(off, -jnp.inf, jnp.where(zeros > 0, limit, inside))
+    law = nm.where(off, -jnp.inf, nm.where(zeros > 0, limit, inside))
     return nm.show_nan(law, tau, event=(value, logits))
 
 
@@ -173,9 +173,10 @@ def invertible_gaussian(
     ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
     dtype, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
     shape = ck.batch_shape(shape, **batch)
-    y = loc + scale * nm.normal(key, (*shape, loc.shape[-1]), loc.dtype)
+    y = loc + scale * nm.normal(key, (*shape, loc.shape[-1]), loc)
     last = jnp.broadcast_to(jnp.log(delta)[..., None], (*shape, 1))
-    y = jnp.concatenate([y / tau[..., None], last], -1)
+    y = y / tau[..., None]
+    y = jnp.concatenate([y, nm.placed(last, y)], -1)
     if log_space:
         return log_softmax(y)
     return (nm.straight_through(nm.largest(y), softmax(y)) if hard else softmax(y)).astype(dtype)
@@ -225,12 +226,12 @@ def invertible_gaussian_log_prob(
     ck.batch_shape(None, value=value.shape[:-1], **batch)
     log_z, outside = nm.as_log(value, log_space)
     outside = outside | jnp.any(log_z == -jnp.inf, -1)
-    log_z = jnp.where(outside[..., None], 0, log_z)
+    log_z = nm.where(outside[..., None], 0, log_z)
     tau = tau[..., None]
     y = tau * (log_z[..., :-1] - log_z[..., -1:] + jnp.log(delta)[..., None])
     gaussian = nm.log_normal_pdf((y - loc) / scale) - jnp.log(scale)
     law = jnp.sum(gaussian + jnp.log(tau), -1) - jnp.sum(log_z, -1)
-    law = jnp.where(outside, -jnp.inf, law)
+    law = nm.where(outside, -jnp.inf, law)
     return nm.show_nan(law, tau[..., 0], delta, event=(value, loc, scale))
 
 
@@ -283,7 +284,7 @@ def logistic_normal(
     ck.check_key(key)
     dtype, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
     shape = ck.batch_shape(shape, **batch)
-    noise = nm.normal(key, (*shape, loc.shape[-1]), loc.dtype)
+    noise = nm.normal(key, (*shape, loc.shape[-1]), loc)
     y = nm.centre(loc) + (scale * noise if scale_tril is None else nm.apply_factor(scale_tril, noise))
     return log_softmax(y) if log_space else softmax(y).astype(dtype)
 
@@ -331,7 +332,7 @@ def logistic_normal_log_prob(
     ck.batch_shape(None, value=value.shape[:-1], **batch)
     log_z, outside = nm.as_log(value, log_space)
     outside = outside | (jnp.any(log_z == -jnp.inf, -1) if loc.shape[-1] > 1 else False)
-    log_z = jnp.where(outside[..., None], 0, log_z)
+    log_z = nm.where(outside[..., None], 0, log_z)
     r = log_z - loc
     if scale_tril is None:
         gaussian = _log_ratio_density(r, jnp.broadcast_to(scale, r.shape))
@@ -339,7 +340,7 @@ def logistic_normal_log_prob(
         gaussian = _log_ratio_density_full(r, scale_tril)
     law = gaussian - jnp.sum(log_z, -1) - (loc.shape[-1] - 1) / 2 * math.log(2 * math.pi)
     spread = scale if scale_tril is None else jnp.sum(scale_tril, -1)
-    return nm.show_nan(jnp.where(outside, -jnp.inf, law), event=(value, loc, spread))
+    return nm.show_nan(nm.where(outside, -jnp.inf, law), event=(value, loc, spread))
 
 
 def _logistic_normal_args(loc, scale, scale_tril):
@@ -372,8 +373,7 @@ def _log_ratio_density_full(r, scale_tril):
     """The same for any Sigma = A A^T, from a factor of the covariance of the log-ratios."""
     ratios = r[..., :-1] - r[..., -1:]
     a = scale_tril[..., :-1, :] - scale_tril[..., -1:, :]
-    # QR of a^T gives the Cholesky factor without squaring its condition number.
-    factor = jnp.matrix_transpose(jnp.linalg.qr(jnp.matrix_transpose(a), mode="r"))
+    factor = nm.lower_factor(a)
     white = nm.solve_lower(factor, ratios)
     diagonal = jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))
     return -jnp.sum(jnp.log(diagonal), -1) - jnp.sum(white**2, -1) / 2

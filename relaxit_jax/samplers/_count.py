@@ -75,12 +75,12 @@ def generalized_gumbel_softmax(
     tau = ck.as_tau(tau, logits.dtype)
     batch = {"logits": logits.shape[:-1], "values": values.shape[:-1]}
     shape = ck.batch_shape(shape, **batch, per_event={"tau": tau.shape})
-    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, classes), logits.dtype)
+    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, classes), logits)
     weights = jax.nn.softmax(nm.over_tau(perturbed, tau[..., None]))
     soft = jnp.sum(weights * values, -1)
     if not hard:
         return soft.astype(dtype)
-    exact = jnp.sum(jnp.where(nm.largest(perturbed), values, 0), -1)
+    exact = jnp.sum(nm.where(nm.largest(perturbed), values, 0), -1)
     return nm.straight_through(exact, soft).astype(dtype)
 
 
@@ -291,12 +291,12 @@ def _poisson(k, mean):
     some = jnp.maximum(k, 1)
     # k / mean is what passes the range of floats first, where P(k) has long been 0
     mean_k = _within(mean, 16 * some)
-    return jnp.where(k == 0, -_within(mean, 16), _log_poisson(some, mean_k, jnp.log(mean_k)))
+    return nm.where(k == 0, -_within(mean, 16), _log_poisson(some, mean_k, jnp.log(mean_k)))
 
 
 def _geometric(k, logits):
     # no failures are possible also where their log-probability is -inf
-    failures = k * jnp.where(k == 0, 0, log_sigmoid(-logits))
+    failures = k * nm.where(k == 0, 0, log_sigmoid(-logits))
     return log_sigmoid(logits) + failures
 
 
@@ -307,7 +307,7 @@ def _binomial(k, n, logits):
 def _negative_binomial(k, r, logits):
     r = _within(r, 1e8)  # all of P(k), about r p^k / k, are numbers too
     some = jnp.maximum(k, 1)
-    return jnp.where(k == 0, 0, jnp.log(r / (r + some))) + _successes(k, r, logits)
+    return nm.where(k == 0, 0, jnp.log(r / (r + some))) + _successes(k, r, logits)
 
 
 def _within(x, low):
@@ -317,20 +317,20 @@ def _within(x, low):
     """
     info = jnp.finfo(x.dtype)
     inside = jnp.clip(x, low * float(info.tiny), float(info.max) / 1024)
-    return nm.straight_through(jnp.where(x < 0, jnp.nan, inside), jnp.broadcast_to(x, inside.shape))
+    return nm.straight_through(nm.where(x < 0, jnp.nan, inside), jnp.broadcast_to(x, inside.shape))
 
 
 def _successes(k, rest, logits):
     """log P(k) of k + rest trials, of which the rest may be any number."""
     log_p, log_q = log_sigmoid(logits), log_sigmoid(-logits)
     inside = (k > 0) & (rest > 0)
-    a, b = jnp.where(inside, k, 1), jnp.where(inside, rest, 1)
+    a, b = nm.where(inside, k, 1), nm.where(inside, rest, 1)
     n, log_n = a + b, jnp.log(a + b)
     law = _log_poisson(a, n * jnp.exp(log_p), log_n + log_p)
     law += _log_poisson(b, n * jnp.exp(log_q), log_n + log_q) - _log_poisson(n, n, log_n)
     # of no successes or nothing but successes; beyond the trials there is no mass
-    edge = jnp.where(k == 0, rest * log_q, jnp.where(rest == 0, k * log_p, -jnp.inf))
-    return jnp.where(inside, law, edge)
+    edge = nm.where(k == 0, rest * log_q, nm.where(rest == 0, k * log_p, -jnp.inf))
+    return nm.where(inside, law, edge)
 
 
 def _log_poisson(x, mean, log_mean):
@@ -339,10 +339,10 @@ def _log_poisson(x, mean, log_mean):
     From 10 on in the saddle-point form of C. Loader (2000), whose terms do not cancel.
     """
     large = x >= 10
-    y = jnp.where(large, x, 10)
+    y = nm.where(large, x, 10)
     saddle = -_stirling_error(y) - _deviance(y, mean, log_mean) - 0.5 * jnp.log(2 * math.pi * y)
-    y = jnp.where(large, 1, x)
-    return jnp.where(large, saddle, y * log_mean - mean - gammaln(y + 1))
+    y = nm.where(large, 1, x)
+    return nm.where(large, saddle, y * log_mean - mean - gammaln(y + 1))
 
 
 def _stirling_error(x):
@@ -355,15 +355,15 @@ def _deviance(k, mean, log_mean):
     """k log(k / mean) + mean - k for k > 0, which is about k d^2 / 2 for a small d = (mean - k) / k."""
     d = (mean - k) / k
     below = d < -0.5  # 1 + d = mean / k has few digits then, log_mean has all
-    d = jnp.where(below, 0, d)
-    return jnp.where(below, k * (jnp.log(k) - log_mean) + (mean - k), k * _log1p_error(d))
+    d = nm.where(below, 0, d)
+    return nm.where(below, k * (jnp.log(k) - log_mean) + (mean - k), k * _log1p_error(d))
 
 
 def _log1p_error(d):
     """d - log(1 + d), for small d by the series of log(1 + d) = 2 atanh(d / (2 + d))."""
     small = jnp.abs(d) < 0.1
-    e = jnp.where(small, d, 0)
+    e = nm.where(small, d, 0)
     v = e / (2 + e)
     w = v * v
     series = e * v - 2 * v * w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w / 11))))
-    return jnp.where(small, series, d - jnp.log1p(d))
+    return nm.where(small, series, d - jnp.log1p(d))

@@ -46,7 +46,7 @@ def gaussian_bernoulli(
     ck.check_key(key)
     dtype, loc, scale = ck.widen_with_scale(loc, scale)
     shape = ck.batch_shape(shape, loc=loc.shape, scale=scale.shape)
-    y = loc + scale * nm.normal(key, shape, loc.dtype, used_twice=True)
+    y = loc + scale * nm.normal(key, shape, loc, used_twice=True)
     z = jnp.clip(y, 0, 1)
     return nm.straight_through(y > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
 
@@ -57,7 +57,7 @@ def _cast_gate(z, dtype):
         return z.astype(dtype)
     info = jnp.finfo(dtype)
     kept = jnp.clip(z, float(info.smallest_subnormal), 1 - float(info.epsneg))
-    return nm.straight_through(jnp.where((z > 0) & (z < 1), kept, z), z).astype(dtype)
+    return nm.straight_through(nm.where((z > 0) & (z < 1), kept, z), z).astype(dtype)
 
 
 def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLike) -> Array:
@@ -94,8 +94,8 @@ def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLi
 
 def _with_atoms(value, at_zero, inside, at_one):
     """A log-law with atoms at 0 and 1 and a density between."""
-    law = jnp.where(value == 0, at_zero, jnp.where(value == 1, at_one, inside))
-    return jnp.where((value < 0) | (value > 1), -jnp.inf, law)
+    law = nm.where(value == 0, at_zero, nm.where(value == 1, at_one, inside))
+    return nm.where((value < 0) | (value > 1), -jnp.inf, law)
 
 
 def _check_stretch(stretch):
@@ -159,13 +159,13 @@ def hard_concrete(
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     shape = ck.batch_shape(shape, logits=logits.shape, tau=tau.shape)
-    y = nm.over_tau(logits + nm.logistic(key, shape, logits.dtype), tau)
+    y = nm.over_tau(logits + nm.logistic(key, shape, logits), tau)
     if log_space:
         return y
     # y decides on the atoms, as the law does; the two ends are weighed, since a + (b - a) v cancels
     low, high = _logits_of_the_ends(a, b)
     inside = a * sigmoid(-y) + b * sigmoid(y)
-    z = jnp.where(y <= low, 0, jnp.where(y >= high, 1, jnp.clip(inside, 0, 1)))
+    z = nm.where(y <= low, 0, nm.where(y >= high, 1, jnp.clip(inside, 0, 1)))
     return nm.straight_through(z > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
 
 
@@ -210,9 +210,9 @@ def hard_concrete_log_prob(
     ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
     low, high = _logits_of_the_ends(a, b)
     if log_space:
-        y, z = value, jnp.where(value <= low, 0, jnp.where(value >= high, 1, 0.5))
+        y, z = value, nm.where(value <= low, 0, nm.where(value >= high, 1, 0.5))
     else:
-        inside = jnp.where((value > 0) & (value < 1) | jnp.isnan(value), value, 0.5)
+        inside = nm.where((value > 0) & (value < 1) | jnp.isnan(value), value, 0.5)
         y, z = jnp.log(inside - a) - jnp.log(b - inside), value
     at_zero = log_sigmoid(tau * low - logits)
     at_one = log_sigmoid(logits - tau * high)

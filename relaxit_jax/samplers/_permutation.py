@@ -73,7 +73,7 @@ def gumbel_sinkhorn(
     tau = ck.as_tau(tau, logits.dtype)
     shape = ck.batch_shape(shape, logits=logits.shape[:-2], per_event={"tau": tau.shape})
     # what is added to a row changes neither S nor the best permutation; why it is centred, see nm.centre
-    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, n, n), logits.dtype)
+    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, n, n), logits)
     z = _sinkhorn(num_iters, nm.over_tau(perturbed, tau[..., None, None]))
     if not hard:
         return z.astype(dtype)
@@ -104,20 +104,18 @@ def _best_permutation(weights):
     def best(weights):
         possible = weights > -jnp.inf
         # one forbidden place costs more than all others together can gain, and is still a number
-        worst = jnp.min(jnp.where(possible, weights, 0)) - n * (jnp.ptp(jnp.where(possible, weights, 0)) + 1)
-        rows, columns = hungarian_algorithm(-jnp.where(possible, weights, worst))
+        worst = jnp.min(nm.where(possible, weights, 0)) - n * (jnp.ptp(nm.where(possible, weights, 0)) + 1)
+        rows, columns = hungarian_algorithm(-nm.where(possible, weights, worst))
         chosen = jnp.zeros_like(weights).at[rows, columns].set(1)
-        return jnp.where(jnp.any((chosen == 1) & ~possible), jnp.nan, chosen)
+        return nm.where(jnp.any((chosen == 1) & ~possible), jnp.nan, chosen)
 
-    flat = jax.vmap(best)(weights.reshape(-1, n, n))
-    return flat.reshape(weights.shape)
+    return nm.whole(jnp.vectorize(best, signature="(n,n)->(n,n)"), weights)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sinkhorn(num_iters, a):
     """S(A) of a batch of matrices."""
-    flat = jax.vmap(functools.partial(_scale, num_iters))(a.reshape(-1, *a.shape[-2:]))
-    return flat.reshape(a.shape)
+    return nm.whole(jnp.vectorize(functools.partial(_scale, num_iters), signature="(n,n)->(n,n)"), a)
 
 
 @_sinkhorn.defjvp
@@ -138,9 +136,9 @@ def _solve_dual(p, x):
     """
     weights = jnp.einsum("...ij,...ik->...jk", p, p, precision="highest")
     n, eps = p.shape[-1], jnp.finfo(p.dtype).eps
-    weights = jnp.where(jnp.eye(n, dtype=bool), 0, weights)
+    weights = nm.where(jnp.eye(n, dtype=bool), 0, weights)
     diagonal = jnp.sum(weights, -1) + 10 * eps
-    laplacian = jnp.where(jnp.eye(n, dtype=bool), diagonal[..., None], -weights)
+    laplacian = nm.where(jnp.eye(n, dtype=bool), diagonal[..., None], -weights)
     return jnp.linalg.solve(laplacian, x[..., None])[..., 0]
 
 
@@ -153,7 +151,7 @@ def _scale(num_iters, a):
     doubles A when the columns are roughly right: each v is nearly right for the next.
     """
     possible = a > -jnp.inf
-    spread = jnp.max(jnp.where(possible, jnp.max(a, -1, keepdims=True) - a, 0))
+    spread = jnp.max(nm.where(possible, jnp.max(a, -1, keepdims=True) - a, 0))
     close = 2e-5 if a.dtype == jnp.float32 else 1e-10
 
     def unfinished(state):
@@ -167,13 +165,13 @@ def _scale(num_iters, a):
         error = jnp.max(jnp.abs(columns - 1))
         step = _solve_dual(p, 1 - columns)
         d = jnp.ptp(step)
-        v = v + step * jnp.where(d > 0, jnp.log1p(d) / jnp.where(d > 0, d, 1), 1) / scale
+        v = v + step * nm.where(d > 0, jnp.log1p(d) / nm.where(d > 0, d, 1), 1) / scale
         done = (scale == 1) & (error < close)
-        return v - jnp.mean(v), jnp.where(error < 0.3, jnp.minimum(2 * scale, 1), scale), done, steps + 1
+        return v - jnp.mean(v), nm.where(error < 0.3, jnp.minimum(2 * scale, 1), scale), done, steps + 1
 
     scale = jnp.minimum(10 / jnp.maximum(spread, 1), 1)
-    start = jnp.zeros_like(a[0]), scale, jnp.array(False), 0
+    start = jnp.zeros_like(a[0]), scale, nm.vary_as(jnp.array(False), a), 0
     v, *_ = jax.lax.while_loop(unfinished, newton, start)
     p = jax.nn.softmax(a + v)
     lacking = jnp.max(1 - jnp.sum(p, -2)) * p.shape[-1] > 0.5  # by Hall, where no permutation is possible
-    return jnp.where(jnp.all(possible) | ~lacking, p, jnp.nan)
+    return nm.where(jnp.all(possible) | ~lacking, p, jnp.nan)

@@ -55,7 +55,7 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
     shape = ck.batch_shape(shape, logits=logits.shape[:-1])
     n = logits.shape[-1]
     logits = _with_axes(logits, len(shape))
-    noise = nm.logistic(key, (*shape, n), logits.dtype)
+    noise = nm.logistic(key, (*shape, n), logits)
 
     def draw(left, element):
         log_odds, noise = element
@@ -63,7 +63,8 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
         return left - chosen, chosen
 
     elements = _log_odds(jax.lax.stop_gradient(logits), k), jnp.moveaxis(noise, -1, 0)
-    _, chosen = jax.lax.scan(draw, jnp.full(shape, k, jnp.int32), elements, reverse=True)
+    left = nm.placed(jnp.full(shape, k, jnp.int32), noise[..., 0], logits[..., 0])
+    _, chosen = jax.lax.scan(draw, left, elements, reverse=True)
     soft = jnp.broadcast_to(_slope_of_marginals(k, logits), (*shape, n))
     return nm.straight_through(jnp.moveaxis(chosen, 0, -1), soft).astype(dtype)
 
@@ -92,7 +93,7 @@ def simple_top_k_marginals(logits: ArrayLike, k: int) -> Array:
     Array([0.5, 0.5, 0.5, 0.5], dtype=float32)
     """
     k, logits, dtype = ck.subset_args(logits, k)
-    return jnp.where(_has_enough(k, logits), _marginals(k, logits), jnp.nan).astype(dtype)
+    return nm.where(_has_enough(k, logits), _marginals(k, logits), jnp.nan).astype(dtype)
 
 
 def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
@@ -131,9 +132,9 @@ def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     inside = (is_k_hot & possible)[..., None]
     # a value outside is scored as one inside, and then forgotten: nothing infinite has a gradient
     best = nm.k_hot(nm.top_k(logits, k)[1], logits)
-    value = jnp.where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
-    law = jnp.where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
-    law = jnp.where(_has_enough(k, logits)[..., 0], law, jnp.nan)
+    value = nm.where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
+    law = nm.where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
+    law = nm.where(_has_enough(k, logits)[..., 0], law, jnp.nan)
     return nm.show_nan(law, event=(given, logits))
 
 
@@ -142,13 +143,13 @@ def _log_prob(k, value, logits):
     value = jnp.moveaxis(value, -1, 0)
     left = jnp.cumsum(value, 0).astype(jnp.int32)  # to be chosen among the first i
     log_odds = _at(_log_odds(logits, k), left, 1)
-    return jnp.sum(jax.nn.log_sigmoid(jnp.where(value == 1, log_odds, -log_odds)), 0)
+    return jnp.sum(jax.nn.log_sigmoid(nm.where(value == 1, log_odds, -log_odds)), 0)
 
 
 @_log_prob.defjvp
 def _log_prob_jvp(k, primals, tangents):
     (value, logits), (value_dot, logits_dot) = primals, tangents
-    finite = jnp.where(logits == -jnp.inf, 0, logits)
+    finite = nm.where(logits == -jnp.inf, 0, logits)
     slope = jnp.sum(value_dot * finite + (value - _marginals(k, logits)) * logits_dot, -1)
     return _log_prob(k, value, logits), slope
 
@@ -178,19 +179,19 @@ def _insert(ratios, logit):
     float32 resolves 1e-3, would otherwise add up a few per cent.
     """
     high, low = ratios
-    log_odds = jnp.where(logit == -jnp.inf, -jnp.inf, (logit - high) - low)
+    log_odds = nm.where(logit == -jnp.inf, -jnp.inf, (logit - high) - low)
     soft = jnp.log1p(jnp.exp(-jnp.abs(log_odds)))
     softened = soft[1:] - soft[:-1]
     stays, moves_up = log_odds[1:] <= 0, log_odds[:-1] >= 0  # the first are not below the second
-    base = jnp.where(stays, high[1:], jnp.where(moves_up, high[:-1], logit))
-    rest = jnp.where(stays, low[1:], jnp.where(moves_up, low[:-1], 0))
+    base = nm.where(stays, high[1:], nm.where(moves_up, high[:-1], logit))
+    rest = nm.where(stays, low[1:], nm.where(moves_up, low[:-1], 0))
     total = base + softened
     added = total - base
     lost = (base - (total - added)) + (softened - added)
     new_high = jnp.concatenate([high[:1], total])
-    new_low = jnp.concatenate([low[:1], jnp.where(jnp.isinf(total), 0, rest + lost)])
+    new_low = jnp.concatenate([low[:1], nm.where(jnp.isinf(total), 0, rest + lost)])
     skip = logit == -jnp.inf
-    return log_odds, (jnp.where(skip, high, new_high), jnp.where(skip, low, new_low))
+    return log_odds, (nm.where(skip, high, new_high), nm.where(skip, low, new_low))
 
 
 @_insert.defjvp
@@ -199,7 +200,7 @@ def _insert_jvp(primals, tangents):
     (ratios_dot, _), logit_dot = tangents  # what rounding took has no slope
     log_odds, ratios = _insert(*primals)
     keep, push = jax.nn.sigmoid(-log_odds[1:]), jax.nn.sigmoid(log_odds[:-1])
-    logit_dot = jnp.where(logit == -jnp.inf, 0, logit_dot)
+    logit_dot = nm.where(logit == -jnp.inf, 0, logit_dot)
     slope = keep * ratios_dot[1:] + push * ratios_dot[:-1] + (1 - keep - push) * logit_dot
     slope = jnp.concatenate([jnp.zeros_like(slope[:1]), slope])
     return (log_odds, ratios), (logit_dot - ratios_dot, (slope, jnp.zeros_like(slope)))
@@ -211,6 +212,7 @@ def _log_odds(logits, k):
     Shape (n, k + 1, ...): vectors go along the batch, and what shifts a count moves whole ones.
     """
     start = jnp.full((k + 1, *logits.shape[:-1]), -jnp.inf, logits.dtype).at[0].set(jnp.inf)
+    start = nm.placed(start, logits[..., 0])
     insert = jax.checkpoint(_insert, prevent_cse=False)
     scanned = jax.lax.scan(
         lambda ratios, logit: insert(ratios, logit)[::-1],
@@ -227,10 +229,11 @@ def _marginals(k, logits):
     def visit(left, log_odds):
         chosen = left * jax.nn.sigmoid(log_odds)
         passed = left * jax.nn.sigmoid(-log_odds)
-        return passed.at[:-1].add(chosen[1:]), jnp.sum(chosen, 0)
+        return passed + jnp.concatenate([chosen[1:], jnp.zeros_like(chosen[:1])]), jnp.sum(chosen, 0)
 
-    start = jnp.zeros((k + 1, *logits.shape[:-1]), logits.dtype).at[-1].set(1)
-    _, marginals = jax.lax.scan(visit, start, _log_odds(logits, k), reverse=True)
+    log_odds = _log_odds(logits, k)
+    start = nm.placed(jnp.zeros((k + 1, *logits.shape[:-1]), logits.dtype).at[-1].set(1), log_odds[0])
+    _, marginals = jax.lax.scan(visit, start, log_odds, reverse=True)
     return jnp.moveaxis(marginals, 0, -1)
 
 
@@ -238,7 +241,7 @@ def _marginals(k, logits):
 def _slope_of_marginals(k, logits):
     """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
     lawful = _has_enough(k, logits) & ~jnp.any(jnp.isnan(logits), -1, keepdims=True)
-    return jnp.broadcast_to(jnp.where(lawful, 0, jnp.nan), logits.shape).astype(logits.dtype)
+    return jnp.broadcast_to(nm.where(lawful, 0, jnp.nan), logits.shape).astype(logits.dtype)
 
 
 @_slope_of_marginals.defjvp

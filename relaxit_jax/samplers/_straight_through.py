@@ -76,11 +76,11 @@ def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -
     ck.require_same_event(value, logits)
     ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
     impossible = logits == -jnp.inf
-    log_p = jnp.where(impossible, 0, log_softmax(logits))
+    log_p = nm.where(impossible, 0, log_softmax(logits))
     law = jnp.sum(value * log_p, -1)
-    law = jnp.where(jnp.any(impossible & (value != 0), -1), -jnp.inf, law)
+    law = nm.where(jnp.any(impossible & (value != 0), -1), -jnp.inf, law)
     one_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value, -1) == 1)
-    return nm.show_nan(jnp.where(one_hot, law, -jnp.inf), event=(value, logits))
+    return nm.show_nan(nm.where(one_hot, law, -jnp.inf), event=(value, logits))
 
 
 def decoupled_gumbel_softmax(
@@ -123,7 +123,7 @@ def decoupled_gumbel_softmax(
     """
     taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
     dtype, logits, tau_forward, tau_backward = _arguments(key, logits, shape, **taus)
-    perturbed = nm.centre(logits) + nm.gumbel(key, logits.shape, logits.dtype)
+    perturbed = nm.centre(logits) + nm.gumbel(key, logits.shape, logits)
     # exact draws do not depend on tau_forward, but a NaN of it is shown as everywhere
     soft = softmax(nm.over_tau(perturbed, nm.show_nan(tau_backward, tau_forward)))
     value = nm.largest(perturbed) if hard else softmax(nm.over_tau(perturbed, tau_forward))
@@ -165,7 +165,7 @@ def gapped_straight_through(
     winner = nm.one_hot_draw(key, softmax(logits), logits.shape[:-1])
     below = jax.lax.stop_gradient(nm.centre(logits))  # logits - max logits, 0 or less
     # what m1 and m2 make of the logits: the largest for the winner, at most the largest less the gap
-    moved = jnp.where(winner, 0, jnp.minimum(below, -gap))
+    moved = nm.where(winner, 0, jnp.minimum(below, -gap))
     soft = softmax(nm.over_tau(nm.straight_through(moved, logits), tau))
     return nm.straight_through(winner, soft).astype(dtype)
 
@@ -324,7 +324,7 @@ def _mean_softmax(num_samples, key, winner, log_p, logits, tau):
     G is Gumbel noise given that ``log_p + G`` is largest at the winner. The derivative is a scan of
     which the backward pass keeps the keys alone: each turn draws its noise again.
     """
-    return nm.show_nan(jnp.exp(log_p), tau)
+    return nm.placed(nm.show_nan(jnp.exp(log_p), tau), winner, logits)
 
 
 @_mean_softmax.defjvp
@@ -338,8 +338,9 @@ def _mean_softmax_jvp(num_samples, primals, tangents):
         y = gap / tau
         weights = jnp.exp(y)  # at most 1, that of the winner
         # d(x / tau) = dx / tau - (x / tau) dtau / tau, and what is at -inf stays there
-        y_dot = (logits_dot - jnp.where(y == -jnp.inf, 0, y) * tau_dot) / tau
+        y_dot = (logits_dot - nm.where(y == -jnp.inf, 0, y) * tau_dot) / tau
         return total + nm.softmax_tangent(weights / jnp.sum(weights, -1, keepdims=True), y_dot), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros_like(log_p), jax.random.split(key, num_samples))
-    return _mean_softmax(num_samples, *primals), total / num_samples
+    value = _mean_softmax(num_samples, *primals)
+    total, _ = jax.lax.scan(add, jnp.zeros_like(value), jax.random.split(key, num_samples))
+    return value, total / num_samples

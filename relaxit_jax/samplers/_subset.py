@@ -59,7 +59,7 @@ def _perturb(key, logits, shape, per_event=()):
     ck.check_key(key)
     shape = ck.batch_shape(shape, logits=logits.shape[:-1], per_event=per_event)
     centred = nm.centre(logits)
-    noise = nm.gumbel(key, (*shape, logits.shape[-1]), logits.dtype)
+    noise = nm.gumbel(key, (*shape, logits.shape[-1]), logits)
     return centred + noise, jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
 
 
@@ -108,17 +108,17 @@ def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool 
     ck.as_static_int("number of indices in value", value.shape[-1], 1, n)
     ck.require_values("value", value, f"indices in 0..{n - 1}", lambda i: (i >= 0) & (i < n))
     batch = ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
-    value = jnp.broadcast_to(value, (*batch, value.shape[-1]))
-    logits = jnp.broadcast_to(nm.centre(logits), (*batch, n))
+    value = nm.placed(jnp.broadcast_to(value, (*batch, value.shape[-1])), logits)
+    logits = nm.placed(jnp.broadcast_to(nm.centre(logits), (*batch, n)), value)
 
     chosen = jnp.take_along_axis(logits, value, -1, mode="fill", fill_value=jnp.nan)
-    chosen = jnp.where(value < 0, jnp.nan, chosen)
-    rest = nm.log_sum_exp(jnp.where(nm.k_hot(value, logits) > 0, -jnp.inf, logits))
+    chosen = nm.where(value < 0, jnp.nan, chosen)
+    rest = nm.log_sum_exp(nm.where(nm.k_hot(value, logits) > 0, -jnp.inf, logits))
     repeated = jnp.any(jnp.diff(jnp.sort(value, -1), axis=-1) == 0, -1)
     impossible = repeated | jnp.any(chosen == -jnp.inf, -1)
-    safe = jnp.where(impossible[..., None], 0, chosen)
+    safe = nm.where(impossible[..., None], 0, chosen)
     law = _ordered_log_prob(safe, rest) if ordered else _set_log_prob(safe, rest)
-    return nm.show_nan(jnp.where(impossible, -jnp.inf, law), event=(logits,))
+    return nm.show_nan(nm.where(impossible, -jnp.inf, law), event=(logits,))
 
 
 def _ordered_log_prob(chosen, rest):
@@ -136,7 +136,7 @@ def _set_log_prob(chosen, rest):
     width there is of the order of 1 / sqrt(m), which sets the step.
     """
     everything = rest == -jnp.inf  # nothing else can be drawn: P(S) = 1
-    a = chosen - jnp.where(everything, 0, rest)[..., None]
+    a = chosen - nm.where(everything, 0, rest)[..., None]
     k = a.shape[-1]
     fixed = jax.lax.stop_gradient(a)
 
@@ -145,10 +145,11 @@ def _set_log_prob(chosen, rest):
         middle = (low + high) / 2
         slopes = jnp.sum(nm.log_min_gumbel_cdf_slope(fixed - middle[..., None]), -1)
         before = jnp.exp(-middle) > 1 + slopes  # still rising
-        return jnp.where(before, middle, low), jnp.where(before, high, middle)
+        return nm.where(before, middle, low), nm.where(before, high, middle)
 
     ends = jnp.full(rest.shape, -jnp.log(k + 1.0), a.dtype), jnp.zeros(rest.shape, a.dtype)
-    low, high = jax.lax.fori_loop(0, 30, bisect, ends)
+    ends = [nm.placed(end, a[..., 0]) for end in ends]
+    low, high = jax.lax.fori_loop(0, 30, bisect, tuple(ends))
     mode = (low + high) / 2
     wide = a.dtype == jnp.float64
     start, stop, step = (-12, 60, 0.12) if wide else (-8, 22, 0.2)
@@ -156,7 +157,7 @@ def _set_log_prob(chosen, rest):
     t = mode[..., None] + width[..., None] * jnp.arange(start, stop, step, a.dtype)
     cdfs = jnp.sum(nm.log_min_gumbel_cdf(a[..., None, :] - t[..., None]), -1)
     log_p = logsumexp(-t - jnp.exp(-t) + cdfs, -1) + jnp.log(width * step)
-    return jnp.where(everything, 0, log_p)
+    return nm.where(everything, 0, log_p)
 
 
 def stochastic_beam_search(
@@ -228,7 +229,7 @@ def stochastic_beam_search(
         law = jax.nn.log_softmax(logits.astype(dtype))
         if end is not None:  # what has ended is continued by its end alone
             ended = (token == end) & (place > 0)
-            law = jnp.where(ended[:, None], jnp.where(jnp.arange(size) == end, 0, -jnp.inf), law)
+            law = nm.where(ended[:, None], nm.where(jnp.arange(size) == end, 0, -jnp.inf), law)
         log_p = log_p[:, None] + law
         below = _given_largest(key, jax.lax.stop_gradient(law), jax.lax.stop_gradient(log_p), perturbed)
         perturbed, best = nm.top_k(below.ravel(), k)
@@ -238,15 +239,16 @@ def stochastic_beam_search(
         return (state, token, log_p.ravel()[best], perturbed, tokens, place + 1), None
 
     root_key, key = jax.random.split(key)
-    only = jnp.where(jnp.arange(k) == 0, 0, -jnp.inf).astype(dtype)  # one empty sequence
+    only = nm.where(jnp.arange(k) == 0, 0, -jnp.inf).astype(dtype)  # one empty sequence
     beams = (
         jax.tree.map(lambda x: jnp.broadcast_to(x, (k, *x.shape)), state),
         jnp.full(k, start),
         only,
-        only + nm.gumbel(root_key, (), dtype),
+        only + nm.gumbel(root_key, (), only),
         jnp.zeros((k, max_length), jnp.int32),
         0,
     )
+    beams = jax.tree.map(lambda x: nm.vary_as(x, key, logits, *jax.tree.leaves(state)), beams)
     (_, _, log_p, perturbed, tokens, _), _ = jax.lax.scan(extend, beams, jax.random.split(key, max_length))
     return tokens, log_p, perturbed
 
@@ -268,8 +270,8 @@ def _given_largest(key, law, log_p, largest):
     winner = nm.one_hot_draw(winner_key, jnp.exp(law), law.shape[:-1])
     possible = log_p > -jnp.inf
     largest = largest[:, None]
-    gap = jax.nn.softplus(largest - jnp.where(possible, log_p, 0) - nm.gumbel(key, law.shape, law.dtype))
-    return jnp.where(winner, largest, jnp.where(possible | jnp.isnan(log_p), largest - gap, -jnp.inf))
+    gap = jax.nn.softplus(largest - nm.where(possible, log_p, 0) - nm.gumbel(key, law.shape, law))
+    return nm.where(winner, largest, nm.where(possible | jnp.isnan(log_p), largest - gap, -jnp.inf))
 
 
 def relaxed_top_k(
@@ -317,6 +319,7 @@ def relaxed_top_k(
     k, logits, dtype = ck.subset_args(logits, k)
     tau = ck.as_tau(tau, logits.dtype)
     perturbed, _ = _perturb(key, logits, shape, per_event={"tau": tau.shape})
+    perturbed = nm.placed(perturbed, tau[..., None])
 
     # Of each draw the backward pass keeps the exponentials, and computes the rest from them again.
     kept = jax.checkpoint_policies.save_only_these_names("exponentials")
@@ -329,7 +332,7 @@ def relaxed_top_k(
 
     (_, z), _ = jax.lax.scan(draw, (perturbed, jnp.zeros_like(perturbed)), length=k)
     enough = jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
-    z = jnp.where(enough, z, jnp.nan)
+    z = nm.where(enough, z, jnp.nan)
     if not hard:
         return z.astype(dtype)
     return nm.straight_through(nm.k_hot(nm.top_k(perturbed, k)[1], z), z).astype(dtype)
@@ -350,17 +353,17 @@ def _softmax_parts(a, tau):
     """
     y = a / tau
     top = jnp.max(y, -1, keepdims=True)
-    others = jnp.where(y == top, -jnp.inf, y)
+    others = nm.where(y == top, -jnp.inf, y)
     second = jnp.max(others, -1, keepdims=True)
-    shift = jnp.where(second == -jnp.inf, top, jnp.minimum(top, second + 80))
+    shift = nm.where(second == -jnp.inf, top, jnp.minimum(top, second + 80))
     e = checkpoint_name(jnp.exp(jnp.minimum(y - shift, 80)), "exponentials")
     total = jnp.sum(e, -1, keepdims=True)
-    rest = jnp.sum(jnp.where(y == top, 0, e), -1, keepdims=True)
+    rest = jnp.sum(nm.where(y == top, 0, e), -1, keepdims=True)
     o = e / total
     log_share = shift - top + jnp.log(rest) - jnp.log1p(rest * jnp.exp(shift - top))
     first = o > 0.5  # one at most
-    log_rest = jnp.where(first, log_share, jnp.log1p(-jnp.where(first, 0, o)))
-    scales = checkpoint_name((1 / total, 1 / jnp.where(rest > 0, rest, 1), top - shift), "exponentials")
+    log_rest = nm.where(first, log_share, jnp.log1p(-nm.where(first, 0, o)))
+    scales = checkpoint_name((1 / total, 1 / nm.where(rest > 0, rest, 1), top - shift), "exponentials")
     return o, log_rest, e, *scales
 
 
@@ -373,12 +376,12 @@ def _softmax_and_rest_jvp(primals, tangents):
     y_dot = 0 if isinstance(a_dot, SymbolicZero) else a_dot / tau
     if not isinstance(tau_dot, SymbolicZero):
         # y, up to what all share, which changes nothing; of what has no share it does not matter
-        y = jnp.where(first, lead, jnp.log(jnp.where(e > 0, e, 1)))
+        y = nm.where(first, lead, jnp.log(nm.where(e > 0, e, 1)))
         y_dot = y_dot - y * (tau_dot / tau)
     centred = y_dot - jnp.sum(o * y_dot, -1, keepdims=True)
     o_dot = o * centred
-    of_first = jnp.sum(jnp.where(first, 0, e) * centred, -1, keepdims=True) * per_others
-    log_rest_dot = jnp.where(first, of_first, -o_dot / jnp.where(first, 1, 1 - o))
+    of_first = jnp.sum(nm.where(first, 0, e) * centred, -1, keepdims=True) * per_others
+    log_rest_dot = nm.where(first, of_first, -o_dot / nm.where(first, 1, 1 - o))
     return (o, log_rest), (o_dot, log_rest_dot)
 
 
