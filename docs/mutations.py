@@ -51,7 +51,7 @@ MUTATIONS = [
     (
         "parameters are not widened",
         CHECKS,
-        "(x.astype(jnp.promote_types(dtype, jnp.float32)) for x in arrays)",
+        "(x.astype(wide(dtype)) for x in arrays)",
         "(x.astype(dtype) for x in arrays)",
         "test_numerics.py test_samplers.py test_densities.py",
         "low_precision or discrete_law or half_precision or own_draws",

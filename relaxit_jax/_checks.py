@@ -77,11 +77,17 @@ def as_float(name, x):
     return x
 
 
+def wide(dtype):
+    """float32 or wider, for what is computed with numbers of this dtype."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def widen(**parameters):
     """The dtype of a result in these parameters, then each of them in float32 or wider."""
     arrays = [as_float(name, x) for name, x in parameters.items()]
-    dtype = jnp.result_type(*arrays)
-    return dtype, *(x.astype(jnp.promote_types(dtype, jnp.float32)) for x in arrays)
+    with jax.numpy_dtype_promotion("standard"):  # parameters of 16 bits have log-space values of 32
+        dtype = jnp.result_type(*arrays)
+    return dtype, *(x.astype(wide(dtype)) for x in arrays)
 
 
 def as_tau(tau, dtype, name="tau"):

@@ -84,7 +84,7 @@ def without_code(text):
 def left_behind(text):
     """Words in capitals that are no names, as a writer leaves them for what is yet to be measured."""
     text = re.sub(r"\]\([^)]*\)|\]\[[^]]*\]|{{[^}]*}}|\$[^$]*\$", "", without_code(text))
-    return set(re.findall(r"\b(?:[A-Z][A-Z0-9_]{3,}|TBD|XXX)\b", text)) - CAPITALS
+    return set(re.findall(r"@@\w*|\b(?:[A-Z][A-Z0-9_]{3,}|TBD|XXX)\b", text)) - CAPITALS
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -93,9 +93,9 @@ def test_no_placeholder_is_left_behind(page):
 
 
 def test_placeholders_are_found():
-    text = "of MNIST\n\nTABLE\n\n| a | NUMBER1 |\n**CLIPPED** nats, TODO, `BYTE`\n"
+    text = "of MNIST\n\nTABLE\n\n| a | NUMBER1 | @@ |\n**CLIPPED** nats, TODO, took **@@RAO**, `BYTE`\n"
     text += "```python\nLIST = 1\n```\n{{ output NAME }} [x](A/PATH.md)"
-    assert left_behind(text) == {"TABLE", "NUMBER1", "CLIPPED", "TODO"}
+    assert left_behind(text) == {"TABLE", "NUMBER1", "CLIPPED", "TODO", "@@", "@@RAO"}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -40,7 +40,7 @@ def test_noise_is_the_quantile_of_its_bits(noise, dtype, monkeypatch):
         small += [int(x * 2**width) for x in np.linspace(9e-4, 9.5e-4, 50)]  # where one fit meets the other
         bits = np.array(small + [2**width - 1 - i for i in small], f"uint{width}")
         monkeypatch.setattr(nm, "random_bits", lambda *args: jnp.asarray(bits))
-        drawn = np.asarray(noise(KEY, bits.shape, dtype), np.float64)
+        drawn = np.asarray(noise(KEY, bits.shape, jnp.zeros((), dtype)), np.float64)
     tail = (np.array(small, np.float64) + 0.5) * 2.0**-width
     rtol = 6e-7 if dtype == jnp.float32 else 3e-15
     np.testing.assert_allclose(drawn[: len(small)], NOISE[noise](tail), rtol=rtol, atol=rtol)
@@ -70,7 +70,7 @@ def test_more_bits_than_places_of_32_bits():
 @pytest.mark.parametrize("noise", NOISE, ids=lambda f: f.__name__)
 def test_noise_has_its_distribution(noise):
     laws = {nm.logistic: st.logistic, nm.gumbel: st.gumbel_r, nm.normal: st.norm}
-    drawn = np.asarray(noise(KEY, (200_000,), jnp.float32), np.float64)
+    drawn = np.asarray(noise(KEY, (200_000,), jnp.float32(0)), np.float64)
     assert st.kstest(drawn, laws[noise].cdf).pvalue > 1e-4
 
 
@@ -130,7 +130,7 @@ def test_tails_are_right_to_the_last_bit(dtype, monkeypatch):
     for name, (tail, event) in TAILS.items():
         for bits in (lower, ~lower):
             with jax.enable_x64(width == 64), monkeypatch.context() as patch:
-                patch.setattr(nm, "random_bits", lambda key, shape, width: jnp.asarray(bits).reshape(shape))  # noqa: B023
+                patch.setattr(nm, "random_bits", lambda key, shape, *_: jnp.asarray(bits).reshape(shape))  # noqa: B023
                 cast = lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), lower.shape)
                 happens = np.asarray(event(rare[:, None], cast))
             own = (bits is lower) == (tail == "lower")

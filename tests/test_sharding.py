@@ -209,7 +209,7 @@ def methods():
     of_four, of_three = (
         {"logits": stretch(BY_NAME[n].params["logits"])} for n in ("simple_top_k", "reinmax")
     )
-    cost = lambda b: jnp.sum(jnp.sin(b * jnp.arange(1.0, b.shape[-1] + 1)), -1)
+    cost = lambda b: jnp.sum(jnp.sin(b * jnp.arange(1, b.shape[-1] + 1, dtype=b.dtype)), -1)
     for name in ESTIMATORS:
         bits = lambda key, a, name=name: of_bits(name, key, cost, a["logits"])
         yield f"{name} of bits", bits, of_four
@@ -244,7 +244,7 @@ def methods():
 
 def beams(key, a):
     step = lambda state, token: (jnp.mean(a["logits"], 0) * state, state)
-    return rj.stochastic_beam_search(key, step, jnp.float32(0.7), 2, 3)[1]
+    return rj.stochastic_beam_search(key, step, a["logits"].dtype.type(0.7), 2, 3)[1]
 
 
 def value_and_gradient(f):
@@ -341,3 +341,16 @@ def exported(part):
 def test_everything_exports_with_a_symbolic_batch_size(part):
     for name, error in exported(part).items():
         assert error < 2e-5, (name, error)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_everything_keeps_its_dtypes_apart(dtype):
+    """With `jax_numpy_dtype_promotion` strict, JAX refuses an operation on two dtypes when it is traced."""
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
+        for name, f, a in methods():
+            arrays = {n: jnp.asarray(x, dtype) for n, x in a.items()}
+            value, gradients = jax.eval_shape(value_and_gradient(f), KEY, arrays)
+            wide = name.endswith(("log_prob", "log_prob of sets")) and dtype != "float64"
+            expected = "float32" if wide else dtype
+            assert value.dtype == expected or not jnp.issubdtype(value.dtype, jnp.floating), name
+            assert all(x.dtype == dtype for x in jax.tree.leaves(gradients)), name

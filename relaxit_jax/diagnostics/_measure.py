@@ -184,7 +184,7 @@ def _reference(key, f, q, reference, samples, size):
 
 def _compile(name, estimator, key, f, q, truth, size):
     """A compiled function of logits and key: means of a batch, and sums of squares about them."""
-    truth = jnp.asarray(truth, jnp.promote_types(q.logits.dtype, jnp.float32))
+    truth = jnp.asarray(truth, ck.wide(q.logits.dtype))
 
     def total(logits, key):
         value = jnp.asarray(estimator(key, f, _with_logits(q, logits)))

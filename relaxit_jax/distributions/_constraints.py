@@ -5,6 +5,8 @@ import numpy as np
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import StickBreakingTransform, biject_to
 
+from relaxit_jax import _checks as ck
+
 
 class _LogOdds(constraints.ParameterFreeConstraint):
     """Real numbers and both infinities: certain bits are bits."""
@@ -35,7 +37,7 @@ class _Simplex(constraints.ParameterFreeConstraint):
 
     def __call__(self, x):
         slack = 8 * float(jnp.finfo(x.dtype).eps)
-        total = x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(-1)
+        total = x.astype(ck.wide(x.dtype)).sum(-1)
         return (x >= 0).all(-1) & (abs(total - 1) <= slack)
 
     def feasible_like(self, prototype):

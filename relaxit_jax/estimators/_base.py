@@ -59,8 +59,8 @@ def call(f, q, sample, name="f"):
 
 
 def per_event(x, q):
-    """An array of the batch shape, against arrays of a sample's shape."""
-    return x.reshape(x.shape + (1,) * q.event_ndims)
+    """An array of the batch shape, against arrays of a sample's shape, in float32 or wider as scores are."""
+    return x.reshape(x.shape + (1,) * q.event_ndims).astype(ck.wide(x.dtype))
 
 
 def estimate(q, samples, values, gradient, parts, *, baselines=None, rest=None):

@@ -123,7 +123,7 @@ def _with_variate(key, f, q, variate_at):
     """An estimate by the control variate that ``variate_at`` makes for noisy logits typed as its argument."""
     ck.check_key(key)
     # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
-    logits = jax.lax.stop_gradient(q.logits.astype(jnp.promote_types(q.logits.dtype, jnp.float32)))
+    logits = jax.lax.stop_gradient(q.logits.astype(ck.wide(q.logits.dtype)))
     sample, noisy, again = q.coupled(key)
     value = base.call(f, q, sample)
     # inside of shard_map the derivative in what all devices share would be the sum over the devices

@@ -60,7 +60,7 @@ class Variables:
         return jnp.sum(log_masses, tuple(range(-self.event_ndims, 0)))
 
     def _wide(self):
-        return self.logits.astype(jnp.promote_types(self.logits.dtype, jnp.float32))
+        return self.logits.astype(ck.wide(self.logits.dtype))
 
     def _as_sample(self, booleans):
         return jax.lax.stop_gradient(booleans.astype(self.logits.dtype))

@@ -115,7 +115,7 @@ def gumbel_softmax_log_prob(
     terms = nm.where(possible, log_softmax(w) - y_in, 0)
     k = jnp.sum(possible, -1).astype(y.dtype)
     inside = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(terms, -1)
-    zeros = jnp.sum(zero, -1)
+    zeros = jnp.sum(zero, -1).astype(y.dtype)
     # limits: of the sign of zeros - tau (k - zeros), and finite where that is 0 (for one zero)
     balance = zeros - tau * (k - zeros)
     edge = nm.where(zero, (1 - k[..., None]) * l, l - (tau[..., None] + 1) * y_in)

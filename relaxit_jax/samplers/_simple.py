@@ -60,7 +60,7 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
     def draw(left, element):
         log_odds, noise = element
         chosen = _at(log_odds, left, 0) + noise > 0
-        return left - chosen, chosen
+        return left - chosen.astype(jnp.int32), chosen
 
     elements = _log_odds(jax.lax.stop_gradient(logits), k), jnp.moveaxis(noise, -1, 0)
     left = nm.placed(jnp.full(shape, k, jnp.int32), noise[..., 0], logits[..., 0])

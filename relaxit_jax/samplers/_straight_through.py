@@ -208,7 +208,7 @@ def reinmax(
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
     p0 = softmax(logits)
     winner = nm.one_hot_draw(key, p0, logits.shape[:-1])
-    p1 = jax.lax.stop_gradient((winner + softmax(nm.over_tau(logits, tau))) / 2)
+    p1 = jax.lax.stop_gradient((winner.astype(p0.dtype) + softmax(nm.over_tau(logits, tau))) / 2)
     return nm.straight_through(winner, 2 * nm.softmax_at(p1, logits) - p0 / 2).astype(dtype)
 
 

@@ -218,7 +218,7 @@ def stochastic_beam_search(
     need = "a function whose logits are floating point, of shape (V,)"
     fits = logits.ndim == 1 and logits.size and jnp.issubdtype(logits.dtype, jnp.floating)
     ck.require(fits, "log_prob_fn", need, f"shape {logits.shape}, dtype {logits.dtype}")
-    size, dtype = logits.size, jnp.promote_types(logits.dtype, jnp.float32)
+    size, dtype = logits.size, ck.wide(logits.dtype)
     if end is not None:
         end = ck.as_static_int("end", end, 0, size - 1)
     k = ck.as_static_int("k", k, 1, _how_many(size, max_length, end))
