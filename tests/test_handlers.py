@@ -2,18 +2,20 @@
 
 import functools
 import itertools
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 import scipy.stats as st
 from numpyro import handlers
 from numpyro.contrib.control_flow import cond, scan
-from numpyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
 
 from cases import DISTRIBUTIONS
 from relaxit_jax import distributions as rd
@@ -437,3 +439,33 @@ def test_an_impossible_value_stays_impossible():
         value, gradient = jax.jit(jax.value_and_grad(f))(start)
         assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
         assert (gradient[0, 3:] == 0).all() and (gradient[1] != 0).all()
+
+
+def two_sides():
+    """A coefficient on each side of a bit; the data know their sum alone."""
+    a = numpyro.sample("a", dist.Normal(0, 1))
+    numpyro.sample("z", dist.Bernoulli(0.3))
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(a + b, 0.5), obs=1.0)
+
+
+def test_auto_guide_with_one_joint_guide_finds_the_posterior_of_all_continuous_sites():
+    """Of two normals seen by their sum: covariance (I + 11' / s^2)^-1, mean its rows' sums times y / s^2."""
+    guide = auto_guide(two_sides, continuous=AutoMultivariateNormal)
+    schedule = optax.exponential_decay(0.05, 1000, 0.05)
+    loss = Trace_ELBO(num_particles=32)
+    svi = SVI(relax(two_sides, tau=0.5), relax(guide, tau=0.5), optax.adam(schedule), loss)
+    params = svi.run(jax.random.key(0), 1500, progress_bar=False).params
+    factor = np.asarray(params["auto_scale_tril"])
+    covariance = np.linalg.inv(np.eye(2) + np.ones((2, 2)) / 0.25)
+    np.testing.assert_allclose(factor @ factor.T, covariance, atol=0.02)
+    np.testing.assert_allclose(params["auto_loc"], covariance.sum(1) / 0.25, atol=0.02)
+    np.testing.assert_allclose(guide.probs(params)["z"], 0.3, atol=0.03)  # the data know nothing of it
+
+    again = pickle.loads(pickle.dumps(guide))
+    draws = [
+        handlers.trace(handlers.substitute(handlers.seed(g, 0), params)).get_trace() for g in (guide, again)
+    ]
+    assert {"a", "b", "z"} <= set(draws[0])
+    for name in ("a", "b", "z"):
+        assert draws[0][name]["value"] == draws[1][name]["value"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import numpyro
 from jax import Array
 from numpyro import distributions as dist
 from numpyro import handlers
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoContinuous, AutoNormal
 from numpyro.infer.inspect import get_dependencies
 
 from relaxit_jax import _checks as ck
@@ -39,7 +40,8 @@ class auto_guide:
     Args:
       model: the model, not relaxed.
       continuous: what makes the guide of the continuous sites from a model: an `AutoGuide` class, or
-        one with its options, ``functools.partial(AutoNormal, init_loc_fn=init_to_mean)``. NumPyro
+        one with its options, ``functools.partial(AutoNormal, init_loc_fn=init_to_mean)``. A joint one,
+        such as `AutoMultivariateNormal`, is made once, for all continuous sites. NumPyro
         starts at random otherwise, where a coefficient of the wrong sign can switch a bit off.
       num_values: how many values a count takes, as in `relax`; to be given where its parameters are
         draws of other sites, as nothing else says how many are enough.
@@ -130,21 +132,31 @@ class auto_guide:
             for frame in s["cond_indep_stack"]
         }
         self._sites, self._parts = {}, []
+        joint = None
         # in the order of the model, so that NumPyro can see that the guide is mean-field
         for discrete, group in itertools.groupby(latent, lambda s: base.is_discrete(s["fn"])):
             if discrete:
                 self._parts.extend(
                     self._discrete_part(s, len(upstream.get(s["name"], ())) > 1) for s in group
                 )
-            else:
-                hide = _all_but({s["name"] for s in group})
-                self._parts.append(
-                    self.continuous(
-                        handlers.block(self.model, hide_fn=hide),
-                        prefix=self.prefix,
-                        create_plates=lambda *_, **__: list(self._plates.values()),
-                    )
-                )
+            elif joint is None:
+                everything = {s["name"] for s in latent if not base.is_discrete(s["fn"])}
+                joint = self._continuous_part(everything)
+                if not isinstance(joint, AutoContinuous):  # it has no latent vector that sites share
+                    joint = None
+                    self._parts.append(self._continuous_part({s["name"] for s in group}))
+                else:
+                    self._parts.append(joint)
+
+    def _continuous_part(self, names):
+        guide = self.continuous(
+            handlers.block(self.model, hide_fn=functools.partial(_is_other_latent, names)), prefix=self.prefix
+        )
+        guide.create_plates = self._open_plates  # not all of NumPyro's guides have an argument for it
+        return guide
+
+    def _open_plates(self, *args, **kwargs):
+        return list(self._plates.values())
 
     def _discrete_part(self, message, depends):
         """The guide of a site; what was seen of its prior tells little if that depends on other draws."""
@@ -171,16 +183,20 @@ class auto_guide:
             ck.require(size == subsample or not of_rows, f"the mask of the site '{name}'", need, "a row each")
         mask = None if isinstance(mask, jax.core.Tracer) else mask  # it would leak out of its trace
 
-        def part(*_, **__):
-            with contextlib.ExitStack() as plates:
-                for frame in stack:
-                    plates.enter_context(self._plates[frame.name])
-                logits = numpyro.param(self._param(name), parameters.start, event_dim=event_dim)
-                own = _like(d, law, parameters.logits(logits)).to_event(inside)
-                own = own if mask is None else own.mask(mask)
-                return {name: numpyro.sample(name, own.to_event(outside))}
+        frames = [frame.name for frame in stack]
+        like = functools.partial(_like, d, law)
+        return functools.partial(
+            self._discrete, name, frames, parameters, event_dim, like, inside, mask, outside
+        )
 
-        return part
+    def _discrete(self, name, frames, parameters, event_dim, like, inside, mask, outside, *_, **__):
+        with contextlib.ExitStack() as plates:
+            for frame in frames:
+                plates.enter_context(self._plates[frame])
+            logits = numpyro.param(self._param(name), parameters.start, event_dim=event_dim)
+            own = like(parameters.logits(logits)).to_event(inside)
+            own = own if mask is None else own.mask(mask)
+            return {name: numpyro.sample(name, own.to_event(outside))}
 
     def _parameters(self, law, possible, shape, batch_ndim, stack):
         """The prior's logits as a start, for the whole of a plate that the model has seen a part of."""
@@ -222,8 +238,8 @@ class _Parameters:
         return jnp.where(zero & one, parameters, np.where(one, CERTAIN, -CERTAIN))
 
 
-def _all_but(names):
-    return lambda msg: msg["type"] == "sample" and base.is_latent(msg) and msg["name"] not in names
+def _is_other_latent(names, msg):
+    return msg["type"] == "sample" and base.is_latent(msg) and msg["name"] not in names
 
 
 def _like(d, law, logits):
