@@ -22,11 +22,11 @@ from jax.scipy.special import ndtri
 
 
 def placed(x, *others):
-    """x, placed as the others are.
+    """Place x as the others are placed.
 
-    What is made of a shape alone, such as noise and zeros, is on every device. A loop, a `where` and the rule
-    of a derivative want equal types, and a type says over which axes of shard_map an array varies and, on an
-    explicit mesh, how it is sharded.
+    An array made from a shape, such as noise or zeros, is replicated on every device. Loops, `where` and
+    custom derivative rules need equal types. A type includes the shard_map axes along
+    which an array varies and, on an explicit mesh, its sharding.
     """
     x = vary_as(x, *others)
     spec = _spec(jnp.shape(x), *others)
@@ -34,14 +34,14 @@ def placed(x, *others):
 
 
 def vary_as(x, *others):
-    """x, which inside of shard_map varies over the axes that the others vary over."""
+    """Mark x as varying along the shard_map axes of the others."""
     own, *rest = (jax.typeof(y).manual_axis_type.varying for y in (x, *others))
     axes = frozenset().union(*rest) - own
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def where(condition, x, y):
-    """`jnp.where`, which wants all three sharded alike where the types say how they are."""
+    """`jnp.where` that first gives its three arguments the same sharding, as an explicit mesh requires."""
     three = condition, x, y
     shape = jnp.broadcast_shapes(*map(jnp.shape, three))
     spec = _spec(shape, *three)
@@ -51,7 +51,7 @@ def where(condition, x, y):
 
 
 def _spec(shape, *others):
-    """How an array of this shape is sharded if it is beside the others; None where types do not say."""
+    """The sharding of an array of this shape combined with the others; None without an explicit mesh."""
     spec = [None] * len(shape)
     for y in map(jax.typeof, others):
         for axis in range(-min(len(shape), y.ndim), 0):
@@ -69,7 +69,7 @@ def random_bits(key, shape, width, like=()):
     is sharded, and less to compile too.
     """
     spec = _spec(shape, *like)
-    # a batch size that stands for a number, as jax.export has it, may be above 2^32
+    # the value of a symbolic size (jax.export) is unknown here, and may exceed 2^32
     known = all(isinstance(size, int) for size in shape) and math.prod(shape) <= 2**32
     if width == 32 and known and jax.random.key_impl(key) == "threefry2x32":
         return _threefry(key, tuple(shape), spec)
@@ -107,8 +107,7 @@ def tail_uniform(key, shape, like):
     event of that tail. Held this way both tails end at 0 and are resolved to 2^-32 (2^-64 in
     float64), from the same number of random bits and symmetric to the last of them.
 
-    The dtype of this noise and of all that is made of it is that of the array `like`, and where types say
-    how arrays are sharded it is sharded as that is.
+    The noise has the dtype of the array `like`. On an explicit mesh it has the sharding of `like` too.
     """
     width = 8 * like.dtype.itemsize
     signed = jax.lax.bitcast_convert_type(random_bits(key, shape, width, (like,)), jnp.dtype(f"int{width}"))
@@ -493,12 +492,12 @@ def lower_factor(a):
 
 
 def whole(function, x, *others):
-    """function(x, *others), an array like x, by operations without rules for arrays of an explicit mesh."""
+    """Call a function that has no sharding rule on explicit meshes; the result is sharded as x."""
     spec = _spec(x.shape, x)
     return (function if spec is None else jax.sharding.auto_axes(function, out_sharding=spec))(x, *others)
 
 
 def argsort(x):
-    """The places of the numbers of the last axis in increasing order."""
+    """The indices that sort the last axis in increasing order."""
     places = placed(jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape), x)
     return jax.lax.sort_key_val(jax.lax.stop_gradient(x), places)[1]

@@ -1,4 +1,4 @@
-"""What contributors and those who cite are told is true: the map of the house, the steps, versions, CI."""
+"""What contributors and those who cite are told is true: the map of the code, the steps, versions, CI."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 def the_map():
     """Paths that the map names, by its indentation; a line may name several files of a folder."""
-    (block,) = re.findall(r"## The map of the house\n\n((?:    .*\n)+)", TEXT)
+    (block,) = re.findall(r"## The map of the code\n\n((?:    .*\n)+)", TEXT)
     folders, paths = [], set()
     for line in block.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2 - 2

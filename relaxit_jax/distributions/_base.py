@@ -208,7 +208,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
             setattr(self, name, x.reshape((1,) * missing + x.shape) if missing else x)
 
     def validate_args(self, strict: bool = True) -> None:
-        """NumPyro's check, of the values that can be seen; shard_map refuses to compute with others in it."""
+        """Check concrete values as NumPyro does; skip traced ones: its check fails on them in shard_map."""
         for name, x in self.get_args().items():
             if ck.can_be_seen(x):
                 with jax.ensure_compile_time_eval():

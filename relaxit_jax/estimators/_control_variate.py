@@ -120,13 +120,13 @@ def relax(
 
 
 def _with_variate(key, f, q, variate_at):
-    """An estimate by the control variate that ``variate_at`` makes for noisy logits typed as its argument."""
+    """Estimate with the control variate ``variate_at(logits)``, built for noisy logits of the same type."""
     ck.check_key(key)
     # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
     logits = jax.lax.stop_gradient(q.logits.astype(ck.wide(q.logits.dtype)))
     sample, noisy, again = q.coupled(key)
     value = base.call(f, q, sample)
-    # inside of shard_map the derivative in what all devices share would be the sum over the devices
+    # inside shard_map, the derivative with respect to a replicated array would be summed over devices
     logits = nm.vary_as(logits, key, value)
     logits = nm.vary_as(logits, jax.eval_shape(variate_at(logits), logits))
     variate = variate_at(logits)

@@ -141,12 +141,12 @@ class auto_guide:
                 )
             elif joint is None:
                 everything = {s["name"] for s in latent if not base.is_discrete(s["fn"])}
-                joint = self._continuous_part(everything)
-                if not isinstance(joint, AutoContinuous):  # it has no latent vector that sites share
-                    joint = None
-                    self._parts.append(self._continuous_part({s["name"] for s in group}))
+                guide = self._continuous_part(everything)
+                if isinstance(guide, AutoContinuous):  # one latent vector for all sites
+                    joint = guide
                 else:
-                    self._parts.append(joint)
+                    guide = self._continuous_part({s["name"] for s in group})
+                self._parts.append(guide)
 
     def _continuous_part(self, names):
         guide = self.continuous(

@@ -1,4 +1,4 @@
-"""Samplers and their log-densities, one shelf a kind of variable."""
+"""Samplers and their log-densities, one file per family."""
 
 from relaxit_jax.samplers._binary import (
     correlated_bernoulli,
