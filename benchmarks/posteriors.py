@@ -31,7 +31,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.initialization import init_to_value
 
 from relaxit_jax.elbo import RLOO_ELBO
-from relaxit_jax.handlers import auto_guide, relax, take
+from relaxit_jax.handlers import AutoMeanField, relax, take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Problem:
         continuous = lambda model, **kwargs: AutoNormal(
             model, init_loc_fn=init_to_value(values=self.init), init_scale=0.1, **kwargs
         )
-        return auto_guide(self.model, continuous=continuous)
+        return AutoMeanField(self.model, continuous=continuous)
 
 
 def log_normal(x, loc, scale):

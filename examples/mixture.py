@@ -1,6 +1,6 @@
 """A mixture of Gaussians whose integer labels are trained by pathwise gradients, beside the known answer.
 
-The model has a Categorical label for every point; `relax` makes it trainable and `auto_guide` writes its
+The model has a Categorical label for every point; `relax` makes it trainable and `AutoMeanField` writes its
 guide. The best guide of that family is known, by coordinate ascent in closed form, so that the bias of the
 relaxation can be seen. Between two neighbours at a distance of d standard deviations it is at most about
 tau d^2 / 20 in a probability p: for a relaxed label z a Gaussian log-likelihood at the mixed mean is
@@ -39,7 +39,7 @@ from common import (
     versions,
     write_json,
 )
-from relaxit_jax.handlers import auto_guide, relax, take
+from relaxit_jax.handlers import AutoMeanField, relax, take
 
 PRIOR_SCALE = 5.0  # of the centres, in standard deviations of a cluster
 COLOURS = np.array(
@@ -128,7 +128,7 @@ def main(clusters, points, separation, tau, method, steps, particles, learning_r
 
     start = time.perf_counter()
     init = {"init_loc_fn": init_to_value(values={"loc": start_at}), "init_scale": 0.1}
-    guide = auto_guide(model, continuous=functools.partial(AutoNormal, **init))
+    guide = AutoMeanField(model, continuous=functools.partial(AutoNormal, **init))
     soft = functools.partial(relax, tau=tau, method=method)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     svi = SVI(soft(model), soft(guide), optimizer, Trace_ELBO(num_particles=particles))

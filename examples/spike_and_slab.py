@@ -1,6 +1,6 @@
 """Sparse linear regression: which columns matter, trained by pathwise gradients, beside the exact posterior.
 
-A bit for every column switches its slope on. `relax` makes the bits trainable and `auto_guide` writes the
+A bit for every column switches its slope on. `relax` makes the bits trainable and `AutoMeanField` writes the
 guide. Two answers are known: the exact posterior, from all 2^p supports with the slopes integrated out, and
 the best mean-field guide, which is what the trained guide can reach; its bound is known in closed form, and
 coordinate ascent from many starts finds it. That guide is surer than the posterior: bit and slope are
@@ -36,7 +36,7 @@ from common import (
     versions,
     write_json,
 )
-from relaxit_jax.handlers import auto_guide, relax
+from relaxit_jax.handlers import AutoMeanField, relax
 
 SLAB, NOISE, INCLUDED = 2.0, 1.0, 0.2  # of the slopes and the noise; the prior probability of a column
 
@@ -152,7 +152,7 @@ def main(rows, columns, support, correlation, tau, method, steps, particles, lea
 
     start = time.perf_counter()
     # the mean of the prior is zero: slopes that start at random, of a wrong sign, switch their bits off
-    guide = auto_guide(model, continuous=functools.partial(AutoNormal, init_loc_fn=init_to_mean))
+    guide = AutoMeanField(model, continuous=functools.partial(AutoNormal, init_loc_fn=init_to_mean))
     soft = functools.partial(relax, tau=tau, method=method)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     svi = SVI(soft(model), soft(guide), optimizer, Trace_ELBO(num_particles=particles))

@@ -11,9 +11,9 @@
 # %% [markdown]
 # # `relax` in NumPyro
 #
-# A NumPyro model with discrete latents, trained by SVI as it is written: `auto_guide` makes a guide, `relax`
-# makes both differentiable, and `RLOO_ELBO` is the unbiased alternative. Two real data sets, each with an
-# exact answer beside: a mixture for flowers, and a change point for cars.
+# A NumPyro model with discrete latents, trained by SVI as it is written: `AutoMeanField` makes a guide,
+# `relax` makes both differentiable, and `RLOO_ELBO` is the unbiased alternative. Two real data sets, each
+# with an exact answer beside: a mixture for flowers, and a change point for cars.
 
 # %%
 import functools
@@ -35,7 +35,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_iris
 
 from relaxit_jax.elbo import RLOO_ELBO
-from relaxit_jax.handlers import auto_guide, relax, select, take
+from relaxit_jax.handlers import AutoMeanField, relax, select, take
 
 STEPS = int(os.environ.get("STEPS", 3000))  # fewer for a quick look
 
@@ -72,7 +72,7 @@ def mixture(x):
 
 
 # %% [markdown]
-# `auto_guide` gives every label its own probabilities and leaves `loc` and `scale` to NumPyro's
+# `AutoMeanField` gives every label its own probabilities and leaves `loc` and `scale` to NumPyro's
 # `AutoNormal`, started at the centres of k-means. `relax` goes around model *and* guide. The trained guide
 # is used without it.
 
@@ -84,7 +84,7 @@ normal = functools.partial(AutoNormal, init_loc_fn=init_to_value(values=begin), 
 
 found = {}
 for name, tau in (("relax", 0.1), ("RLOO_ELBO", None)):
-    guide = auto_guide(mixture, continuous=normal)
+    guide = AutoMeanField(mixture, continuous=normal)
     params = train(mixture, guide, x, tau=tau).params
     order = guide.median(params)["loc"][:, 0].argsort()  # clusters have no order of their own
     found[name] = np.asarray(guide.probs(params)["z"][:, order])

@@ -20,7 +20,7 @@ from relaxit_jax import distributions as rd
 from relaxit_jax import estimators as es
 from relaxit_jax.diagnostics import gradient_report
 from relaxit_jax.elbo import RLOO_ELBO
-from relaxit_jax.handlers import auto_guide, relax
+from relaxit_jax.handlers import AutoMeanField, relax
 
 EXTRAS = ("flax", "matplotlib", "sklearn", "click", "pytest", "mkdocs")  # one of each extra, or more
 N = 100_000
@@ -96,7 +96,7 @@ def handlers():
         z = numpyro.sample("z", dist.Bernoulli(0.5))
         numpyro.sample("y", dist.Normal(z, 0.5), obs=1.0)
 
-    guide, adam = auto_guide(model), numpyro.optim.Adam(0.05)
+    guide, adam = AutoMeanField(model), numpyro.optim.Adam(0.05)
     posterior = 1 / (1 + np.exp(-2.0))
     soft = SVI(relax(model, tau=0.1), relax(guide, tau=0.1), adam, Trace_ELBO(20))
     for svi, error in ((soft, 0.05), (SVI(model, guide, adam, RLOO_ELBO(20)), 0.02)):

@@ -26,7 +26,7 @@ import spike_and_slab
 import vae
 from checkpoints import Checkpoints
 from methods import METHODS
-from relaxit_jax.handlers import auto_guide
+from relaxit_jax.handlers import AutoMeanField
 from test_methods import bars
 
 KEY = jax.random.key(3)
@@ -254,7 +254,7 @@ def test_correlated_gates_example(tmp_path):
 
 def unrelaxed_losses(model, params, *args, draws=2000):
     """-ELBO of the discrete guide with these parameters, one draw each."""
-    guide = auto_guide(model)
+    guide = AutoMeanField(model)
     loss = lambda key: Trace_ELBO().loss(key, params, model, guide, *args)
     loss(KEY)  # the guide reads the model on its first call, outside of the trace
     return np.asarray(jax.jit(jax.vmap(loss))(jax.random.split(KEY, draws)), float)

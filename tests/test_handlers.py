@@ -2,24 +2,20 @@
 
 import functools
 import itertools
-import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 import pytest
-import scipy.stats as st
 from numpyro import handlers
 from numpyro.contrib.control_flow import cond, scan
-from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
+from numpyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from cases import DISTRIBUTIONS
 from relaxit_jax import distributions as rd
-from relaxit_jax.handlers import auto_guide, relax, take, unrounded
+from relaxit_jax.handlers import relax, take, unrounded
 
 KEY = jax.random.key(20261122)
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -306,166 +302,3 @@ class Unknown(dist.Distribution):
 
     def __init__(self):
         super().__init__((), (2,))
-
-
-# --- auto_guide -------------------------------------------------------------------------------
-
-
-SEEN = np.array([True, True, False, True])
-
-
-def everything(y=None):
-    n = numpyro.sample("n", dist.Poisson(3.0))
-    loc = numpyro.sample("loc", dist.Normal(0, 1))
-    one = numpyro.sample("one", rd.OneHotCategorical(logits=jnp.zeros(3)))
-    trial = numpyro.sample("trial", dist.Multinomial(1, np.array([0.2, 0.8], np.float32)))
-    with numpyro.plate("points", 4), handlers.mask(mask=SEEN):
-        z = numpyro.sample("z", dist.Bernoulli(0.3))
-        mean = n + loc * z + one @ jnp.arange(3.0) + trial[0]
-        numpyro.sample("y", dist.Normal(mean, 1), obs=jnp.ones(4))
-
-
-def test_auto_guide_covers_the_model_in_its_order():
-    """So that NumPyro's mean-field ELBO has nothing to warn of; all its parameters get gradients."""
-    guide = auto_guide(everything)
-    soft = [relax(f, tau=0.5) for f in (everything, guide)]
-    trace = handlers.trace(handlers.seed(soft[1], 0)).get_trace()
-    sites = [name for name, site in trace.items() if site["type"] == "sample"]
-    assert sites == ["n", "loc", "one", "trial", "z"]
-    params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
-    assert set(params) == {
-        "n_auto_logits", "loc_auto_loc", "loc_auto_scale",
-        "one_auto_logits", "trial_auto_logits", "z_auto_logits",
-    }  # fmt: skip
-    np.testing.assert_allclose(guide.probs(params)["n"][:9], st.poisson(3).pmf(range(9)), rtol=1e-3)
-    np.testing.assert_array_equal(guide.values("n"), np.arange(params["n_auto_logits"].size))
-    gradients = jax.jit(jax.grad(lambda p: ELBOS[1].loss(KEY, p, *soft)))(params)
-    for name, gradient in gradients.items():
-        assert jnp.isfinite(gradient).all() and (gradient != 0).any(), name
-    np.testing.assert_array_equal(
-        gradients["z_auto_logits"] != 0, SEEN
-    )  # the mask of the model is the guide's
-    alone = jax.jit(jax.grad(lambda p: ELBOS[0].loss(KEY, p, *soft)))(params)["z_auto_logits"]
-    np.testing.assert_allclose(alone, gradients["z_auto_logits"], rtol=1e-4)
-    np.testing.assert_array_equal(guide.median(params)["loc"], params["loc_auto_loc"])
-    hard = handlers.trace(handlers.seed(guide, 0)).get_trace()
-    assert all(jnp.issubdtype(hard[name]["value"].dtype, jnp.integer) for name in ("n", "z", "trial"))
-    assert np.isfinite(Trace_ELBO().loss(KEY, params, everything, guide))
-
-
-@pytest.mark.parametrize("outside", [True, False])
-def test_auto_guide_masks_inside_of_an_event_and_outside(outside):
-    """Of three bits in each of two rows the model does not see one: it stays as it is, the others move."""
-    seen = np.array([True, False]) if outside else np.array([True, False, True])
-
-    def masked(law):
-        return law.to_event(1).mask(seen) if outside else law.mask(seen).to_event(1)
-
-    def model():
-        with numpyro.plate("rows", 2):
-            z = numpyro.sample("z", masked(dist.Bernoulli(jnp.full((2, 3), 0.3))))
-            numpyro.sample("y", masked(dist.Normal(z, 1)), obs=jnp.ones((2, 3)))
-
-    guide = auto_guide(model)
-    handlers.trace(handlers.seed(guide, 0)).get_trace()
-    params = {"z_auto_logits": jnp.zeros((2, 3))}
-    moves = np.broadcast_to(seen[:, None] if outside else seen, (2, 3))
-    soft = [relax(f, tau=0.5) for f in (model, guide)]
-    gradient = jax.grad(lambda p: ELBOS[0].loss(KEY, p, *soft))(params)
-    np.testing.assert_array_equal(gradient["z_auto_logits"] != 0, moves)
-
-
-def test_auto_guide_asks_how_many_values_a_count_has_whose_rate_is_a_draw():
-    """Those of the one draw that it sees may end far below the posterior; and its first logits are alike."""
-
-    def model():
-        n = numpyro.sample("n", dist.Poisson(numpyro.sample("rate", dist.Gamma(2, 0.2))))
-        bit = numpyro.sample("bit", dist.Bernoulli(logits=numpyro.sample("logit", dist.Normal(3, 1))))
-        numpyro.sample("y", dist.Normal(n + bit, 2), obs=15.0)
-
-    with pytest.raises(ValueError, match="num_values must be given for the site 'n', a Poisson"):
-        handlers.seed(auto_guide(model), 0)()
-    guide = auto_guide(model, num_values={"n": 60})
-    trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
-    first = guide.probs({name: s["value"] for name, s in trace.items() if s["type"] == "param"})
-    np.testing.assert_allclose(first["n"], np.full(60, 1 / 60), rtol=1e-5)
-    assert first["bit"] == 0.5
-
-
-def test_auto_guide_refuses_the_mask_of_a_minibatch():
-    def model():
-        with numpyro.plate("rows", 4, subsample_size=2) as rows, handlers.mask(mask=jnp.array(SEEN)[rows]):
-            numpyro.sample("z", dist.Bernoulli(0.3))
-
-    with pytest.raises(ValueError, match="the mask of the site 'z' must be the same for all rows"):
-        handlers.seed(auto_guide(model), 0)()
-
-
-@pytest.mark.parametrize("read", [lambda g: g.probs({}), lambda g: g.median({}), lambda g: g.values("n")])
-def test_auto_guide_is_read_after_it_was_called(read):
-    with pytest.raises(ValueError, match="auto_guide must be called once"):
-        read(auto_guide(everything))
-
-
-def test_auto_guide_may_first_be_called_inside_of_jit():
-    """Nothing of the trace stays behind; the logits start at zero then."""
-    guide = auto_guide(lambda: numpyro.sample("z", dist.Categorical(jnp.array([0.2, 0.8]))))
-    traced = jax.jit(
-        lambda key: handlers.trace(handlers.seed(guide, key)).get_trace()["z_auto_logits"]["value"]
-    )
-    np.testing.assert_array_equal(traced(KEY), [0, 0])
-    again = handlers.trace(handlers.seed(guide, 0)).get_trace()
-    np.testing.assert_array_equal(again["z_auto_logits"]["value"], [0, 0])
-
-
-def test_auto_guide_takes_other_guides_for_the_continuous_sites():
-    guide = auto_guide(everything, continuous=AutoDelta, num_values={"n": 12})
-    trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
-    assert trace["loc"]["fn"].__class__.__name__ == "Delta" and trace["n_auto_logits"]["value"].shape == (12,)
-
-
-def test_an_impossible_value_stays_impossible():
-    """Of a Binomial with fewer trials than its neighbour: probability 0, gradient 0, no NaN."""
-
-    def model():
-        n = numpyro.sample("n", dist.Binomial(np.array([2, 5]), 0.4).to_event(1))
-        numpyro.sample("y", dist.Normal(n, 1).to_event(1), obs=jnp.array([1.0, 4.0]))
-
-    guide = auto_guide(model)
-    soft = [relax(f, tau=0.5) for f in (model, guide)]
-    start = handlers.trace(handlers.seed(guide, 0)).get_trace()["n_auto_logits"]["value"]
-    for elbo in ELBOS:
-        f = lambda x, elbo=elbo: elbo.loss(KEY, {"n_auto_logits": x}, *soft)
-        value, gradient = jax.jit(jax.value_and_grad(f))(start)
-        assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
-        assert (gradient[0, 3:] == 0).all() and (gradient[1] != 0).all()
-
-
-def two_sides():
-    """A coefficient on each side of a bit; the data know their sum alone."""
-    a = numpyro.sample("a", dist.Normal(0, 1))
-    numpyro.sample("z", dist.Bernoulli(0.3))
-    b = numpyro.sample("b", dist.Normal(0, 1))
-    numpyro.sample("y", dist.Normal(a + b, 0.5), obs=1.0)
-
-
-def test_auto_guide_with_one_joint_guide_finds_the_posterior_of_all_continuous_sites():
-    """Of two normals seen by their sum: covariance (I + 11' / s^2)^-1, mean its rows' sums times y / s^2."""
-    guide = auto_guide(two_sides, continuous=AutoMultivariateNormal)
-    schedule = optax.exponential_decay(0.05, 1000, 0.05)
-    loss = Trace_ELBO(num_particles=32)
-    svi = SVI(relax(two_sides, tau=0.5), relax(guide, tau=0.5), optax.adam(schedule), loss)
-    params = svi.run(jax.random.key(0), 1500, progress_bar=False).params
-    factor = np.asarray(params["auto_scale_tril"])
-    covariance = np.linalg.inv(np.eye(2) + np.ones((2, 2)) / 0.25)
-    np.testing.assert_allclose(factor @ factor.T, covariance, atol=0.02)
-    np.testing.assert_allclose(params["auto_loc"], covariance.sum(1) / 0.25, atol=0.02)
-    np.testing.assert_allclose(guide.probs(params)["z"], 0.3, atol=0.03)  # the data know nothing of it
-
-    again = pickle.loads(pickle.dumps(guide))
-    draws = [
-        handlers.trace(handlers.substitute(handlers.seed(g, 0), params)).get_trace() for g in (guide, again)
-    ]
-    assert {"a", "b", "z"} <= set(draws[0])
-    for name in ("a", "b", "z"):
-        assert draws[0][name]["value"] == draws[1][name]["value"]

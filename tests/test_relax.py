@@ -1,4 +1,4 @@
-"""What `relax` replaces, what `auto_guide` makes, and that the objective is what it says."""
+"""What `relax` replaces, what `AutoMeanField` makes, and that the objective is what it says."""
 
 import chex
 import jax
@@ -14,7 +14,7 @@ import posteriors
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions._site import FiniteDiscrete
 from relaxit_jax.elbo import RLOO_ELBO
-from relaxit_jax.handlers import auto_guide, equal, greater, less, relax, select, take
+from relaxit_jax.handlers import AutoMeanField, equal, greater, less, relax, select, take
 
 KEY = jax.random.key(20261122)
 ELBOS = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO)
@@ -121,7 +121,7 @@ def test_subsampled_plates_get_unbiased_gradients():
 
     def gradient(subsample_size):
         m = lambda: plated(subsample_size)
-        g = auto_guide(m)
+        g = AutoMeanField(m)
         soft = [relax(f, tau=0.5) for f in (m, g)]
         with handlers.seed(rng_seed=0):
             start = handlers.trace(g).get_trace()["z_auto_logits"]["value"]
@@ -258,7 +258,7 @@ def test_a_method_of_second_order_is_unbiased_where_the_likelihood_is_quadratic(
 
 
 def test_the_trained_guide_draws_discrete_values():
-    guide = auto_guide(posteriors.classes)
+    guide = AutoMeanField(posteriors.classes)
     with handlers.seed(rng_seed=0):
         params = {"z_auto_logits": handlers.trace(guide).get_trace()["z_auto_logits"]["value"]}
     draws = Predictive(guide, params=params, num_samples=2000)(KEY)["z"]
@@ -333,7 +333,7 @@ def test_bits_that_are_certain(certain):
         z = numpyro.sample("z", dist.Bernoulli(jnp.array([certain, 0.3])).to_event(1))
         numpyro.sample("y", dist.Normal(z, 1).to_event(1), obs=jnp.array([0.5, 0.2]))
 
-    guide = auto_guide(model)
+    guide = AutoMeanField(model)
     start = handlers.trace(handlers.seed(guide, 0)).get_trace()["z_auto_logits"]["value"]
     assert guide.probs({"z_auto_logits": start + 3})["z"][0] == certain
     for elbo, handle in ((Trace_ELBO(4), lambda f: relax(f, tau=0.5)), (RLOO_ELBO(4), lambda f: f)):
@@ -359,7 +359,7 @@ def test_possible_classes_of_a_subsampled_plate():
         with numpyro.plate("rows", 4, subsample_size=2, dim=-2), numpyro.plate("columns", 2, dim=-1):
             numpyro.sample("z", dist.Categorical(prior))
 
-    guide = auto_guide(model)
+    guide = AutoMeanField(model)
     start = handlers.trace(handlers.seed(guide, 0)).get_trace()["z_auto_logits"]["value"]
     probs = guide.probs({"z_auto_logits": start})["z"]
     assert probs.shape == (4, 2, 3)

@@ -21,7 +21,7 @@ from relaxit_jax import distributions as rd
 from relaxit_jax import estimators as es
 from relaxit_jax.diagnostics import GradientReport, from_sampler, gradient_report
 from relaxit_jax.elbo import RLOO_ELBO
-from relaxit_jax.handlers import auto_guide, relax, take
+from relaxit_jax.handlers import AutoMeanField, relax, take
 
 
 def samplers(key: Array, logits: Array) -> Array:
@@ -69,7 +69,7 @@ def model(x: Array) -> None:
 
 
 def train(key: Array, x: Array) -> Array:
-    guide = auto_guide(model)
+    guide = AutoMeanField(model)
     adam = numpyro.optim.Adam(0.1)
     soft = SVI(relax(model, tau=0.5), relax(guide, tau=0.5, method="straight_through"), adam, Trace_ELBO(2))
     found = soft.run(key, 2, x, progress_bar=False)

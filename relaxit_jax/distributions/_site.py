@@ -77,7 +77,7 @@ def _kl_of_relaxed_sites(p, q):
 
 def check_same_values(log_q, log_p):
     here, there = log_q.shape[-1], log_p.shape[-1]
-    need = "the same for the model and the guide, as an argument of relax and of auto_guide alike"
+    need = "the same for the model and the guide, as an argument of relax and of AutoMeanField alike"
     ck.require(here == there, "num_values", need, f"{there} values in the model, {here} in the guide")
 
 

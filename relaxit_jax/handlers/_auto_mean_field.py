@@ -1,0 +1,395 @@
+"""`AutoMeanField`: a mean-field guide made from a model with discrete latents."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jax import Array
+from jax.typing import ArrayLike
+from numpyro import distributions as dist
+from numpyro import handlers
+from numpyro.contrib.control_flow.scan import scan_wrapper
+from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
+from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.inspect import get_dependencies
+from numpyro.primitives import Messenger
+
+from relaxit_jax import _checks as ck
+from relaxit_jax import distributions as rd
+from relaxit_jax.distributions import _site as site
+from relaxit_jax.handlers import _base as base
+
+
+class AutoMeanField(AutoGuide):
+    """A mean-field guide for a model with discrete latents.
+
+    Every element of every discrete latent site gets its own logits. They start at the logits of the
+    prior, or at equal logits if the prior depends on other draws. Poisson and other counts get one logit
+    for each of finitely many values. Continuous sites get NumPyro's `AutoNormal`. The guide has discrete
+    sites: wrap it in `relax` to train it by pathwise gradients, or train it as it is with `RLOO_ELBO`;
+    leave it unwrapped to draw from the trained guide.
+
+    The guide reads the model when it is first called. Make that call outside of `jax.jit`, as `SVI.init`
+    does: inside, the prior's probabilities cannot be seen, and the logits start at zero.
+
+    Sites that the model masks are masked in the guide too, by the mask of each call. Sites in subsampled
+    plates get parameters for the whole plate.
+
+    Args:
+      model: the model, not relaxed.
+      prefix: part of the parameters' names, ``<site>_<prefix>_logits``.
+      init_loc_fn: where continuous sites start, one of NumPyro's initialization strategies. Default: the
+        strategy of the guide of the continuous sites. `AutoNormal` starts at random, where a coefficient
+        of the wrong sign can switch a bit off.
+      create_plates: as in NumPyro's guides: a function of the model's arguments that returns the plates
+        to be used in place of the model's, for example with other subsample sizes.
+      continuous: makes the guide of the continuous sites from a model: an `AutoGuide` class, or a class
+        with options, ``functools.partial(AutoNormal, init_scale=0.01)``. A joint guide, such as
+        `AutoMultivariateNormal`, is made once, for all continuous sites.
+      num_values: how many values a count takes, as in `relax`. It must be given for counts whose
+        parameters are draws of other sites, because one draw does not tell how many are enough.
+
+    Returns:
+      A guide: a callable with the arguments of the model that returns the drawn values by site.
+
+    Raises:
+      ValueError: when first called, for a site that cannot be relaxed or that is marked to be
+        enumerated; when it is read before it was called.
+
+    References:
+      D. M. Blei, A. Kucukelbir, J. D. McAuliffe (2017), Variational Inference: A Review for
+      Statisticians, arXiv:1601.00670.
+
+    >>> model = lambda: numpyro.sample("z", dist.Categorical(jnp.array([0.1, 0.9])))
+    >>> guide = AutoMeanField(model)
+    >>> trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
+    >>> probs = guide.probs({"z_auto_logits": trace["z_auto_logits"]["value"]})
+    >>> print(f"{probs['z'][1]:.4f}")
+    0.9000
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        prefix: str = "auto",
+        init_loc_fn: Callable[..., Any] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        continuous: Callable[..., Any] = AutoNormal,
+        num_values: int | dict[str, int] | None = None,
+    ) -> None:
+        ck.require(callable(model), "model", "a function that calls numpyro.sample", repr(model))
+        ck.require(callable(continuous), "continuous", "a class of NumPyro's guides", repr(continuous))
+        twice = init_loc_fn is not None and "init_loc_fn" in getattr(continuous, "keywords", {})
+        ck.require(not twice, "init_loc_fn", "given once", "one here and one in continuous")
+        start = init_to_uniform if init_loc_fn is None else init_loc_fn
+        super().__init__(model, prefix=prefix, init_loc_fn=start, create_plates=create_plates)
+        self.continuous: Callable[..., Any] = continuous
+        self.num_values: int | dict[str, int] | None = num_values
+        self._start = {} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}
+        self._sites: dict[str, _DiscreteSite] = {}
+        self._parts: list[_DiscreteSite | AutoGuide] = []  # in the order of the model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        with handlers.trace() as opened:
+            self._plates = self._create_plates(*args, **kwargs)
+        masks = {}
+        if any(s.masked for s in self._sites.values()):
+            rows = {name: plate["value"] for name, plate in opened.items() if plate["type"] == "plate"}
+            masks = self._masks(rows, args, kwargs)
+        values = {}
+        for part in self._parts:
+            if isinstance(part, _DiscreteSite):
+                values[part.name] = part.draw(self._param(part.name), self._plates, masks.get(part.name))
+            else:
+                values.update(part(*args, **kwargs))
+        return values
+
+    def sample_posterior(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Array],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> dict[str, Array]:
+        """Draws of all latent sites from the trained guide, by name; of the whole of a subsampled plate."""
+        self._require_called()
+        values = {}
+        for part, key in zip(self._parts, jax.random.split(rng_key, len(self._parts)), strict=True):
+            if isinstance(part, _DiscreteSite):
+                law = part.law(params[self._param(part.name)])
+                values[part.name] = law.sample(key, sample_shape)
+            else:
+                drawn = part.sample_posterior(key, params, *args, sample_shape=sample_shape, **kwargs)
+                values |= self._own(part, drawn)
+        return values
+
+    def probs(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        """The probabilities of the discrete sites, by name: of a one for bits, else of every value."""
+        self._require_called()
+        return {name: s.probs(params[self._param(name)]) for name, s in self._sites.items()}
+
+    def median(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        """The medians of continuous sites, bits and counts, by name. Classes have no order: see `probs`."""
+        self._require_called()
+        values = {name: x[0] for name, x in self._quantiles_of_discrete(params, [0.5]).items()}
+        for part in self._continuous_parts():
+            values |= self._own(part, part.median(params))
+        return values
+
+    def quantiles(self, params: Mapping[str, Array], quantiles: ArrayLike) -> dict[str, Array]:
+        """Quantiles of continuous sites, bits and counts, by name, with an axis for the quantiles in front.
+
+        A quantile of a bit or a count is the least value whose cumulative probability reaches it.
+        """
+        self._require_called()
+        levels = np.atleast_1d(quantiles)
+        ck.require(np.all((levels >= 0) & (levels <= 1)), "quantiles", "in [0, 1]", quantiles)
+        values = self._quantiles_of_discrete(params, levels)
+        for part in self._continuous_parts():
+            values |= self._own(part, part.quantiles(params, levels))
+        return values
+
+    def values(self, name: str) -> Array:
+        """The values of a count, in the order of its probabilities."""
+        self._require_called()
+        counts = [key for key, s in self._sites.items() if s.kind == "count"]
+        ck.require(name in counts, "name", f"one of the counts {counts}", repr(name))
+        return self._sites[name].values
+
+    def _require_called(self):
+        if self.prototype_trace is None:
+            raise ValueError(
+                "Call the AutoMeanField guide once, for example by `svi.init(...)`, before reading it: it "
+                "learns the model's sites in its first call."
+            )
+
+    def _param(self, name):
+        return f"{name}_{self.prefix}_logits"
+
+    def _continuous_parts(self):
+        return [part for part in self._parts if not isinstance(part, _DiscreteSite)]
+
+    def _own(self, part, values):
+        """Drop the model's deterministic sites: NumPyro computes them from other draws than the guide's."""
+        sites = part.prototype_trace
+        latent = {name for name, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+        return {name: x for name, x in values.items() if name in latent}
+
+    def _quantiles_of_discrete(self, params, levels):
+        ordered = ((name, s) for name, s in self._sites.items() if s.kind != "class")
+        return {name: s.quantiles(params[self._param(name)], levels) for name, s in ordered}
+
+    def _setup_prototype(self, *args, **kwargs):
+        with handlers.block():
+            sizes: dict[str, int] = {}
+            model = _PlateSizes(handlers.seed(self.model, numpyro.prng_key()), sizes)
+            trace = handlers.trace(model).get_trace(*args, **kwargs)
+            upstream = get_dependencies(self.model, args, kwargs)["prior_dependencies"]
+        latent = [s for s in trace.values() if s["type"] == "sample" and not s["is_observed"]]
+        for s in latent:
+            if not base.is_latent(s):
+                raise ValueError(
+                    f"The site '{s['name']}' has infer={{'enumerate': 'parallel'}}: TraceEnum_ELBO sums over "
+                    "it, and the guide must not draw it. Hide it from the guide, "
+                    f"AutoMeanField(numpyro.handlers.block(model, hide=['{s['name']}'])), or remove the mark."
+                )
+        frames = {frame.name: frame for s in latent for frame in s["cond_indep_stack"]}
+        for name, frame in frames.items():
+            if name not in trace and sizes.get(name, frame.size) != frame.size:
+                raise ValueError(
+                    f"The plate '{name}' is subsampled inside of a scan, where each step has other rows. "
+                    "Open the plate outside of the scan, or write the guide by hand."
+                )
+        # The plates inside of a scan are not the guide's: the trace has their sites in their whole shape.
+        self._prototype_frames = {name: frame for name, frame in frames.items() if name in trace}
+        self._prototype_frame_full_sizes = {name: sizes[name] for name in self._prototype_frames}
+        self._parts, self._sites = [], {}
+        joint = None
+        # in the order of the model, so that NumPyro can see that the guide is mean-field
+        for discrete, group in itertools.groupby(latent, lambda s: base.is_discrete(s["fn"])):
+            if discrete:
+                for s in group:
+                    self._sites[s["name"]] = self._discrete(s, len(upstream.get(s["name"], ())) > 1)
+                    self._parts.append(self._sites[s["name"]])
+            elif joint is None:
+                everything = {s["name"] for s in latent if not base.is_discrete(s["fn"])}
+                guide = self._continuous(everything)
+                if isinstance(guide, AutoContinuous):  # one latent vector for all sites
+                    joint = guide
+                else:
+                    guide = self._continuous({s["name"] for s in group})
+                self._parts.append(guide)
+        # Of a trace NumPyro asks a guide for its deterministic sites; the values may be tracers.
+        self.prototype_trace = {name: {"type": s["type"]} for name, s in trace.items()}
+
+    def _continuous(self, names):
+        others = functools.partial(_is_other_latent, names)
+        guide = self.continuous(handlers.block(self.model, hide_fn=others), prefix=self.prefix, **self._start)
+        guide.create_plates = self._open_plates  # not all of NumPyro's guides have an argument for it
+        return guide
+
+    def _open_plates(self, *args, **kwargs):
+        return list(self._plates.values())
+
+    def __getstate__(self):
+        return super().__getstate__() | {"_plates": {}}
+
+    def _masks(self, rows, args, kwargs):
+        """The masks of the model in this call, with these rows of its plates."""
+        with handlers.block():
+            model = handlers.seed(handlers.substitute(self.model, data=rows), jax.random.key(0))
+            trace = handlers.trace(model).get_trace(*args, **kwargs)
+        return {name: _mask(trace[name]["fn"])[0] for name in self._sites}
+
+    def _discrete(self, message, depends):
+        """The guide of a site; what was seen of its prior tells little if that depends on other draws."""
+        name, fn = message["name"], message["fn"]
+        stack = [frame for frame in message["cond_indep_stack"] if frame.name in self._prototype_frames]
+        d = base.innermost(fn)
+        given = self.num_values.get(name) if isinstance(self.num_values, dict) else self.num_values
+        law = site.law_of(name, d, given)
+        possible = site.possible(law, d)
+        if depends:
+            endless = law.kind == "count" and getattr(d.support, "upper_bound", None) is None
+            need = f"given for the site '{name}', a {type(d).__name__} whose parameters are draws"
+            ck.require(given is not None or not endless, "num_values", need, None)
+            if law.kind == "bit":  # what one draw makes certain, another does not
+                possible = np.ones_like(possible)
+            law = dataclasses.replace(law, log_pmf=np.where(possible, 0.0, -np.inf))
+        shape = fn.shape()[: len(fn.shape()) - d.event_dim]
+        start, possible = self._start_of(law, possible, shape, len(fn.batch_shape), stack)
+        mask, outside = _mask(fn)
+        return _DiscreteSite(
+            name=name,
+            kind=law.kind,
+            values=law.values,
+            start=start,
+            possible=possible,
+            like=functools.partial(_like, d, law),
+            frames=[frame.name for frame in stack],
+            param_dim=start.ndim - len(fn.batch_shape),
+            inside=len(shape) - len(fn.batch_shape) - outside,
+            outside=outside,
+            masked=mask is not None,
+        )
+
+    def _start_of(self, law, possible, shape, batch_ndim, stack):
+        """The prior's logits as a start, for the whole of a plate that the model has seen a part of."""
+        log_pmf = law.log_pmf
+        if isinstance(log_pmf, jax.core.Tracer):
+            log_pmf = np.zeros(log_pmf.shape, np.float32)
+        prior = np.broadcast_to(np.asarray(log_pmf, np.float64), (*shape, log_pmf.shape[-1]))
+        possible = np.broadcast_to(possible, prior.shape)
+        for frame in stack:
+            size, axis = self._prototype_frame_full_sizes[frame.name], batch_ndim + frame.dim
+            if size != frame.size and prior.shape[axis] == frame.size:
+                mean = np.logaddexp.reduce(prior, axis, keepdims=True) - np.log(frame.size)
+                prior, possible = np.repeat(mean, size, axis), possible.any(axis, keepdims=True)
+        prior = np.where(np.isfinite(prior), prior, -30).astype(np.float32)
+        return prior[..., 1] - prior[..., 0] if law.kind == "bit" else prior, possible
+
+
+# Log-odds at which the other value has probability 0 in every floating-point type; NumPyro's BernoulliLogits
+# has no log-probability at infinite ones.
+CERTAIN = 1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class _DiscreteSite:
+    """The guide of one discrete site: independent elements, each with logits of its own."""
+
+    name: str
+    kind: str  # bit, class or count
+    values: np.ndarray | None  # of a count
+    start: np.ndarray  # where the parameters start
+    possible: np.ndarray  # of the parameters' shape, with an axis for the values
+    like: Callable[[Array], dist.Distribution]  # a distribution of the model's kind, by its logits
+    frames: list[str]  # names of the plates
+    param_dim: int  # trailing axes of the parameters that are no plates
+    inside: int  # axes made event axes inside of the mask
+    outside: int  # and outside
+    masked: bool
+
+    def draw(self, param, plates, mask):
+        with contextlib.ExitStack() as opened:
+            for frame in self.frames:
+                opened.enter_context(plates[frame])
+            law = self.law(numpyro.param(param, self.start, event_dim=self.param_dim)).to_event(self.inside)
+            law = law if mask is None else law.mask(mask)
+            return numpyro.sample(self.name, law.to_event(self.outside))
+
+    def law(self, parameters):
+        return self.like(self.logits(parameters))
+
+    def logits(self, parameters):
+        """The logits of the site, in which impossible values are left out."""
+        if self.kind != "bit":
+            return jnp.where(self.possible, parameters, -jnp.inf)
+        zero, one = self.possible[..., 0], self.possible[..., 1]
+        return jnp.where(zero & one, parameters, np.where(one, CERTAIN, -CERTAIN))
+
+    def probs(self, parameters):
+        logits = self.logits(parameters)
+        return jax.nn.sigmoid(logits) if self.kind == "bit" else jax.nn.softmax(logits, -1)
+
+    def quantiles(self, parameters, levels):
+        """The least values whose cumulative probability reaches the levels; the levels' axis is first."""
+        probs = self.probs(parameters)
+        below = 1 - probs[..., None] if self.kind == "bit" else jnp.cumsum(probs, -1)[..., :-1]
+        levels = jnp.asarray(levels, below.dtype).reshape(-1, *(1,) * below.ndim)
+        index = jnp.sum(below < levels, -1)
+        return index if self.kind == "bit" else index + int(self.values[0])
+
+
+class _PlateSizes(Messenger):
+    """Notes the full size of every plate, those inside of scans too."""
+
+    def __init__(self, fn, sizes):
+        self.sizes = sizes
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "plate":
+            self.sizes[msg["name"]] = msg["args"][0]
+        elif msg["type"] == "control_flow" and msg["fn"] is scan_wrapper:
+            body, *rest = msg["args"]
+            msg["args"] = (_PlateSizes(body, self.sizes), *rest)
+
+
+def _is_other_latent(names, msg):
+    return msg["type"] == "sample" and base.is_latent(msg) and msg["name"] not in names
+
+
+def _like(d, law, logits):
+    """The discrete distribution of the guide, of the kind of the model's."""
+    if law.kind == "bit":
+        return dist.BernoulliLogits(logits, validate_args=False)
+    if law.kind == "count":
+        return site.FiniteDiscrete(logits, int(law.values[0]), validate_args=False)
+    if isinstance(d, site.TRIALS):
+        return dist.MultinomialLogits(logits, total_count=1, validate_args=False)
+    if d.event_dim:
+        return rd.OneHotCategorical(logits=logits, validate_args=False)
+    return dist.CategoricalLogits(logits, validate_args=False)
+
+
+def _mask(fn):
+    """The mask, or None; and how many axes are made event axes outside of it."""
+    outside = 0
+    while not isinstance(fn, dist.MaskedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return None, 0
+        outside += getattr(fn, "reinterpreted_batch_ndims", 0)
+        fn = fn.base_dist
+    return fn._mask, outside
