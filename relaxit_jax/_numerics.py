@@ -50,6 +50,16 @@ def where(condition, x, y):
     return jnp.where(*three)
 
 
+def rows_of(x, index):
+    """`x[index]` along the first axis, which is not sharded.
+
+    An explicit mesh asks for the sharding of the result where vmap has put a sharded batch before `index`.
+    """
+    spec = jax.typeof(x).sharding.spec
+    explicit = jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    return x.at[index].get(out_sharding=jax.sharding.PartitionSpec(None, *spec[1:])) if explicit else x[index]
+
+
 def _spec(shape, *others):
     """The sharding of an array of this shape combined with the others; None without an explicit mesh."""
     spec = [None] * len(shape)

@@ -8,6 +8,7 @@ each kind of class owes to each engine; docs/families/numpyro.md has the same ta
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,15 +289,28 @@ def test_gradients_of_the_bounds(case):
         assert z_scores(found[name], jax.tree.map(lambda x: 0.7 * x, means), errors).max() > 6, name
 
 
+@pytest.mark.parametrize("case", [case for case in DISTRIBUTIONS if case.name in WHOLE], ids=str)
+def test_bounds_are_the_same_without_jit(case):
+    """At one key: what is known to a jitted program as a constant is known here as a number."""
+    owed, params = OWED[kind(case)], trained(case)
+    engines = [name for name, what in owed.items() if what in ("exact", "own")]
+    for name in engines:
+        both = jax.value_and_grad(lambda p, name=name: loss(case, p, KEY, name))
+        eager, compiled = both(params), jax.jit(both)(params)
+        chex.assert_trees_all_close(eager, compiled, rtol=2e-4, atol=2e-5)
+        assert any(np.any(x) for x in jax.tree.leaves(eager[1])), name
+
+
+@pytest.mark.parametrize("run", [jax.eval_shape, lambda f, *args: f(*args)], ids=["traced", "eager"])
 @rows()
-def test_refusals_of_the_bounds(case):
-    """While the program is traced, by an error that names the class or says that it has no density."""
+def test_refusals_of_the_bounds(case, run):
+    """Before anything is computed, by an error that names the class or says that it has no density."""
     params = {name: jnp.asarray(x) for name, x in case.floats.items()}
     for name, words in OWED[kind(case)].items():
         if words in ("exact", "own"):
             continue
         with pytest.raises((ValueError, NotImplementedError), match=words):
-            jax.eval_shape(jax.grad(lambda p, name=name: loss(case, p, KEY, name)), params)
+            run(jax.grad(lambda p, name=name: loss(case, p, KEY, name)), params)
 
 
 # --- MCMC and enumeration ---------------------------------------------------------------------

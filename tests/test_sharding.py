@@ -3,6 +3,7 @@
 Eight virtual CPU devices need a process of their own, as a backend has its devices from its start.
 """
 
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import relaxit_jax as rj
-from cases import BY_NAME, CASES, is_discrete
+from cases import BY_NAME, CASES, DISTRIBUTIONS, is_discrete
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -204,8 +205,15 @@ def methods():
         rows = {n: stretch(x) if np.ndim(x) else np.full(8, x, np.float32) for n, x in case.floats.items()}
         yield case.name, lambda key, a, case=case: case.draw(key, None, **a), rows
         if case.log_prob:
-            scored = lambda key, a, case=case: case.density(case.draw(key, None, **a), **a)
-            yield f"{case.name}_log_prob", scored, rows
+            value = jax.jit(lambda rows, case=case: case.draw(KEY, None, **rows))(rows)
+            if jnp.issubdtype(value.dtype, jnp.floating):  # on a mesh the value may be sharded alone
+                scored = lambda key, a, case=case: case.density(a["value"], **without(a, "value"))
+                yield f"{case.name}_log_prob", scored, {"value": np.asarray(value)} | rows
+            else:
+                scored = lambda key, a, case=case: case.density(case.draw(key, None, **a), **a)
+                yield f"{case.name}_log_prob", scored, rows
+        if case in DISTRIBUTIONS:
+            yield f"{case.name} class", functools.partial(of_class, case), rows
     of_four, of_three = (
         {"logits": stretch(BY_NAME[n].params["logits"])} for n in ("simple_top_k", "reinmax")
     )
@@ -240,11 +248,28 @@ def methods():
         of_four,
     )
     yield "stochastic_beam_search", beams, of_four
+    yield "stochastic_beam_search of rows", beams_of_rows, of_four
+
+
+def without(a, name):
+    return {n: x for n, x in a.items() if n != name}
+
+
+def of_class(case, key, a):
+    """The log-density of a draw as a function of the parameters, or the draw of a class that has none."""
+    d = case.build(**a)
+    z = d.sample(key)
+    return d.log_prob(jax.lax.stop_gradient(z)) if case.log_prob else z
 
 
 def beams(key, a):
     step = lambda state, token: (jnp.mean(a["logits"], 0) * state, state)
     return rj.stochastic_beam_search(key, step, a["logits"].dtype.type(0.7), 2, 3)[1]
+
+
+def beams_of_rows(key, a):
+    """A search for each row, all at one key."""
+    return jax.vmap(lambda logits: beams(key, {"logits": logits[None]}))(a["logits"])
 
 
 def value_and_gradient(f):
@@ -257,6 +282,9 @@ def value_and_gradient(f):
         return value, jax.grad(lambda a: jnp.sum(jnp.sin(1 + f(key, a))))(a)
 
     return both
+
+
+TRACED = ("log_prob", "class")  # of these rows JAX's checks of the types are enough
 
 
 def everywhere(part):
@@ -287,7 +315,7 @@ def everywhere(part):
                 if which == "all":
                     on_mesh = placed
         found[name] = {}
-        if name.endswith("log_prob"):
+        if name.endswith(TRACED):
             continue
         one = jax.jit(both)
         of_shards = [one(KEY, {n: x[i : i + 1] for n, x in a.items()}) for i in range(8)]
@@ -321,7 +349,7 @@ def test_everything_works_in_shard_map_and_on_explicit_meshes(part):
     found = in_eight(f"print(json.dumps(t.everywhere({part})))")
     assert len(found) >= 10
     for name, errors in found.items():
-        assert len(errors) == (0 if name.endswith("log_prob") else 3)
+        assert len(errors) == (0 if name.endswith(TRACED) else 3)
         assert max(errors.values(), default=0) < 2e-5, (name, errors)
 
 
@@ -333,6 +361,8 @@ def exported(part):
         both = jax.jit(value_and_gradient(f))
         any_size = {n: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for n, x in a.items()}
         saved = jax.export.export(both, platforms=("cpu", "cuda", "tpu"))(KEY, any_size).serialize()
+        if name.endswith("class"):  # made of the sampler and the density, whose numbers are compared
+            continue
         found[name] = distance(jax.export.deserialize(saved).call(KEY, a), both(KEY, a))
     return found
 

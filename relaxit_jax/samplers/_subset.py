@@ -234,7 +234,7 @@ def stochastic_beam_search(
         below = _given_largest(key, jax.lax.stop_gradient(law), jax.lax.stop_gradient(log_p), perturbed)
         perturbed, best = nm.top_k(below.ravel(), k)
         parent, token = best // size, (best % size).astype(jnp.int32)
-        state, tokens = jax.tree.map(lambda x: x[parent], (state, tokens))
+        state, tokens = jax.tree.map(lambda x: nm.rows_of(x, parent), (state, tokens))
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, place, 1)
         return (state, token, log_p.ravel()[best], perturbed, tokens, place + 1), None
 
