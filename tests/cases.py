@@ -414,6 +414,11 @@ def has_logits(case):
     return "logits" in case.params
 
 
+def has_classes(case):
+    """Logits of classes: those of bits have no class axis, or a factor beside them."""
+    return has_logits(case) and case.params["logits"].ndim > 1 and "scale_tril" not in case.params
+
+
 def is_differentiable(case):
     return not set(case.floats) <= set(case.no_gradient)
 

@@ -103,3 +103,59 @@ def test_docstrings_say_what_the_design_asks():
             returns = () if isinstance(thing, type) else ("Returns:",)
             for part in ("Args:", *returns, "Raises:", "References:", ">>>", "``"):
                 assert part in thing.__doc__, f"{name}: {part}"
+
+
+# How often a file may skip: where the machine lacks NumPyro's source, and where a test of NumPyro's needs a
+# density that a class refuses to have.
+SKIPS = {"numpyro_suite.py": 2}
+CHECKS = ("pytest.raises", "pytest.warns", "np.testing.assert_", "chex.assert_")
+
+
+def own_nodes(function):
+    """What runs as the function does: the functions inside of it return to it."""
+    for node in ast.iter_child_nodes(function):
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            yield node
+            yield from own_nodes(node)
+
+
+def cannot_fail(source):
+    """Lines of tests that pass for any code: those that end a case early, and tests that look at nothing."""
+    skips = ("pytest.skip", "pytest.xfail", "pytest.importorskip", "pytest.mark.skip", "pytest.mark.xfail")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(skips):
+            yield "skips", node.lineno
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            returns = [inner for inner in own_nodes(node) if isinstance(inner, ast.Return)]
+            yield from (("returns", inner.lineno) for inner in returns)
+            if not any(isinstance(inner, ast.Assert) or is_check(inner) for inner in ast.walk(node)):
+                yield "looks at nothing", node.lineno
+
+
+def is_check(node):
+    return isinstance(node, ast.Attribute) and ast.unparse(node).startswith(CHECKS)
+
+
+def test_every_case_of_a_test_can_fail():
+    """A condition chooses the cases of a test; ending one early would let it pass for any code."""
+    for path in pathlib.Path(__file__).parent.glob("*.py"):
+        found = list(cannot_fail(path.read_text()))
+        assert len(found) == SKIPS.get(path.name, 0), f"{path.name}: {found}"
+
+
+def test_cases_that_cannot_fail_are_found():
+    source = """if True:
+        @pytest.mark.skipif(True)
+        def test_one(case):
+            if not case:
+                return
+            f = lambda: 1
+            def g():
+                return 2
+            assert f() == g()
+            pytest.skip("none")
+        def test_two():
+            f()
+        """
+    found = {("skips", 2), ("skips", 10), ("returns", 5), ("looks at nothing", 11)}
+    assert set(cannot_fail(source)) == found

@@ -301,16 +301,22 @@ def test_bounds_are_the_same_without_jit(case):
         assert any(np.any(x) for x in jax.tree.leaves(eager[1])), name
 
 
-@pytest.mark.parametrize("run", [jax.eval_shape, lambda f, *args: f(*args)], ids=["traced", "eager"])
-@rows()
-def test_refusals_of_the_bounds(case, run):
-    """Before anything is computed, by an error that names the class or says that it has no density."""
+REFUSED = [
+    pytest.param(case, engine, words, id=f"{case}-{engine}")
+    for case in DISTRIBUTIONS
+    for engine, words in OWED[kind(case)].items()
+    if words not in ("exact", "own")
+]
+
+
+@pytest.mark.parametrize(("case", "engine", "words"), REFUSED)
+def test_refusals_of_the_bounds(case, engine, words):
+    """While the program is traced and outside of jit, by an error that names the class or its density."""
     params = {name: jnp.asarray(x) for name, x in case.floats.items()}
-    for name, words in OWED[kind(case)].items():
-        if words in ("exact", "own"):
-            continue
+    gradient = jax.grad(lambda p: loss(case, p, KEY, engine))
+    for run in (functools.partial(jax.eval_shape, gradient), gradient):
         with pytest.raises((ValueError, NotImplementedError), match=words):
-            run(jax.grad(lambda p, name=name: loss(case, p, KEY, name)), params)
+            run(params)
 
 
 # --- MCMC and enumeration ---------------------------------------------------------------------

@@ -32,6 +32,10 @@ MOMENTS |= {rd.SimpleTopK}
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
+def lacks(condition):
+    return lambda case: not condition(case)
+
+
 def has_law(case):
     """Soft numbers, soft subsets and permutations have no density in closed form."""
     return case.support not in ("number", "k_hot_soft", "doubly")
@@ -43,6 +47,10 @@ def has_moments(case):
 
 def has_cdf(case):
     return not case.event and "values" not in case.params
+
+
+def has_entropy(case):
+    return case.distribution in DISCRETE | {rd.SimpleTopK}
 
 
 def has_atoms_only(case):
@@ -289,11 +297,10 @@ OUTSIDE = {
 }  # fmt: skip
 
 
-@rows(has_law)
+# any number is one of "exact_number"; what is not of its list is tested above
+@rows(has_law, lambda case: case.support != "exact_number")
 def test_outside_of_the_support_is_impossible(case, monkeypatch):
     """If validated, by the support alone: whatever the density says there."""
-    if case.support == "exact_number":  # any number is one; what is not of the list is tested above
-        return
     z = np.float32(OUTSIDE[case.support])
     if len(case.event) and case.event != (3,):
         z = -np.ones((2, *case.event), np.float32)
@@ -305,13 +312,15 @@ def test_outside_of_the_support_is_impossible(case, monkeypatch):
     assert (case.build(validate_args=False).log_prob(z) == 0).all()
 
 
-@rows()
+@rows(lacks(has_moments))
+def test_moments_that_have_no_closed_form_are_an_error(case):
+    for name in ("mean", "variance"):
+        with pytest.raises(NotImplementedError):
+            getattr(case.build(), name)
+
+
+@rows(has_moments)
 def test_mean_and_variance(case):
-    if not has_moments(case):
-        for name in ("mean", "variance"):
-            with pytest.raises(NotImplementedError):
-                getattr(case.build(), name)
-        return
     n = 40_000
 
     @jax.jit
@@ -327,12 +336,14 @@ def test_mean_and_variance(case):
     assert (np.abs(centred.var(0) - variance) < 4.5 * spread_of_squares + 1e-6).all()
 
 
-@rows()
+@rows(lacks(has_entropy))
+def test_an_entropy_without_a_closed_form_is_an_error(case):
+    with pytest.raises(NotImplementedError):
+        case.build().entropy()
+
+
+@rows(has_entropy)
 def test_entropy(case):
-    if case.distribution not in DISCRETE | {rd.SimpleTopK}:
-        with pytest.raises(NotImplementedError):
-            case.build().entropy()
-        return
     _, law = outcomes(case)
     np.testing.assert_allclose(
         jax.jit(lambda: case.build().entropy())(), -(law * np.log(law)).sum(0), rtol=1e-5
@@ -351,14 +362,16 @@ def test_entropy(case):
     assert jnp.isfinite(slope).all()
 
 
-@rows()
+@rows(lacks(has_cdf))
+def test_a_cdf_without_a_closed_form_is_an_error(case):
+    for call in (case.build().cdf, case.build().icdf):
+        with pytest.raises(NotImplementedError):
+            call(0.5)
+
+
+@rows(has_cdf)
 def test_cdf(case):
     """cdf and icdf are inverse, have the jumps and the slope of the law, and are those of the draws."""
-    if not has_cdf(case):
-        for call in (case.build().cdf, case.build().icdf):
-            with pytest.raises(NotImplementedError):
-                call(0.5)
-        return
     n, v = 5000, np.random.default_rng(3).uniform(size=(5000, 2))
     levels = np.repeat(np.linspace(0, 1, 41, dtype=np.float32)[:, None], 2, 1)
 

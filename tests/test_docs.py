@@ -37,8 +37,10 @@ def load(path):
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if PYTHON.search(text)])
 def test_snippets_run(page):
-    names = {}
-    for number, snippet in enumerate(PYTHON.findall(PAGES[page])):
+    """And what they say of their results holds: each page asserts something."""
+    names, snippets = {}, PYTHON.findall(PAGES[page])
+    assert re.search(r"^ *assert ", "".join(snippets), re.MULTILINE)
+    for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"{page}, snippet {number}", "exec"), names)
     jax.block_until_ready([x for x in names.values() if isinstance(x, jax.Array)])
 

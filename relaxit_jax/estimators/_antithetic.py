@@ -33,10 +33,17 @@ def arm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
       M. Yin, M. Zhou (2019), ARM: Augment-REINFORCE-Merge Gradient for Stochastic Binary Networks,
       arXiv:1807.11143.
 
-    >>> from relaxit_jax.estimators import Bernoulli
+    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+
+    >>> from relaxit_jax.estimators import Bernoulli, exact
     >>> f = lambda b: (b.sum(-1) - 2) ** 2
-    >>> jax.grad(lambda l: arm(jax.random.key(0), f, Bernoulli(l)))(jnp.zeros(2))
-    Array([-1.790..., -1.914...], dtype=float32)
+    >>> logits = jnp.array([2.0, -2.0])
+    >>> rows = lambda l: Bernoulli(jnp.tile(l, (100_000, 1)))
+    >>> mean = lambda l: arm(jax.random.key(0), f, rows(l)).mean()
+    >>> jax.jit(jax.grad(mean))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
+    >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
     """
     return _antithetic(key, f, q, lambda one, other, centred: centred)
 
@@ -63,10 +70,17 @@ def disarm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
       Z. Dong, A. Mnih, G. Tucker (2020), DisARM: An Antithetic Gradient Estimator for Binary Latent
       Variables, arXiv:2006.10680.
 
-    >>> from relaxit_jax.estimators import Bernoulli
+    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+
+    >>> from relaxit_jax.estimators import Bernoulli, exact
     >>> f = lambda b: (b.sum(-1) - 2) ** 2
-    >>> jax.grad(lambda l: disarm(jax.random.key(0), f, Bernoulli(l)))(jnp.zeros(2))
-    Array([-1., -1.], dtype=float32)
+    >>> logits = jnp.array([2.0, -2.0])
+    >>> rows = lambda l: Bernoulli(jnp.tile(l, (100_000, 1)))
+    >>> mean = lambda l: disarm(jax.random.key(0), f, rows(l)).mean()
+    >>> jax.jit(jax.grad(mean))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
+    >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
     """
 
     def weight(one, other, centred):

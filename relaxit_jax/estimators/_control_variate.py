@@ -48,10 +48,17 @@ def rebar(
       G. Tucker, A. Mnih, C. J. Maddison, D. Lawson, J. Sohl-Dickstein (2017), REBAR: Low-variance,
       unbiased gradient estimates for discrete latent variable models, arXiv:1703.07370.
 
-    >>> from relaxit_jax.estimators import Bernoulli
+    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+
+    >>> from relaxit_jax.estimators import Bernoulli, exact
     >>> f = lambda b: (b.sum(-1) - 2) ** 2
-    >>> jax.grad(lambda l: rebar(jax.random.key(0), f, Bernoulli(l)))(jnp.zeros(2))
-    Array([-0.135..., -0.143...], dtype=float32)
+    >>> logits = jnp.array([2.0, -2.0])
+    >>> rows = lambda l: Bernoulli(jnp.tile(l, (100_000, 1)))
+    >>> mean = lambda l: rebar(jax.random.key(0), f, rows(l)).mean()
+    >>> jax.jit(jax.grad(mean))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
+    >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
     """
     ck.require_positive("tau", tau)
     tau, eta = ck.as_float("tau", tau), ck.as_float("eta", eta)
@@ -108,12 +115,18 @@ def relax(
       W. Grathwohl, D. Choi, Y. Wu, G. Roeder, D. Duvenaud (2018), Backpropagation through the Void:
       Optimizing control variates for black-box gradient estimation, arXiv:1711.00123.
 
-    >>> from relaxit_jax.estimators import Bernoulli
+    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+
+    >>> from relaxit_jax.estimators import Bernoulli, exact
     >>> f = lambda b: (b.sum(-1) - 2) ** 2
-    >>> estimate = lambda l: relax(
-    ...     jax.random.key(0), f, Bernoulli(l), control_variate=lambda z: jnp.sum(jnp.tanh(z), -1))
-    >>> jax.grad(estimate)(jnp.zeros(2))
-    Array([ 0.63..., -0.35...], dtype=float32)
+    >>> c = lambda z: -jnp.tanh(z).sum(-1)
+    >>> logits = jnp.array([2.0, -2.0])
+    >>> rows = lambda l: Bernoulli(jnp.tile(l, (100_000, 1)))
+    >>> mean = lambda l: relax(jax.random.key(0), f, rows(l), control_variate=c).mean()
+    >>> jax.jit(jax.grad(mean))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
+    >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
     """
     variate = lambda z: base.call(control_variate, q, z, "control_variate")
     return _with_variate(key, f, q, lambda _: variate)
@@ -170,12 +183,23 @@ def value_and_grads(
       G. Tucker et al. (2017), arXiv:1703.07370, section 3.2; W. Grathwohl et al. (2018),
       arXiv:1711.00123, section 3.1.
 
+    Averaged over 100,000 keys, the value and the gradient agree with `exact`:
+
     >>> from relaxit_jax.estimators import Bernoulli
     >>> def loss(logits, eta, key):
     ...     return rebar(key, lambda b: (b.sum(-1) - 2) ** 2, Bernoulli(logits), eta=eta)
-    >>> value, gradient, eta_gradient = value_and_grads(loss, jnp.zeros(2), 0.5, jax.random.key(0))
-    >>> gradient.shape, eta_gradient.shape
-    ((2,), ())
+    >>> logits, keys = jnp.array([2.0, -2.0]), jax.random.split(jax.random.key(0), 100_000)
+    >>> one = lambda key, eta: value_and_grads(loss, logits, eta, key)
+    >>> each = jax.jit(jax.vmap(one, (0, None)))
+    >>> value, gradient, eta_gradient = each(keys, 0.5)
+    >>> value.mean().round(1), gradient.mean(0).round(2)
+    (Array(1.2, dtype=float32), Array([-0.29, -0.13], dtype=float32))
+
+    The squared norm of the gradient is quadratic in eta, so its slope at 0.5 is its rise from 0 to 1:
+
+    >>> squared_norm = lambda eta: (each(keys, eta)[1] ** 2).sum(-1).mean()
+    >>> f"{eta_gradient.mean():.2f} {squared_norm(1.0) - squared_norm(0.0):.2f}"
+    '-0.78 -0.78'
     """
 
     def scalar(params, variate):

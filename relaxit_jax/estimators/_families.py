@@ -85,6 +85,12 @@ class Bernoulli(Variables):
 
     >>> Bernoulli(jnp.zeros((5, 3))).batch_shape
     (5,)
+    >>> q = Bernoulli(jnp.log(jnp.array([1.0, 3.0])))
+    >>> mean = jax.jit(lambda key: q.sample(key, (100_000,)).mean(0))
+    >>> mean(jax.random.key(0)).round(2)
+    Array([0.5 , 0.75], dtype=float32)
+    >>> jnp.exp(q.log_prob(jnp.ones(2)))
+    Array(0.375, dtype=float32)
     """
 
     def __init__(self, logits: ArrayLike, event_ndims: int = 1) -> None:
@@ -176,6 +182,13 @@ class OneHotCategorical(Variables):
 
     >>> OneHotCategorical(jnp.zeros((5, 3, 10))).batch_shape
     (5,)
+    >>> q = OneHotCategorical(jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0]])))
+    >>> mean = jax.jit(lambda key: q.sample(key, (100_000,)).mean(0))
+    >>> mean(jax.random.key(0)).round(2)
+    Array([[0.25, 0.75],
+           [0.5 , 0.5 ]], dtype=float32)
+    >>> jnp.exp(q.log_prob(jnp.array([[0.0, 1.0], [1.0, 0.0]])))
+    Array(0.375, dtype=float32)
     """
 
     def __init__(self, logits: ArrayLike, event_ndims: int = 2) -> None:
