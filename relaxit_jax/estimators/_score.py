@@ -52,8 +52,11 @@ def reinforce(
     Array([-0.29, -0.13], dtype=float32)
     """
     ck.check_key(key)
+    base.check(q, f=f)
     baseline = ck.as_float("baseline", baseline)
-    ck.batch_shape(q.batch_shape, baseline=baseline.shape)
+    need = f"of a shape that broadcasts to the batch shape {q.batch_shape} of q"
+    fits = ck.broadcasts_to(baseline.shape, q.batch_shape)
+    ck.require(fits, "baseline", need, f"shape {baseline.shape}")
     sample = q.sample(key)
     value = base.call(f, q, sample)
     gain = jnp.broadcast_to(value - baseline.astype(value.dtype), q.batch_shape)
@@ -96,6 +99,7 @@ def rloo(key: Array, f: Callable[[Array], ArrayLike], q: base.Family, *, num_sam
     Array([-0.29, -0.13], dtype=float32)
     """
     ck.check_key(key)
+    base.check(q, f=f)
     num_samples = ck.as_num_samples(num_samples, 2)
     samples = q.sample(key, (num_samples,))
     values = base.call(f, q, samples)
@@ -129,6 +133,7 @@ def exact(f: Callable[[Array], ArrayLike], q: base.Family) -> Array:
     >>> value.round(1), gradient.round(2)
     (Array(1.2, dtype=float32), Array([-0.29, -0.13], dtype=float32))
     """
+    base.check(q, f=f)
     total, events = q.outcomes()
     need = f"a family whose events have at most {MOST_OUTCOMES} outcomes"
     ck.require(total <= MOST_OUTCOMES, "q", need, total)
