@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _math as lm
+from relaxit_jax._placement import where
 
 MOST_VALUES = 10_000
 
@@ -43,8 +44,8 @@ def fold_tail(log_pmf, num_values):
     others would cancel, and have no gradient where it is rounded to 0. A heavy one, which may go on
     for longer, is one minus the others.
     """
-    head, tail = log_pmf[..., : num_values - 1], nm.log_sum_exp(log_pmf[..., num_values - 1 :])
-    below = nm.log_sum_exp(head)
+    head, tail = log_pmf[..., : num_values - 1], lm.log_sum_exp(log_pmf[..., num_values - 1 :])
+    below = lm.log_sum_exp(head)
     heavy = below < math.log(0.999)
-    rest = jnp.log(-jnp.expm1(nm.where(heavy, below, -1)))
-    return jnp.concatenate([head, nm.where(heavy, rest, tail)[..., None]], -1)
+    rest = jnp.log(-jnp.expm1(where(heavy, below, -1)))
+    return jnp.concatenate([head, where(heavy, rest, tail)[..., None]], -1)

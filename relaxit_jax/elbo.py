@@ -19,7 +19,7 @@ from numpyro.infer.elbo import ELBO, LossWithMutableState, get_nonreparam_deps
 from numpyro.primitives import Messenger
 from numpyro.util import _validate_model, check_model_guide_match
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 
 __all__ = ["RLOO_ELBO"]
 
@@ -90,10 +90,10 @@ class RLOO_ELBO(ELBO):
     can_infer_discrete: bool = True
 
     def __init__(self, num_particles: int = 2, vectorize_particles: bool | Callable[..., Any] = True) -> None:
-        num_particles = ck.as_static_int("num_particles", num_particles, 2, 1_000_000)
+        num_particles = arg.as_static_int("num_particles", num_particles, 2, 1_000_000)
         known = isinstance(vectorize_particles, bool) or callable(vectorize_particles)
         need = "True, False or a function to use in place of jax.vmap"
-        ck.require(known, "vectorize_particles", need, ck.shown(vectorize_particles))
+        arg.require(known, "vectorize_particles", need, arg.shown(vectorize_particles))
         super().__init__(num_particles, vectorize_particles)
 
     def loss_with_mutable_state(
@@ -106,9 +106,9 @@ class RLOO_ELBO(ELBO):
         **kwargs: Any,
     ) -> LossWithMutableState:
         """The loss of `loss`, and the new values of the mutable sites, None if there are none."""
-        ck.check_key(rng_key, "rng_key")
+        arg.check_key(rng_key, "rng_key")
         for name, f in {"model": model, "guide": guide}.items():
-            ck.require(callable(f), name, "a function", ck.shown(f))
+            arg.require(callable(f), name, "a function", arg.shown(f))
         # the keys of the particles are Trace_ELBO's, and so are the draws where no plate is subsampled
         keys = jax.random.split(rng_key, self.num_particles)
         minibatch = jax.random.split(jax.random.fold_in(rng_key, self.num_particles))

@@ -7,8 +7,8 @@ from jax import Array
 from jax.nn import logsumexp
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax._placement import where
 
 
 def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
@@ -40,9 +40,9 @@ def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
     Array([[ 0.5, -0.5],
            [-0.5,  0.5]], dtype=float32)
     """
-    ck.require_event("concentration", concentration)
-    dtype, alpha = ck.widen(concentration=concentration)
-    alpha = ck.as_positive("concentration", concentration, alpha.dtype)
+    arg.require_event("concentration", concentration)
+    dtype, alpha = arg.widen(concentration=concentration)
+    alpha = arg.as_positive("concentration", concentration, alpha.dtype)
     k = _at_least_two("concentration", alpha)
     log_alpha, inverse = jnp.log(alpha), 1 / alpha
     loc = log_alpha - jnp.mean(log_alpha, -1, keepdims=True)
@@ -50,7 +50,7 @@ def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
     shared = (pairs - jnp.mean(inverse, -1)[..., None, None]) / k
     # 1 - 2/K first: on the diagonal 1/alpha - 2/(K alpha) would cancel, wholly so for K = 2
     diagonal = inverse * (1 - 2 / k) + jnp.mean(inverse, -1, keepdims=True) / k
-    covariance = nm.where(jnp.eye(k, dtype=bool), diagonal[..., None], -shared)
+    covariance = where(jnp.eye(k, dtype=bool), diagonal[..., None], -shared)
     return loc.astype(dtype), covariance.astype(dtype)
 
 
@@ -86,21 +86,21 @@ def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike, *, log_space: b
     >>> gaussian_to_dirichlet(*dirichlet_to_gaussian(alpha)).round(4)
     Array([ 0.5,  2. , 30. ], dtype=float32)
     """
-    ck.require_flags(log_space=log_space)
-    ck.require_event("loc", loc)
-    dtype, loc, covariance = ck.widen(loc=loc, covariance=covariance)
+    arg.require_flags(log_space=log_space)
+    arg.require_event("loc", loc)
+    dtype, loc, covariance = arg.widen(loc=loc, covariance=covariance)
     k = _at_least_two("loc", loc)
-    ck.require_square("covariance", covariance, k)
-    ck.require_values(
+    arg.require_square("covariance", covariance, k)
+    arg.require_values(
         "covariance", covariance, "positive on its diagonal",
         lambda a: a.diagonal(axis1=-2, axis2=-1) > 0,
     )  # fmt: skip
-    ck.batch_shape(None, loc=loc.shape[:-1], covariance=covariance.shape[:-2])
+    arg.batch_shape(None, loc=loc.shape[:-1], covariance=covariance.shape[:-2])
     loc = loc - jnp.mean(loc, -1, keepdims=True)
     rows = jnp.mean(covariance, -1) + jnp.mean(covariance, -2)
     everything = jnp.mean(covariance, (-2, -1))[..., None]
     diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    variance = nm.where(diagonal > 0, diagonal - rows + everything, jnp.nan)
+    variance = where(diagonal > 0, diagonal - rows + everything, jnp.nan)
     log_spread = loc + logsumexp(-loc, -1, keepdims=True) - 2 * math.log(k)
     least = 1 - 2 / k
     log_variance = jnp.log(variance)
@@ -108,10 +108,10 @@ def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike, *, log_space: b
         return (jnp.logaddexp(log_spread, math.log(least)) if least else log_spread) - log_variance
     log_alpha = log_spread - log_variance
     too_large = log_alpha >= math.log(float(jnp.finfo(loc.dtype).max))
-    alpha = least / nm.where(too_large, 1, variance) + jnp.exp(nm.where(too_large, 0, log_alpha))
-    return nm.where(too_large, jnp.inf, alpha).astype(dtype)
+    alpha = least / where(too_large, 1, variance) + jnp.exp(where(too_large, 0, log_alpha))
+    return where(too_large, jnp.inf, alpha).astype(dtype)
 
 
 def _at_least_two(name, x):
-    ck.require(x.shape[-1] >= 2, name, "of at least two classes", f"shape {x.shape}")
+    arg.require(x.shape[-1] >= 2, name, "of at least two classes", f"shape {x.shape}")
     return x.shape[-1]

@@ -33,7 +33,7 @@ from laws import (
     which_set,
     which_value,
 )
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _random as rng
 from relaxit_jax import distributions as rd
 
 
@@ -167,7 +167,7 @@ def mean_softmax(key, draw, log_p, logits, tau, num_samples):
     """Of the noise under which log_p + G is largest where the draw is one."""
 
     def one(key):
-        _, perturbed = nm.conditional_gumbel(key, log_p, draw > 0)
+        _, perturbed = rng.conditional_gumbel(key, log_p, draw > 0)
         noise = jax.lax.stop_gradient(perturbed - logits)
         return jax.nn.softmax((logits + noise) / jnp.asarray(tau)[..., None])
 

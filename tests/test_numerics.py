@@ -10,18 +10,20 @@ import scipy.special as sp
 import scipy.stats as st
 
 import relaxit_jax as rj
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _random as rng
 
 KEY = jax.random.key(7)
 NOISE = {
-    nm.logistic: sp.logit,
-    nm.gumbel: lambda u: -np.log(-np.log(u)),
-    nm.normal: sp.ndtri,
+    rng.logistic: sp.logit,
+    rng.gumbel: lambda u: -np.log(-np.log(u)),
+    rng.normal: sp.ndtri,
 }
 UPPER = {  # the same quantiles from 1 - u, where u itself would round
-    nm.logistic: lambda q: -sp.logit(q),
-    nm.gumbel: lambda q: -np.log(-np.log1p(-q)),
-    nm.normal: lambda q: -sp.ndtri(q),
+    rng.logistic: lambda q: -sp.logit(q),
+    rng.gumbel: lambda q: -np.log(-np.log1p(-q)),
+    rng.normal: lambda q: -sp.ndtri(q),
 }
 
 
@@ -39,7 +41,7 @@ def test_noise_is_the_quantile_of_its_bits(noise, dtype, monkeypatch):
         small += [int(x) for x in np.geomspace(4, 2 ** (width - 1.001), 300)]
         small += [int(x * 2**width) for x in np.linspace(9e-4, 9.5e-4, 50)]  # where one fit meets the other
         bits = np.array(small + [2**width - 1 - i for i in small], f"uint{width}")
-        monkeypatch.setattr(nm, "random_bits", lambda *args: jnp.asarray(bits))
+        monkeypatch.setattr(rng, "random_bits", lambda *args: jnp.asarray(bits))
         drawn = np.asarray(noise(KEY, bits.shape, jnp.zeros((), dtype)), np.float64)
     tail = (np.array(small, np.float64) + 0.5) * 2.0**-width
     rtol = 6e-7 if dtype == jnp.float32 else 3e-15
@@ -52,24 +54,24 @@ def test_bits_are_those_of_jax(shape):
     """To the last one, of typed and of raw keys, in a batch of keys, eager and compiled."""
     for key in (jax.random.key(0), jax.random.PRNGKey(2**31 + 5), jax.random.key(7, impl="rbg")):
         expected = np.asarray(jax.random.bits(key, shape))
-        np.testing.assert_array_equal(nm.random_bits(key, shape, 32), expected)
-        np.testing.assert_array_equal(jax.jit(lambda key: nm.random_bits(key, shape, 32))(key), expected)
+        np.testing.assert_array_equal(rng.random_bits(key, shape, 32), expected)
+        np.testing.assert_array_equal(jax.jit(lambda key: rng.random_bits(key, shape, 32))(key), expected)
     keys = jax.random.split(KEY, (2, 3))
-    both = (lambda key: nm.random_bits(key, shape, 32), lambda key: jax.random.bits(key, shape))
+    both = (lambda key: rng.random_bits(key, shape, 32), lambda key: jax.random.bits(key, shape))
     np.testing.assert_array_equal(*(jax.vmap(jax.vmap(draw))(keys) for draw in both))
 
 
 def test_more_bits_than_places_of_32_bits():
     """They are left to JAX, and so are wider ones."""
-    program = lambda shape: str(jax.make_jaxpr(lambda key: nm.random_bits(key, shape, 32))(KEY))
+    program = lambda shape: str(jax.make_jaxpr(lambda key: rng.random_bits(key, shape, 32))(KEY))
     assert "random_bits[" in program((2**17, 2**16)) and "random_bits[" not in program((2**16, 2**16))
     with jax.enable_x64(True):
-        assert nm.random_bits(KEY, (2,), 64).dtype == jnp.uint64
+        assert rng.random_bits(KEY, (2,), 64).dtype == jnp.uint64
 
 
 @pytest.mark.parametrize("noise", NOISE, ids=lambda f: f.__name__)
 def test_noise_has_its_distribution(noise):
-    laws = {nm.logistic: st.logistic, nm.gumbel: st.gumbel_r, nm.normal: st.norm}
+    laws = {rng.logistic: st.logistic, rng.gumbel: st.gumbel_r, rng.normal: st.norm}
     drawn = np.asarray(noise(KEY, (200_000,), jnp.float32(0)), np.float64)
     assert st.kstest(drawn, laws[noise].cdf).pvalue > 1e-4
 
@@ -130,7 +132,7 @@ def test_tails_are_right_to_the_last_bit(dtype, monkeypatch):
     for name, (tail, event) in TAILS.items():
         for bits in (lower, ~lower):
             with jax.enable_x64(width == 64), monkeypatch.context() as patch:
-                patch.setattr(nm, "random_bits", lambda key, shape, *_: jnp.asarray(bits).reshape(shape))  # noqa: B023
+                patch.setattr(rng, "random_bits", lambda key, shape, *_: jnp.asarray(bits).reshape(shape))  # noqa: B023
                 cast = lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), lower.shape)
                 happens = np.asarray(event(rare[:, None], cast))
             own = (bits is lower) == (tail == "lower")
@@ -193,19 +195,19 @@ def test_straight_through_is_exact():
     soft = jax.nn.sigmoid(jax.random.normal(KEY, (100_000,)))
     hard = soft > 0.5
     assert (hard + soft - soft != hard).any()  # where a sum would show
-    assert set(np.unique(nm.straight_through(hard, soft))) == {0.0, 1.0}
-    slope = jax.grad(lambda soft: jnp.sum(nm.straight_through(hard, soft**2)))(soft)
+    assert set(np.unique(gr.straight_through(hard, soft))) == {0.0, 1.0}
+    slope = jax.grad(lambda soft: jnp.sum(gr.straight_through(hard, soft**2)))(soft)
     np.testing.assert_allclose(slope, 2 * soft)
-    assert jnp.isnan(nm.straight_through(jnp.array(True), jnp.array(jnp.nan)))
+    assert jnp.isnan(gr.straight_through(jnp.array(True), jnp.array(jnp.nan)))
 
 
 def test_probit_and_logit_are_inverse_far_into_the_tails():
     x = np.concatenate([np.linspace(-80, 80, 2001), [1e3, -1e4, 1e7, -1e7]]).astype(np.float32)
     exact = -np.sign(x) * sp.ndtri_exp(-np.logaddexp(0, np.abs(x.astype(float))))
-    probit = np.asarray(nm.logit_to_probit(jnp.asarray(x)))
+    probit = np.asarray(lm.logit_to_probit(jnp.asarray(x)))
     np.testing.assert_allclose(probit, exact, rtol=2e-6, atol=2e-7)
-    np.testing.assert_allclose(nm.probit_to_logit(probit), x, rtol=2e-4, atol=1e-6)
-    assert jax.grad(nm.logit_to_probit)(jnp.inf) == 0
+    np.testing.assert_allclose(lm.probit_to_logit(probit), x, rtol=2e-4, atol=1e-6)
+    assert jax.grad(lm.logit_to_probit)(jnp.inf) == 0
 
 
 def mills(x):
@@ -234,20 +236,20 @@ def log_min_gumbel_cdf_slope(x):
 
 
 SLOPES = {
-    nm.log_ndtr: mills,
-    nm.probit_to_logit: lambda v: mills(v) + mills(-v),
-    nm.logit_to_probit: lambda x: 1 / (mills(probit_of_logit(x)) + mills(-probit_of_logit(x))),
-    nm.log_min_gumbel_cdf: log_min_gumbel_cdf_slope,
+    lm.log_ndtr: mills,
+    lm.probit_to_logit: lambda v: mills(v) + mills(-v),
+    lm.logit_to_probit: lambda x: 1 / (mills(probit_of_logit(x)) + mills(-probit_of_logit(x))),
+    lm.log_min_gumbel_cdf: log_min_gumbel_cdf_slope,
 }
 # a function, its values by SciPy, its range, and where one form of it gives way to another
 FORMS = [
-    (nm.log_ndtr, sp.log_ndtr, (-60, 8), {32: (-10.0, -5.0, 5.0), 64: (-20.0, -10.0, 8.0)}),
-    (nm.log_ndtr, sp.log_ndtr, (-1e4, -60), {32: (), 64: ()}),
-    (nm.probit_to_logit, log_odds_of_ndtr, (-38, 38), {32: (10.0, -10.0, 12.9), 64: (20.0, -20.0, 12.9)}),
-    (nm.probit_to_logit, log_odds_of_ndtr, (38, 1e4), {32: (), 64: ()}),
-    (nm.logit_to_probit, probit_of_logit, (-36, 36), {32: (5.1,), 64: (5.1,)}),
-    (nm.logit_to_probit, probit_of_logit, (36, 1e4), {32: (53.2,), 64: (203.9,)}),
-    (nm.log_min_gumbel_cdf, log_min_gumbel_cdf, (-80, 6), {32: (-15.0, 5.0), 64: (-15.0, 5.0)}),
+    (lm.log_ndtr, sp.log_ndtr, (-60, 8), {32: (-10.0, -5.0, 5.0), 64: (-20.0, -10.0, 8.0)}),
+    (lm.log_ndtr, sp.log_ndtr, (-1e4, -60), {32: (), 64: ()}),
+    (lm.probit_to_logit, log_odds_of_ndtr, (-38, 38), {32: (10.0, -10.0, 12.9), 64: (20.0, -20.0, 12.9)}),
+    (lm.probit_to_logit, log_odds_of_ndtr, (38, 1e4), {32: (), 64: ()}),
+    (lm.logit_to_probit, probit_of_logit, (-36, 36), {32: (5.1,), 64: (5.1,)}),
+    (lm.logit_to_probit, probit_of_logit, (36, 1e4), {32: (53.2,), 64: (203.9,)}),
+    (lm.log_min_gumbel_cdf, log_min_gumbel_cdf, (-80, 6), {32: (-15.0, 5.0), 64: (-15.0, 5.0)}),
 ]
 
 
@@ -270,7 +272,7 @@ def test_log_space_functions_have_all_their_digits(f, reference, ends, switches,
     x = x.astype(float)
     value_rtol, slope_rtol, far_rtol = (1e-6, 1.5e-5, 4e-7) if width == 32 else (2e-15, 1e-13, 1e-14)
     np.testing.assert_allclose(value, reference(x), rtol=value_rtol, atol=value_rtol / 5)
-    far = np.abs(x) > (10 if width == 32 else 20) if f in (nm.log_ndtr, nm.probit_to_logit) else False
+    far = np.abs(x) > (10 if width == 32 else 20) if f in (lm.log_ndtr, lm.probit_to_logit) else False
     error = np.abs(np.asarray(slope) - SLOPES[f](x)) / np.maximum(SLOPES[f](x), 1e-20)
     assert (error < np.where(far, far_rtol, slope_rtol)).all()
 
@@ -284,4 +286,4 @@ def test_static_checks_hold_inside_a_jitted_function():
 
 def test_largest_is_the_first_of_equals():
     x = jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-jnp.inf, 0.0, -jnp.inf]])
-    np.testing.assert_array_equal(nm.largest(x), np.eye(3, dtype=bool)[[1, 0, 1]])
+    np.testing.assert_array_equal(lm.largest(x), np.eye(3, dtype=bool)[[1, 0, 1]])

@@ -20,7 +20,7 @@ from numpyro.distributions import biject_to
 from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
 
 from cases import DISTRIBUTIONS
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _base as base
 from test_distributions import (
@@ -300,7 +300,7 @@ def test_a_sampler_looks_at_values_unless_told_not_to(case, monkeypatch):
     """With `validate_args=False` what was constructed can be drawn and scored, whatever its values."""
 
     def sampler(*_, shape=(2,), **__):
-        ck.require_values("tau", -1.0, "positive", lambda x: x > 0)
+        arg.require_values("tau", -1.0, "positive", lambda x: x > 0)
         return jnp.zeros(shape)
 
     for name in ("_sampler", "_density"):

@@ -8,7 +8,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import relaxit_jax as rj
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _math as lm
+from relaxit_jax import _random as rng
 from test_samplers import KEY, P_VALUE, chi_square
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -17,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 def perturbed(logits, shape=()):
     """logits + G of the same key, in float64."""
     logits = jnp.asarray(logits, jnp.float32)
-    noise = nm.gumbel(KEY, (*shape, *logits.shape[-2:]), logits)
-    return np.asarray(nm.centre(logits) + noise, np.float64)
+    noise = rng.gumbel(KEY, (*shape, *logits.shape[-2:]), logits)
+    return np.asarray(lm.centre(logits) + noise, np.float64)
 
 
 def rounds(a, count):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 
 ROUNDING = 1e-5  # of float32, in units of the gradient
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
@@ -90,7 +90,7 @@ class GradientReport:
 
     def __getitem__(self, name: str) -> dict[str, float]:
         """The numbers of one estimator."""
-        ck.require_choice("name", name, self.names)
+        arg.require_choice("name", name, self.names)
         row = self.names.index(name)
         numbers: dict[str, float] = {field: getattr(self, field)[row].item() for field in NUMBERS}
         numbers["biased"] = bool(self.biased[row])
@@ -143,7 +143,7 @@ class GradientReport:
           where: the path of a picture, or axes of matplotlib.
           cost: "calls" of f, or "seconds".
         """
-        ck.require_choice("cost", cost, ("calls", "seconds"))
+        arg.require_choice("cost", cost, ("calls", "seconds"))
         if hasattr(where, "plot"):
             _draw(self, where, cost)
             return
@@ -155,7 +155,7 @@ class GradientReport:
             ) from error
         file: Any = where
         is_file = isinstance(where, (str, os.PathLike)) or hasattr(where, "write")
-        ck.require(is_file, "where", "a path, a file or axes of matplotlib", ck.shown(where))
+        arg.require(is_file, "where", "a path, a file or axes of matplotlib", arg.shown(where))
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         _draw(self, figure.subplots(), cost)
         figure.savefig(file, dpi=120)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax import estimators as es
 from relaxit_jax.diagnostics._base import NUMBERS, GradientReport
 from relaxit_jax.estimators._base import Estimator, Family, Q, as_result, check
@@ -45,14 +45,14 @@ def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Family]:
     Array(2., dtype=float32)
     """
 
-    ck.require(callable(sampler), "sampler", "a function (key, logits)", ck.shown(sampler))
+    arg.require(callable(sampler), "sampler", "a function (key, logits)", arg.shown(sampler))
 
     def estimator(key, f, q):
         check(q, f=f)
         sample = sampler(key, q.logits)
         shape = getattr(sample, "shape", None)
         got = f"a {type(sample).__name__}" if shape is None else f"shape {shape}"
-        ck.require(shape == q.shape, "sampler", f"one of draws of shape {q.shape}", got)
+        arg.require(shape == q.shape, "sampler", f"one of draws of shape {q.shape}", got)
         return f(sample)
 
     return estimator
@@ -115,16 +115,16 @@ def gradient_report(
     >>> report.biased, report.calls, bool(report["reinmax"]["variance"] < report["rloo"]["variance"])
     (array([False, False]), array([2, 1]), True)
     """
-    ck.check_key(key)
+    arg.check_key(key)
     check(q, f=f)
     known = isinstance(q, (es.Bernoulli, es.OneHotCategorical))
-    ck.require(known, "q", "a family of estimators", ck.shown(q))
+    arg.require(known, "q", "a family of estimators", arg.shown(q))
     good = isinstance(estimators, Mapping) and estimators and all(map(callable, estimators.values()))
     good = good and all(isinstance(name, str) for name in estimators)
     need = "a dictionary from names to functions (key, f, q)"
-    ck.require(good, "estimators", need, ck.shown(estimators))
-    n = ck.as_static_int("num_samples", num_samples, 2, 10**9)
-    size = min(ck.as_static_int("batch_size", batch_size, 2, 10**6), n)
+    arg.require(good, "estimators", need, arg.shown(estimators))
+    n = arg.as_static_int("num_samples", num_samples, 2, 10**9)
+    size = min(arg.as_static_int("batch_size", batch_size, 2, 10**6), n)
     batches = -(-n // size)
     n = batches * size
     key, reference_key = jax.random.split(key)
@@ -173,8 +173,8 @@ def _with_logits(q, logits):
 
 def _reference(key, f, q, reference, samples, size):
     """The true gradient, its standard error, and what it is in words."""
-    ck.require_choice("reference", reference, ("auto", "exact", "long_run"))
-    samples = ck.as_static_int("reference_samples", samples, 2, 10**9)
+    arg.require_choice("reference", reference, ("auto", "exact", "long_run"))
+    samples = arg.as_static_int("reference_samples", samples, 2, 10**9)
     outcomes = q.outcomes()[0]
     if reference == "exact" or (reference == "auto" and outcomes <= MOST_ENUMERATED):
         slope = jax.jit(jax.grad(lambda logits: jnp.sum(es.exact(f, _with_logits(q, logits)))))
@@ -193,12 +193,12 @@ def _reference(key, f, q, reference, samples, size):
 
 def _compile(name, estimator, key, f, q, truth, size):
     """A compiled function of logits and key: means of a batch, and sums of squares about them."""
-    truth = jnp.asarray(truth, ck.wide(q.logits.dtype))
+    truth = jnp.asarray(truth, arg.wide(q.logits.dtype))
 
     def total(logits, key):
         value = as_result(f"estimators[{name!r}]", estimator(key, f, _with_logits(q, logits)))
         need = f"a function to the batch shape {q.batch_shape} of q"
-        ck.require(value.shape == q.batch_shape, f"estimators[{name!r}]", need, f"shape {value.shape}")
+        arg.require(value.shape == q.batch_shape, f"estimators[{name!r}]", need, f"shape {value.shape}")
         return jnp.sum(value)
 
     def moments(logits, key):

@@ -17,8 +17,9 @@ from numpyro.distributions import Distribution, constraints, kl_divergence
 from numpyro.distributions.distribution import DistributionMeta
 from numpyro.distributions.util import lazy_property, validate_sample
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
+from relaxit_jax._placement import where
 from relaxit_jax.distributions._constraints import (  # noqa: F401
     Draws,
     draws_in_simplex,
@@ -40,34 +41,34 @@ SLACK = 1e-4  # by which rounding may have moved a probability, or a sum of them
 
 def bit_logits(probs) -> Array:
     """The log-odds; a probability of 0 or 1 is an infinite one. What rounding left above 1 is 1."""
-    dtype, p = ck.widen(probs=probs)
+    dtype, p = arg.widen(probs=probs)
     most = 1 + SLACK + 2 * float(jnp.finfo(dtype).eps)
-    ck.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= most))
-    p = nm.where((p > 1) & (p <= most), 1, p)
+    arg.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= most))
+    p = where((p > 1) & (p <= most), 1, p)
     return (jnp.log(p) - jnp.log1p(-p)).astype(dtype)
 
 
 def class_logits(probs) -> Array:
     """The log-probabilities; a probability of 0 is an impossible class."""
-    ck.require_event("probs", probs)
-    ck.require_values("probs", probs, "not negative", lambda p: p >= 0)
-    dtype, p = ck.widen(probs=probs)
+    arg.require_event("probs", probs)
+    arg.require_values("probs", probs, "not negative", lambda p: p >= 0)
+    dtype, p = arg.widen(probs=probs)
     slack = SLACK + p.shape[-1] * float(jnp.finfo(dtype).eps)
-    ck.require_values("probs", probs, "of sum 1", lambda p: abs(p.astype(float).sum(-1) - 1) <= slack)
-    return nm.where(p == 0, -jnp.inf, jnp.log(nm.where(p == 0, 1, p))).astype(dtype)
+    arg.require_values("probs", probs, "of sum 1", lambda p: abs(p.astype(float).sum(-1) - 1) <= slack)
+    return where(p == 0, -jnp.inf, jnp.log(where(p == 0, 1, p))).astype(dtype)
 
 
 def check_temperature(temperature, validate_args):
     """What Pyro's signature calls `temperature`, before the class calls it `tau`."""
-    ck.as_float("temperature", temperature)
-    with ck.check_values(Distribution._validate_args if validate_args is None else validate_args):
-        ck.require_positive("temperature", temperature)
+    arg.as_float("temperature", temperature)
+    with arg.check_values(Distribution._validate_args if validate_args is None else validate_args):
+        arg.require_positive("temperature", temperature)
 
 
 def per_coordinate(scale, size):
     """A scale with an event axis of this size."""
     fits = scale.shape[-1:] in ((), (1,), (size,))
-    ck.require(fits, "scale", f"of shape (..., {size})", f"shape {scale.shape}")
+    arg.require(fits, "scale", f"of shape (..., {size})", f"shape {scale.shape}")
     numpy = np if isinstance(scale, np.ndarray) else jnp
     return numpy.broadcast_to(scale, (*scale.shape[:-1], size))
 
@@ -87,12 +88,12 @@ def derived(of: Callable[[Any], Array]) -> Any:
 def _values(x, array):
     """The values of x in the dtype of its array, as NumPy has them; the array, where they cannot be seen."""
     with np.errstate(all="ignore"):  # what overflows is stored as an infinity, and checked as one
-        return np.asarray(x, array.dtype) if ck.can_be_seen(x) else array
+        return np.asarray(x, array.dtype) if arg.can_be_seen(x) else array
 
 
 def logit_quantile(logits, q):
     """The q-quantile of logits + L, L standard logistic; certain bits are certain at q = 0 and 1 too."""
-    return nm.where(jnp.isinf(logits), logits, logits + jnp.log(q) - jnp.log1p(-q))
+    return where(jnp.isinf(logits), logits, logits + jnp.log(q) - jnp.log1p(-q))
 
 
 def without_batch_of_one(x, event_dim):
@@ -113,7 +114,7 @@ def validated(log_prob: F) -> F:
 
     @functools.wraps(log_prob)
     def checked(self, value, *args, **kwargs):
-        ck.as_number("value", value)
+        arg.as_number("value", value)
         return check_support(self, value, *args, **kwargs)
 
     return cast(F, checked)
@@ -149,7 +150,7 @@ def _crossing(atoms, jumps):
     E g(z) changes by ``dP (g(atom) - g(beside it))`` where mass dP enters an atom, and no draw has a
     derivative that tells of it. Here g is a log-law, which jumps there by ``-jumps``.
     """
-    jumps = jax.lax.stop_gradient(nm.where(jnp.isfinite(jumps), jumps, 0))
+    jumps = jax.lax.stop_gradient(where(jnp.isfinite(jumps), jumps, 0))
     return jnp.sum((atoms - jax.lax.stop_gradient(atoms)) * jumps, -1)
 
 
@@ -202,8 +203,8 @@ class SamplerDistribution(Distribution, metaclass=Made):
         if "probs" in parameters:
             parameters["logits"] = self._logits(parameters["logits"], parameters.pop("probs"), checked)
         for name, x in parameters.items():
-            ck.require(x is not None or name in self._either, name, "given", None)
-        arrays = {name: ck.as_float(name, x) for name, x in parameters.items() if x is not None}
+            arg.require(x is not None or name in self._either, name, "given", None)
+        arrays = {name: arg.as_float(name, x) for name, x in parameters.items() if x is not None}
         # NumPyro's checks see the values as they came: an array made inside of a jitted function is traced
         values = {name: _values(parameters[name], x) if checked else x for name, x in arrays.items()}
         for name in arrays:
@@ -211,7 +212,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
                 size = arrays["loc"].shape[-1]
                 arrays[name], values[name] = (per_coordinate(x[name], size) for x in (arrays, values))
             if self.arg_constraints[name].event_dim:
-                ck.require_event(name, arrays[name])
+                arg.require_event(name, arrays[name])
         batch_shape, event_shape = self._shapes({name: x.shape for name, x in arrays.items()})
         for name, x in (values | dict(static or {})).items():
             setattr(self, name, x)
@@ -225,7 +226,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
     def validate_args(self, strict: bool = True) -> None:
         """Check concrete values as NumPyro does; skip traced ones: its check fails on them in shard_map."""
         for name, x in self.get_args().items():
-            if ck.can_be_seen(x):
+            if arg.can_be_seen(x):
                 with jax.ensure_compile_time_eval():
                     valid = self.arg_constraints[name](x)
                 if not np.all(valid):
@@ -235,13 +236,13 @@ class SamplerDistribution(Distribution, metaclass=Made):
 
     def _logits(self, logits, probs, checked):
         """From exactly one of the two, of bits or of classes."""
-        ck.require((logits is None) != (probs is None), "logits", "given, or else probs", "both or neither")
+        arg.require((logits is None) != (probs is None), "logits", "given, or else probs", "both or neither")
         if probs is None:
             return logits
         constraint = self.arg_constraints["logits"]
         of_bits = getattr(constraint, "base_constraint", constraint) is log_odds
         try:
-            with ck.check_values(checked):
+            with arg.check_values(checked):
                 return bit_logits(probs) if of_bits else class_logits(probs)
         except ValueError as error:
             kind = type(self).__name__
@@ -259,8 +260,8 @@ class SamplerDistribution(Distribution, metaclass=Made):
         batches = {name: shape[: len(shape) - dims[name]] for name, shape in shapes.items()}
         for name, shape in shapes.items():
             need = f"of at least {dims[name]} axes"
-            ck.require(len(shape) >= dims[name], name, need, f"shape {shape}")
-        return ck.batch_shape(None, **batches), cls._event(shapes)
+            arg.require(len(shape) >= dims[name], name, need, f"shape {shape}")
+        return arg.batch_shape(None, **batches), cls._event(shapes)
 
     @classmethod
     def _calls(cls) -> str:
@@ -286,13 +287,13 @@ class SamplerDistribution(Distribution, metaclass=Made):
         return self._draw(key, sample_shape)
 
     def _draw(self, key, sample_shape, **extra):
-        sample_shape = ck.as_shape("sample_shape", sample_shape)
+        sample_shape = arg.as_shape("sample_shape", sample_shape)
         with self._checks():
             return self._sampler(key, shape=(*sample_shape, *self.batch_shape), **self._arguments(), **extra)
 
     def _checks(self):
         """Those of the sampler and the density: of the values as well, unless `validate_args` is False."""
-        return ck.check_values(self._validate_args is not False)
+        return arg.check_values(self._validate_args is not False)
 
     def sample_with_intermediates(
         self, key: Array | None, sample_shape: tuple[int, ...] = ()
@@ -392,20 +393,20 @@ def kl_rule(*pairs):
 
 def log_pmf_of_bits(logits):
     """log P(0) and log P(1) on a last axis."""
-    _, logits = ck.widen(logits=logits)
+    _, logits = arg.widen(logits=logits)
     return jnp.stack([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], -1)
 
 
 def log_pmf_of_classes(logits):
     """Normalised log-probabilities, float32 or wider."""
-    _, logits = ck.widen(logits=logits)
+    _, logits = arg.widen(logits=logits)
     return jax.nn.log_softmax(logits, -1)
 
 
 def expected_log_pmf(log_q, log_p):
     """sum_k q_k log p_k over the last axis, in which 0 log 0 is 0."""
     possible = log_q > -jnp.inf
-    return jnp.sum(nm.where(possible, jnp.exp(log_q) * nm.where(possible, log_p, 0), 0), -1)
+    return jnp.sum(where(possible, jnp.exp(log_q) * where(possible, log_p, 0), 0), -1)
 
 
 def discrete_kl(log_q, log_p):
@@ -424,10 +425,10 @@ def known_equal(name, p, q):
 def coth_excess(d):
     """``d coth(d / 2) - 2``, the KL of two logistic distributions that lie d apart."""
     near = jnp.abs(d) < 0.5  # there the difference would cancel
-    s = nm.where(near, d, 0) ** 2
+    s = where(near, d, 0) ** 2
     series = s / 6 * (1 - s / 60 * (1 - s / 42 * (1 - s / 40 * (1 - s * 25 / 990))))
-    far = nm.where(near, 1, d)
-    return nm.where(near, series, far / jnp.tanh(far / 2) - 2)
+    far = where(near, 1, d)
+    return where(near, series, far / jnp.tanh(far / 2) - 2)
 
 
 def concrete_kl(p, q, low=-math.inf, high=math.inf):
@@ -442,9 +443,9 @@ def concrete_kl(p, q, low=-math.inf, high=math.inf):
       low: lower end, a logit.
       high: upper end, a logit.
     """
-    _, logits, tau, other, other_tau = ck.widen(p=p[0], p_tau=p[1], q=q[0], q_tau=q[1])
+    _, logits, tau, other, other_tau = arg.widen(p=p[0], p_tau=p[1], q=q[0], q_tau=q[1])
     certain = jnp.isinf(logits) | jnp.isinf(other)
-    logits, other = nm.where(certain, 0, logits), nm.where(certain, 0, other)
+    logits, other = where(certain, 0, logits), where(certain, 0, other)
     bend = jnp.clip(other / other_tau, low, high)
     place = lambda x: jnp.full_like(bend, x) if math.isinf(x) else tau * x - logits
     ends = [place(low), tau * bend - logits, place(high)]
@@ -458,10 +459,10 @@ def concrete_kl(p, q, low=-math.inf, high=math.inf):
     for i in range(2):
         u = left * below[i] + right * below[i + 1]
         v = left * above[i] + right * above[i + 1]  # 1 - u
-        log_u, log_v = (jnp.log(nm.where(x > 0, x, 1)) for x in (u, v))
+        log_u, log_v = (jnp.log(where(x > 0, x, 1)) for x in (u, v))
         y = (logits + log_u - log_v) / tau
-        ratio = jnp.log(tau / other_tau) + log_u + log_v - nm.log_logistic_pdf(other_tau * y - other)
-        width = nm.where(u < 0.5, below[i + 1] - below[i], above[i] - above[i + 1])
+        ratio = jnp.log(tau / other_tau) + log_u + log_v - lm.log_logistic_pdf(other_tau * y - other)
+        width = where(u < 0.5, below[i + 1] - below[i], above[i] - above[i + 1])
         total += jnp.sum(weights * width * ratio, -1)
     same = (p[0] == q[0]) & certain
-    return nm.where(certain, nm.where(same, 0, jnp.inf), total)
+    return where(certain, where(same, 0, jnp.inf), total)

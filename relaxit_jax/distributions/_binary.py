@@ -9,9 +9,10 @@ from jax.nn import sigmoid
 from jax.typing import ArrayLike
 from numpyro.distributions import BernoulliLogits, BernoulliProbs, constraints
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
 from relaxit_jax import samplers
+from relaxit_jax._placement import where
 from relaxit_jax.distributions import _base as base
 
 
@@ -56,14 +57,14 @@ class RelaxedBernoulli(base.Bit):
         super().__init__(validate_args, logits=logits, probs=probs, tau=tau)
 
     def cdf(self, value: ArrayLike) -> Array:
-        value = ck.as_number("value", value)
-        y, _ = nm.as_logit(value, False)
-        inside = sigmoid(self.tau * nm.where(jnp.isinf(y), 0, y) - self.logits)
+        value = arg.as_number("value", value)
+        y, _ = lm.as_logit(value, False)
+        inside = sigmoid(self.tau * where(jnp.isinf(y), 0, y) - self.logits)
         ends = (value >= 1) | ((value == 0) & (self.logits == -jnp.inf))
-        return nm.where((value <= 0) | (value >= 1), ends, inside)
+        return where((value <= 0) | (value >= 1), ends, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
-        return sigmoid(base.logit_quantile(self.logits, ck.as_float("q", q)) / self.tau)
+        return sigmoid(base.logit_quantile(self.logits, arg.as_float("q", q)) / self.tau)
 
 
 class StraightThroughBernoulli(base.Bit):
@@ -121,11 +122,11 @@ class StraightThroughBernoulli(base.Bit):
         return self._full(-base.expected_log_pmf(log_pmf, log_pmf))
 
     def cdf(self, value: ArrayLike) -> Array:
-        value = ck.as_number("value", value)
-        return self._batched(nm.where(value < 0, 0, nm.where(value < 1, sigmoid(-self.logits), 1)))
+        value = arg.as_number("value", value)
+        return self._batched(where(value < 0, 0, where(value < 1, sigmoid(-self.logits), 1)))
 
     def icdf(self, q: ArrayLike) -> Array:
-        return self._batched((ck.as_float("q", q) > sigmoid(-self.logits)).astype(self.logits.dtype))
+        return self._batched((arg.as_float("q", q) > sigmoid(-self.logits)).astype(self.logits.dtype))
 
     def enumerate_support(self, expand: bool = True) -> Array:
         values = jnp.arange(2, dtype=self.logits.dtype).reshape(-1, *(1,) * len(self.batch_shape))
@@ -225,16 +226,16 @@ class StochasticTimesSmooth(base.SamplerDistribution):
         )  # 1 - sqrt(p) = (1 - p)/(1 + sqrt(p))
 
     def cdf(self, value: ArrayLike) -> Array:
-        value = ck.as_number("value", value)
+        value = arg.as_number("value", value)
         root = jnp.sqrt(sigmoid(self.logits))
         # a draw is the root only to the rounding of its dtype, as for the density
         at_root = value >= root * (1 - 4 * float(jnp.finfo(jnp.result_type(value, root, 0.0)).eps))
-        inside = nm.where(at_root & (value > 0), 1, sigmoid(-self.logits) / (1 + root))
-        return nm.where(value < 0, 0, inside)
+        inside = where(at_root & (value > 0), 1, sigmoid(-self.logits) / (1 + root))
+        return where(value < 0, 0, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
         root = jnp.sqrt(sigmoid(self.logits))
-        return nm.where(ck.as_float("q", q) > sigmoid(-self.logits) / (1 + root), root, 0)
+        return where(arg.as_float("q", q) > sigmoid(-self.logits) / (1 + root), root, 0)
 
 
 class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
@@ -312,6 +313,6 @@ def _kl_of_concretes(p, q):
     """At one temperature the KL of two logistic distributions, ``d coth(d / 2) - 2``, d the shift."""
     if not base.known_equal("tau", p, q):
         return base.concrete_kl((p.logits, p.tau), (q.logits, q.tau))
-    _, a, b = ck.widen(p=p.logits, q=q.logits)
-    d = nm.where(jnp.isinf(a) & (a == b), 0, a - b)
+    _, a, b = arg.widen(p=p.logits, q=q.logits)
+    d = where(jnp.isinf(a) & (a == b), 0, a - b)
     return base.coth_excess(d)

@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
 
@@ -125,7 +125,7 @@ class InvertibleGaussian(base.SamplerDistribution):
 @base.kl_rule((InvertibleGaussian, InvertibleGaussian))
 def _kl_of_invertible_gaussians(p, q):
     """The KL of the Gaussian log-ratios, ``log z_k - log z_K``."""
-    _, loc, other_loc, scale, other = ck.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
+    _, loc, other_loc, scale, other = arg.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
     if not (base.known_equal("tau", p, q) and base.known_equal("delta", p, q)):
         (loc, scale), (other_loc, other) = (
             (loc / d.tau[..., None] - jnp.log(d.delta)[..., None], scale / d.tau[..., None])

@@ -5,7 +5,7 @@ import numpy as np
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import StickBreakingTransform, biject_to
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 
 
 class _LogOdds(constraints.ParameterFreeConstraint):
@@ -38,7 +38,7 @@ class _Simplex(constraints.ParameterFreeConstraint):
     def __call__(self, x):
         exact = not jnp.issubdtype(x.dtype, jnp.floating)  # the zeros and ones of a vertex
         slack = 0 if exact else 8 * float(jnp.finfo(x.dtype).eps)
-        total = x.astype(ck.wide(x.dtype)).sum(-1)
+        total = x.astype(arg.wide(x.dtype)).sum(-1)
         return (x >= 0).all(-1) & (abs(total - 1) <= slack)
 
     def feasible_like(self, prototype):

@@ -8,9 +8,11 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
 from relaxit_jax import samplers
+from relaxit_jax._placement import where
 from relaxit_jax.distributions import _base as base
 
 
@@ -67,11 +69,11 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        ck.require_flags(hard=hard)
+        arg.require_flags(hard=hard)
         super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, values=values, tau=tau)
         size = self.logits.shape[-1]
         need = f"of shape (..., {size}), as logits is"
-        ck.require(self.values.shape[-1] == size, "values", need, f"shape {self.values.shape}")
+        arg.require(self.values.shape[-1] == size, "values", need, f"shape {self.values.shape}")
 
     def _log_pmf(self):
         if not self.hard:
@@ -87,13 +89,13 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
         return not self.hard
 
     def _density(self, value, **_):
-        _, value = ck.widen(value=value)
+        _, value = arg.widen(value=value)
         log_pmf = self._log_pmf()
         at = jax.lax.stop_gradient(value)[..., None] == self.values
-        law = jnp.max(nm.where(at, log_pmf, -jnp.inf), -1)
-        slope = jnp.sum(nm.where(at, jax.lax.stop_gradient(_slopes(log_pmf, self.values)), 0), -1)
+        law = jnp.max(where(at, log_pmf, -jnp.inf), -1)
+        slope = jnp.sum(where(at, jax.lax.stop_gradient(_slopes(log_pmf, self.values)), 0), -1)
         step = value - jax.lax.stop_gradient(value)  # 0, with the gradient of the value
-        return nm.where(jnp.any(at, -1), law + slope * step, nm.where(jnp.isnan(value), jnp.nan, -jnp.inf))
+        return where(jnp.any(at, -1), law + slope * step, where(jnp.isnan(value), jnp.nan, -jnp.inf))
 
     @property
     def mean(self) -> Array:
@@ -112,14 +114,14 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
 def _slopes(log_pmf, values):
     """Of the log-mass at each value, by the line through the possible values next to it on both sides."""
     values, log_pmf = jnp.broadcast_arrays(values, log_pmf)
-    values = nm.placed(values, log_pmf)
-    order = nm.argsort(nm.where(log_pmf > -jnp.inf, values, jnp.inf))  # the impossible ones last
+    values = pl.placed(values, log_pmf)
+    order = lm.argsort(where(log_pmf > -jnp.inf, values, jnp.inf))  # the impossible ones last
     x, y = (jnp.take_along_axis(a, order, -1) for a in (values, log_pmf))
     x, y = (jnp.concatenate([a[..., :1], a, a[..., -1:]], -1) for a in (x, y))
     last = jnp.isinf(y[..., 2:])  # no possible value above
-    rise, run = (nm.where(last, a[..., 1:-1], a[..., 2:]) - a[..., :-2] for a in (y, x))
-    slopes = nm.where((run > 0) & jnp.isfinite(rise), rise / nm.where(run > 0, run, 1), 0)
-    return jnp.take_along_axis(slopes, nm.argsort(order), -1)
+    rise, run = (where(last, a[..., 1:-1], a[..., 2:]) - a[..., :-2] for a in (y, x))
+    slopes = where((run > 0) & jnp.isfinite(rise), rise / where(run > 0, run, 1), 0)
+    return jnp.take_along_axis(slopes, lm.argsort(order), -1)
 
 
 # --- KL ---------------------------------------------------------------------------------------
@@ -134,4 +136,4 @@ def _kl_of_counts(p, q):
     if base.known_equal("values", p, q):
         return base.discrete_kl(log_p, q._log_pmf())
     same = p.values[..., :, None] == q.values[..., None, :]
-    return base.discrete_kl(log_p, jnp.max(nm.where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))
+    return base.discrete_kl(log_p, jnp.max(where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))

@@ -10,9 +10,10 @@ from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
 from relaxit_jax import samplers
+from relaxit_jax._placement import where
 from relaxit_jax.distributions import _base as base
 
 
@@ -85,17 +86,17 @@ class GaussianRelaxedBernoulli(Gate):
     def log_odds(self) -> Array:
         """Log-odds of ``z > 1/2``, in float32 or wider."""
         _, loc, scale = self._wide()
-        return nm.probit_to_logit((loc - 0.5) / scale)
+        return lm.probit_to_logit((loc - 0.5) / scale)
 
     def _wide(self):
-        return ck.widen(loc=self.loc, scale=self.scale)  # ndtr knows no half precision
+        return arg.widen(loc=self.loc, scale=self.scale)  # ndtr knows no half precision
 
     def _moments(self):
         """Mean and variance, of the parts between 0 and 1 and of the atoms there."""
         dtype, loc, scale = self._wide()
         low, high = -loc / scale, (1 - loc) / scale
         inside = ndtr(high) - ndtr(low)
-        at_low, at_high = jnp.exp(nm.log_normal_pdf(low)), jnp.exp(nm.log_normal_pdf(high))
+        at_low, at_high = jnp.exp(lm.log_normal_pdf(low)), jnp.exp(lm.log_normal_pdf(high))
         mean = ndtr(-high) + loc * inside + scale * (at_low - at_high)
         # about the mean, not about 0: the difference of two second moments would cancel
         atoms = (1 - mean) ** 2 * ndtr(-high) + mean**2 * ndtr(low)
@@ -114,13 +115,13 @@ class GaussianRelaxedBernoulli(Gate):
 
     def cdf(self, value: ArrayLike) -> Array:
         _, loc, scale = self._wide()
-        value = ck.as_number("value", value)
-        inside = nm.where(value < 1, ndtr((value - loc) / scale), 1)
-        return nm.where(value < 0, 0, inside)
+        value = arg.as_number("value", value)
+        inside = where(value < 1, ndtr((value - loc) / scale), 1)
+        return where(value < 0, 0, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
         _, loc, scale = self._wide()
-        return jnp.clip(loc + scale * ndtri(ck.as_float("q", q)), 0, 1)
+        return jnp.clip(loc + scale * ndtri(arg.as_float("q", q)), 0, 1)
 
 
 class HardConcrete(Gate):
@@ -187,15 +188,15 @@ class HardConcrete(Gate):
 
     def cdf(self, value: ArrayLike) -> Array:
         a, b = self.stretch
-        value = ck.as_number("value", value)
+        value = arg.as_number("value", value)
         inside = jnp.clip(value, 0, 1)
         y = jnp.log(inside - a) - jnp.log(b - inside)
-        below = nm.where(value < 1, sigmoid(self.tau * y - self.logits), 1)
-        return nm.where(value < 0, 0, below)
+        below = where(value < 1, sigmoid(self.tau * y - self.logits), 1)
+        return where(value < 0, 0, below)
 
     def icdf(self, q: ArrayLike) -> Array:
         a, b = self.stretch
-        y = base.logit_quantile(self.logits, ck.as_float("q", q)) / self.tau
+        y = base.logit_quantile(self.logits, arg.as_float("q", q)) / self.tau
         return jnp.clip(a * sigmoid(-y) + b * sigmoid(y), 0, 1)
 
 
@@ -210,11 +211,11 @@ def _kl_of_atoms(p, q):
 @base.kl_rule((GaussianRelaxedBernoulli, GaussianRelaxedBernoulli))
 def _kl_of_gaussian_gates(p, q):
     """The atoms', and between them a quadratic function of eps against the truncated normal density."""
-    _, loc, other_loc, scale, other = ck.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
+    _, loc, other_loc, scale, other = arg.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
     low, high = -loc / scale, (1 - loc) / scale
-    at_low, at_high = jnp.exp(nm.log_normal_pdf(low)), jnp.exp(nm.log_normal_pdf(high))
+    at_low, at_high = jnp.exp(lm.log_normal_pdf(low)), jnp.exp(lm.log_normal_pdf(high))
     # on the side where both are small, so that their difference keeps its digits
-    mass = nm.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
+    mass = where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
     first = at_low - at_high
     second = mass + low * at_low - high * at_high
     ratio, shift = scale / other, (loc - other_loc) / other
@@ -239,13 +240,13 @@ def _kl_of_hard_concretes(p, q):
     ends = math.log(-a / b), math.log((1 - a) / (b - 1))
     if not base.known_equal("tau", p, q):
         return _kl_of_atoms(p, q) + base.concrete_kl((p.logits, p.tau), (q.logits, q.tau), *ends)
-    _, logits, other, tau = ck.widen(p=p.logits, q=q.logits, tau=p.tau)
+    _, logits, other, tau = arg.widen(p=p.logits, q=q.logits, tau=p.tau)
     certain = jnp.isinf(logits) | jnp.isinf(other)
-    logits, d = nm.where(certain, 0, logits), nm.where(certain, 0, other - logits)
+    logits, d = where(certain, 0, logits), where(certain, 0, other - logits)
     low, high = (tau * end - logits for end in ends)
-    mass = nm.where(low > 0, sigmoid(-low) - sigmoid(-high), sigmoid(high) - sigmoid(low))
+    mass = where(low > 0, sigmoid(-low) - sigmoid(-high), sigmoid(high) - sigmoid(low))
     log_a, log_b = (
-        nm.where(
+        where(
             jnp.abs(d) < 1,
             jnp.log1p(jnp.expm1(jnp.clip(d, -1, 1)) * sigmoid(-x)),
             jnp.logaddexp(log_sigmoid(x), d + log_sigmoid(-x)),
@@ -253,4 +254,4 @@ def _kl_of_hard_concretes(p, q):
         for x in (low, high)
     )
     inside = mass * (log_a + log_b - d + base.coth_excess(log_b - log_a))
-    return _kl_of_atoms(p, q) + nm.where(certain, 0, inside)
+    return _kl_of_atoms(p, q) + where(certain, 0, inside)

@@ -10,8 +10,9 @@ from jax.typing import ArrayLike
 from numpyro.distributions import Dirichlet, Distribution, constraints
 from numpyro.distributions.distribution import ExpandedDistribution
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
 from relaxit_jax import laplace_bridge, samplers
 from relaxit_jax.distributions import _base as base
 
@@ -66,7 +67,7 @@ class LogisticNormalSoftmax(base.SamplerDistribution):
         scale_tril: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        ck.require(
+        arg.require(
             (scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither"
         )
         super().__init__(validate_args, loc=loc, scale=scale, scale_tril=scale_tril)
@@ -110,12 +111,12 @@ def to_logistic_normal(dirichlet: Distribution) -> Distribution:
     if isinstance(dirichlet, ExpandedDistribution):
         return to_logistic_normal(dirichlet.base_dist).expand(dirichlet.batch_shape)
     d: Any = dirichlet
-    ck.require(isinstance(d, Dirichlet), "dirichlet", "a Dirichlet", type(d).__name__)
-    dtype, alpha = ck.widen(dirichlet=d.concentration)
+    arg.require(isinstance(d, Dirichlet), "dirichlet", "a Dirichlet", type(d).__name__)
+    dtype, alpha = arg.widen(dirichlet=d.concentration)
     loc, covariance = laplace_bridge.dirichlet_to_gaussian(alpha)
     # of the size of the others, so that the factor is as well conditioned as it can be
     extra = jnp.mean(jnp.diagonal(covariance, axis1=-2, axis2=-1), -1)[..., None, None]
-    factor = nm.whole(jnp.linalg.cholesky, covariance + extra)
+    factor = pl.whole(jnp.linalg.cholesky, covariance + extra)
     return LogisticNormalSoftmax(loc=loc.astype(dtype), scale_tril=factor.astype(dtype))
 
 
@@ -148,7 +149,7 @@ def to_dirichlet(logistic_normal: Distribution) -> Distribution:
     if isinstance(d, ExpandedDistribution):
         return to_dirichlet(d.base_dist).expand(d.batch_shape)
     kind = type(d).__name__
-    ck.require(isinstance(d, LogisticNormalSoftmax), "logistic_normal", "a LogisticNormalSoftmax", kind)
+    arg.require(isinstance(d, LogisticNormalSoftmax), "logistic_normal", "a LogisticNormalSoftmax", kind)
     loc = jnp.broadcast_to(d.loc, d.batch_shape + d.event_shape)
     return Dirichlet(laplace_bridge.gaussian_to_dirichlet(loc, d.covariance_matrix))
 
@@ -160,14 +161,14 @@ def to_dirichlet(logistic_normal: Distribution) -> Distribution:
 def _kl_of_logistic_normals(p, q):
     """That of the Gaussians of the K - 1 log-ratios."""
     half = (p.event_shape[-1] - 1) / 2
-    _, loc, other_loc = ck.widen(p=p.loc, q=q.loc)
+    _, loc, other_loc = arg.widen(p=p.loc, q=q.loc)
     shift = loc - other_loc
     if _is_diagonal(p) and _is_diagonal(q):
-        _, scale, other = ck.widen(p=p.scale, q=q.scale)
+        _, scale, other = arg.widen(p=p.scale, q=q.scale)
         return _log_volume(other) - _log_volume(scale) - half + _mean_square(shift, scale**2, other) / 2
     a, b = _ratio_factor(p), _ratio_factor(q)
     spread = _solve(b, a)
-    white = nm.solve_lower(b, _ratios(shift))
+    white = lm.solve_lower(b, _ratios(shift))
     square = jnp.sum(spread**2, (-2, -1)) + jnp.sum(white**2, -1)
     return square / 2 - half + _log_det(b) - _log_det(a)
 
@@ -175,18 +176,18 @@ def _kl_of_logistic_normals(p, q):
 @base.kl_rule((Dirichlet, LogisticNormalSoftmax))
 def _kl_of_dirichlet_and_logistic_normal(p, q):
     """-H(Dirichlet) - E log q, in which log z has mean psi(a_k) - psi(a_0) and variance psi1(a_k)."""
-    _, a, loc = ck.widen(p=p.concentration, q=q.loc)
+    _, a, loc = arg.widen(p=p.concentration, q=q.loc)
     k = a.shape[-1]
     total = jnp.sum(a, -1)
     m = digamma(a) - digamma(total)[..., None]
     negative_entropy = gammaln(total) - jnp.sum(gammaln(a), -1) + jnp.sum((a - 1) * m, -1)
     variance = polygamma(1, a)
     if _is_diagonal(q):
-        _, scale = ck.widen(scale=q.scale)
+        _, scale = arg.widen(scale=q.scale)
         log_volume, square = _log_volume(scale), _mean_square(m - loc, variance, scale)
     else:
         b = _ratio_factor(q)
-        shift = nm.solve_lower(b, _ratios(m - loc))
+        shift = lm.solve_lower(b, _ratios(m - loc))
         # the log-ratios have covariance diag(psi1(a_k)) + psi1(a_K)
         inverse = _solve(b, jnp.eye(k - 1, dtype=b.dtype))
         own = jnp.sum(jnp.sum(inverse**2, -2) * variance[..., :-1], -1)
@@ -226,19 +227,19 @@ def _ratios(x):
 def _ratio_factor(d):
     """A lower-triangular factor of the covariance of the K - 1 log-ratios."""
     if _is_diagonal(d):
-        _, scale = ck.widen(scale=d.scale)
+        _, scale = arg.widen(scale=d.scale)
         a = _diagonal(scale)
     else:
-        _, a = ck.widen(scale_tril=base.without_batch_of_one(d.scale_tril, 2))
+        _, a = arg.widen(scale_tril=base.without_batch_of_one(d.scale_tril, 2))
     rows = a[..., :-1, :] - a[..., -1:, :]
-    return nm.lower_factor(rows)
+    return lm.lower_factor(rows)
 
 
 def _solve(factor, matrix):
     """factor^-1 matrix, batches broadcast."""
     batch = jnp.broadcast_shapes(factor.shape[:-2], matrix.shape[:-2])
     factor, matrix = (jnp.broadcast_to(x, batch + x.shape[-2:]) for x in (factor, matrix))
-    return nm.solve_lower_matrix(factor, matrix)
+    return lm.solve_lower_matrix(factor, matrix)
 
 
 def _log_det(factor):

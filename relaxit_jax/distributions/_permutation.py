@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
 
@@ -63,8 +63,8 @@ class GumbelSinkhorn(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        num_iters = ck.as_static_int("num_iters", num_iters, 1, 1_000_000)
-        ck.require_flags(hard=hard)
+        num_iters = arg.as_static_int("num_iters", num_iters, 1, 1_000_000)
+        arg.require_flags(hard=hard)
         static = {"num_iters": num_iters, "hard": hard}
         super().__init__(validate_args, static, logits=logits, probs=probs, tau=tau)
-        ck.require_square("logits", self.logits, self.logits.shape[-1])
+        arg.require_square("logits", self.logits, self.logits.shape[-1])

@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
 from relaxit_jax import _truncation as tr
+from relaxit_jax._placement import where
 from relaxit_jax.distributions import _base as base
 
 # --- a relaxed site ---------------------------------------------------------------------------
@@ -66,8 +66,8 @@ class Relaxed(dist.Distribution):
         else:
             weights = jnp.maximum(1 - jnp.abs(value[..., None] - self.values), 0)
         possible = self.log_pmf > -jnp.inf
-        law = jnp.sum(weights * nm.where(possible, self.log_pmf, 0), -1)
-        return nm.where(jnp.any(~possible & (weights > 0), -1), -jnp.inf, law)
+        law = jnp.sum(weights * where(possible, self.log_pmf, 0), -1)
+        return where(jnp.any(~possible & (weights > 0), -1), -jnp.inf, law)
 
 
 @dist.kl_divergence.register(Relaxed, Relaxed)  # type: ignore[attr-defined]  # of multipledispatch
@@ -82,13 +82,13 @@ def check_num_values(num_values):
     for name, number in own.items():
         if number is not None:
             which = "num_values" if name is None else f"num_values[{name!r}]"
-            ck.as_static_int(which, number, 1, tr.MOST_VALUES)
+            arg.as_static_int(which, number, 1, tr.MOST_VALUES)
 
 
 def check_same_values(log_q, log_p):
     here, there = log_q.shape[-1], log_p.shape[-1]
     need = "the same for the model and the guide, as an argument of relax and of AutoMeanField alike"
-    ck.require(here == there, "num_values", need, f"{there} values in the model, {here} in the guide")
+    arg.require(here == there, "num_values", need, f"{there} values in the model, {here} in the guide")
 
 
 # --- the law of a discrete site ---------------------------------------------------------------
@@ -152,7 +152,7 @@ def as_classes(name, law):
     if law.kind != "count":
         return Law("class", law.log_pmf)
     low = int(law.values[0])
-    ck.require(low >= 0, f"site '{name}'", "of values from 0 on to be one-hot", f"a least value of {low}")
+    arg.require(low >= 0, f"site '{name}'", "of values from 0 on to be one-hot", f"a least value of {low}")
     before = jnp.full((*law.log_pmf.shape[:-1], low), -jnp.inf, law.log_pmf.dtype)
     return Law("class", jnp.concatenate([before, law.log_pmf], -1))
 
@@ -178,7 +178,7 @@ def law_of(name, d, num_values=None):
         return Law("class", base.log_pmf_of_classes(d.logits))
     if isinstance(d, TRIALS):
         concrete = not isinstance(d.total_count, Tracer)
-        ck.require(
+        arg.require(
             concrete and np.all(np.asarray(d.total_count) == 1),
             f"site '{name}'", "a Multinomial with one trial to be relaxed", f"{d.total_count} trials",
         )  # fmt: skip
@@ -186,7 +186,7 @@ def law_of(name, d, num_values=None):
     if isinstance(d, FiniteDiscrete):
         low, k = d.low, d.logits.shape[-1]
         return Law("count", base.log_pmf_of_classes(d.logits), np.arange(low, low + k, dtype=np.float32))
-    ck.require(
+    arg.require(
         getattr(d, "event_dim", 1) == 0 and _lower_bound(d.support) is not None,
         f"site '{name}'", "observed, enumerated, or one of the discrete distributions that relax knows, or "
         "else left as it is by config={'" + name + "': None}", type(d).__name__,
@@ -204,17 +204,17 @@ def _lower_bound(support) -> Any:
 def _law_of_count(name, d, num_values):
     low, high = _lower_bound(d.support), getattr(d.support, "upper_bound", None)
     seen = lambda x: not isinstance(x, Tracer)
-    ck.require(seen(low), f"site '{name}'", "a count whose least value is known before tracing", low)
+    arg.require(seen(low), f"site '{name}'", "a count whose least value is known before tracing", low)
     low = int(np.min(np.asarray(low)))
     bounded = high is not None and seen(high)
     whole = int(np.max(np.asarray(high))) - low + 1 if bounded else None
     if num_values is not None:
-        k = ck.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
+        k = arg.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
     elif whole is not None:
         k = whole
     else:
         need = f"given for the site '{name}', whose range is traced"
-        ck.require(high is None, "num_values", need, None)
+        arg.require(high is None, "num_values", need, None)
         k = _enough_values(name, d, low)
     beyond = k + 64 if whole is None else max(whole - k, 0)
     log_pmf = _log_pmf(d, np.arange(low, low + k + beyond))
@@ -230,8 +230,8 @@ def _log_pmf(d, values):
     quiet._validate_args = False  # values outside are meant
     at = jnp.asarray(values).reshape(-1, *(1,) * len(d.batch_shape))
     inside = jnp.broadcast_to(quiet.support(at), (len(values), *d.batch_shape))
-    safe = nm.where(inside, at, _lower_bound(d.support))
-    return jnp.moveaxis(nm.where(inside, quiet.log_prob(safe), -jnp.inf), 0, -1)
+    safe = where(inside, at, _lower_bound(d.support))
+    return jnp.moveaxis(where(inside, quiet.log_prob(safe), -jnp.inf), 0, -1)
 
 
 def _enough_values(name, d, low):
@@ -241,7 +241,7 @@ def _enough_values(name, d, low):
         "values is fixed before tracing (for a mean m and a standard deviation s, m + 6 s is enough)"
     )
     traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(d))
-    ck.require(not traced, "num_values", need, None)
+    arg.require(not traced, "num_values", need, None)
     k: Any = tr.enough_values(lambda values: _log_pmf(d, low + values), TAIL)
-    ck.require(k is not None, "num_values", f"given for the site '{name}'", f"more than {tr.MOST_VALUES}")
+    arg.require(k is not None, "num_values", f"given for the site '{name}'", f"more than {tr.MOST_VALUES}")
     return k

@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax import samplers
 from relaxit_jax.distributions import _base as base
 
@@ -337,7 +337,7 @@ class GumbelRao(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        static = {"num_samples": ck.as_num_samples(num_samples)}
+        static = {"num_samples": arg.as_num_samples(num_samples)}
         base.OneHot.__init__(self, validate_args, static, logits=logits, probs=probs, tau=tau)
 
 
@@ -379,7 +379,7 @@ class ReinMaxRao(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        static = {"num_samples": ck.as_num_samples(num_samples)}
+        static = {"num_samples": arg.as_num_samples(num_samples)}
         base.OneHot.__init__(self, validate_args, static, logits=logits, probs=probs, tau=tau)
 
 

@@ -8,9 +8,10 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
 from relaxit_jax import samplers
+from relaxit_jax._placement import where
 from relaxit_jax.distributions import _base as base
 
 
@@ -64,9 +65,9 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        ck.require_flags(hard=hard)
+        arg.require_flags(hard=hard)
         super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, tau=tau)
-        self.k = ck.as_static_int("k", k, 1, self.logits.shape[-1])
+        self.k = arg.as_static_int("k", k, 1, self.logits.shape[-1])
 
     @property
     def support(self) -> base.Constraint:  # type: ignore[override]  # of an instance
@@ -80,13 +81,13 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
     def _density(self, value, logits, **_):
         if not self.hard:
             raise NotImplementedError("a relaxed k-hot vector has no density in closed form; give hard=True")
-        value = ck.as_number("value", value).astype(ck.wide(logits.dtype))
-        ck.require_event("value", value)
-        ck.require_same_event(value, logits)
-        _, chosen = nm.top_k(value, self.k)
+        value = arg.as_number("value", value).astype(arg.wide(logits.dtype))
+        arg.require_event("value", value)
+        arg.require_same_event(value, logits)
+        _, chosen = lm.top_k(value, self.k)
         law = samplers.gumbel_top_k_log_prob(chosen, logits, ordered=False)
         is_k_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value, -1) == self.k)
-        return nm.where(is_k_hot, law, -jnp.inf)
+        return where(is_k_hot, law, -jnp.inf)
 
 
 class SimpleTopK(base.SamplerDistribution):
@@ -133,7 +134,7 @@ class SimpleTopK(base.SamplerDistribution):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(validate_args, logits=logits, probs=probs)
-        self.k = ck.as_static_int("k", k, 1, self.logits.shape[-1])
+        self.k = arg.as_static_int("k", k, 1, self.logits.shape[-1])
 
     @property
     def mean(self) -> Array:
@@ -150,10 +151,10 @@ class SimpleTopK(base.SamplerDistribution):
 
 def _expected_log_prob(p, q):
     """E_p log q(z), from log q at one likely z: the logits of q times how far the mean is from there."""
-    _, of_p, of_q = ck.widen(p=p.logits, q=q.logits)
-    likely = jax.lax.stop_gradient(nm.k_hot(nm.top_k(of_p, p.k)[1], of_p))
+    _, of_p, of_q = arg.widen(p=p.logits, q=q.logits)
+    likely = jax.lax.stop_gradient(lm.k_hot(lm.top_k(of_p, p.k)[1], of_p))
     away = samplers.simple_top_k_marginals(of_p, p.k) - likely
-    moved = jnp.sum(away * nm.where(of_q == -jnp.inf, 0, of_q), -1)
+    moved = jnp.sum(away * where(of_q == -jnp.inf, 0, of_q), -1)
     return moved + samplers.simple_top_k_log_prob(likely, of_q, q.k)
 
 
@@ -163,4 +164,4 @@ def _kl_simple_top_k(p, q):
     beyond = jnp.any((p.logits > -jnp.inf) & (q.logits == -jnp.inf), -1) | (p.k != q.k)
     shared = SimpleTopK(logits=q.logits, k=min(p.k, q.logits.shape[-1]))
     kl = _expected_log_prob(p, p) - _expected_log_prob(p, shared)
-    return nm.where(beyond, jnp.inf, kl)
+    return where(beyond, jnp.inf, kl)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax.estimators import _base as base
 
 
@@ -91,9 +91,9 @@ def disarm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
 
 
 def _antithetic(key, f, q, weight):
-    ck.check_key(key)
+    arg.check_key(key)
     base.check(q, f=f)
-    ck.require(hasattr(q, "antithetic"), "q", "Bernoulli", type(q).__name__)
+    arg.require(hasattr(q, "antithetic"), "q", "Bernoulli", type(q).__name__)
     one, other, centred = q.antithetic(key)
     samples = jnp.stack([one, other])
     values = base.call(f, q, samples)

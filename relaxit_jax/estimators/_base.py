@@ -9,8 +9,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax._placement import where
 
 
 @runtime_checkable
@@ -49,9 +49,9 @@ def check(q, **functions):
     """What every estimator is given: a family, and functions of its samples."""
     need = "a family of estimators, such as estimators.Bernoulli(logits) or "
     need += "estimators.OneHotCategorical(logits)"
-    ck.require(isinstance(q, Family), "q", need, ck.shown(q))
+    arg.require(isinstance(q, Family), "q", need, arg.shown(q))
     for name, f in functions.items():
-        ck.require(callable(f), name, f"a function of samples of shape {q.shape}", ck.shown(f))
+        arg.require(callable(f), name, f"a function of samples of shape {q.shape}", arg.shown(f))
 
 
 def call(f, q, sample, name="f"):
@@ -61,8 +61,8 @@ def call(f, q, sample, name="f"):
     value = (jax.vmap(values) if several else values)(sample)
     shape = value.shape[1:] if several else value.shape
     need = f"a function from samples of shape {q.shape} to values of the batch shape {q.batch_shape}"
-    ck.require(shape == q.batch_shape, name, need, f"values of shape {shape}")
-    ck.require_values(name, value, "finite for every draw", np.isfinite)
+    arg.require(shape == q.batch_shape, name, need, f"values of shape {shape}")
+    arg.require_values(name, value, "finite for every draw", np.isfinite)
     return value
 
 
@@ -70,15 +70,15 @@ def as_result(name, value):
     """The value of a function that was given, as an array of floats."""
     need = "a function with floating-point values"
     # a list or a tuple of arrays would become one array
-    ck.require(jax.tree.structure(value) == jax.tree.structure(0), name, need, f"a {type(value).__name__}")
-    value = ck.as_array(name, value, need)
-    ck.require(ck.is_float(value.dtype), name, need, f"dtype {value.dtype}")
+    arg.require(jax.tree.structure(value) == jax.tree.structure(0), name, need, f"a {type(value).__name__}")
+    value = arg.as_array(name, value, need)
+    arg.require(arg.is_float(value.dtype), name, need, f"dtype {value.dtype}")
     return value
 
 
 def per_event(x, q):
     """An array of the batch shape, against arrays of a sample's shape, in float32 or wider as scores are."""
-    return x.reshape(x.shape + (1,) * q.event_ndims).astype(ck.wide(x.dtype))
+    return x.reshape(x.shape + (1,) * q.event_ndims).astype(arg.wide(x.dtype))
 
 
 def estimate(q, samples, values, gradient, parts, *, baselines=None, rest=None):
@@ -115,7 +115,7 @@ def _estimate_jvp(primals, tangents):
     along, slopes = tangents[0].logits, tangents[2]
     ratios = likelihood_ratio(jnp.sum(q.log_masses(samples), _event(q))).astype(values.dtype)
     slopes = ratios * slopes if baselines is None else slopes + (ratios - 1) * (slopes - tangents[5])
-    gradient = nm.where(jnp.isinf(q.logits), 0, _nearby(gradient, q, samples, parts, rest))
+    gradient = where(jnp.isinf(q.logits), 0, _nearby(gradient, q, samples, parts, rest))
     slope = jnp.sum(gradient * along.astype(gradient.dtype), _event(q))
     return _estimate(*primals), jnp.mean(slopes, 0) + slope.astype(values.dtype)
 

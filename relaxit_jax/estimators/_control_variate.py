@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _placement as pl
 from relaxit_jax.estimators import _base as base
 
 
@@ -60,12 +60,12 @@ def rebar(
     >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
     Array([-0.29, -0.13], dtype=float32)
     """
-    ck.check_key(key)
+    arg.check_key(key)
     base.check(q, f=f)
-    ck.require_positive("tau", tau)
-    tau, eta = ck.as_float("tau", tau), ck.as_float("eta", eta)
+    arg.require_positive("tau", tau)
+    tau, eta = arg.as_float("tau", tau), arg.as_float("eta", eta)
     for name, x in {"tau": tau, "eta": eta}.items():
-        ck.require(x.shape == (), name, "a scalar", f"shape {x.shape}")
+        arg.require(x.shape == (), name, "a scalar", f"shape {x.shape}")
 
     # the control variate adds nothing to the mean, so derivatives in what f closes over can leave it out;
     # with it they would be wrong for an f with kinks
@@ -130,7 +130,7 @@ def relax(
     >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
     Array([-0.29, -0.13], dtype=float32)
     """
-    ck.check_key(key)
+    arg.check_key(key)
     base.check(q, f=f, control_variate=control_variate)
     variate = lambda z: base.call(control_variate, q, z, "control_variate")
     return _with_variate(key, f, q, lambda _: variate)
@@ -139,12 +139,12 @@ def relax(
 def _with_variate(key, f, q, variate_at):
     """Estimate with the control variate ``variate_at(logits)``, built for noisy logits of the same type."""
     # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
-    logits = jax.lax.stop_gradient(q.logits.astype(ck.wide(q.logits.dtype)))
+    logits = jax.lax.stop_gradient(q.logits.astype(arg.wide(q.logits.dtype)))
     sample, noisy, again = q.coupled(key)
     value = base.call(f, q, sample)
     # inside shard_map, the derivative with respect to a replicated array would be summed over devices
-    logits = nm.vary_as(logits, key, value)
-    logits = nm.vary_as(logits, jax.eval_shape(variate_at(logits), logits))
+    logits = pl.vary_as(logits, key, value)
+    logits = pl.vary_as(logits, jax.eval_shape(variate_at(logits), logits))
     variate = variate_at(logits)
     variates, slopes = [], []
     for draw in (noisy, again):
@@ -205,16 +205,16 @@ def value_and_grads(
     '-0.78 -0.78'
     """
 
-    ck.require(callable(loss), "loss", "a function loss(params, variate, ...)", ck.shown(loss))
+    arg.require(callable(loss), "loss", "a function loss(params, variate, ...)", arg.shown(loss))
     for name, tree in {"params": params, "variate": variate}.items():
         for leaf in jax.tree.leaves(tree):
-            dtype = leaf.dtype if hasattr(leaf, "dtype") else ck.as_array(name, leaf).dtype
+            dtype = leaf.dtype if hasattr(leaf, "dtype") else arg.as_array(name, leaf).dtype
             inexact = jnp.issubdtype(dtype, jnp.inexact)
-            ck.require(inexact, name, "floating point in all of its arrays", f"one of dtype {dtype}")
+            arg.require(inexact, name, "floating point in all of its arrays", f"one of dtype {dtype}")
 
     def scalar(params, variate):
         value = base.as_result("loss", loss(params, variate, *args, **kwargs))
-        ck.require(value.shape == (), "loss", "a function to a scalar", f"shape {value.shape}")
+        arg.require(value.shape == (), "loss", "a function to a scalar", f"shape {value.shape}")
         return value
 
     def squared_norm(variate):

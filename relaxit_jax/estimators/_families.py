@@ -10,8 +10,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
+from relaxit_jax import _random as rng
+from relaxit_jax._placement import where
 from relaxit_jax.estimators import _base as base
 
 
@@ -48,26 +50,26 @@ class Variables:
 
     def _set(self, logits, event_ndims, least):
         """Both fields, once everything about them that can be known is checked."""
-        logits = ck.as_float("logits", logits)
-        ndims = ck.as_static_int("event_ndims", event_ndims, least, logits.ndim)
+        logits = arg.as_float("logits", logits)
+        ndims = arg.as_static_int("event_ndims", event_ndims, least, logits.ndim)
         event = logits.shape[logits.ndim - ndims :]
-        ck.require(math.prod(event) > 0, "logits", "of one variable at least", f"events of shape {event}")
-        ck.require_values("logits", logits, "numbers, not NaN", lambda x: x == x)
+        arg.require(math.prod(event) > 0, "logits", "of one variable at least", f"events of shape {event}")
+        arg.require_values("logits", logits, "numbers, not NaN", lambda x: x == x)
         object.__setattr__(self, "logits", logits)
         object.__setattr__(self, "event_ndims", ndims)
 
     def _checked(self, sample):
         """A draw, or several of them stacked on leading axes, as an array."""
-        sample = ck.as_number("sample", sample)
-        fits = ck.broadcasts_to(self.shape, sample.shape)
-        ck.require(fits, "sample", f"of shape {self.shape}, or several of them", f"shape {sample.shape}")
+        sample = arg.as_number("sample", sample)
+        fits = arg.broadcasts_to(self.shape, sample.shape)
+        arg.require(fits, "sample", f"of shape {self.shape}, or several of them", f"shape {sample.shape}")
         return sample
 
     def _over_event(self, log_masses):
         return jnp.sum(log_masses, tuple(range(-self.event_ndims, 0)))
 
     def _wide(self):
-        return self.logits.astype(ck.wide(self.logits.dtype))
+        return self.logits.astype(arg.wide(self.logits.dtype))
 
     def _as_sample(self, booleans):
         return jax.lax.stop_gradient(booleans.astype(self.logits.dtype))
@@ -105,15 +107,15 @@ class Bernoulli(Variables):
 
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
         """Exact draws, of shape (*shape, *self.shape)."""
-        ck.check_key(key)
-        shape = ck.as_shape("shape", shape)
+        arg.check_key(key)
+        shape = arg.as_shape("shape", shape)
         p, q = self._probabilities()
-        return self._as_sample(nm.bernoulli(key, p, q, (*shape, *self.shape)))
+        return self._as_sample(rng.bernoulli(key, p, q, (*shape, *self.shape)))
 
     def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
         p, q = self._probabilities()
-        return nm.where(self._checked(sample) != 0, q, -p)
+        return where(self._checked(sample) != 0, q, -p)
 
     def log_prob(self, sample: ArrayLike) -> Array:
         """log P(sample), of the batch shape; differentiable in the logits."""
@@ -122,14 +124,14 @@ class Bernoulli(Variables):
     def log_masses(self, sample: ArrayLike) -> Array:
         """log P of each bit's own value."""
         logits = self._wide()
-        return jax.nn.log_sigmoid(nm.where(self._checked(sample) != 0, logits, -logits))
+        return jax.nn.log_sigmoid(where(self._checked(sample) != 0, logits, -logits))
 
     def with_own_derivatives(self, gradient: Array) -> Array:
         """A gradient of E f, with its derivatives in each bit's own logit.
 
         E f is linear in the probability p of a bit. So its gradient is p'(l) times a factor without l.
         """
-        return gradient * base.likelihood_ratio(nm.log_logistic_pdf(self._wide()))
+        return gradient * base.likelihood_ratio(lm.log_logistic_pdf(self._wide()))
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
         """How many events there are, and a function from some of their numbers to the events."""
@@ -143,13 +145,13 @@ class Bernoulli(Variables):
         With V logistic, ``z~ = softplus(V + softplus(l))`` given a one and ``-softplus(V + softplus(-l))``
         given a zero, which are l + logit u' of Tucker et al. (2017) without a probability to round.
         """
-        ck.check_key(key)
+        arg.check_key(key)
         noise_key, again_key = jax.random.split(key)
         logits, softplus = self._wide(), jax.nn.softplus
-        noise = nm.logistic(noise_key, self.shape, logits)
-        v = nm.logistic(again_key, self.shape, logits)
+        noise = rng.logistic(noise_key, self.shape, logits)
+        v = rng.logistic(again_key, self.shape, logits)
         one = logits + noise > 0
-        sign = nm.where(one, 1, -1)
+        sign = where(one, 1, -1)
         return (
             self._as_sample(one),
             lambda l: l + noise,
@@ -162,11 +164,11 @@ class Bernoulli(Variables):
 
     def antithetic(self, key: Array) -> tuple[Array, Array, Array]:
         """The draws 1[1 - u < p] and 1[u < p] of one uniform u, and u - 1/2."""
-        ck.check_key(key)
+        arg.check_key(key)
         p, q = self._probabilities()
-        r = nm.tail_uniform(key, self.shape, p)  # of u; that of 1 - u is -r
-        below = lambda r: nm.where(r < 0, -r > q, r < p)
-        return self._as_sample(below(-r)), self._as_sample(below(r)), nm.where(r < 0, r + 0.5, r - 0.5)
+        r = rng.tail_uniform(key, self.shape, p)  # of u; that of 1 - u is -r
+        below = lambda r: where(r < 0, -r > q, r < p)
+        return self._as_sample(below(-r)), self._as_sample(below(r)), where(r < 0, r + 0.5, r - 0.5)
 
     def _probabilities(self):
         logits = jax.lax.stop_gradient(self._wide())
@@ -204,18 +206,18 @@ class OneHotCategorical(Variables):
 
     def __init__(self, logits: ArrayLike, event_ndims: int = 2) -> None:
         self._set(logits, event_ndims, 1)
-        ck.require_classes(self.logits)
+        arg.require_classes(self.logits)
 
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
         """Exact draws, of shape (*shape, *self.shape)."""
-        ck.check_key(key)
-        shape = ck.as_shape("shape", shape)
-        return self._as_sample(nm.one_hot_draw(key, self._probabilities(), (*shape, *self.shape[:-1])))
+        arg.check_key(key)
+        shape = arg.as_shape("shape", shape)
+        return self._as_sample(rng.one_hot_draw(key, self._probabilities(), (*shape, *self.shape[:-1])))
 
     def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
         p, drawn = self._probabilities(), self._checked(sample) != 0
-        return nm.where(drawn, jnp.sum(nm.where(drawn, 0, p), -1, keepdims=True), -p)
+        return where(drawn, jnp.sum(where(drawn, 0, p), -1, keepdims=True), -p)
 
     def log_prob(self, sample: ArrayLike) -> Array:
         """log P(sample), of the batch shape; differentiable in the logits."""
@@ -223,7 +225,7 @@ class OneHotCategorical(Variables):
 
     def log_masses(self, sample: ArrayLike) -> Array:
         """log P of each variable's own class; the last axis has one element."""
-        return jnp.sum(nm.where(self._checked(sample) != 0, self._log_probabilities(), 0), -1, keepdims=True)
+        return jnp.sum(where(self._checked(sample) != 0, self._log_probabilities(), 0), -1, keepdims=True)
 
     def with_own_derivatives(self, gradient: Array) -> Array:
         """A gradient of E f, with its derivatives in each variable's own logits.
@@ -254,21 +256,21 @@ class OneHotCategorical(Variables):
 
         The logits are normalised first: the largest of z~ is then a Gumbel number whatever b is.
         """
-        ck.check_key(key)
+        arg.check_key(key)
         noise_key, again_key = jax.random.split(key)
         log_p = jax.nn.log_softmax(self._wide())
-        noise = nm.gumbel(noise_key, self.shape, log_p)
-        winner = nm.largest(log_p + noise)
+        noise = rng.gumbel(noise_key, self.shape, log_p)
+        winner = lm.largest(log_p + noise)
 
         def again(l):
-            top, gap = nm.conditional_gumbel(again_key, jax.nn.log_softmax(l), winner)
+            top, gap = rng.conditional_gumbel(again_key, jax.nn.log_softmax(l), winner)
             return top + gap
 
         return self._as_sample(winner), lambda l: jax.nn.log_softmax(l) + noise, again
 
     def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array:
         """The relaxed sample of noisy logits."""
-        return jax.nn.softmax(nm.over_tau(z, tau)).astype(self.logits.dtype)
+        return jax.nn.softmax(lm.over_tau(z, tau)).astype(self.logits.dtype)
 
     def _probabilities(self):
         return jax.nn.softmax(jax.lax.stop_gradient(self._wide()))
@@ -276,6 +278,6 @@ class OneHotCategorical(Variables):
     def _log_probabilities(self):
         """log softmax; jax.nn.log_softmax rounds that of a class that is nearly sure to 0."""
         logits = self._wide()
-        first = nm.largest(logits)
-        below = nm.where(first, 0, logits - jnp.sum(nm.where(first, logits, 0), -1, keepdims=True))
-        return below - jnp.log1p(jnp.sum(nm.where(first, 0, jnp.exp(below)), -1, keepdims=True))
+        first = lm.largest(logits)
+        below = where(first, 0, logits - jnp.sum(where(first, logits, 0), -1, keepdims=True))
+        return below - jnp.log1p(jnp.sum(where(first, 0, jnp.exp(below)), -1, keepdims=True))

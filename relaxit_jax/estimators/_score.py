@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax._placement import where
 from relaxit_jax.estimators import _base as base
 
 MOST_OUTCOMES = 2**20
@@ -51,12 +51,12 @@ def reinforce(
     >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
     Array([-0.29, -0.13], dtype=float32)
     """
-    ck.check_key(key)
+    arg.check_key(key)
     base.check(q, f=f)
-    baseline = ck.as_float("baseline", baseline)
+    baseline = arg.as_float("baseline", baseline)
     need = f"of a shape that broadcasts to the batch shape {q.batch_shape} of q"
-    fits = ck.broadcasts_to(baseline.shape, q.batch_shape)
-    ck.require(fits, "baseline", need, f"shape {baseline.shape}")
+    fits = arg.broadcasts_to(baseline.shape, q.batch_shape)
+    arg.require(fits, "baseline", need, f"shape {baseline.shape}")
     sample = q.sample(key)
     value = base.call(f, q, sample)
     gain = jnp.broadcast_to(value - baseline.astype(value.dtype), q.batch_shape)
@@ -98,9 +98,9 @@ def rloo(key: Array, f: Callable[[Array], ArrayLike], q: base.Family, *, num_sam
     >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
     Array([-0.29, -0.13], dtype=float32)
     """
-    ck.check_key(key)
+    arg.check_key(key)
     base.check(q, f=f)
-    num_samples = ck.as_num_samples(num_samples, 2)
+    num_samples = arg.as_num_samples(num_samples, 2)
     samples = q.sample(key, (num_samples,))
     values = base.call(f, q, samples)
     gains = (values - jnp.mean(values, 0)) / (num_samples - 1)
@@ -136,14 +136,14 @@ def exact(f: Callable[[Array], ArrayLike], q: base.Family) -> Array:
     base.check(q, f=f)
     total, events = q.outcomes()
     need = f"a family whose events have at most {MOST_OUTCOMES} outcomes"
-    ck.require(total <= MOST_OUTCOMES, "q", need, total)
+    arg.require(total <= MOST_OUTCOMES, "q", need, total)
 
     @jax.checkpoint
     def term(index):
         sample = jnp.broadcast_to(events(index[None])[0], q.shape)
         p = jnp.exp(q.log_prob(sample))
         value = base.call(f, q, sample)
-        return nm.where(p > 0, p.astype(value.dtype) * value, 0)  # of what is impossible f may be anything
+        return where(p > 0, p.astype(value.dtype) * value, 0)  # of what is impossible f may be anything
 
     terms = jax.lax.map(term, jnp.arange(total), batch_size=min(AT_ONCE, total))
     return jnp.sum(terms, 0)

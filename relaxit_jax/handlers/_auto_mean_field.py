@@ -21,7 +21,7 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.inspect import get_dependencies
 from numpyro.primitives import Messenger
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _site as site
 from relaxit_jax.handlers import _base as base
@@ -85,10 +85,10 @@ class AutoMeanField(AutoGuide):
         continuous: Callable[..., Any] = AutoNormal,
         num_values: int | dict[str, int] | None = None,
     ) -> None:
-        ck.require(callable(model), "model", "a function that calls numpyro.sample", repr(model))
-        ck.require(callable(continuous), "continuous", "a class of NumPyro's guides", repr(continuous))
+        arg.require(callable(model), "model", "a function that calls numpyro.sample", repr(model))
+        arg.require(callable(continuous), "continuous", "a class of NumPyro's guides", repr(continuous))
         twice = init_loc_fn is not None and "init_loc_fn" in getattr(continuous, "keywords", {})
-        ck.require(not twice, "init_loc_fn", "given once", "one here and one in continuous")
+        arg.require(not twice, "init_loc_fn", "given once", "one here and one in continuous")
         start = init_to_uniform if init_loc_fn is None else init_loc_fn
         super().__init__(model, prefix=prefix, init_loc_fn=start, create_plates=create_plates)
         self.continuous: Callable[..., Any] = continuous
@@ -154,7 +154,7 @@ class AutoMeanField(AutoGuide):
         """
         self._require_called()
         levels = np.atleast_1d(quantiles)
-        ck.require(np.all((levels >= 0) & (levels <= 1)), "quantiles", "in [0, 1]", quantiles)
+        arg.require(np.all((levels >= 0) & (levels <= 1)), "quantiles", "in [0, 1]", quantiles)
         values = self._quantiles_of_discrete(params, levels)
         for part in self._continuous_parts():
             values |= self._own(part, part.quantiles(params, levels))
@@ -164,7 +164,7 @@ class AutoMeanField(AutoGuide):
         """The values of a count, in the order of its probabilities."""
         self._require_called()
         counts = [key for key, s in self._sites.items() if s.kind == "count"]
-        ck.require(name in counts, "name", f"one of the counts {counts}", repr(name))
+        arg.require(name in counts, "name", f"one of the counts {counts}", repr(name))
         return self._sites[name].values
 
     def _require_called(self):
@@ -263,7 +263,7 @@ class AutoMeanField(AutoGuide):
         if depends:
             endless = law.kind == "count" and getattr(d.support, "upper_bound", None) is None
             need = f"given for the site '{name}', a {type(d).__name__} whose parameters are draws"
-            ck.require(given is not None or not endless, "num_values", need, None)
+            arg.require(given is not None or not endless, "num_values", need, None)
             if law.kind == "bit":  # what one draw makes certain, another does not
                 possible = np.ones_like(possible)
             law = dataclasses.replace(law, log_pmf=np.where(possible, 0.0, -np.inf))

@@ -9,7 +9,7 @@ from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.handlers import replay
 from numpyro.primitives import _PYRO_STACK, Messenger
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax.distributions import _site as site
 from relaxit_jax.distributions._base import Carried
 from relaxit_jax.distributions._gate import Gate
@@ -109,7 +109,7 @@ class unrounded(Messenger):
     """
 
     def __init__(self, fn: Callable[..., Any] | None = None) -> None:
-        ck.require(fn is None or callable(fn), "fn", "a model or a guide", ck.shown(fn))
+        arg.require(fn is None or callable(fn), "fn", "a model or a guide", arg.shown(fn))
         super().__init__(fn)
         self._infer = {}  # by message: what its `infer` was when it came in
 

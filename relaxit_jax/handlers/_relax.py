@@ -13,7 +13,7 @@ from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.distributions import Delta, Distribution
 from numpyro.primitives import _PYRO_STACK, _masked_observe
 
-from relaxit_jax import _checks as ck
+from relaxit_jax import _arguments as arg
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _base as distributions
 from relaxit_jax.distributions import _site as site
@@ -118,13 +118,13 @@ class relax(base.unrounded):
         num_values: int | dict[str, int] | None = None,
     ) -> None:
         super().__init__(fn)
-        shape = ck.as_tau(tau, jnp.float32).shape
-        ck.require(shape == (), "tau", "a scalar", f"shape {shape}")
-        ck.require_choice("kl", kl, ("discrete", "relaxed"))
+        shape = arg.as_tau(tau, jnp.float32).shape
+        arg.require(shape == (), "tau", "a scalar", f"shape {shape}")
+        arg.require_choice("kl", kl, ("discrete", "relaxed"))
         _check_method("method", method)
         config = {} if config is None else config
         need = "a dictionary from names of sites to methods"
-        ck.require(isinstance(config, Mapping), "config", need, ck.shown(config))
+        arg.require(isinstance(config, Mapping), "config", need, arg.shown(config))
         for name, own in config.items():
             is_function = callable(own) and not isinstance(own, type)
             if not (own is None or is_function or (isinstance(own, str) and own == "one_hot")):
@@ -204,7 +204,7 @@ class relax(base.unrounded):
         if method == "one_hot":
             method = self.options["method"]
             method = METHODS.get(method, {}).get("class", method) if isinstance(method, str) else method
-            ck.require(
+            arg.require(
                 _is_one_hot(method), f"config['{name}']", "another than 'one_hot' beside a method of numbers",
                 f"method={method.__name__}",
             )  # fmt: skip
@@ -241,13 +241,13 @@ class relax(base.unrounded):
         need = f"a relaxation of batch shape {d.batch_shape} and event shape {event} for the site '{name}'"
         fits = isinstance(relaxation, Distribution)
         got = (relaxation.batch_shape, relaxation.event_shape) if fits else type(relaxation).__name__
-        ck.require(got == (d.batch_shape, event), "config", need, got)
+        arg.require(got == (d.batch_shape, event), "config", need, got)
         if self.options["kl"] == "discrete":
             return site.Relaxed(relaxation, law.log_pmf, law.values)
         need = f"'discrete' for the site '{name}', as {type(relaxation).__name__} has no density"
         discrete = law.kind == "count" or not (relaxation.has_rsample or isinstance(relaxation, Gate))
         has_density = getattr(relaxation, "_density", True) is not None
-        ck.require(has_density and not discrete, "kl", need, "'relaxed'")
+        arg.require(has_density and not discrete, "kl", need, "'relaxed'")
         return relaxation
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
@@ -269,7 +269,7 @@ def _check_method(name, method):
         f"one of {', '.join(map(repr, METHODS))} or a class of relaxit_jax.distributions with logits and tau"
     )
     known = method in METHODS if isinstance(method, str) else _takes_logits(method)
-    ck.require(known, name, need, ck.shown(method))
+    arg.require(known, name, need, arg.shown(method))
 
 
 def _is_one_hot(kind):
@@ -302,7 +302,7 @@ def _relaxation(name, law, method, tau):
     arguments = {"logits": law.logits, "values": law.values, "tau": jnp.asarray(tau)}
     arguments = {key: x for key, x in arguments.items() if key in kind.arg_constraints}
     missing = [key for key, x in arguments.items() if x is None]
-    ck.require(not missing, f"method of the site '{name}'", f"one for a {law.kind}", kind.__name__)
+    arg.require(not missing, f"method of the site '{name}'", f"one for a {law.kind}", kind.__name__)
     if "hard" in takes and method == "straight_through":
         arguments["hard"] = True
     return kind(**arguments, validate_args=False)
@@ -371,8 +371,8 @@ def take(table: ArrayLike, z: ArrayLike) -> Array:
     >>> take(table, 1), take(table, jnp.array([0.0, 1.0]))
     (Array([3., 4.], dtype=float32), Array([3., 4.], dtype=float32))
     """
-    table, z = ck.as_number("table", table, maybe_complex=True), ck.as_number("z", z)
-    ck.require(table.ndim > 0, "table", "of shape (K, ...)", "shape ()")
+    table, z = arg.as_number("table", table, maybe_complex=True), arg.as_number("z", z)
+    arg.require(table.ndim > 0, "table", "of shape (K, ...)", "shape ()")
     rows = table.shape[0]
     if jnp.issubdtype(z.dtype, jnp.integer):
         return table[z]
@@ -380,7 +380,7 @@ def take(table: ArrayLike, z: ArrayLike) -> Array:
         f"integers, or vectors of {rows} weights for the {rows} rows of the table (a relaxed count is a "
         "number: relax the site with config={its name: 'one_hot'})"
     )
-    ck.require(z.shape[-1:] == (rows,), "z", need, f"dtype {z.dtype} and shape {z.shape}")
+    arg.require(z.shape[-1:] == (rows,), "z", need, f"dtype {z.dtype} and shape {z.shape}")
     return jnp.tensordot(z, table, 1, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -407,11 +407,11 @@ def select(bit: ArrayLike, if_one: ArrayLike, if_zero: ArrayLike) -> Array:
     >>> float(select(0.25, 4.0, 0.0))
     1.0
     """
-    bit = ck.as_number("bit", bit)
+    bit = arg.as_number("bit", bit)
     if_one, if_zero = (
-        ck.as_number(name, x, maybe_complex=True) for name, x in (("if_one", if_one), ("if_zero", if_zero))
+        arg.as_number(name, x, maybe_complex=True) for name, x in (("if_one", if_one), ("if_zero", if_zero))
     )
-    ck.batch_shape(None, bit=bit.shape, if_one=if_one.shape, if_zero=if_zero.shape)
+    arg.batch_shape(None, bit=bit.shape, if_one=if_one.shape, if_zero=if_zero.shape)
     return bit * if_one + (1 - bit) * if_zero
 
 
@@ -490,11 +490,11 @@ def equal(t: ArrayLike, s: ArrayLike) -> Array:
 
 
 def _compare(holds, t, s):
-    t, s = ck.as_number("t", t), ck.as_number("s", s)
+    t, s = arg.as_number("t", t), arg.as_number("s", s)
     if not jnp.issubdtype(s.dtype, jnp.inexact):
-        ck.batch_shape(None, t=t.shape, s=s.shape)
+        arg.batch_shape(None, t=t.shape, s=s.shape)
         return holds(t, s).astype(jnp.result_type(float))
     need = "integers, or vectors of weights: relax the site with config={its name: 'one_hot'}"
-    ck.require(s.ndim > 0, "s", need, f"one number of dtype {s.dtype}")
-    ck.batch_shape(None, t=t.shape, s=s.shape[:-1])
+    arg.require(s.ndim > 0, "s", need, f"one number of dtype {s.dtype}")
+    arg.batch_shape(None, t=t.shape, s=s.shape[:-1])
     return jnp.sum(jnp.where(holds(t[..., None], jnp.arange(s.shape[-1])), s, 0), -1)

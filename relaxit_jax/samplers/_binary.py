@@ -8,8 +8,12 @@ from jax import Array
 from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
+from relaxit_jax import _random as rng
+from relaxit_jax._placement import where
 
 
 def relaxed_bernoulli(
@@ -49,22 +53,22 @@ def relaxed_bernoulli(
     >>> z[0] == 0, 0 < z[1] < 1, z[2] == 1
     (Array(True, dtype=bool), Array(True, dtype=bool), Array(True, dtype=bool))
     """
-    ck.check_key(key)
-    ck.require_form(hard, log_space)
-    dtype, logits = ck.widen(logits=logits)
-    tau = ck.as_tau(tau, logits.dtype)
-    shape = ck.batch_shape(shape, logits=logits.shape, tau=tau.shape)
-    x = logits + nm.logistic(key, shape, logits)
+    arg.check_key(key)
+    arg.require_form(hard, log_space)
+    dtype, logits = arg.widen(logits=logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    shape = arg.batch_shape(shape, logits=logits.shape, tau=tau.shape)
+    x = logits + rng.logistic(key, shape, logits)
     return _relax(x, tau, dtype, hard, log_space)
 
 
 def _relax(x, tau, dtype, hard, log_space):
     """The gate of perturbed log-odds x, in the form that was asked for."""
-    y = nm.over_tau(x, tau)
+    y = lm.over_tau(x, tau)
     if log_space:
         return y
     if hard:
-        return nm.straight_through(x > 0, sigmoid(y)).astype(dtype)
+        return gr.straight_through(x > 0, sigmoid(y)).astype(dtype)
     return sigmoid(y).astype(dtype)
 
 
@@ -98,13 +102,13 @@ def relaxed_bernoulli_log_prob(
     >>> relaxed_bernoulli_log_prob(0.25, 0.0, 1.0)  # uniform at tau = 1 and even odds
     Array(0., dtype=float32)
     """
-    ck.require_flags(log_space=log_space)
-    _, value, logits = ck.widen(value=value, logits=logits)
-    tau = ck.as_tau(tau, logits.dtype)
-    ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
-    y, outside = nm.as_logit(value, log_space)
-    law = nm.where(outside, -jnp.inf, nm.binary_concrete_log_prob(y, logits, tau))
-    return nm.show_nan(law, value, logits, tau)
+    arg.require_flags(log_space=log_space)
+    _, value, logits = arg.widen(value=value, logits=logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    arg.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
+    y, outside = lm.as_logit(value, log_space)
+    law = where(outside, -jnp.inf, lm.binary_concrete_log_prob(y, logits, tau))
+    return lm.show_nan(law, value, logits, tau)
 
 
 def straight_through_bernoulli(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
@@ -132,12 +136,12 @@ def straight_through_bernoulli(key: Array, logits: ArrayLike, *, shape: Sequence
     >>> jax.grad(lambda x: straight_through_bernoulli(jax.random.key(0), x))(0.0)
     Array(0.25, dtype=float32, weak_type=True)
     """
-    ck.check_key(key)
-    dtype, logits = ck.widen(logits=logits)
-    shape = ck.batch_shape(shape, logits=logits.shape)
+    arg.check_key(key)
+    dtype, logits = arg.widen(logits=logits)
+    shape = arg.batch_shape(shape, logits=logits.shape)
     p = sigmoid(logits)
-    bit = nm.bernoulli(key, p, sigmoid(-logits), shape)
-    return nm.straight_through(bit, jnp.broadcast_to(p, shape)).astype(dtype)
+    bit = rng.bernoulli(key, p, sigmoid(-logits), shape)
+    return gr.straight_through(bit, jnp.broadcast_to(p, shape)).astype(dtype)
 
 
 def straight_through_bernoulli_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
@@ -162,15 +166,15 @@ def straight_through_bernoulli_log_prob(value: ArrayLike, logits: ArrayLike) -> 
     >>> jnp.exp(straight_through_bernoulli_log_prob(jnp.array([0, 1]), jnp.log(3.0)))
     Array([0.25, 0.75], dtype=float32)
     """
-    _, logits = ck.widen(logits=logits)
-    value = ck.as_number("value", value).astype(logits.dtype)
-    ck.batch_shape(None, value=value.shape, logits=logits.shape)
+    _, logits = arg.widen(logits=logits)
+    value = arg.as_number("value", value).astype(logits.dtype)
+    arg.batch_shape(None, value=value.shape, logits=logits.shape)
     certain = jnp.isinf(logits)
-    finite = nm.where(certain, 0, logits)
+    finite = where(certain, 0, logits)
     inside = value * log_sigmoid(finite) + (1 - value) * log_sigmoid(-finite)
-    mass = nm.where((value == 1) == (logits > 0), 0, -jnp.inf)
+    mass = where((value == 1) == (logits > 0), 0, -jnp.inf)
     bit = (value == 0) | (value == 1) | jnp.isnan(value)
-    return nm.show_nan(nm.where(bit, nm.where(certain, mass, inside), -jnp.inf), value, logits)
+    return lm.show_nan(where(bit, where(certain, mass, inside), -jnp.inf), value, logits)
 
 
 def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
@@ -197,15 +201,15 @@ def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[in
     >>> stochastic_times_smooth(jax.random.key(0), jnp.array([-200.0, 200.0]))
     Array([0., 1.], dtype=float32)
     """
-    ck.check_key(key)
-    dtype, logits = ck.widen(logits=logits)
-    shape = ck.batch_shape(shape, logits=logits.shape)
+    arg.check_key(key)
+    dtype, logits = arg.widen(logits=logits)
+    shape = arg.batch_shape(shape, logits=logits.shape)
     p = sigmoid(logits)
     # where p underflows the root has no slope left, not an infinite one
-    root = nm.where(p > 0, jnp.sqrt(nm.where(p > 0, p, 1)), p)
-    bit = nm.bernoulli(key, root, sigmoid(-logits) / (1 + root), shape)
+    root = where(p > 0, jnp.sqrt(where(p > 0, p, 1)), p)
+    bit = rng.bernoulli(key, root, sigmoid(-logits) / (1 + root), shape)
     # where, not a product: it keeps NaN logits visible
-    return nm.where(bit | jnp.isnan(root), root, 0).astype(dtype)
+    return where(bit | jnp.isnan(root), root, 0).astype(dtype)
 
 
 def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
@@ -229,18 +233,18 @@ def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Arr
     >>> jnp.exp(stochastic_times_smooth_log_prob(jnp.array([0.0, 0.5, 0.6]), -jnp.log(3.0)))
     Array([0.5, 0.5, 0. ], dtype=float32)
     """
-    kinds = [jnp.finfo(ck.as_float(n, x).dtype) for n, x in (("value", value), ("logits", logits))]
+    kinds = [jnp.finfo(arg.as_float(n, x).dtype) for n, x in (("value", value), ("logits", logits))]
     rounding = 4 * max(float(kind.eps) for kind in kinds)
     smallest = max(float(kind.smallest_subnormal) for kind in kinds)
-    _, value, logits = ck.widen(value=value, logits=logits)
-    ck.batch_shape(None, value=value.shape, logits=logits.shape)
+    _, value, logits = arg.widen(value=value, logits=logits)
+    arg.batch_shape(None, value=value.shape, logits=logits.shape)
     log_root = log_sigmoid(logits) / 2
     root = jnp.exp(log_root)
     at_root = jnp.abs(value - root) <= rounding * root + smallest
-    law = nm.where(at_root, log_root, -jnp.inf)
+    law = where(at_root, log_root, -jnp.inf)
     # 1 - sqrt(p) = (1 - p) / (1 + sqrt(p))
-    law = nm.where(value == 0, log_sigmoid(-logits) - jnp.log1p(root), law)
-    return nm.show_nan(law, value, logits)
+    law = where(value == 0, log_sigmoid(-logits) - jnp.log1p(root), law)
+    return lm.show_nan(law, value, logits)
 
 
 def correlated_bernoulli(
@@ -286,12 +290,12 @@ def correlated_bernoulli(
     >>> z.shape
     (5, 2)
     """
-    ck.check_key(key)
-    ck.require_form(hard, log_space)
+    arg.check_key(key)
+    arg.require_form(hard, log_space)
     dtype, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
-    shape = ck.batch_shape(shape, **batch)
-    noise = nm.normal(key, (*shape, logits.shape[-1]), logits)
-    x = logits + nm.probit_to_logit(nm.apply_factor(scale_tril, noise))
+    shape = arg.batch_shape(shape, **batch)
+    noise = rng.normal(key, (*shape, logits.shape[-1]), logits)
+    x = logits + lm.probit_to_logit(lm.apply_factor(scale_tril, noise))
     return _relax(x, tau[..., None], dtype, hard, log_space)
 
 
@@ -325,36 +329,36 @@ def correlated_bernoulli_log_prob(
     >>> correlated_bernoulli_log_prob(jnp.full(2, 0.3), jnp.zeros(2), 1.0, jnp.eye(2)).round(4)
     Array(0., dtype=float32)
     """
-    ck.require_flags(log_space=log_space)
-    ck.require_event("value", value)
-    _, value, logits = ck.widen(value=value, logits=logits)
+    arg.require_flags(log_space=log_space)
+    arg.require_event("value", value)
+    _, value, logits = arg.widen(value=value, logits=logits)
     _, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
-    ck.require_same_event(value, logits)
-    ck.batch_shape(None, value=value.shape[:-1], **batch)
-    y, outside = nm.as_logit(value, log_space)
+    arg.require_same_event(value, logits)
+    arg.batch_shape(None, value=value.shape[:-1], **batch)
+    y, outside = lm.as_logit(value, log_space)
     tau = tau[..., None]
-    independent = nm.binary_concrete_log_prob(y, logits, tau)
+    independent = lm.binary_concrete_log_prob(y, logits, tau)
     certain = jnp.isinf(logits)
     free = jnp.isfinite(y) & ~certain
-    x = tau * nm.where(free, y, 0) - nm.where(certain, 0, logits)
-    v = nm.where(certain, 0, nm.logit_to_probit(x))
+    x = tau * where(free, y, 0) - where(certain, 0, logits)
+    v = where(certain, 0, lm.logit_to_probit(x))
     copula = _copula_log_density(v, scale_tril, certain)
-    inside = jnp.sum(independent, -1) + nm.where(jnp.all(free | certain, -1), copula, 0)
+    inside = jnp.sum(independent, -1) + where(jnp.all(free | certain, -1), copula, 0)
     outside = outside | (certain & (y != logits))
-    law = nm.where(jnp.any(outside, -1), -jnp.inf, inside)
-    return nm.show_nan(law, tau[..., 0], event=(value, logits, jnp.sum(scale_tril, -1)))
+    law = where(jnp.any(outside, -1), -jnp.inf, inside)
+    return lm.show_nan(law, tau[..., 0], event=(value, logits, jnp.sum(scale_tril, -1)))
 
 
 def _correlated_args(logits, tau, scale_tril):
-    ck.require_scale_tril(scale_tril, ck.require_event("logits", logits))
-    dtype, logits = ck.widen(logits=logits)
-    factor = ck.as_float("scale_tril", scale_tril)
+    arg.require_scale_tril(scale_tril, arg.require_event("logits", logits))
+    dtype, logits = arg.widen(logits=logits)
+    factor = arg.as_float("scale_tril", scale_tril)
     slack = max(1e-4, 4 * float(jnp.finfo(factor.dtype).eps))
-    ck.require_values(
+    arg.require_values(
         "scale_tril", scale_tril, "a factor of a correlation matrix, with rows of norm 1",
         lambda a: abs((a.astype(float) ** 2).sum(-1) - 1) < slack,
     )  # fmt: skip
-    tau = ck.as_tau(tau, logits.dtype)
+    tau = arg.as_tau(tau, logits.dtype)
     batch = {"logits": logits.shape[:-1], "scale_tril": factor.shape[:-2], "per_event": {"tau": tau.shape}}
     return dtype, logits, tau, factor.astype(logits.dtype), batch
 
@@ -363,13 +367,13 @@ def _copula_log_density(v, scale_tril, dropped):
     """log N(v; 0, R) - sum log phi(v), without the dropped variables, whose v is 0."""
 
     def density(factor):
-        w = nm.solve_lower(factor, v)
+        w = lm.solve_lower(factor, v)
         log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))), -1)
         return -0.5 * jnp.sum((w - v) * (w + v), -1) - log_det
 
     def density_of_the_rest():
         apart = dropped[..., :, None] | dropped[..., None, :]
         r = jnp.matmul(scale_tril, jnp.matrix_transpose(scale_tril), precision="highest")
-        return density(nm.whole(jnp.linalg.cholesky, nm.where(apart, jnp.eye(r.shape[-1], dtype=r.dtype), r)))
+        return density(pl.whole(jnp.linalg.cholesky, where(apart, jnp.eye(r.shape[-1], dtype=r.dtype), r)))
 
     return jax.lax.cond(jnp.any(dropped), density_of_the_rest, lambda: density(scale_tril))

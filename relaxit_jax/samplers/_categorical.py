@@ -9,8 +9,12 @@ from jax.nn import log_softmax, softmax
 from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
+from relaxit_jax import _random as rng
+from relaxit_jax._placement import where
 
 
 def gumbel_softmax(
@@ -52,18 +56,18 @@ def gumbel_softmax(
     >>> z.sum().round(5), z[2]
     (Array(1., dtype=float32), Array(0., dtype=float32))
     """
-    ck.check_key(key)
-    ck.require_form(hard, log_space)
-    ck.require_classes(logits)
-    dtype, logits = ck.widen(logits=logits)
-    tau = ck.as_tau(tau, logits.dtype)
-    shape = ck.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
-    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, logits.shape[-1]), logits)
-    y = nm.over_tau(perturbed, tau[..., None])
+    arg.check_key(key)
+    arg.require_form(hard, log_space)
+    arg.require_classes(logits)
+    dtype, logits = arg.widen(logits=logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
+    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, logits.shape[-1]), logits)
+    y = lm.over_tau(perturbed, tau[..., None])
     if log_space:
         return log_softmax(y)
     if hard:
-        return nm.straight_through(nm.largest(perturbed), softmax(y)).astype(dtype)
+        return gr.straight_through(lm.largest(perturbed), softmax(y)).astype(dtype)
     return softmax(y).astype(dtype)
 
 
@@ -99,33 +103,33 @@ def gumbel_softmax_log_prob(
     >>> print(f"{gumbel_softmax_log_prob(jnp.full(3, 1 / 3), jnp.zeros(3), 1.0):.4f}")  # log 2
     0.6931
     """
-    ck.require_classes(logits)
-    ck.require_flags(log_space=log_space)
-    ck.require_event("value", value)
-    _, value, logits = ck.widen(value=value, logits=logits)
-    tau = ck.as_tau(tau, logits.dtype)
-    ck.require_same_event(value, logits)
+    arg.require_classes(logits)
+    arg.require_flags(log_space=log_space)
+    arg.require_event("value", value)
+    _, value, logits = arg.widen(value=value, logits=logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    arg.require_same_event(value, logits)
     batch = {"value": value.shape[:-1], "logits": logits.shape[:-1]}
-    ck.batch_shape(None, **batch, per_event={"tau": tau.shape})
-    y, outside = nm.as_log(value, log_space)
+    arg.batch_shape(None, **batch, per_event={"tau": tau.shape})
+    y, outside = lm.as_log(value, log_space)
     possible = logits != -jnp.inf
     zero = possible & (y == -jnp.inf)
-    y_in = nm.where(possible & ~zero, y, 0)
-    l = nm.where(possible, nm.centre(logits), 0)
-    w = nm.where(possible, l - tau[..., None] * y_in, -jnp.inf)
-    terms = nm.where(possible, log_softmax(w) - y_in, 0)
+    y_in = where(possible & ~zero, y, 0)
+    l = where(possible, lm.centre(logits), 0)
+    w = where(possible, l - tau[..., None] * y_in, -jnp.inf)
+    terms = where(possible, log_softmax(w) - y_in, 0)
     k = jnp.sum(possible, -1).astype(y.dtype)
     inside = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(terms, -1)
     zeros = jnp.sum(zero, -1).astype(y.dtype)
     # limits: of the sign of zeros - tau (k - zeros), and finite where that is 0 (for one zero)
     balance = zeros - tau * (k - zeros)
-    edge = nm.where(zero, (1 - k[..., None]) * l, l - (tau[..., None] + 1) * y_in)
-    finite = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(nm.where(possible, edge, 0), -1)
+    edge = where(zero, (1 - k[..., None]) * l, l - (tau[..., None] + 1) * y_in)
+    finite = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(where(possible, edge, 0), -1)
     even = (balance == 0) & (zeros == 1)
-    limit = nm.where(even, finite, nm.where(balance >= 0, jnp.inf, -jnp.inf))
+    limit = where(even, finite, where(balance >= 0, jnp.inf, -jnp.inf))
     off = outside | jnp.any(~possible & (y > -jnp.inf), -1)
-    law = nm.where(off, -jnp.inf, nm.where(zeros > 0, limit, inside))
-    return nm.show_nan(law, tau, event=(value, logits))
+    law = where(off, -jnp.inf, where(zeros > 0, limit, inside))
+    return lm.show_nan(law, tau, event=(value, logits))
 
 
 def invertible_gaussian(
@@ -170,17 +174,17 @@ def invertible_gaussian(
     >>> invertible_gaussian(jax.random.key(0), jnp.zeros(2), 1e-6, 1.0).round(3)
     Array([0.333, 0.333, 0.333], dtype=float32)
     """
-    ck.check_key(key)
-    ck.require_form(hard, log_space)
+    arg.check_key(key)
+    arg.require_form(hard, log_space)
     dtype, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
-    shape = ck.batch_shape(shape, **batch)
-    y = loc + scale * nm.normal(key, (*shape, loc.shape[-1]), loc)
+    shape = arg.batch_shape(shape, **batch)
+    y = loc + scale * rng.normal(key, (*shape, loc.shape[-1]), loc)
     last = jnp.broadcast_to(jnp.log(delta)[..., None], (*shape, 1))
     y = y / tau[..., None]
-    y = jnp.concatenate([y, nm.placed(last, y)], -1)
+    y = jnp.concatenate([y, pl.placed(last, y)], -1)
     if log_space:
         return log_softmax(y)
-    return (nm.straight_through(nm.largest(y), softmax(y)) if hard else softmax(y)).astype(dtype)
+    return (gr.straight_through(lm.largest(y), softmax(y)) if hard else softmax(y)).astype(dtype)
 
 
 def invertible_gaussian_log_prob(
@@ -219,29 +223,29 @@ def invertible_gaussian_log_prob(
     >>> print(f"{invertible_gaussian_log_prob(jnp.full(2, 0.5), jnp.zeros(1), 1.0, 1.0):.4f}")
     0.4674
     """
-    ck.require_flags(log_space=log_space)
-    ck.require_event("value", value)
+    arg.require_flags(log_space=log_space)
+    arg.require_event("value", value)
     _, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
-    _, value, loc = ck.widen(value=value, loc=loc)
+    _, value, loc = arg.widen(value=value, loc=loc)
     size = loc.shape[-1] + 1
-    ck.require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
-    ck.batch_shape(None, value=value.shape[:-1], **batch)
-    log_z, outside = nm.as_log(value, log_space)
+    arg.require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
+    arg.batch_shape(None, value=value.shape[:-1], **batch)
+    log_z, outside = lm.as_log(value, log_space)
     outside = outside | jnp.any(log_z == -jnp.inf, -1)
-    log_z = nm.where(outside[..., None], 0, log_z)
+    log_z = where(outside[..., None], 0, log_z)
     tau = tau[..., None]
     y = tau * (log_z[..., :-1] - log_z[..., -1:] + jnp.log(delta)[..., None])
-    gaussian = nm.log_normal_pdf((y - loc) / scale) - jnp.log(scale)
+    gaussian = lm.log_normal_pdf((y - loc) / scale) - jnp.log(scale)
     law = jnp.sum(gaussian + jnp.log(tau), -1) - jnp.sum(log_z, -1)
-    law = nm.where(outside, -jnp.inf, law)
-    return nm.show_nan(law, tau[..., 0], delta, event=(value, loc, scale))
+    law = where(outside, -jnp.inf, law)
+    return lm.show_nan(law, tau[..., 0], delta, event=(value, loc, scale))
 
 
 def _invertible_args(loc, scale, tau, delta):
-    ck.require_event("loc", loc)
-    dtype, loc, scale = ck.widen_with_scale(loc, scale)
-    tau, delta = ck.as_tau(tau, loc.dtype), ck.as_positive("delta", delta, loc.dtype)
-    loc = jnp.broadcast_to(loc, ck.batch_shape(None, loc=loc.shape, scale=scale.shape))
+    arg.require_event("loc", loc)
+    dtype, loc, scale = arg.widen_with_scale(loc, scale)
+    tau, delta = arg.as_tau(tau, loc.dtype), arg.as_positive("delta", delta, loc.dtype)
+    loc = jnp.broadcast_to(loc, arg.batch_shape(None, loc=loc.shape, scale=scale.shape))
     batch = {"loc": loc.shape[:-1], "per_event": {"tau": tau.shape, "delta": delta.shape}}
     return dtype, loc, scale, tau, delta, batch
 
@@ -283,12 +287,12 @@ def logistic_normal(
     >>> logistic_normal(jax.random.key(0), jnp.log(jnp.array([0.2, 0.8])), 1e-6).round(3)
     Array([0.2, 0.8], dtype=float32)
     """
-    ck.check_key(key)
-    ck.require_flags(log_space=log_space)
+    arg.check_key(key)
+    arg.require_flags(log_space=log_space)
     dtype, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
-    shape = ck.batch_shape(shape, **batch)
-    noise = nm.normal(key, (*shape, loc.shape[-1]), loc)
-    y = nm.centre(loc) + (scale * noise if scale_tril is None else nm.apply_factor(scale_tril, noise))
+    shape = arg.batch_shape(shape, **batch)
+    noise = rng.normal(key, (*shape, loc.shape[-1]), loc)
+    y = lm.centre(loc) + (scale * noise if scale_tril is None else lm.apply_factor(scale_tril, noise))
     return log_softmax(y) if log_space else softmax(y).astype(dtype)
 
 
@@ -328,15 +332,15 @@ def logistic_normal_log_prob(
     >>> print(f"{logistic_normal_log_prob(jnp.full(2, 0.5), jnp.zeros(2), 0.5**0.5):.4f}")
     0.4674
     """
-    ck.require_flags(log_space=log_space)
-    ck.require_event("value", value)
+    arg.require_flags(log_space=log_space)
+    arg.require_event("value", value)
     _, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
-    _, value, loc = ck.widen(value=value, loc=loc)
-    ck.require_same_event(value, loc)
-    ck.batch_shape(None, value=value.shape[:-1], **batch)
-    log_z, outside = nm.as_log(value, log_space)
+    _, value, loc = arg.widen(value=value, loc=loc)
+    arg.require_same_event(value, loc)
+    arg.batch_shape(None, value=value.shape[:-1], **batch)
+    log_z, outside = lm.as_log(value, log_space)
     outside = outside | (jnp.any(log_z == -jnp.inf, -1) if loc.shape[-1] > 1 else False)
-    log_z = nm.where(outside[..., None], 0, log_z)
+    log_z = where(outside[..., None], 0, log_z)
     r = log_z - loc
     if scale_tril is None:
         gaussian = _log_ratio_density(r, jnp.broadcast_to(scale, r.shape))
@@ -344,20 +348,20 @@ def logistic_normal_log_prob(
         gaussian = _log_ratio_density_full(r, scale_tril)
     law = gaussian - jnp.sum(log_z, -1) - (loc.shape[-1] - 1) / 2 * math.log(2 * math.pi)
     spread = scale if scale_tril is None else jnp.sum(scale_tril, -1)
-    return nm.show_nan(nm.where(outside, -jnp.inf, law), event=(value, loc, spread))
+    return lm.show_nan(where(outside, -jnp.inf, law), event=(value, loc, spread))
 
 
 def _logistic_normal_args(loc, scale, scale_tril):
-    ck.require(
+    arg.require(
         (scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither"
     )
-    size = ck.require_event("loc", loc)
+    size = arg.require_event("loc", loc)
     if scale_tril is None:
-        dtype, loc, scale = ck.widen_with_scale(loc, scale)
-        loc = jnp.broadcast_to(loc, ck.batch_shape(None, loc=loc.shape, scale=scale.shape))
+        dtype, loc, scale = arg.widen_with_scale(loc, scale)
+        loc = jnp.broadcast_to(loc, arg.batch_shape(None, loc=loc.shape, scale=scale.shape))
         return dtype, loc, scale, None, {"loc": loc.shape[:-1]}
-    ck.require_scale_tril(scale_tril, size)
-    dtype, loc, scale_tril = ck.widen(loc=loc, scale_tril=scale_tril)
+    arg.require_scale_tril(scale_tril, size)
+    dtype, loc, scale_tril = arg.widen(loc=loc, scale_tril=scale_tril)
     return dtype, loc, None, scale_tril, {"loc": loc.shape[:-1], "scale_tril": scale_tril.shape[:-2]}
 
 
@@ -377,7 +381,7 @@ def _log_ratio_density_full(r, scale_tril):
     """The same for any Sigma = A A^T, from a factor of the covariance of the log-ratios."""
     ratios = r[..., :-1] - r[..., -1:]
     a = scale_tril[..., :-1, :] - scale_tril[..., -1:, :]
-    factor = nm.lower_factor(a)
-    white = nm.solve_lower(factor, ratios)
+    factor = lm.lower_factor(a)
+    white = lm.solve_lower(factor, ratios)
     diagonal = jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))
     return -jnp.sum(jnp.log(diagonal), -1) - jnp.sum(white**2, -1) / 2

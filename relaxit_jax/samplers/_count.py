@@ -16,9 +16,12 @@ from jax.nn import log_sigmoid
 from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _random as rng
 from relaxit_jax import _truncation as tr
+from relaxit_jax._placement import where
 
 
 def generalized_gumbel_softmax(
@@ -64,25 +67,25 @@ def generalized_gumbel_softmax(
     >>> generalized_gumbel_softmax(jax.random.key(0), logits, jnp.arange(3.0), 0.1, hard=True)
     Array(1., dtype=float32)
     """
-    ck.check_key(key)
-    ck.require_flags(hard=hard)
-    ck.require_classes(logits)
-    ck.require_event("values", values)
-    ck.require_values("values", values, "finite", np.isfinite)
-    dtype, logits, values = ck.widen(logits=logits, values=values)
+    arg.check_key(key)
+    arg.require_flags(hard=hard)
+    arg.require_classes(logits)
+    arg.require_event("values", values)
+    arg.require_values("values", values, "finite", np.isfinite)
+    dtype, logits, values = arg.widen(logits=logits, values=values)
     classes = logits.shape[-1]
     need = f"of shape (..., {classes}), as logits is"
-    ck.require(values.shape[-1] == classes, "values", need, f"shape {values.shape}")
-    tau = ck.as_tau(tau, logits.dtype)
+    arg.require(values.shape[-1] == classes, "values", need, f"shape {values.shape}")
+    tau = arg.as_tau(tau, logits.dtype)
     batch = {"logits": logits.shape[:-1], "values": values.shape[:-1]}
-    shape = ck.batch_shape(shape, **batch, per_event={"tau": tau.shape})
-    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, classes), logits)
-    weights = jax.nn.softmax(nm.over_tau(perturbed, tau[..., None]))
+    shape = arg.batch_shape(shape, **batch, per_event={"tau": tau.shape})
+    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, classes), logits)
+    weights = jax.nn.softmax(lm.over_tau(perturbed, tau[..., None]))
     soft = jnp.sum(weights * values, -1)
     if not hard:
         return soft.astype(dtype)
-    exact = jnp.sum(nm.where(nm.largest(perturbed), values, 0), -1)
-    return nm.straight_through(exact, soft).astype(dtype)
+    exact = jnp.sum(where(lm.largest(perturbed), values, 0), -1)
+    return gr.straight_through(exact, soft).astype(dtype)
 
 
 def poisson_support(
@@ -119,7 +122,7 @@ def poisson_support(
     18 3.0000
     """
     _require_positive_and_finite("rate", rate)
-    _, rate = ck.widen(rate=rate)
+    _, rate = arg.widen(rate=rate)
     return _support(_poisson, (rate,), num_values, eps)
 
 
@@ -154,8 +157,8 @@ def geometric_support(
     >>> print(values.size, f"{jnp.exp(logits) @ values:.4f}")
     27 1.0000
     """
-    ck.require_values("logits", logits, "above -inf", lambda x: x > -np.inf)
-    _, logits = ck.widen(logits=logits)
+    arg.require_values("logits", logits, "above -inf", lambda x: x > -np.inf)
+    _, logits = arg.widen(logits=logits)
     return _support(_geometric, (logits,), num_values, eps)
 
 
@@ -192,13 +195,13 @@ def binomial_support(
     1.000 4.000 6.000 4.000 1.000
     """
     need = "integers, 1 or more, known before tracing"
-    ck.require(ck.can_be_seen(total_count), "total_count", need, total_count)
+    arg.require(arg.can_be_seen(total_count), "total_count", need, total_count)
     integers = lambda x: (x >= 1) & (x < np.inf) & (x == np.round(x))
-    ck.require_values("total_count", total_count, need, integers)
-    ck.require_values("logits", logits, "log-odds, not NaN", lambda x: x == x)
-    _, logits = ck.widen(logits=logits)
+    arg.require_values("total_count", total_count, need, integers)
+    arg.require_values("logits", logits, "log-odds, not NaN", lambda x: x == x)
+    _, logits = arg.widen(logits=logits)
     n = np.asarray(total_count)
-    ck.batch_shape(None, total_count=n.shape, logits=logits.shape)
+    arg.batch_shape(None, total_count=n.shape, logits=logits.shape)
     if num_values is None and n.max() < tr.MOST_VALUES:
         num_values = int(n.max()) + 1
     return _support(_binomial, (n.astype(logits.dtype), logits), num_values, eps)
@@ -241,36 +244,36 @@ def negative_binomial_support(
     31 2.0000
     """
     _require_positive_and_finite("total_count", total_count)
-    ck.require_values("logits", logits, "below inf", lambda x: x < np.inf)
-    _, r, logits = ck.widen(total_count=total_count, logits=logits)
-    ck.batch_shape(None, total_count=r.shape, logits=logits.shape)
+    arg.require_values("logits", logits, "below inf", lambda x: x < np.inf)
+    _, r, logits = arg.widen(total_count=total_count, logits=logits)
+    arg.batch_shape(None, total_count=r.shape, logits=logits.shape)
     # With a constant r jaxlib 0.10.2 compiles wrong gradients inside of a scan on CPUs: it is hidden.
     r = jax.lax.optimization_barrier(r)
     return _support(_negative_binomial, (r, logits), num_values, eps)
 
 
 def _require_positive_and_finite(name, x):
-    ck.require_positive(name, x)
-    ck.require_values(name, x, "finite", np.isfinite)
+    arg.require_positive(name, x)
+    arg.require_values(name, x, "finite", np.isfinite)
 
 
 def _support(log_pmf, parameters, num_values, eps):
     """The logits of a finite list, and its values."""
     need = "in (0, 1), one number that is known before tracing"
-    ck.require(ck.can_be_seen(eps), "eps", need, ck.shown(eps))
-    ck.require_values("eps", eps, need, lambda x: (x.ndim == 0) & (x > 0) & (x < 1))
+    arg.require(arg.can_be_seen(eps), "eps", need, arg.shown(eps))
+    arg.require_values("eps", eps, need, lambda x: (x.ndim == 0) & (x > 0) & (x < 1))
     seen = not any(isinstance(x, jax.core.Tracer) for x in parameters)
     if num_values is not None:
-        num_values = ck.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
+        num_values = arg.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
     need = "given, as the parameters are traced: it is fixed before tracing"
-    ck.require(seen or num_values is not None, "num_values", need, None)
+    arg.require(seen or num_values is not None, "num_values", need, None)
     if seen:
         least = tr.enough_values(lambda values: _masses(log_pmf, len(values), *parameters), eps)
         need = f"at most {tr.MOST_VALUES}, and for these parameters and eps = {eps} it is not enough"
-        ck.require(least is not None, "num_values", need, num_values)
+        arg.require(least is not None, "num_values", need, num_values)
         num_values = num_values or least
         need = f"at least {least} for the mass beyond to be below eps = {eps}"
-        ck.require(num_values >= least, "num_values", need, num_values)
+        arg.require(num_values >= least, "num_values", need, num_values)
     logits = _folded(log_pmf, num_values, *parameters)
     return logits, jnp.arange(num_values, dtype=logits.dtype)
 
@@ -294,12 +297,12 @@ def _poisson(k, mean):
     some = jnp.maximum(k, 1)
     # k / mean is what passes the range of floats first, where P(k) has long been 0
     mean_k = _within(mean, 16 * some)
-    return nm.where(k == 0, -_within(mean, 16), _log_poisson(some, mean_k, jnp.log(mean_k)))
+    return where(k == 0, -_within(mean, 16), _log_poisson(some, mean_k, jnp.log(mean_k)))
 
 
 def _geometric(k, logits):
     # no failures are possible also where their log-probability is -inf
-    failures = k * nm.where(k == 0, 0, log_sigmoid(-logits))
+    failures = k * where(k == 0, 0, log_sigmoid(-logits))
     return log_sigmoid(logits) + failures
 
 
@@ -310,7 +313,7 @@ def _binomial(k, n, logits):
 def _negative_binomial(k, r, logits):
     r = _within(r, 1e8)  # all of P(k), about r p^k / k, are numbers too
     some = jnp.maximum(k, 1)
-    return nm.where(k == 0, 0, jnp.log(r / (r + some))) + _successes(k, r, logits)
+    return where(k == 0, 0, jnp.log(r / (r + some))) + _successes(k, r, logits)
 
 
 def _within(x, low):
@@ -320,20 +323,20 @@ def _within(x, low):
     """
     info = jnp.finfo(x.dtype)
     inside = jnp.clip(x, low * float(info.tiny), float(info.max) / 1024)
-    return nm.straight_through(nm.where(x < 0, jnp.nan, inside), jnp.broadcast_to(x, inside.shape))
+    return gr.straight_through(where(x < 0, jnp.nan, inside), jnp.broadcast_to(x, inside.shape))
 
 
 def _successes(k, rest, logits):
     """log P(k) of k + rest trials, of which the rest may be any number."""
     log_p, log_q = log_sigmoid(logits), log_sigmoid(-logits)
     inside = (k > 0) & (rest > 0)
-    a, b = nm.where(inside, k, 1), nm.where(inside, rest, 1)
+    a, b = where(inside, k, 1), where(inside, rest, 1)
     n, log_n = a + b, jnp.log(a + b)
     law = _log_poisson(a, n * jnp.exp(log_p), log_n + log_p)
     law += _log_poisson(b, n * jnp.exp(log_q), log_n + log_q) - _log_poisson(n, n, log_n)
     # of no successes or nothing but successes; beyond the trials there is no mass
-    edge = nm.where(k == 0, rest * log_q, nm.where(rest == 0, k * log_p, -jnp.inf))
-    return nm.where(inside, law, edge)
+    edge = where(k == 0, rest * log_q, where(rest == 0, k * log_p, -jnp.inf))
+    return where(inside, law, edge)
 
 
 def _log_poisson(x, mean, log_mean):
@@ -342,10 +345,10 @@ def _log_poisson(x, mean, log_mean):
     From 10 on in the saddle-point form of C. Loader (2000), whose terms do not cancel.
     """
     large = x >= 10
-    y = nm.where(large, x, 10)
+    y = where(large, x, 10)
     saddle = -_stirling_error(y) - _deviance(y, mean, log_mean) - 0.5 * jnp.log(2 * math.pi * y)
-    y = nm.where(large, 1, x)
-    return nm.where(large, saddle, y * log_mean - mean - gammaln(y + 1))
+    y = where(large, 1, x)
+    return where(large, saddle, y * log_mean - mean - gammaln(y + 1))
 
 
 def _stirling_error(x):
@@ -358,15 +361,15 @@ def _deviance(k, mean, log_mean):
     """k log(k / mean) + mean - k for k > 0, which is about k d^2 / 2 for a small d = (mean - k) / k."""
     d = (mean - k) / k
     below = d < -0.5  # 1 + d = mean / k has few digits then, log_mean has all
-    d = nm.where(below, 0, d)
-    return nm.where(below, k * (jnp.log(k) - log_mean) + (mean - k), k * _log1p_error(d))
+    d = where(below, 0, d)
+    return where(below, k * (jnp.log(k) - log_mean) + (mean - k), k * _log1p_error(d))
 
 
 def _log1p_error(d):
     """d - log(1 + d), for small d by the series of log(1 + d) = 2 atanh(d / (2 + d))."""
     small = jnp.abs(d) < 0.1
-    e = nm.where(small, d, 0)
+    e = where(small, d, 0)
     v = e / (2 + e)
     w = v * v
     series = e * v - 2 * v * w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w / 11))))
-    return nm.where(small, series, d - jnp.log1p(d))
+    return where(small, series, d - jnp.log1p(d))

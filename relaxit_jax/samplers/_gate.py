@@ -8,8 +8,11 @@ from jax import Array
 from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _random as rng
+from relaxit_jax._placement import where
 
 
 def gaussian_bernoulli(
@@ -43,13 +46,13 @@ def gaussian_bernoulli(
     >>> gaussian_bernoulli(jax.random.key(0), jnp.array([-9.0, 9.0]), 0.5)
     Array([0., 1.], dtype=float32)
     """
-    ck.check_key(key)
-    ck.require_flags(hard=hard)
-    dtype, loc, scale = ck.widen_with_scale(loc, scale)
-    shape = ck.batch_shape(shape, loc=loc.shape, scale=scale.shape)
-    y = loc + scale * nm.normal(key, shape, loc, used_twice=True)
+    arg.check_key(key)
+    arg.require_flags(hard=hard)
+    dtype, loc, scale = arg.widen_with_scale(loc, scale)
+    shape = arg.batch_shape(shape, loc=loc.shape, scale=scale.shape)
+    y = loc + scale * rng.normal(key, shape, loc, used_twice=True)
     z = jnp.clip(y, 0, 1)
-    return nm.straight_through(y > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
+    return gr.straight_through(y > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
 
 
 def _cast_gate(z, dtype):
@@ -58,7 +61,7 @@ def _cast_gate(z, dtype):
         return z.astype(dtype)
     info = jnp.finfo(dtype)
     kept = jnp.clip(z, float(info.smallest_subnormal), 1 - float(info.epsneg))
-    return nm.straight_through(nm.where((z > 0) & (z < 1), kept, z), z).astype(dtype)
+    return gr.straight_through(where((z > 0) & (z < 1), kept, z), z).astype(dtype)
 
 
 def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLike) -> Array:
@@ -85,18 +88,18 @@ def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLi
     >>> print(f"{jnp.exp(gaussian_bernoulli_log_prob(0.0, 0.5, 1.0)):.4f}")  # Phi(-1/2)
     0.3085
     """
-    _, loc, scale = ck.widen_with_scale(loc, scale)
-    _, value, loc, scale = ck.widen(value=value, loc=loc, scale=scale)
-    ck.batch_shape(None, value=value.shape, loc=loc.shape, scale=scale.shape)
-    inside = nm.log_normal_pdf((value - loc) / scale) - jnp.log(scale)
-    law = _with_atoms(value, nm.log_ndtr(-loc / scale), inside, nm.log_ndtr((loc - 1) / scale))
-    return nm.show_nan(law, value, loc, scale)
+    _, loc, scale = arg.widen_with_scale(loc, scale)
+    _, value, loc, scale = arg.widen(value=value, loc=loc, scale=scale)
+    arg.batch_shape(None, value=value.shape, loc=loc.shape, scale=scale.shape)
+    inside = lm.log_normal_pdf((value - loc) / scale) - jnp.log(scale)
+    law = _with_atoms(value, lm.log_ndtr(-loc / scale), inside, lm.log_ndtr((loc - 1) / scale))
+    return lm.show_nan(law, value, loc, scale)
 
 
 def _with_atoms(value, at_zero, inside, at_one):
     """A log-law with atoms at 0 and 1 and a density between."""
-    law = nm.where(value == 0, at_zero, nm.where(value == 1, at_one, inside))
-    return nm.where((value < 0) | (value > 1), -jnp.inf, law)
+    law = where(value == 0, at_zero, where(value == 1, at_one, inside))
+    return where((value < 0) | (value > 1), -jnp.inf, law)
 
 
 def _check_stretch(stretch):
@@ -104,8 +107,8 @@ def _check_stretch(stretch):
     try:
         a, b = (float(end) for end in stretch)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"stretch must be {need}, got {ck.shown(stretch)}.") from error
-    ck.require(a < 0 and b > 1 and math.isfinite(b - a), "stretch", need, stretch)
+        raise ValueError(f"stretch must be {need}, got {arg.shown(stretch)}.") from error
+    arg.require(a < 0 and b > 1 and math.isfinite(b - a), "stretch", need, stretch)
     return a, b
 
 
@@ -155,19 +158,19 @@ def hard_concrete(
     Array([0., 1.], dtype=float32)
     """
     a, b = _check_stretch(stretch)
-    ck.require_form(hard, log_space)
-    ck.check_key(key)
-    dtype, logits = ck.widen(logits=logits)
-    tau = ck.as_tau(tau, logits.dtype)
-    shape = ck.batch_shape(shape, logits=logits.shape, tau=tau.shape)
-    y = nm.over_tau(logits + nm.logistic(key, shape, logits), tau)
+    arg.require_form(hard, log_space)
+    arg.check_key(key)
+    dtype, logits = arg.widen(logits=logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    shape = arg.batch_shape(shape, logits=logits.shape, tau=tau.shape)
+    y = lm.over_tau(logits + rng.logistic(key, shape, logits), tau)
     if log_space:
         return y
     # y decides on the atoms, as the law does; the two ends are weighed, since a + (b - a) v cancels
     low, high = _logits_of_the_ends(a, b)
     inside = a * sigmoid(-y) + b * sigmoid(y)
-    z = nm.where(y <= low, 0, nm.where(y >= high, 1, jnp.clip(inside, 0, 1)))
-    return nm.straight_through(z > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
+    z = where(y <= low, 0, where(y >= high, 1, jnp.clip(inside, 0, 1)))
+    return gr.straight_through(z > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
 
 
 def hard_concrete_log_prob(
@@ -206,20 +209,20 @@ def hard_concrete_log_prob(
     0.2317
     """
     a, b = _check_stretch(stretch)
-    ck.require_flags(log_space=log_space)
-    _, value, logits = ck.widen(value=value, logits=logits)
-    tau = ck.as_tau(tau, logits.dtype)
-    ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
+    arg.require_flags(log_space=log_space)
+    _, value, logits = arg.widen(value=value, logits=logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    arg.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
     low, high = _logits_of_the_ends(a, b)
     if log_space:
-        y, z = value, nm.where(value <= low, 0, nm.where(value >= high, 1, 0.5))
+        y, z = value, where(value <= low, 0, where(value >= high, 1, 0.5))
     else:
-        inside = nm.where((value > 0) & (value < 1) | jnp.isnan(value), value, 0.5)
+        inside = where((value > 0) & (value < 1) | jnp.isnan(value), value, 0.5)
         y, z = jnp.log(inside - a) - jnp.log(b - inside), value
     at_zero = log_sigmoid(tau * low - logits)
     at_one = log_sigmoid(logits - tau * high)
-    inside = nm.binary_concrete_log_prob(y, logits, tau) - math.log(b - a)
-    return nm.show_nan(_with_atoms(z, at_zero, inside, at_one), value, logits, tau)
+    inside = lm.binary_concrete_log_prob(y, logits, tau) - math.log(b - a)
+    return lm.show_nan(_with_atoms(z, at_zero, inside, at_one), value, logits, tau)
 
 
 def hard_concrete_l0(
@@ -249,9 +252,9 @@ def hard_concrete_l0(
     0.8318
     """
     a, b = _check_stretch(stretch)
-    dtype, logits = ck.widen(logits=logits)
-    tau = ck.as_tau(tau, logits.dtype)
-    ck.batch_shape(None, logits=logits.shape, tau=tau.shape)
+    dtype, logits = arg.widen(logits=logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    arg.batch_shape(None, logits=logits.shape, tau=tau.shape)
     return sigmoid(logits - tau * math.log(-a / b)).astype(dtype)
 
 
@@ -277,5 +280,5 @@ def hard_concrete_gate(logits: ArrayLike, *, stretch: tuple[float, float] = (-0.
     Array([0. , 0.5, 1. ], dtype=float32)
     """
     a, b = _check_stretch(stretch)
-    dtype, logits = ck.widen(logits=logits)
+    dtype, logits = arg.widen(logits=logits)
     return jnp.clip(a + (b - a) * sigmoid(logits), 0, 1).astype(dtype)

@@ -9,8 +9,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
+from relaxit_jax import _random as rng
+from relaxit_jax._placement import where
 
 
 def gumbel_sinkhorn(
@@ -63,21 +67,21 @@ def gumbel_sinkhorn(
     >>> z.sum(-1).round(4), z.sum(-2).round(4)
     (Array([1., 1., 1.], dtype=float32), Array([1., 1., 1.], dtype=float32))
     """
-    ck.check_key(key)
-    ck.require_flags(hard=hard)
-    num_iters = ck.as_static_int("num_iters", num_iters, 1, 1_000_000)
-    n = ck.require_classes(logits)
-    ck.require_square("logits", logits, n)
-    ck.require_values("logits", logits, "such that a permutation is possible", _has_permutation)
-    dtype, logits = ck.widen(logits=logits)
-    tau = ck.as_tau(tau, logits.dtype)
-    shape = ck.batch_shape(shape, logits=logits.shape[:-2], per_event={"tau": tau.shape})
-    # what is added to a row changes neither S nor the best permutation; why it is centred, see nm.centre
-    perturbed = nm.centre(logits) + nm.gumbel(key, (*shape, n, n), logits)
-    z = _sinkhorn(num_iters, nm.over_tau(perturbed, tau[..., None, None]))
+    arg.check_key(key)
+    arg.require_flags(hard=hard)
+    num_iters = arg.as_static_int("num_iters", num_iters, 1, 1_000_000)
+    n = arg.require_classes(logits)
+    arg.require_square("logits", logits, n)
+    arg.require_values("logits", logits, "such that a permutation is possible", _has_permutation)
+    dtype, logits = arg.widen(logits=logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-2], per_event={"tau": tau.shape})
+    # what is added to a row changes neither S nor the best permutation; why it is centred, see lm.centre
+    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, n, n), logits)
+    z = _sinkhorn(num_iters, lm.over_tau(perturbed, tau[..., None, None]))
     if not hard:
         return z.astype(dtype)
-    return nm.straight_through(_best_permutation(jax.lax.stop_gradient(perturbed)), z).astype(dtype)
+    return gr.straight_through(_best_permutation(jax.lax.stop_gradient(perturbed)), z).astype(dtype)
 
 
 def _has_permutation(logits):
@@ -104,27 +108,27 @@ def _best_permutation(weights):
     def best(weights):
         possible = weights > -jnp.inf
         # one forbidden place costs more than all others together can gain, and is still a number
-        worst = jnp.min(nm.where(possible, weights, 0)) - n * (jnp.ptp(nm.where(possible, weights, 0)) + 1)
-        rows, columns = hungarian_algorithm(-nm.where(possible, weights, worst))
+        worst = jnp.min(where(possible, weights, 0)) - n * (jnp.ptp(where(possible, weights, 0)) + 1)
+        rows, columns = hungarian_algorithm(-where(possible, weights, worst))
         chosen = jnp.zeros_like(weights).at[rows, columns].set(1)
-        return nm.where(jnp.any((chosen == 1) & ~possible), jnp.nan, chosen)
+        return where(jnp.any((chosen == 1) & ~possible), jnp.nan, chosen)
 
-    return nm.whole(jnp.vectorize(best, signature="(n,n)->(n,n)"), weights)
+    return pl.whole(jnp.vectorize(best, signature="(n,n)->(n,n)"), weights)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sinkhorn(num_iters, a):
     """S(A) of a batch of matrices."""
-    return nm.whole(jnp.vectorize(functools.partial(_scale, num_iters), signature="(n,n)->(n,n)"), a)
+    return pl.whole(jnp.vectorize(functools.partial(_scale, num_iters), signature="(n,n)->(n,n)"), a)
 
 
 @_sinkhorn.defjvp
 def _sinkhorn_jvp(num_iters, primals, tangents):
     p = _sinkhorn(num_iters, *primals)
     # dP = P (dA + du + dv), of which du keeps the rows at 1 and dv the columns
-    slope = nm.softmax_tangent(p, tangents[0])
+    slope = gr.softmax_tangent(p, tangents[0])
     dv = _solve_dual(p, -jnp.sum(slope, -2))
-    return p, slope + nm.softmax_tangent(p, dv[..., None, :])
+    return p, slope + gr.softmax_tangent(p, dv[..., None, :])
 
 
 def _solve_dual(p, x):
@@ -136,9 +140,9 @@ def _solve_dual(p, x):
     """
     weights = jnp.einsum("...ij,...ik->...jk", p, p, precision="highest")
     n, eps = p.shape[-1], jnp.finfo(p.dtype).eps
-    weights = nm.where(jnp.eye(n, dtype=bool), 0, weights)
+    weights = where(jnp.eye(n, dtype=bool), 0, weights)
     diagonal = jnp.sum(weights, -1) + 10 * eps
-    laplacian = nm.where(jnp.eye(n, dtype=bool), diagonal[..., None], -weights)
+    laplacian = where(jnp.eye(n, dtype=bool), diagonal[..., None], -weights)
     return jnp.linalg.solve(laplacian, x[..., None])[..., 0]
 
 
@@ -151,7 +155,7 @@ def _scale(num_iters, a):
     doubles A when the columns are roughly right: each v is nearly right for the next.
     """
     possible = a > -jnp.inf
-    spread = jnp.max(nm.where(possible, jnp.max(a, -1, keepdims=True) - a, 0))
+    spread = jnp.max(where(possible, jnp.max(a, -1, keepdims=True) - a, 0))
     close = 2e-5 if a.dtype == jnp.float32 else 1e-10
 
     def unfinished(state):
@@ -165,13 +169,13 @@ def _scale(num_iters, a):
         error = jnp.max(jnp.abs(columns - 1))
         step = _solve_dual(p, 1 - columns)
         d = jnp.ptp(step)
-        v = v + step * nm.where(d > 0, jnp.log1p(d) / nm.where(d > 0, d, 1), 1) / scale
+        v = v + step * where(d > 0, jnp.log1p(d) / where(d > 0, d, 1), 1) / scale
         done = (scale == 1) & (error < close)
-        return v - jnp.mean(v), nm.where(error < 0.3, jnp.minimum(2 * scale, 1), scale), done, steps + 1
+        return v - jnp.mean(v), where(error < 0.3, jnp.minimum(2 * scale, 1), scale), done, steps + 1
 
     scale = jnp.minimum(10 / jnp.maximum(spread, 1), 1)
-    start = jnp.zeros_like(a[0]), scale, nm.vary_as(jnp.array(False), a), 0
+    start = jnp.zeros_like(a[0]), scale, pl.vary_as(jnp.array(False), a), 0
     v, *_ = jax.lax.while_loop(unfinished, newton, start)
     p = jax.nn.softmax(a + v)
     lacking = jnp.max(1 - jnp.sum(p, -2)) * p.shape[-1] > 0.5  # by Hall, where no permutation is possible
-    return nm.where(jnp.all(possible) | ~lacking, p, jnp.nan)
+    return where(jnp.all(possible) | ~lacking, p, jnp.nan)

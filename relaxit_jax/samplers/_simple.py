@@ -15,8 +15,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
+from relaxit_jax import _random as rng
+from relaxit_jax._placement import where
 
 
 def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] | None = None) -> Array:
@@ -50,12 +54,12 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
     >>> simple_top_k(jax.random.key(0), jnp.array([0.0, -jnp.inf, 50.0]), 2)
     Array([1., 0., 1.], dtype=float32)
     """
-    ck.check_key(key)
-    k, logits, dtype = ck.subset_args(logits, k)
-    shape = ck.batch_shape(shape, logits=logits.shape[:-1])
+    arg.check_key(key)
+    k, logits, dtype = arg.subset_args(logits, k)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-1])
     n = logits.shape[-1]
     logits = _with_axes(logits, len(shape))
-    noise = nm.logistic(key, (*shape, n), logits)
+    noise = rng.logistic(key, (*shape, n), logits)
 
     def draw(left, element):
         log_odds, noise = element
@@ -63,10 +67,10 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
         return left - chosen.astype(jnp.int32), chosen
 
     elements = _log_odds(jax.lax.stop_gradient(logits), k), jnp.moveaxis(noise, -1, 0)
-    left = nm.placed(jnp.full(shape, k, jnp.int32), noise[..., 0], logits[..., 0])
+    left = pl.placed(jnp.full(shape, k, jnp.int32), noise[..., 0], logits[..., 0])
     _, chosen = jax.lax.scan(draw, left, elements, reverse=True)
     soft = jnp.broadcast_to(_slope_of_marginals(k, logits), (*shape, n))
-    return nm.straight_through(jnp.moveaxis(chosen, 0, -1), soft).astype(dtype)
+    return gr.straight_through(jnp.moveaxis(chosen, 0, -1), soft).astype(dtype)
 
 
 def simple_top_k_marginals(logits: ArrayLike, k: int) -> Array:
@@ -92,8 +96,8 @@ def simple_top_k_marginals(logits: ArrayLike, k: int) -> Array:
     >>> simple_top_k_marginals(jnp.zeros(4), 2)
     Array([0.5, 0.5, 0.5, 0.5], dtype=float32)
     """
-    k, logits, dtype = ck.subset_args(logits, k)
-    return nm.where(_has_enough(k, logits), _marginals(k, logits), jnp.nan).astype(dtype)
+    k, logits, dtype = arg.subset_args(logits, k)
+    return where(_has_enough(k, logits), _marginals(k, logits), jnp.nan).astype(dtype)
 
 
 def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
@@ -121,21 +125,21 @@ def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     >>> print(f"{jnp.exp(log_p):.4f}")  # one of six pairs
     0.1667
     """
-    k, logits, _ = ck.subset_args(logits, k)
-    given = value = ck.as_number("value", value)
-    ck.require_event("value", value)
-    ck.require_same_event(value, logits)
-    batch = ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
+    k, logits, _ = arg.subset_args(logits, k)
+    given = value = arg.as_number("value", value)
+    arg.require_event("value", value)
+    arg.require_same_event(value, logits)
+    batch = arg.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
     logits = _with_axes(logits, len(batch))
     is_k_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value.astype(logits.dtype), -1) == k)
     possible = jnp.all((value == 0) | (logits > -jnp.inf), -1)
     inside = (is_k_hot & possible)[..., None]
     # a value outside is scored as one inside, and then forgotten: nothing infinite has a gradient
-    best = nm.k_hot(nm.top_k(logits, k)[1], logits)
-    value = nm.where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
-    law = nm.where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
-    law = nm.where(_has_enough(k, logits)[..., 0], law, jnp.nan)
-    return nm.show_nan(law, event=(given, logits))
+    best = lm.k_hot(lm.top_k(logits, k)[1], logits)
+    value = where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
+    law = where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
+    law = where(_has_enough(k, logits)[..., 0], law, jnp.nan)
+    return lm.show_nan(law, event=(given, logits))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -143,13 +147,13 @@ def _log_prob(k, value, logits):
     value = jnp.moveaxis(value, -1, 0)
     left = jnp.cumsum(value, 0).astype(jnp.int32)  # to be chosen among the first i
     log_odds = _at(_log_odds(logits, k), left, 1)
-    return jnp.sum(jax.nn.log_sigmoid(nm.where(value == 1, log_odds, -log_odds)), 0)
+    return jnp.sum(jax.nn.log_sigmoid(where(value == 1, log_odds, -log_odds)), 0)
 
 
 @_log_prob.defjvp
 def _log_prob_jvp(k, primals, tangents):
     (value, logits), (value_dot, logits_dot) = primals, tangents
-    finite = nm.where(logits == -jnp.inf, 0, logits)
+    finite = where(logits == -jnp.inf, 0, logits)
     slope = jnp.sum(value_dot * finite + (value - _marginals(k, logits)) * logits_dot, -1)
     return _log_prob(k, value, logits), slope
 
@@ -179,19 +183,19 @@ def _insert(ratios, logit):
     float32 resolves 1e-3, would otherwise add up a few per cent.
     """
     high, low = ratios
-    log_odds = nm.where(logit == -jnp.inf, -jnp.inf, (logit - high) - low)
+    log_odds = where(logit == -jnp.inf, -jnp.inf, (logit - high) - low)
     soft = jnp.log1p(jnp.exp(-jnp.abs(log_odds)))
     softened = soft[1:] - soft[:-1]
     stays, moves_up = log_odds[1:] <= 0, log_odds[:-1] >= 0  # the first are not below the second
-    base = nm.where(stays, high[1:], nm.where(moves_up, high[:-1], logit))
-    rest = nm.where(stays, low[1:], nm.where(moves_up, low[:-1], 0))
+    base = where(stays, high[1:], where(moves_up, high[:-1], logit))
+    rest = where(stays, low[1:], where(moves_up, low[:-1], 0))
     total = base + softened
     added = total - base
     lost = (base - (total - added)) + (softened - added)
     new_high = jnp.concatenate([high[:1], total])
-    new_low = jnp.concatenate([low[:1], nm.where(jnp.isinf(total), 0, rest + lost)])
+    new_low = jnp.concatenate([low[:1], where(jnp.isinf(total), 0, rest + lost)])
     skip = logit == -jnp.inf
-    return log_odds, (nm.where(skip, high, new_high), nm.where(skip, low, new_low))
+    return log_odds, (where(skip, high, new_high), where(skip, low, new_low))
 
 
 @_insert.defjvp
@@ -200,7 +204,7 @@ def _insert_jvp(primals, tangents):
     (ratios_dot, _), logit_dot = tangents  # what rounding took has no slope
     log_odds, ratios = _insert(*primals)
     keep, push = jax.nn.sigmoid(-log_odds[1:]), jax.nn.sigmoid(log_odds[:-1])
-    logit_dot = nm.where(logit == -jnp.inf, 0, logit_dot)
+    logit_dot = where(logit == -jnp.inf, 0, logit_dot)
     slope = keep * ratios_dot[1:] + push * ratios_dot[:-1] + (1 - keep - push) * logit_dot
     slope = jnp.concatenate([jnp.zeros_like(slope[:1]), slope])
     return (log_odds, ratios), (logit_dot - ratios_dot, (slope, jnp.zeros_like(slope)))
@@ -212,7 +216,7 @@ def _log_odds(logits, k):
     Shape (n, k + 1, ...): vectors go along the batch, and what shifts a count moves whole ones.
     """
     start = jnp.full((k + 1, *logits.shape[:-1]), -jnp.inf, logits.dtype).at[0].set(jnp.inf)
-    start = nm.placed(start, logits[..., 0])
+    start = pl.placed(start, logits[..., 0])
     insert = jax.checkpoint(_insert, prevent_cse=False)
     scanned = jax.lax.scan(
         lambda ratios, logit: insert(ratios, logit)[::-1],
@@ -232,7 +236,7 @@ def _marginals(k, logits):
         return passed + jnp.concatenate([chosen[1:], jnp.zeros_like(chosen[:1])]), jnp.sum(chosen, 0)
 
     log_odds = _log_odds(logits, k)
-    start = nm.placed(jnp.zeros((k + 1, *logits.shape[:-1]), logits.dtype).at[-1].set(1), log_odds[0])
+    start = pl.placed(jnp.zeros((k + 1, *logits.shape[:-1]), logits.dtype).at[-1].set(1), log_odds[0])
     _, marginals = jax.lax.scan(visit, start, log_odds, reverse=True)
     return jnp.moveaxis(marginals, 0, -1)
 
@@ -241,7 +245,7 @@ def _marginals(k, logits):
 def _slope_of_marginals(k, logits):
     """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
     lawful = _has_enough(k, logits) & ~jnp.any(jnp.isnan(logits), -1, keepdims=True)
-    return jnp.broadcast_to(nm.where(lawful, 0, jnp.nan), logits.shape).astype(logits.dtype)
+    return jnp.broadcast_to(where(lawful, 0, jnp.nan), logits.shape).astype(logits.dtype)
 
 
 @_slope_of_marginals.defjvp

@@ -9,8 +9,12 @@ from jax import Array
 from jax.nn import log_softmax, softmax
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
+from relaxit_jax import _random as rng
+from relaxit_jax._placement import where
 
 
 def straight_through_categorical(
@@ -43,8 +47,8 @@ def straight_through_categorical(
     Array([0., 1., 0.], dtype=float32)
     """
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
-    winner = nm.one_hot_draw(key, softmax(logits), logits.shape[:-1])
-    return nm.straight_through(winner, softmax(nm.over_tau(logits, tau))).astype(dtype)
+    winner = rng.one_hot_draw(key, softmax(logits), logits.shape[:-1])
+    return gr.straight_through(winner, softmax(lm.over_tau(logits, tau))).astype(dtype)
 
 
 def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
@@ -69,18 +73,18 @@ def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -
     >>> straight_through_categorical_log_prob(jnp.array([0.0, 1.0]), jnp.zeros(2)).round(4)
     Array(-0.6931, dtype=float32)
     """
-    ck.require_classes(logits)
-    ck.require_event("value", value)
-    _, logits = ck.widen(logits=logits)
-    value = ck.as_number("value", value).astype(logits.dtype)
-    ck.require_same_event(value, logits)
-    ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
+    arg.require_classes(logits)
+    arg.require_event("value", value)
+    _, logits = arg.widen(logits=logits)
+    value = arg.as_number("value", value).astype(logits.dtype)
+    arg.require_same_event(value, logits)
+    arg.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
     impossible = logits == -jnp.inf
-    log_p = nm.where(impossible, 0, log_softmax(logits))
+    log_p = where(impossible, 0, log_softmax(logits))
     law = jnp.sum(value * log_p, -1)
-    law = nm.where(jnp.any(impossible & (value != 0), -1), -jnp.inf, law)
+    law = where(jnp.any(impossible & (value != 0), -1), -jnp.inf, law)
     one_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value, -1) == 1)
-    return nm.show_nan(nm.where(one_hot, law, -jnp.inf), event=(value, logits))
+    return lm.show_nan(where(one_hot, law, -jnp.inf), event=(value, logits))
 
 
 def decoupled_gumbel_softmax(
@@ -121,14 +125,14 @@ def decoupled_gumbel_softmax(
     >>> decoupled_gumbel_softmax(jax.random.key(0), jnp.zeros(3), 0.5, 2.0)
     Array([0., 1., 0.], dtype=float32)
     """
-    ck.require_flags(hard=hard)
+    arg.require_flags(hard=hard)
     taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
     dtype, logits, tau_forward, tau_backward = _arguments(key, logits, shape, **taus)
-    perturbed = nm.centre(logits) + nm.gumbel(key, logits.shape, logits)
+    perturbed = lm.centre(logits) + rng.gumbel(key, logits.shape, logits)
     # exact draws do not depend on tau_forward, but a NaN of it is shown as everywhere
-    soft = softmax(nm.over_tau(perturbed, nm.show_nan(tau_backward, tau_forward)))
-    value = nm.largest(perturbed) if hard else softmax(nm.over_tau(perturbed, tau_forward))
-    return nm.straight_through(value, soft).astype(dtype)
+    soft = softmax(lm.over_tau(perturbed, lm.show_nan(tau_backward, tau_forward)))
+    value = lm.largest(perturbed) if hard else softmax(lm.over_tau(perturbed, tau_forward))
+    return gr.straight_through(value, soft).astype(dtype)
 
 
 def gapped_straight_through(
@@ -163,12 +167,12 @@ def gapped_straight_through(
     Array([0., 1., 0.], dtype=float32)
     """
     dtype, logits, tau, gap = _arguments(key, logits, shape, tau=tau, gap=gap)
-    winner = nm.one_hot_draw(key, softmax(logits), logits.shape[:-1])
-    below = jax.lax.stop_gradient(nm.centre(logits))  # logits - max logits, 0 or less
+    winner = rng.one_hot_draw(key, softmax(logits), logits.shape[:-1])
+    below = jax.lax.stop_gradient(lm.centre(logits))  # logits - max logits, 0 or less
     # what m1 and m2 make of the logits: the largest for the winner, at most the largest less the gap
-    moved = nm.where(winner, 0, jnp.minimum(below, -gap))
-    soft = softmax(nm.over_tau(nm.straight_through(moved, logits), tau))
-    return nm.straight_through(winner, soft).astype(dtype)
+    moved = where(winner, 0, jnp.minimum(below, -gap))
+    soft = softmax(lm.over_tau(gr.straight_through(moved, logits), tau))
+    return gr.straight_through(winner, soft).astype(dtype)
 
 
 def reinmax(
@@ -208,9 +212,9 @@ def reinmax(
     """
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
     p0 = softmax(logits)
-    winner = nm.one_hot_draw(key, p0, logits.shape[:-1])
-    p1 = jax.lax.stop_gradient((winner.astype(p0.dtype) + softmax(nm.over_tau(logits, tau))) / 2)
-    return nm.straight_through(winner, 2 * nm.softmax_at(p1, logits) - p0 / 2).astype(dtype)
+    winner = rng.one_hot_draw(key, p0, logits.shape[:-1])
+    p1 = jax.lax.stop_gradient((winner.astype(p0.dtype) + softmax(lm.over_tau(logits, tau))) / 2)
+    return gr.straight_through(winner, 2 * gr.softmax_at(p1, logits) - p0 / 2).astype(dtype)
 
 
 def gumbel_rao(
@@ -251,12 +255,12 @@ def gumbel_rao(
     Array([1., 0., 0.], dtype=float32)
     """
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
-    num_samples = ck.as_num_samples(num_samples)
+    num_samples = arg.as_num_samples(num_samples)
     draw_key, noise_key = jax.random.split(key)
     log_p = jax.lax.stop_gradient(log_softmax(logits))
-    winner = nm.one_hot_draw(draw_key, jnp.exp(log_p), logits.shape[:-1])
+    winner = rng.one_hot_draw(draw_key, jnp.exp(log_p), logits.shape[:-1])
     soft = _mean_softmax(num_samples, noise_key, winner, log_p, logits, tau)
-    return nm.straight_through(winner, soft).astype(dtype)
+    return gr.straight_through(winner, soft).astype(dtype)
 
 
 def reinmax_rao(
@@ -296,24 +300,24 @@ def reinmax_rao(
     Array([1., 0., 0.], dtype=float32)
     """
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
-    num_samples = ck.as_num_samples(num_samples)
+    num_samples = arg.as_num_samples(num_samples)
     draw_key, noise_key = jax.random.split(key)
     p0 = softmax(logits)
-    winner = nm.one_hot_draw(draw_key, p0, logits.shape[:-1])
+    winner = rng.one_hot_draw(draw_key, p0, logits.shape[:-1])
     # theta of the others; that of the class drawn does not count, given that it wins
     theta, tau = jax.lax.stop_gradient((log_softmax(logits) - jnp.log(2), tau))
     mean = _mean_softmax(num_samples, noise_key, winner, theta, logits, tau)
-    return nm.straight_through(winner, 2 * mean - p0 / 2).astype(dtype)
+    return gr.straight_through(winner, 2 * mean - p0 / 2).astype(dtype)
 
 
 def _arguments(key, logits, shape, **temperatures):
     """Dtype of the result, logits of the result's shape, temperatures with an axis for the classes."""
-    ck.check_key(key)
-    ck.require_classes(logits)
-    dtype, logits = ck.widen(logits=logits)
-    taus = {name: ck.as_tau(tau, logits.dtype, name) for name, tau in temperatures.items()}
+    arg.check_key(key)
+    arg.require_classes(logits)
+    dtype, logits = arg.widen(logits=logits)
+    taus = {name: arg.as_tau(tau, logits.dtype, name) for name, tau in temperatures.items()}
     shapes = {name: tau.shape for name, tau in taus.items()}
-    shape = ck.batch_shape(shape, logits=logits.shape[:-1], per_event=shapes)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event=shapes)
     logits = jnp.broadcast_to(logits, (*shape, logits.shape[-1]))
     return dtype, logits, *(tau[..., None] for tau in taus.values())
 
@@ -325,7 +329,7 @@ def _mean_softmax(num_samples, key, winner, log_p, logits, tau):
     G is Gumbel noise given that ``log_p + G`` is largest at the winner. The derivative is a scan of
     which the backward pass keeps the keys alone: each turn draws its noise again.
     """
-    return nm.placed(nm.show_nan(jnp.exp(log_p), tau), winner, logits)
+    return pl.placed(lm.show_nan(jnp.exp(log_p), tau), winner, logits)
 
 
 @_mean_softmax.defjvp
@@ -335,12 +339,12 @@ def _mean_softmax_jvp(num_samples, primals, tangents):
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(total, key):
-        _, gap = nm.conditional_gumbel(key, log_p, winner)
+        _, gap = rng.conditional_gumbel(key, log_p, winner)
         y = gap / tau
         weights = jnp.exp(y)  # at most 1, that of the winner
         # d(x / tau) = dx / tau - (x / tau) dtau / tau, and what is at -inf stays there
-        y_dot = (logits_dot - nm.where(y == -jnp.inf, 0, y) * tau_dot) / tau
-        return total + nm.softmax_tangent(weights / jnp.sum(weights, -1, keepdims=True), y_dot), None
+        y_dot = (logits_dot - where(y == -jnp.inf, 0, y) * tau_dot) / tau
+        return total + gr.softmax_tangent(weights / jnp.sum(weights, -1, keepdims=True), y_dot), None
 
     value = _mean_softmax(num_samples, *primals)
     total, _ = jax.lax.scan(add, jnp.zeros_like(value), jax.random.split(key, num_samples))

@@ -12,8 +12,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.nn import logsumexp
 from jax.typing import ArrayLike
 
-from relaxit_jax import _checks as ck
-from relaxit_jax import _numerics as nm
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
+from relaxit_jax import _random as rng
+from relaxit_jax._placement import where
 
 
 def gumbel_top_k(
@@ -48,18 +52,18 @@ def gumbel_top_k(
     >>> indices
     Array([2, 0], dtype=int32)
     """
-    k, logits, _ = ck.subset_args(logits, k)
+    k, logits, _ = arg.subset_args(logits, k)
     perturbed, shift = _perturb(key, logits, shape)
-    values, indices = nm.top_k(perturbed, k)
+    values, indices = lm.top_k(perturbed, k)
     return indices, values + shift
 
 
 def _perturb(key, logits, shape, per_event=()):
     """Centred logits plus Gumbel noise, and what centring took off."""
-    ck.check_key(key)
-    shape = ck.batch_shape(shape, logits=logits.shape[:-1], per_event=per_event)
-    centred = nm.centre(logits)
-    noise = nm.gumbel(key, (*shape, logits.shape[-1]), logits)
+    arg.check_key(key)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event=per_event)
+    centred = lm.centre(logits)
+    noise = rng.gumbel(key, (*shape, logits.shape[-1]), logits)
     return centred + noise, jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
 
 
@@ -98,26 +102,26 @@ def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool 
     >>> print(f"{jnp.exp(gumbel_top_k_log_prob(pair, jnp.zeros(4), ordered=False)):.4f}")
     0.1667
     """
-    ck.require_flags(ordered=ordered)
-    ck.require_classes(logits)
-    _, logits = ck.widen(logits=logits)
+    arg.require_flags(ordered=ordered)
+    arg.require_classes(logits)
+    _, logits = arg.widen(logits=logits)
     n = logits.shape[-1]
-    given, value = value, ck.as_array("value", value)
-    ck.require(jnp.issubdtype(value.dtype, jnp.integer), "value", "integer indices", f"dtype {value.dtype}")
-    ck.as_static_int("number of indices in value", ck.require_event("value", value), 1, n)
-    ck.require_values("value", given, f"indices in 0..{n - 1}", lambda i: (i >= 0) & (i < n))
-    batch = ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
-    value = nm.placed(jnp.broadcast_to(value, (*batch, value.shape[-1])), logits)
-    logits = nm.placed(jnp.broadcast_to(nm.centre(logits), (*batch, n)), value)
+    given, value = value, arg.as_array("value", value)
+    arg.require(jnp.issubdtype(value.dtype, jnp.integer), "value", "integer indices", f"dtype {value.dtype}")
+    arg.as_static_int("number of indices in value", arg.require_event("value", value), 1, n)
+    arg.require_values("value", given, f"indices in 0..{n - 1}", lambda i: (i >= 0) & (i < n))
+    batch = arg.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
+    value = pl.placed(jnp.broadcast_to(value, (*batch, value.shape[-1])), logits)
+    logits = pl.placed(jnp.broadcast_to(lm.centre(logits), (*batch, n)), value)
 
     chosen = jnp.take_along_axis(logits, value, -1, mode="fill", fill_value=jnp.nan)
-    chosen = nm.where(value < 0, jnp.nan, chosen)
-    rest = nm.log_sum_exp(nm.where(nm.k_hot(value, logits) > 0, -jnp.inf, logits))
+    chosen = where(value < 0, jnp.nan, chosen)
+    rest = lm.log_sum_exp(where(lm.k_hot(value, logits) > 0, -jnp.inf, logits))
     repeated = jnp.any(jnp.diff(jnp.sort(value, -1), axis=-1) == 0, -1)
     impossible = repeated | jnp.any(chosen == -jnp.inf, -1)
-    safe = nm.where(impossible[..., None], 0, chosen)
+    safe = where(impossible[..., None], 0, chosen)
     law = _ordered_log_prob(safe, rest) if ordered else _set_log_prob(safe, rest)
-    return nm.show_nan(nm.where(impossible, -jnp.inf, law), event=(logits,))
+    return lm.show_nan(where(impossible, -jnp.inf, law), event=(logits,))
 
 
 def _ordered_log_prob(chosen, rest):
@@ -135,28 +139,28 @@ def _set_log_prob(chosen, rest):
     width there is of the order of 1 / sqrt(m), which sets the step.
     """
     everything = rest == -jnp.inf  # nothing else can be drawn: P(S) = 1
-    a = chosen - nm.where(everything, 0, rest)[..., None]
+    a = chosen - where(everything, 0, rest)[..., None]
     k = a.shape[-1]
     fixed = jax.lax.stop_gradient(a)
 
     def bisect(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
-        slopes = jnp.sum(nm.log_min_gumbel_cdf_slope(fixed - middle[..., None]), -1)
+        slopes = jnp.sum(lm.log_min_gumbel_cdf_slope(fixed - middle[..., None]), -1)
         before = jnp.exp(-middle) > 1 + slopes  # still rising
-        return nm.where(before, middle, low), nm.where(before, high, middle)
+        return where(before, middle, low), where(before, high, middle)
 
     ends = jnp.full(rest.shape, -jnp.log(k + 1.0), a.dtype), jnp.zeros(rest.shape, a.dtype)
-    ends = [nm.placed(end, a[..., 0]) for end in ends]
+    ends = [pl.placed(end, a[..., 0]) for end in ends]
     low, high = jax.lax.fori_loop(0, 30, bisect, tuple(ends))
     mode = (low + high) / 2
     wide = a.dtype == jnp.float64
     start, stop, step = (-12, 60, 0.12) if wide else (-8, 22, 0.2)
     width = jnp.exp(mode / 2)
     t = mode[..., None] + width[..., None] * jnp.arange(start, stop, step, a.dtype)
-    cdfs = jnp.sum(nm.log_min_gumbel_cdf(a[..., None, :] - t[..., None]), -1)
+    cdfs = jnp.sum(lm.log_min_gumbel_cdf(a[..., None, :] - t[..., None]), -1)
     log_p = logsumexp(-t - jnp.exp(-t) + cdfs, -1) + jnp.log(width * step)
-    return nm.where(everything, 0, log_p)
+    return where(everything, 0, log_p)
 
 
 def stochastic_beam_search(
@@ -209,18 +213,18 @@ def stochastic_beam_search(
     >>> tokens[0], jnp.exp(log_probs).sum().round(4)  # all eight sequences of three bits
     (Array([0, 0, 0], dtype=int32), Array(1., dtype=float32))
     """
-    ck.check_key(key)
-    max_length = ck.as_static_int("max_length", max_length, 1, 1_000_000)
-    state = jax.tree.map(functools.partial(ck.as_array, "state"), state)
-    start = ck.as_array("start", start)
+    arg.check_key(key)
+    max_length = arg.as_static_int("max_length", max_length, 1, 1_000_000)
+    state = jax.tree.map(functools.partial(arg.as_array, "state"), state)
+    start = arg.as_array("start", start)
     is_token = start.shape == () and jnp.issubdtype(start.dtype, jnp.integer)
-    ck.require(is_token, "start", "one token, an integer", f"shape {start.shape}, dtype {start.dtype}")
+    arg.require(is_token, "start", "one token, an integer", f"shape {start.shape}, dtype {start.dtype}")
     start = start.astype(jnp.int32)
     logits = _logits_of_a_step(log_prob_fn, state, start)
-    size, dtype = logits.size, ck.wide(logits.dtype)
+    size, dtype = logits.size, arg.wide(logits.dtype)
     if end is not None:
-        end = ck.as_static_int("end", end, 0, size - 1)
-    k = ck.as_static_int("k", k, 1, _how_many(size, max_length, end))
+        end = arg.as_static_int("end", end, 0, size - 1)
+    k = arg.as_static_int("k", k, 1, _how_many(size, max_length, end))
 
     def extend(beams, key):
         state, token, log_p, perturbed, tokens, place = beams
@@ -228,26 +232,26 @@ def stochastic_beam_search(
         law = jax.nn.log_softmax(logits.astype(dtype))
         if end is not None:  # what has ended is continued by its end alone
             ended = (token == end) & (place > 0)
-            law = nm.where(ended[:, None], nm.where(jnp.arange(size) == end, 0, -jnp.inf), law)
+            law = where(ended[:, None], where(jnp.arange(size) == end, 0, -jnp.inf), law)
         log_p = log_p[:, None] + law
         below = _given_largest(key, jax.lax.stop_gradient(law), jax.lax.stop_gradient(log_p), perturbed)
-        perturbed, best = nm.top_k(below.ravel(), k)
+        perturbed, best = lm.top_k(below.ravel(), k)
         parent, token = best // size, (best % size).astype(jnp.int32)
-        state, tokens = jax.tree.map(lambda x: nm.rows_of(x, parent), (state, tokens))
+        state, tokens = jax.tree.map(lambda x: pl.rows_of(x, parent), (state, tokens))
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, place, 1)
         return (state, token, log_p.ravel()[best], perturbed, tokens, place + 1), None
 
     root_key, key = jax.random.split(key)
-    only = nm.where(jnp.arange(k) == 0, 0, -jnp.inf).astype(dtype)  # one empty sequence
+    only = where(jnp.arange(k) == 0, 0, -jnp.inf).astype(dtype)  # one empty sequence
     beams = (
         jax.tree.map(lambda x: jnp.broadcast_to(x, (k, *x.shape)), state),
         jnp.full(k, start),
         only,
-        only + nm.gumbel(root_key, (), only),
+        only + rng.gumbel(root_key, (), only),
         jnp.zeros((k, max_length), jnp.int32),
         0,
     )
-    beams = jax.tree.map(lambda x: nm.vary_as(x, key, logits, *jax.tree.leaves(state)), beams)
+    beams = jax.tree.map(lambda x: pl.vary_as(x, key, logits, *jax.tree.leaves(state)), beams)
     (_, _, log_p, perturbed, tokens, _), _ = jax.lax.scan(extend, beams, jax.random.split(key, max_length))
     return tokens, log_p, perturbed
 
@@ -255,27 +259,27 @@ def stochastic_beam_search(
 def _logits_of_a_step(log_prob_fn, state, token):
     """Shape and dtype of the logits that the model returns, beside a state like the one that it was given."""
     name, need = "log_prob_fn", "a function (state, token) -> (logits, state)"
-    ck.require(callable(log_prob_fn), name, need, ck.shown(log_prob_fn))
+    arg.require(callable(log_prob_fn), name, need, arg.shown(log_prob_fn))
     returned = jax.eval_shape(log_prob_fn, state, token)
     is_array = lambda x: isinstance(x, jax.ShapeDtypeStruct)
     kind = lambda x: f"shape {x.shape}, dtype {x.dtype}" if is_array(x) else f"a {type(x).__name__}"
     several = isinstance(returned, (tuple, list))
     got = f"{len(returned)} values" if several else kind(returned)
-    ck.require(several and len(returned) == 2, name, need, f"one that returns {got}")
+    arg.require(several and len(returned) == 2, name, need, f"one that returns {got}")
     logits, after = returned
     need = "a function whose logits are floating point, of shape (V,)"
-    fits = is_array(logits) and len(logits.shape) == 1 and logits.size and ck.is_float(logits.dtype)
-    ck.require(fits, name, need, kind(logits))
+    fits = is_array(logits) and len(logits.shape) == 1 and logits.size and arg.is_float(logits.dtype)
+    arg.require(fits, name, need, kind(logits))
 
     need = "a function that returns a state like the one it is given"
     before, after = (jax.tree.flatten_with_path(tree) for tree in (state, after))
-    ck.require(before[1] == after[1], name, need, f"{after[1]} after {before[1]}")
+    arg.require(before[1] == after[1], name, need, f"{after[1]} after {before[1]}")
     for (path, old), (_, new) in zip(before[0], after[0], strict=True):
         # a Python number as the first state takes the dtype of the next
         same = old.shape == new.shape and (old.dtype == new.dtype or getattr(old, "weak_type", False))
         place = f"state{jax.tree_util.keystr(path)}"
         got = f"shape {new.shape}, dtype {new.dtype} for {place} of shape {old.shape}, dtype {old.dtype}"
-        ck.require(same, name, need, got)
+        arg.require(same, name, need, got)
     return logits
 
 
@@ -293,11 +297,11 @@ def _how_many(size, max_length, end):
 def _given_largest(key, law, log_p, largest):
     """Perturbed log-probabilities of all continuations, given the largest of each prefix."""
     winner_key, key = jax.random.split(key)
-    winner = nm.one_hot_draw(winner_key, jnp.exp(law), law.shape[:-1])
+    winner = rng.one_hot_draw(winner_key, jnp.exp(law), law.shape[:-1])
     possible = log_p > -jnp.inf
     largest = largest[:, None]
-    gap = jax.nn.softplus(largest - nm.where(possible, log_p, 0) - nm.gumbel(key, law.shape, law))
-    return nm.where(winner, largest, nm.where(possible | jnp.isnan(log_p), largest - gap, -jnp.inf))
+    gap = jax.nn.softplus(largest - where(possible, log_p, 0) - rng.gumbel(key, law.shape, law))
+    return where(winner, largest, where(possible | jnp.isnan(log_p), largest - gap, -jnp.inf))
 
 
 def relaxed_top_k(
@@ -342,11 +346,11 @@ def relaxed_top_k(
     >>> relaxed_top_k(jax.random.key(0), jnp.zeros(5), 2, 0.5).sum().round(4)
     Array(2., dtype=float32)
     """
-    ck.require_flags(hard=hard)
-    k, logits, dtype = ck.subset_args(logits, k)
-    tau = ck.as_tau(tau, logits.dtype)
+    arg.require_flags(hard=hard)
+    k, logits, dtype = arg.subset_args(logits, k)
+    tau = arg.as_tau(tau, logits.dtype)
     perturbed, _ = _perturb(key, logits, shape, per_event={"tau": tau.shape})
-    perturbed = nm.placed(perturbed, tau[..., None])
+    perturbed = pl.placed(perturbed, tau[..., None])
 
     # Of each draw the backward pass keeps the exponentials, and computes the rest from them again.
     kept = jax.checkpoint_policies.save_only_these_names("exponentials")
@@ -359,10 +363,10 @@ def relaxed_top_k(
 
     (_, z), _ = jax.lax.scan(draw, (perturbed, jnp.zeros_like(perturbed)), length=k)
     enough = jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
-    z = nm.where(enough, z, jnp.nan)
+    z = where(enough, z, jnp.nan)
     if not hard:
         return z.astype(dtype)
-    return nm.straight_through(nm.k_hot(nm.top_k(perturbed, k)[1], z), z).astype(dtype)
+    return gr.straight_through(lm.k_hot(lm.top_k(perturbed, k)[1], z), z).astype(dtype)
 
 
 @jax.custom_jvp
@@ -380,17 +384,17 @@ def _softmax_parts(a, tau):
     """
     y = a / tau
     top = jnp.max(y, -1, keepdims=True)
-    others = nm.where(y == top, -jnp.inf, y)
+    others = where(y == top, -jnp.inf, y)
     second = jnp.max(others, -1, keepdims=True)
-    shift = nm.where(second == -jnp.inf, top, jnp.minimum(top, second + 80))
+    shift = where(second == -jnp.inf, top, jnp.minimum(top, second + 80))
     e = checkpoint_name(jnp.exp(jnp.minimum(y - shift, 80)), "exponentials")
     total = jnp.sum(e, -1, keepdims=True)
-    rest = jnp.sum(nm.where(y == top, 0, e), -1, keepdims=True)
+    rest = jnp.sum(where(y == top, 0, e), -1, keepdims=True)
     o = e / total
     log_share = shift - top + jnp.log(rest) - jnp.log1p(rest * jnp.exp(shift - top))
     first = o > 0.5  # one at most
-    log_rest = nm.where(first, log_share, jnp.log1p(-nm.where(first, 0, o)))
-    scales = checkpoint_name((1 / total, 1 / nm.where(rest > 0, rest, 1), top - shift), "exponentials")
+    log_rest = where(first, log_share, jnp.log1p(-where(first, 0, o)))
+    scales = checkpoint_name((1 / total, 1 / where(rest > 0, rest, 1), top - shift), "exponentials")
     return o, log_rest, e, *scales
 
 
@@ -403,12 +407,12 @@ def _softmax_and_rest_jvp(primals, tangents):
     y_dot = 0 if isinstance(a_dot, SymbolicZero) else a_dot / tau
     if not isinstance(tau_dot, SymbolicZero):
         # y, up to what all share, which changes nothing; of what has no share it does not matter
-        y = nm.where(first, lead, jnp.log(nm.where(e > 0, e, 1)))
+        y = where(first, lead, jnp.log(where(e > 0, e, 1)))
         y_dot = y_dot - y * (tau_dot / tau)
     centred = y_dot - jnp.sum(o * y_dot, -1, keepdims=True)
     o_dot = o * centred
-    of_first = jnp.sum(nm.where(first, 0, e) * centred, -1, keepdims=True) * per_others
-    log_rest_dot = nm.where(first, of_first, -o_dot / nm.where(first, 1, 1 - o))
+    of_first = jnp.sum(where(first, 0, e) * centred, -1, keepdims=True) * per_others
+    log_rest_dot = where(first, of_first, -o_dot / where(first, 1, 1 - o))
     return (o, log_rest), (o_dot, log_rest_dot)
 
 

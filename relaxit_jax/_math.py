@@ -1,0 +1,269 @@
+"""Log-space functions and their derivatives, and selections along the last axis.
+
+Values and gradients are finite for logits within +-1e4 and temperatures in [1e-3, 1e3]. A logit of -inf is an
+impossible class with value 0 and gradient 0. Densities of a library's own draws are right at low temperature,
+because they are taken of log-space values.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from relaxit_jax import _placement as pl
+from relaxit_jax._placement import where
+
+
+def largest(x):
+    """Which along the last axis is the largest, the first of equals, as booleans; of NaN none is.
+
+    Two plain reductions. XLA's argmax is one of pairs, which CPUs run one number at a time: with it
+    straight-through Gumbel-softmax takes half as long again.
+    """
+    index = jnp.arange(x.shape[-1])
+    at_top = x == jnp.max(x, -1, keepdims=True)
+    return index == jnp.min(where(at_top, index, x.shape[-1]), -1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def top_k(x, k):
+    """The k largest of the last axis, decreasing, and their indices, wherever the other axes are sharded.
+
+    jax.lax.top_k has every device gather all rows, as the partitioner cannot look into it. On a CPU the
+    search that may be approximate is exact, becomes the same code, and is partitioned first.
+    """
+    if k == 1:
+        return _top_one(x)
+    exact = functools.partial(jax.lax.approx_max_k, k=k, recall_target=1.0)
+    return tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(jax.lax.top_k, k=k)))
+
+
+@functools.partial(jnp.vectorize, signature="(n)->(k),(k)")
+def _top_one(row):
+    """For k = 1 that search is a reduction of pairs with a select, in which LLVM (of JAX 0.10) looks for a
+    checksum, through all of the hash that is joined with it: for hours. argmax is compiled another way."""
+    index = jax.lax.argmax(row, 0, jnp.int32)[None]
+    return row[index], index
+
+
+@functools.partial(jnp.vectorize, signature="(k),(n)->(n)")
+def k_hot(indices, like):
+    """Ones at these indices of the last axis, and zeros; in every row alone, so that rows may be sharded."""
+    return jnp.zeros_like(like).at[indices].set(1)
+
+
+def show_nan(x, *arguments, event=()):
+    """x, and NaN where an argument is: what is decided by cases must not hide it.
+
+    Those of ``event`` have one axis more than x, or are scalars.
+    """
+    hidden = [jnp.isnan(y) for y in arguments] + [jnp.any(jnp.isnan(jnp.atleast_1d(y)), -1) for y in event]
+    # added, so that the gradient is not cut off there
+    return x + where(functools.reduce(jnp.logical_or, hidden), jnp.nan, 0)
+
+
+def over_tau(x, tau):
+    """x / tau, with gradient 0 in x and tau where x is infinite (it would be inf * 0); NaN stays NaN."""
+    infinite = jnp.isinf(x)
+    vertex = jax.lax.stop_gradient(where(jnp.isnan(tau), tau, x))
+    return where(infinite, vertex, where(infinite, 0, x) / tau)
+
+
+def centre(logits):
+    """Logits less their largest: the same classes, and noise added to them is not rounded off.
+
+    At a logit of 1e4 float32 resolves 1e-3, which would quantise the Gumbel noise.
+    """
+    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+
+
+def log_logistic_pdf(x):
+    """log s(x) + log s(-x), the log-density of Logistic(0, 1)."""
+    return -(jax.nn.softplus(x) + jax.nn.softplus(-x))
+
+
+def log_normal_pdf(x):
+    """The log-density of Normal(0, 1)."""
+    return -0.5 * (x**2 + math.log(2 * math.pi))
+
+
+def log_sum_exp(x):
+    """log sum exp(x) over the last axis; of nothing but -inf it is -inf, with gradient 0."""
+    nothing = jnp.all(x == -jnp.inf, -1)
+    return where(nothing, -jnp.inf, jax.nn.logsumexp(where(nothing[..., None], 0, x), -1))
+
+
+@jax.custom_jvp
+def log_min_gumbel_cdf(x):
+    """log(1 - exp(-exp(x))), which is x for very negative x and 0 for large x."""
+    low = x < -15
+    w = jnp.exp(where(low, 0, jnp.minimum(x, 5)))  # at 5 the result is already below e^-148
+    return where(low, x - 0.5 * jnp.exp(jnp.minimum(x, -15)), jnp.log(-jnp.expm1(-w)))
+
+
+def log_min_gumbel_cdf_slope(x):
+    """The derivative of `log_min_gumbel_cdf`, w / (exp(w) - 1) with w = exp(x): from 1 to 0."""
+    w = jnp.exp(jnp.clip(x, -60, 5))  # at -60 it is 1 to the last digit
+    return w * jnp.exp(-w) / -jnp.expm1(-w)
+
+
+@log_min_gumbel_cdf.defjvp
+def _log_min_gumbel_cdf_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return log_min_gumbel_cdf(x), dx * log_min_gumbel_cdf_slope(x)
+
+
+@jax.custom_jvp
+def log_ndtr(x):
+    """log Phi(x), to the last digits of value and slope far into the lower tail."""
+    far, a, series = _lower_tail(x)
+    return where(far, log_normal_pdf(a) - jnp.log(-a / series), jax.scipy.special.log_ndtr(x))
+
+
+def log_ndtr_slope(x):
+    """phi(x) / Phi(x)."""
+    far, a, series = _lower_tail(x)
+    near = jnp.exp(log_normal_pdf(where(far, 0, x)) - jax.scipy.special.log_ndtr(where(far, 0, x)))
+    return where(far, -a / series, near)
+
+
+def _lower_tail(x):
+    """Where x is so low that Phi(x) = phi(x) / -x * series, the asymptotic one; x there, and the series.
+
+    A ratio of phi and Phi would be a difference of squares in the exponent, and Phi ends at the least float.
+    """
+    edge = -20 if x.dtype == jnp.float64 else -10
+    far = x <= edge
+    a = where(far, x, edge)
+    y, series = 1 / a**2, 1
+    for n in range(13, 0, -2):
+        series = 1 - n * y * series
+    return far, a, series
+
+
+@log_ndtr.defjvp
+def _log_ndtr_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return log_ndtr(x), dx * log_ndtr_slope(x)
+
+
+@jax.custom_jvp
+def probit_to_logit(v):
+    """logit Phi(v), without rounding Phi(v) to 0 or 1."""
+    far, a, series = _lower_tail(-jnp.abs(v))
+    q = _lower_mass(v, far)
+    tail = a**2 / 2 + jnp.log(-a / series * math.sqrt(2 * math.pi))
+    return jnp.sign(v) * where(far, tail, jnp.log((1 - q) / q))
+
+
+def _lower_mass(v, far):
+    """Phi(-|v|) to its last digits, where that is not far."""
+    return jax.scipy.special.erfc(where(far, 0, jnp.abs(v)) * math.sqrt(0.5)) / 2
+
+
+@probit_to_logit.defjvp
+def _probit_to_logit_jvp(primals, tangents):
+    (v,), (dv,) = primals, tangents
+    far, a, series = _lower_tail(-jnp.abs(v))
+    q = _lower_mass(v, far)
+    slope = where(far, -a / series, jnp.exp(log_normal_pdf(v)) / (q * (1 - q)))
+    return probit_to_logit(v), dv * slope
+
+
+@jax.custom_jvp
+def logit_to_probit(x):
+    """Phi^-1(s(x)), the inverse of `probit_to_logit`, without rounding s(x) to 0 or 1.
+
+    Newton's method on |x| = logit Phi(v), which is convex for v > 0. Both x sqrt(pi/8) and
+    sqrt(2 x) lie above the root, so the iterates fall to it monotonically.
+    """
+    a = where(jnp.isinf(x), 1, jnp.abs(x))
+    v = jnp.minimum(a * math.sqrt(math.pi / 8), jnp.sqrt(2 * a))
+
+    def newton(_, v):
+        upper, lower = log_ndtr(v), log_ndtr(-v)
+        return v - (upper - lower - a) * jnp.exp(upper + lower - log_normal_pdf(v))
+
+    v = jax.lax.fori_loop(0, 5, newton, v)
+    return where(jnp.isinf(x), x, jnp.sign(x) * v)
+
+
+@logit_to_probit.defjvp
+def _logit_to_probit_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    v = logit_to_probit(x)
+    # 1 / (logit Phi)'(v), which is the sum of the slopes of log Phi on both sides
+    finite = where(jnp.isinf(v), 0, v)
+    slope = 1 / (log_ndtr_slope(finite) + log_ndtr_slope(-finite))
+    return v, dx * where(jnp.isinf(x), 0, slope)
+
+
+def as_log(value, log_space):
+    """log z of a simplex value given in either form, and whether z is outside [0, 1]."""
+    if log_space:
+        # Where the compiler computes a draw twice, once with fused operations, its largest log z can
+        # come out above 0 by a rounding of what it was computed from.
+        span = jnp.maximum(jnp.max(where(jnp.isfinite(value), jnp.abs(value), 0), -1, keepdims=True), 1)
+        return value, jnp.any(value > 1e-5 * span, -1)
+    outside = jnp.any((value < 0) | (value > 1), -1)
+    inside = (value > 0) & ~outside[..., None] | jnp.isnan(value)
+    log_value = jnp.log(where(inside, value, 1))  # log 0 has no slope that 0 could cancel
+    return where(value == 0, -jnp.inf, log_value), outside
+
+
+def as_logit(value, log_space):
+    """logit(z) of a value given in either form, and whether z is outside [0, 1]."""
+    if log_space:
+        return value, jnp.zeros(value.shape, bool)
+    outside = (value < 0) | (value > 1)
+    inside = (value > 0) & (value < 1) | jnp.isnan(value)
+    y = where(inside, value, 0.5)  # logit 0 has no slope that 0 could cancel
+    vertex = where(value == 0, -jnp.inf, where(value == 1, jnp.inf, 0))
+    return where(inside, jnp.log(y) - jnp.log1p(-y), vertex), outside
+
+
+def binary_concrete_log_prob(y, logits, tau):
+    """The binary Concrete log-density of z = sigmoid(y)."""
+    vertex, certain = jnp.isinf(y), jnp.isinf(logits)
+    y_in, logits_in = where(vertex, 0, y), where(certain, 0, logits)
+    inside = jnp.log(tau) + log_logistic_pdf(tau * y_in - logits_in) - log_logistic_pdf(y_in)
+    limit = where(tau < 1, jnp.inf, where(tau > 1, -jnp.inf, jnp.sign(y) * logits_in))
+    mass = where(y == logits, 0, -jnp.inf)
+    return where(certain, mass, where(vertex, limit, inside))
+
+
+def apply_factor(scale_tril, noise):
+    """scale_tril noise over the last axis, batches broadcast, in full precision on every device."""
+    return jnp.einsum("...j,...ij->...i", noise, scale_tril, precision="highest")
+
+
+def solve_lower(scale_tril, x):
+    """scale_tril^-1 x over the last axis, batches broadcast; a factor without a batch is not copied."""
+    solve = jax.lax.linalg.triangular_solve
+    if scale_tril.ndim == 2 and pl.spec_of(x.shape, x) is None:
+        rows = x.reshape(-1, x.shape[-1])
+        return solve(scale_tril, rows, lower=True, transpose_a=True).reshape(x.shape)
+    batch = jnp.broadcast_shapes(scale_tril.shape[:-2], x.shape[:-1])
+    factor = jnp.broadcast_to(scale_tril, batch + scale_tril.shape[-2:])
+    columns = jnp.broadcast_to(x, batch + x.shape[-1:])[..., None]
+    return solve_lower_matrix(factor, columns)[..., 0]
+
+
+def solve_lower_matrix(factor, x):
+    """factor^-1 x, of the same batch."""
+    solve = jax.lax.linalg.triangular_solve
+    x = pl.placed(x, factor[..., :1])
+    return pl.whole(lambda x, factor: solve(factor, x, left_side=True, lower=True), x, factor)
+
+
+def lower_factor(a):
+    """The lower-triangular factor of a a^T, by the QR of a^T: its condition number is not squared."""
+    upper = pl.whole(functools.partial(jnp.linalg.qr, mode="r"), jnp.matrix_transpose(a))
+    return jnp.matrix_transpose(upper)
+
+
+def argsort(x):
+    """The indices that sort the last axis in increasing order."""
+    places = pl.placed(jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape), x)
+    return jax.lax.sort_key_val(jax.lax.stop_gradient(x), places)[1]
