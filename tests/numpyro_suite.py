@@ -16,7 +16,7 @@ import pytest
 from numpyro.distributions import constraints
 
 from cases import DISTRIBUTIONS
-from relaxit_jax.distributions import _base as base
+from relaxit_jax.distributions import _constraints as ct
 
 if "NUMPYRO_SOURCE" not in os.environ:
     pytest.skip("NUMPYRO_SOURCE names no source of NumPyro", allow_module_level=True)
@@ -29,15 +29,15 @@ def load():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     alike = [
-        (base.log_odds, constraints.real),
-        (base.log_weights, constraints.real_vector),
-        (base.simplex, constraints.simplex),
+        (ct.log_odds, constraints.real),
+        (ct.log_weights, constraints.real_vector),
+        (ct.simplex, constraints.simplex),
     ]
 
     def knows(generate, hot):
         def knowing(constraint, size, key=None):
             constraint = getattr(constraint, "hull", constraint)  # of Draws
-            if constraint is base.one_hot:
+            if constraint is ct.one_hot:
                 return np.broadcast_to(hot * (np.arange(size[-1]) == 0), size).astype(np.float32)
             same = [theirs for own, theirs in alike if own is constraint]
             return generate(*same or [constraint], size, key)

@@ -22,7 +22,7 @@ from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
 from cases import DISTRIBUTIONS
 from relaxit_jax import _arguments as arg
 from relaxit_jax import distributions as rd
-from relaxit_jax.distributions import _base as base
+from relaxit_jax.distributions import _constraints as ct
 from test_distributions import (
     DISCRETE,
     arrays,
@@ -398,7 +398,7 @@ def test_names_with_the_signature_of_pyro(hard):
     assert alias(0.5, probs, validate_args=True)._validate_args
 
 
-CONSTRAINTS = [base.log_odds, base.log_weights, base.simplex, base.one_hot]
+CONSTRAINTS = [ct.log_odds, ct.log_weights, ct.simplex, ct.one_hot]
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: type(c).__name__)

@@ -12,9 +12,9 @@ from numpyro.infer import Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanFiel
 
 import posteriors
 from relaxit_jax import distributions as rd
-from relaxit_jax.distributions._site import FiniteDiscrete
 from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import AutoMeanField, equal, greater, less, relax, select, take
+from relaxit_jax.handlers._site import FiniteDiscrete
 
 KEY = jax.random.key(20261122)
 ELBOS = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO)

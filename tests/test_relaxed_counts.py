@@ -7,7 +7,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
 
-from relaxit_jax.distributions import _site
+from relaxit_jax.handlers import _site
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax import estimators as es
-from relaxit_jax.diagnostics._base import NUMBERS, GradientReport
-from relaxit_jax.estimators._base import Estimator, Family, Q, as_result, check
+from relaxit_jax.diagnostics._report import NUMBERS, GradientReport
+from relaxit_jax.estimators._estimate import Estimator, Family, Q, as_result, check
 
 MOST_ENUMERATED = 2**14  # outcomes that "auto" sums over
 LONG_RUN = 16  # draws of one estimate of the long run

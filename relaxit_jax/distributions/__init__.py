@@ -13,11 +13,17 @@ from relaxit_jax.distributions._binary import (
     StraightThroughBernoulli,
     StraightThroughRelaxedBernoulli,
 )
-from relaxit_jax.distributions._categorical import GumbelSoftmax, InvertibleGaussian, RelaxedOneHotCategorical
+from relaxit_jax.distributions._categorical import (
+    GumbelSoftmax,
+    InvertibleGaussian,
+    LogisticNormalSoftmax,
+    RelaxedOneHotCategorical,
+)
 from relaxit_jax.distributions._count import GeneralizedGumbelSoftmax
 from relaxit_jax.distributions._gate import GaussianRelaxedBernoulli, HardConcrete
-from relaxit_jax.distributions._logistic_normal import LogisticNormalSoftmax, to_dirichlet, to_logistic_normal
+from relaxit_jax.distributions._laplace_bridge import to_dirichlet, to_logistic_normal
 from relaxit_jax.distributions._permutation import GumbelSinkhorn
+from relaxit_jax.distributions._simple import SimpleTopK
 from relaxit_jax.distributions._straight_through import (
     DecoupledStraightThroughGumbelSoftmax,
     GappedStraightThrough,
@@ -29,7 +35,7 @@ from relaxit_jax.distributions._straight_through import (
     StraightThroughCategorical,
     StraightThroughGumbelSoftmax,
 )
-from relaxit_jax.distributions._subset import GumbelSoftmaxTopK, SimpleTopK
+from relaxit_jax.distributions._subset import GumbelSoftmaxTopK
 
 __all__ = [
     "CorrelatedRelaxedBernoulli",

@@ -13,10 +13,12 @@ from relaxit_jax import _arguments as arg
 from relaxit_jax import _math as lm
 from relaxit_jax import samplers
 from relaxit_jax._placement import where
-from relaxit_jax.distributions import _base as base
+from relaxit_jax.distributions import _constraints as ct
+from relaxit_jax.distributions import _kl
+from relaxit_jax.distributions import _sampler_distribution as sd
 
 
-class RelaxedBernoulli(base.Bit):
+class RelaxedBernoulli(sd.Bit):
     """The binary Concrete distribution, `relaxit_jax.relaxed_bernoulli`.
 
     ``z = sigmoid((logits + L) / tau)``, L standard logistic.
@@ -40,8 +42,8 @@ class RelaxedBernoulli(base.Bit):
 
     logits: Array
     tau: Array
-    arg_constraints: dict[str, Any] = {"logits": base.log_odds, "tau": constraints.positive}
-    support: base.Constraint = constraints.unit_interval
+    arg_constraints: dict[str, Any] = {"logits": ct.log_odds, "tau": constraints.positive}
+    support: ct.Constraint = constraints.unit_interval
     _sampler = staticmethod(samplers.relaxed_bernoulli)
     _density = staticmethod(samplers.relaxed_bernoulli_log_prob)
     _log_space = "logit"
@@ -64,10 +66,10 @@ class RelaxedBernoulli(base.Bit):
         return where((value <= 0) | (value >= 1), ends, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
-        return sigmoid(base.logit_quantile(self.logits, arg.as_float("q", q)) / self.tau)
+        return sigmoid(sd.logit_quantile(self.logits, arg.as_float("q", q)) / self.tau)
 
 
-class StraightThroughBernoulli(base.Bit):
+class StraightThroughBernoulli(sd.Bit):
     """Exact bits with the gradient of their probability, `relaxit_jax.straight_through_bernoulli`.
 
     Forward ``Bernoulli(sigmoid(logits))``, backward as if the value were ``sigmoid(logits)``. The
@@ -90,8 +92,8 @@ class StraightThroughBernoulli(base.Bit):
     """
 
     logits: Array
-    arg_constraints: dict[str, Any] = {"logits": base.log_odds}
-    support: base.Constraint = base.draws_in_unit_interval
+    arg_constraints: dict[str, Any] = {"logits": ct.log_odds}
+    support: ct.Constraint = ct.draws_in_unit_interval
     has_enumerate_support = True
     _pathwise = False
     _sampler = staticmethod(samplers.straight_through_bernoulli)
@@ -118,8 +120,8 @@ class StraightThroughBernoulli(base.Bit):
         return self._full(sigmoid(self.logits) * sigmoid(-self.logits))
 
     def entropy(self) -> Array:
-        log_pmf = base.log_pmf_of_bits(self.logits)
-        return self._full(-base.expected_log_pmf(log_pmf, log_pmf))
+        log_pmf = _kl.log_pmf_of_bits(self.logits)
+        return self._full(-_kl.expected_log_pmf(log_pmf, log_pmf))
 
     def cdf(self, value: ArrayLike) -> Array:
         value = arg.as_number("value", value)
@@ -155,7 +157,7 @@ class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
     """
 
     tau: Array
-    arg_constraints: dict[str, Any] = {"logits": base.log_odds, "tau": constraints.positive}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_odds, "tau": constraints.positive}
 
     _sampler = staticmethod(functools.partial(samplers.relaxed_bernoulli, hard=True))
 
@@ -167,10 +169,10 @@ class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        base.Bit.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
+        sd.Bit.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
-class StochasticTimesSmooth(base.SamplerDistribution):
+class StochasticTimesSmooth(sd.SamplerDistribution):
     """A bit times the root of its probability, `relaxit_jax.stochastic_times_smooth`.
 
     ``z = b sqrt(p)``, ``b ~ Bernoulli(sqrt(p))``, ``p = sigmoid(logits)``: mean p, variance
@@ -194,8 +196,8 @@ class StochasticTimesSmooth(base.SamplerDistribution):
     """
 
     logits: Array
-    arg_constraints: dict[str, Any] = {"logits": base.log_odds}
-    support: base.Constraint = base.draws_in_unit_interval
+    arg_constraints: dict[str, Any] = {"logits": ct.log_odds}
+    support: ct.Constraint = ct.draws_in_unit_interval
     _pathwise = False
     _no_slope = (
         "its upper value is the root of its own probability, so that no law of other logits gives it a "
@@ -238,7 +240,7 @@ class StochasticTimesSmooth(base.SamplerDistribution):
         return where(arg.as_float("q", q) > sigmoid(-self.logits) / (1 + root), root, 0)
 
 
-class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
+class CorrelatedRelaxedBernoulli(sd.SamplerDistribution):
     """Correlated binary Concrete gates, `relaxit_jax.correlated_bernoulli`.
 
     ``z = sigmoid((logits + logit Phi(v)) / tau)``, ``v ~ N(0, R)``,
@@ -266,11 +268,11 @@ class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
     tau: Array
     scale_tril: Array
     arg_constraints: dict[str, Any] = {
-        "logits": constraints.independent(base.log_odds, 1),
+        "logits": constraints.independent(ct.log_odds, 1),
         "tau": constraints.positive,
         "scale_tril": constraints.corr_cholesky,
     }
-    support: base.Constraint = constraints.independent(constraints.unit_interval, 1)
+    support: ct.Constraint = constraints.independent(constraints.unit_interval, 1)
     _sampler = staticmethod(samplers.correlated_bernoulli)
     _density = staticmethod(samplers.correlated_bernoulli_log_prob)
     _log_space = "logit"
@@ -289,30 +291,30 @@ class CorrelatedRelaxedBernoulli(base.SamplerDistribution):
 
 
 def _log_pmf(d):
-    if isinstance(d, base.Bit):
-        return base.log_pmf_of_bits(d.log_odds)
+    if isinstance(d, sd.Bit):
+        return _kl.log_pmf_of_bits(d.log_odds)
     if isinstance(d, BernoulliLogits):
-        return base.log_pmf_of_bits(jnp.asarray(d.logits))
+        return _kl.log_pmf_of_bits(jnp.asarray(d.logits))
     return jnp.stack([jnp.log1p(-d.probs), jnp.log(d.probs)], -1)
 
 
-@base.kl_rule(
-    (base.Bit, BernoulliProbs),
-    (base.Bit, BernoulliLogits),
-    (base.Bit, StraightThroughBernoulli),
+@_kl.kl_rule(
+    (sd.Bit, BernoulliProbs),
+    (sd.Bit, BernoulliLogits),
+    (sd.Bit, StraightThroughBernoulli),
     (BernoulliProbs, StraightThroughBernoulli),
     (BernoulliLogits, StraightThroughBernoulli),
 )
 def _kl_of_bits(p, q):
     """The KL of the bits that the two stand for."""
-    return base.discrete_kl(_log_pmf(p), _log_pmf(q))
+    return _kl.discrete_kl(_log_pmf(p), _log_pmf(q))
 
 
-@base.kl_rule((RelaxedBernoulli, RelaxedBernoulli))
+@_kl.kl_rule((RelaxedBernoulli, RelaxedBernoulli))
 def _kl_of_concretes(p, q):
     """At one temperature the KL of two logistic distributions, ``d coth(d / 2) - 2``, d the shift."""
-    if not base.known_equal("tau", p, q):
-        return base.concrete_kl((p.logits, p.tau), (q.logits, q.tau))
+    if not _kl.known_equal("tau", p, q):
+        return _kl.concrete_kl((p.logits, p.tau), (q.logits, q.tau))
     _, a, b = arg.widen(p=p.logits, q=q.logits)
     d = where(jnp.isinf(a) & (a == b), 0, a - b)
-    return base.coth_excess(d)
+    return _kl.coth_excess(d)

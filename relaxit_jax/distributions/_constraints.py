@@ -1,11 +1,15 @@
 """The constraints that NumPyro lacks: parameters that may be infinite, and values up to rounding."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import StickBreakingTransform, biject_to
 
 from relaxit_jax import _arguments as arg
+
+Constraint = constraints.Constraint[Any]
 
 
 class _LogOdds(constraints.ParameterFreeConstraint):

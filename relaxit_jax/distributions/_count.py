@@ -13,10 +13,12 @@ from relaxit_jax import _math as lm
 from relaxit_jax import _placement as pl
 from relaxit_jax import samplers
 from relaxit_jax._placement import where
-from relaxit_jax.distributions import _base as base
+from relaxit_jax.distributions import _constraints as ct
+from relaxit_jax.distributions import _kl
+from relaxit_jax.distributions import _sampler_distribution as sd
 
 
-class GeneralizedGumbelSoftmax(base.SamplerDistribution):
+class GeneralizedGumbelSoftmax(sd.SamplerDistribution):
     """A relaxed number from a finite list, `relaxit_jax.generalized_gumbel_softmax`.
 
     ``z = sum_k w_k values_k``, ``w = softmax((logits + G) / tau)``. With ``hard`` it is a value of
@@ -52,7 +54,7 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
     tau: Array
     hard: bool
     arg_constraints: dict[str, Any] = {
-        "logits": base.log_weights,
+        "logits": ct.log_weights,
         "values": constraints.real_vector,
         "tau": constraints.positive,
     }
@@ -78,11 +80,11 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
     def _log_pmf(self):
         if not self.hard:
             raise NotImplementedError("a relaxed number has no closed form; give hard=True")
-        return base.log_pmf_of_classes(self.logits)
+        return _kl.log_pmf_of_classes(self.logits)
 
     @property
-    def support(self) -> base.Constraint:  # type: ignore[override]  # of an instance
-        return base.real_draws if self.hard else constraints.real
+    def support(self) -> ct.Constraint:  # type: ignore[override]  # of an instance
+        return ct.real_draws if self.hard else constraints.real
 
     @property
     def has_rsample(self) -> bool:
@@ -127,13 +129,13 @@ def _slopes(log_pmf, values):
 # --- KL ---------------------------------------------------------------------------------------
 
 
-@base.kl_rule((GeneralizedGumbelSoftmax, GeneralizedGumbelSoftmax))
+@_kl.kl_rule((GeneralizedGumbelSoftmax, GeneralizedGumbelSoftmax))
 def _kl_of_counts(p, q):
     """The KL of the discrete laws, if both are drawn exactly; inf where q lacks a value of p."""
     if not (p.hard and q.hard):
         raise NotImplementedError("a relaxed number has no density in closed form, and no KL; give hard=True")
     log_p = p._log_pmf()
-    if base.known_equal("values", p, q):
-        return base.discrete_kl(log_p, q._log_pmf())
+    if _kl.known_equal("values", p, q):
+        return _kl.discrete_kl(log_p, q._log_pmf())
     same = p.values[..., :, None] == q.values[..., None, :]
-    return base.discrete_kl(log_p, jnp.max(where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))
+    return _kl.discrete_kl(log_p, jnp.max(where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))

@@ -14,10 +14,12 @@ from relaxit_jax import _arguments as arg
 from relaxit_jax import _math as lm
 from relaxit_jax import samplers
 from relaxit_jax._placement import where
-from relaxit_jax.distributions import _base as base
+from relaxit_jax.distributions import _constraints as ct
+from relaxit_jax.distributions import _kl
+from relaxit_jax.distributions import _sampler_distribution as sd
 
 
-class Gate(base.Bit):
+class Gate(sd.Bit):
     """A law with atoms at 0 and 1.
 
     Under an ELBO the pathwise gradient misses the mass that crosses into the atoms, so that these classes
@@ -25,7 +27,7 @@ class Gate(base.Bit):
     `relax` add the missing term, and the KL of two of a kind is in closed form.
     """
 
-    support: base.Constraint = base.draws_in_unit_interval
+    support: ct.Constraint = ct.draws_in_unit_interval
     _pathwise = False
     _no_slope = (
         "the gradient of the log-probability in a draw misses the mass that crosses into the atoms at 0 "
@@ -153,7 +155,7 @@ class HardConcrete(Gate):
     logits: Array
     tau: Array
     stretch: tuple[float, float]
-    arg_constraints: dict[str, Any] = {"logits": base.log_odds, "tau": constraints.positive}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_odds, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("stretch",)
     _sampler = staticmethod(samplers.hard_concrete)
     _density = staticmethod(samplers.hard_concrete_log_prob)
@@ -196,7 +198,7 @@ class HardConcrete(Gate):
 
     def icdf(self, q: ArrayLike) -> Array:
         a, b = self.stretch
-        y = base.logit_quantile(self.logits, arg.as_float("q", q)) / self.tau
+        y = sd.logit_quantile(self.logits, arg.as_float("q", q)) / self.tau
         return jnp.clip(a * sigmoid(-y) + b * sigmoid(y), 0, 1)
 
 
@@ -205,10 +207,10 @@ class HardConcrete(Gate):
 
 def _kl_of_atoms(p, q):
     """The part of a KL that belongs to the atoms."""
-    return base.discrete_kl(p._ends()[0], q._ends()[0])
+    return _kl.discrete_kl(p._ends()[0], q._ends()[0])
 
 
-@base.kl_rule((GaussianRelaxedBernoulli, GaussianRelaxedBernoulli))
+@_kl.kl_rule((GaussianRelaxedBernoulli, GaussianRelaxedBernoulli))
 def _kl_of_gaussian_gates(p, q):
     """The atoms', and between them a quadratic function of eps against the truncated normal density."""
     _, loc, other_loc, scale, other = arg.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
@@ -224,7 +226,7 @@ def _kl_of_gaussian_gates(p, q):
     return _kl_of_atoms(p, q) + inside
 
 
-@base.kl_rule((HardConcrete, HardConcrete))
+@_kl.kl_rule((HardConcrete, HardConcrete))
 def _kl_of_hard_concretes(p, q):
     """The atoms', and between them the KL of the two underlying binary Concrete variables.
 
@@ -238,8 +240,8 @@ def _kl_of_hard_concretes(p, q):
         )
     a, b = p.stretch
     ends = math.log(-a / b), math.log((1 - a) / (b - 1))
-    if not base.known_equal("tau", p, q):
-        return _kl_of_atoms(p, q) + base.concrete_kl((p.logits, p.tau), (q.logits, q.tau), *ends)
+    if not _kl.known_equal("tau", p, q):
+        return _kl_of_atoms(p, q) + _kl.concrete_kl((p.logits, p.tau), (q.logits, q.tau), *ends)
     _, logits, other, tau = arg.widen(p=p.logits, q=q.logits, tau=p.tau)
     certain = jnp.isinf(logits) | jnp.isinf(other)
     logits, d = where(certain, 0, logits), where(certain, 0, other - logits)
@@ -253,5 +255,5 @@ def _kl_of_hard_concretes(p, q):
         )
         for x in (low, high)
     )
-    inside = mass * (log_a + log_b - d + base.coth_excess(log_b - log_a))
+    inside = mass * (log_a + log_b - d + _kl.coth_excess(log_b - log_a))
     return _kl_of_atoms(p, q) + where(certain, 0, inside)

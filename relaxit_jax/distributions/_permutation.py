@@ -8,10 +8,11 @@ from numpyro.distributions import constraints
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax import samplers
-from relaxit_jax.distributions import _base as base
+from relaxit_jax.distributions import _constraints as ct
+from relaxit_jax.distributions import _sampler_distribution as sd
 
 
-class GumbelSinkhorn(base.SamplerDistribution):
+class GumbelSinkhorn(sd.SamplerDistribution):
     """Relaxed permutation matrices, `relaxit_jax.gumbel_sinkhorn`.
 
     ``S((logits + G) / tau)``, S the scaling to rows and columns that sum to 1. With ``hard`` it is
@@ -45,11 +46,11 @@ class GumbelSinkhorn(base.SamplerDistribution):
     num_iters: int
     hard: bool
     arg_constraints: dict[str, Any] = {
-        "logits": constraints.independent(base.log_weights, 1),
+        "logits": constraints.independent(ct.log_weights, 1),
         "tau": constraints.positive,
     }
     pytree_aux_fields: tuple[str, ...] = ("num_iters", "hard")
-    support: base.Constraint = constraints.independent(constraints.unit_interval, 2)
+    support: ct.Constraint = constraints.independent(constraints.unit_interval, 2)
     _sampler = staticmethod(samplers.gumbel_sinkhorn)
     _event = staticmethod(lambda shapes: shapes["logits"][-2:])
 

@@ -11,10 +11,12 @@ from numpyro.distributions import constraints
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax import samplers
-from relaxit_jax.distributions import _base as base
+from relaxit_jax.distributions import _constraints as ct
+from relaxit_jax.distributions import _kl
+from relaxit_jax.distributions import _sampler_distribution as sd
 
 
-class OneHotCategorical(base.OneHot):
+class OneHotCategorical(sd.OneHot):
     """The categorical distribution over one-hot vectors: exact draws, no gradient through them.
 
     ``P(z = e_k) = softmax(logits)_k``.
@@ -37,8 +39,8 @@ class OneHotCategorical(base.OneHot):
     (Array([0., 1.], dtype=float32), Array([0.25, 0.75], dtype=float32))
     """
 
-    arg_constraints: dict[str, Any] = {"logits": base.log_weights}
-    support: base.Constraint = base.one_hot
+    arg_constraints: dict[str, Any] = {"logits": ct.log_weights}
+    support: ct.Constraint = ct.one_hot
     _pathwise = False
     _sampler = staticmethod(lambda key, logits, *, shape: jax.lax.stop_gradient(
         samplers.gumbel_softmax(key, logits, 1.0, shape=shape, hard=True)))  # fmt: skip
@@ -70,14 +72,14 @@ class OneHotCategorical(base.OneHot):
         return self._full(jax.nn.one_hot(best, self.event_shape[0], dtype=self.logits.dtype))
 
     def entropy(self) -> Array:
-        log_pmf = base.log_pmf_of_classes(self.logits)
-        return self._batched(-base.expected_log_pmf(log_pmf, log_pmf))
+        log_pmf = _kl.log_pmf_of_classes(self.logits)
+        return self._batched(-_kl.expected_log_pmf(log_pmf, log_pmf))
 
 
 class _StraightThrough(OneHotCategorical):
     """Exact one-hot draws with a gradient, whose support NumPyro has to take for a continuous one."""
 
-    support: base.Constraint = base.draws_in_simplex
+    support: ct.Constraint = ct.draws_in_simplex
 
 
 class StraightThroughGumbelSoftmax(_StraightThrough):
@@ -103,7 +105,7 @@ class StraightThroughGumbelSoftmax(_StraightThrough):
     """
 
     tau: Array
-    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_weights, "tau": constraints.positive}
     _sampler = staticmethod(functools.partial(samplers.gumbel_softmax, hard=True))
 
     def __init__(
@@ -114,7 +116,7 @@ class StraightThroughGumbelSoftmax(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
+        sd.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
 def RelaxedOneHotCategoricalStraightThrough(
@@ -129,7 +131,7 @@ def RelaxedOneHotCategoricalStraightThrough(
     >>> RelaxedOneHotCategoricalStraightThrough(0.5, logits=jnp.zeros(3)).event_shape
     (3,)
     """
-    base.check_temperature(temperature, validate_args)
+    sd.check_temperature(temperature, validate_args)
     return StraightThroughGumbelSoftmax(
         logits=logits, tau=temperature, probs=probs, validate_args=validate_args
     )
@@ -157,7 +159,7 @@ class StraightThroughCategorical(_StraightThrough):
     """
 
     tau: Array
-    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_weights, "tau": constraints.positive}
     _sampler = staticmethod(samplers.straight_through_categorical)
 
     def __init__(
@@ -168,7 +170,7 @@ class StraightThroughCategorical(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
+        sd.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
 class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
@@ -199,7 +201,7 @@ class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
     tau_forward: Array
     tau_backward: Array
     arg_constraints: dict[str, Any] = {
-        "logits": base.log_weights,
+        "logits": ct.log_weights,
         "tau_forward": constraints.positive,
         "tau_backward": constraints.positive,
     }
@@ -215,7 +217,7 @@ class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
         validate_args: bool | None = None,
     ) -> None:
         taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
-        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, **taus)
+        sd.OneHot.__init__(self, validate_args, logits=logits, probs=probs, **taus)
 
 
 class GappedStraightThrough(_StraightThrough):
@@ -244,7 +246,7 @@ class GappedStraightThrough(_StraightThrough):
     tau: Array
     gap: Array
     arg_constraints: dict[str, Any] = {
-        "logits": base.log_weights,
+        "logits": ct.log_weights,
         "tau": constraints.positive,
         "gap": constraints.positive,
     }
@@ -259,7 +261,7 @@ class GappedStraightThrough(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau, gap=gap)
+        sd.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau, gap=gap)
 
 
 class ReinMax(_StraightThrough):
@@ -285,7 +287,7 @@ class ReinMax(_StraightThrough):
     """
 
     tau: Array
-    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_weights, "tau": constraints.positive}
     _sampler = staticmethod(samplers.reinmax)
 
     def __init__(
@@ -296,7 +298,7 @@ class ReinMax(_StraightThrough):
         probs: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        base.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
+        sd.OneHot.__init__(self, validate_args, logits=logits, probs=probs, tau=tau)
 
 
 class GumbelRao(_StraightThrough):
@@ -324,7 +326,7 @@ class GumbelRao(_StraightThrough):
 
     tau: Array
     num_samples: int
-    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_weights, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("num_samples",)
     _sampler = staticmethod(samplers.gumbel_rao)
 
@@ -338,7 +340,7 @@ class GumbelRao(_StraightThrough):
         validate_args: bool | None = None,
     ) -> None:
         static = {"num_samples": arg.as_num_samples(num_samples)}
-        base.OneHot.__init__(self, validate_args, static, logits=logits, probs=probs, tau=tau)
+        sd.OneHot.__init__(self, validate_args, static, logits=logits, probs=probs, tau=tau)
 
 
 class ReinMaxRao(_StraightThrough):
@@ -366,7 +368,7 @@ class ReinMaxRao(_StraightThrough):
 
     tau: Array
     num_samples: int
-    arg_constraints: dict[str, Any] = {"logits": base.log_weights, "tau": constraints.positive}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_weights, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("num_samples",)
     _sampler = staticmethod(samplers.reinmax_rao)
 
@@ -380,13 +382,13 @@ class ReinMaxRao(_StraightThrough):
         validate_args: bool | None = None,
     ) -> None:
         static = {"num_samples": arg.as_num_samples(num_samples)}
-        base.OneHot.__init__(self, validate_args, static, logits=logits, probs=probs, tau=tau)
+        sd.OneHot.__init__(self, validate_args, static, logits=logits, probs=probs, tau=tau)
 
 
 # --- KL ---------------------------------------------------------------------------------------
 
 
-@base.kl_rule((base.OneHot, OneHotCategorical))
+@_kl.kl_rule((sd.OneHot, OneHotCategorical))
 def _kl_of_classes(p, q):
     """The KL of the categoricals that the two stand for."""
-    return base.discrete_kl(base.log_pmf_of_classes(p.logits), base.log_pmf_of_classes(q.logits))
+    return _kl.discrete_kl(_kl.log_pmf_of_classes(p.logits), _kl.log_pmf_of_classes(q.logits))

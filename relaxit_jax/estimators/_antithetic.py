@@ -8,10 +8,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
-from relaxit_jax.estimators import _base as base
+from relaxit_jax.estimators import _estimate as es
 
 
-def arm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
+def arm(key: Array, f: Callable[[Array], ArrayLike], q: es.Bits) -> Array:
     """The augment-REINFORCE-merge estimator, for bits.
 
     Gradient ``(f(b1) - f(b2)) (u - 1/2)`` with ``b1 = 1[u > sigmoid(-l)]``, ``b2 = 1[u < sigmoid(l)]``
@@ -48,7 +48,7 @@ def arm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
     return _antithetic(key, f, q, lambda one, other, centred: centred)
 
 
-def disarm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
+def disarm(key: Array, f: Callable[[Array], ArrayLike], q: es.Bits) -> Array:
     """DisARM, which is ARM given the two draws, for bits.
 
     Gradient ``(f(b) - f(b')) / 2 (-1)^b' 1[b != b'] sigmoid(|l|)`` with ``b = 1[1 - u < sigmoid(l)]``,
@@ -92,13 +92,13 @@ def disarm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
 
 def _antithetic(key, f, q, weight):
     arg.check_key(key)
-    base.check(q, f=f)
+    es.check(q, f=f)
     arg.require(hasattr(q, "antithetic"), "q", "Bernoulli", type(q).__name__)
     one, other, centred = q.antithetic(key)
     samples = jnp.stack([one, other])
-    values = base.call(f, q, samples)
+    values = es.call(f, q, samples)
     factor = weight(one, other, centred)
-    gradient = base.per_event(values[0] - values[1], q) * factor
+    gradient = es.per_event(values[0] - values[1], q) * factor
     # apart, as each value follows the law of its own draw; the law of the pair has a kink at a logit of 0
-    parts = jnp.stack([base.per_event(values[0], q) * factor, base.per_event(values[1], q) * -factor])
-    return base.estimate(q, samples, values, gradient, parts)
+    parts = jnp.stack([es.per_event(values[0], q) * factor, es.per_event(values[1], q) * -factor])
+    return es.estimate(q, samples, values, gradient, parts)

@@ -10,13 +10,13 @@ from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax import _placement as pl
-from relaxit_jax.estimators import _base as base
+from relaxit_jax.estimators import _estimate as es
 
 
 def rebar(
     key: Array,
     f: Callable[[Array], ArrayLike],
-    q: base.Family,
+    q: es.Family,
     *,
     tau: ArrayLike = 0.5,
     eta: ArrayLike = 1.0,
@@ -61,7 +61,7 @@ def rebar(
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    base.check(q, f=f)
+    es.check(q, f=f)
     arg.require_positive("tau", tau)
     tau, eta = arg.as_float("tau", tau), arg.as_float("eta", eta)
     for name, x in {"tau": tau, "eta": eta}.items():
@@ -74,7 +74,7 @@ def rebar(
         closed_over = [jax.lax.stop_gradient(x) for x in closed_over]
 
         def variate(z):
-            value = base.call(lambda b: frozen(b, *closed_over), q, q.relaxed(z, tau))
+            value = es.call(lambda b: frozen(b, *closed_over), q, q.relaxed(z, tau))
             return eta.astype(value.dtype) * value
 
         return variate
@@ -85,7 +85,7 @@ def rebar(
 def relax(
     key: Array,
     f: Callable[[Array], ArrayLike],
-    q: base.Family,
+    q: es.Family,
     *,
     control_variate: Callable[[Array], ArrayLike],
 ) -> Array:
@@ -131,8 +131,8 @@ def relax(
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    base.check(q, f=f, control_variate=control_variate)
-    variate = lambda z: base.call(control_variate, q, z, "control_variate")
+    es.check(q, f=f, control_variate=control_variate)
+    variate = lambda z: es.call(control_variate, q, z, "control_variate")
     return _with_variate(key, f, q, lambda _: variate)
 
 
@@ -141,7 +141,7 @@ def _with_variate(key, f, q, variate_at):
     # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
     logits = jax.lax.stop_gradient(q.logits.astype(arg.wide(q.logits.dtype)))
     sample, noisy, again = q.coupled(key)
-    value = base.call(f, q, sample)
+    value = es.call(f, q, sample)
     # inside shard_map, the derivative with respect to a replicated array would be summed over devices
     logits = pl.vary_as(logits, key, value)
     logits = pl.vary_as(logits, jax.eval_shape(variate_at(logits), logits))
@@ -153,10 +153,10 @@ def _with_variate(key, f, q, variate_at):
         variates.append(c)
         slopes.append(pull(*slope(jnp.ones_like(c)))[0])
     score, again = q.score(sample), variates[1].astype(value.dtype)
-    gradient = base.per_event(value - again, q) * score + slopes[0] - slopes[1]
-    part = base.per_event(value, q) * score
-    rest = slopes[0] - slopes[1] - base.per_event(again, q) * score
-    return base.estimate(q, sample[None], value[None], gradient, part[None], rest=rest)
+    gradient = es.per_event(value - again, q) * score + slopes[0] - slopes[1]
+    part = es.per_event(value, q) * score
+    rest = slopes[0] - slopes[1] - es.per_event(again, q) * score
+    return es.estimate(q, sample[None], value[None], gradient, part[None], rest=rest)
 
 
 def value_and_grads(
@@ -213,7 +213,7 @@ def value_and_grads(
             arg.require(inexact, name, "floating point in all of its arrays", f"one of dtype {dtype}")
 
     def scalar(params, variate):
-        value = base.as_result("loss", loss(params, variate, *args, **kwargs))
+        value = es.as_result("loss", loss(params, variate, *args, **kwargs))
         arg.require(value.shape == (), "loss", "a function to a scalar", f"shape {value.shape}")
         return value
 

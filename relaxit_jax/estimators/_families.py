@@ -14,7 +14,7 @@ from relaxit_jax import _arguments as arg
 from relaxit_jax import _math as lm
 from relaxit_jax import _random as rng
 from relaxit_jax._placement import where
-from relaxit_jax.estimators import _base as base
+from relaxit_jax.estimators import _estimate as es
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -131,7 +131,7 @@ class Bernoulli(Variables):
 
         E f is linear in the probability p of a bit. So its gradient is p'(l) times a factor without l.
         """
-        return gradient * base.likelihood_ratio(lm.log_logistic_pdf(self._wide()))
+        return gradient * es.likelihood_ratio(lm.log_logistic_pdf(self._wide()))
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
         """How many events there are, and a function from some of their numbers to the events."""
@@ -235,7 +235,7 @@ class OneHotCategorical(Variables):
         the draw was made.
         """
         log_p = self._log_probabilities()
-        scaled = gradient * base.likelihood_ratio(log_p)
+        scaled = gradient * es.likelihood_ratio(log_p)
         return scaled - jnp.exp(log_p) * jnp.sum(scaled, -1, keepdims=True)
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:

@@ -9,14 +9,14 @@ from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax._placement import where
-from relaxit_jax.estimators import _base as base
+from relaxit_jax.estimators import _estimate as es
 
 MOST_OUTCOMES = 2**20
 AT_ONCE = 256  # outcomes that f sees at once
 
 
 def reinforce(
-    key: Array, f: Callable[[Array], ArrayLike], q: base.Family, *, baseline: ArrayLike = 0.0
+    key: Array, f: Callable[[Array], ArrayLike], q: es.Family, *, baseline: ArrayLike = 0.0
 ) -> Array:
     """The score-function estimator, with an optional baseline.
 
@@ -52,19 +52,19 @@ def reinforce(
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    base.check(q, f=f)
+    es.check(q, f=f)
     baseline = arg.as_float("baseline", baseline)
     need = f"of a shape that broadcasts to the batch shape {q.batch_shape} of q"
     fits = arg.broadcasts_to(baseline.shape, q.batch_shape)
     arg.require(fits, "baseline", need, f"shape {baseline.shape}")
     sample = q.sample(key)
-    value = base.call(f, q, sample)
+    value = es.call(f, q, sample)
     gain = jnp.broadcast_to(value - baseline.astype(value.dtype), q.batch_shape)
-    gradient = base.per_event(gain, q) * q.score(sample)
-    return base.estimate(q, sample[None], value[None], gradient, gradient[None])
+    gradient = es.per_event(gain, q) * q.score(sample)
+    return es.estimate(q, sample[None], value[None], gradient, gradient[None])
 
 
-def rloo(key: Array, f: Callable[[Array], ArrayLike], q: base.Family, *, num_samples: int = 2) -> Array:
+def rloo(key: Array, f: Callable[[Array], ArrayLike], q: es.Family, *, num_samples: int = 2) -> Array:
     """The score-function estimator with a leave-one-out baseline.
 
     Gradient ``sum_k (f(b_k) - mean f) grad log P(b_k) / (K - 1) + mean grad f(b_k)``; value mean
@@ -99,17 +99,17 @@ def rloo(key: Array, f: Callable[[Array], ArrayLike], q: base.Family, *, num_sam
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    base.check(q, f=f)
+    es.check(q, f=f)
     num_samples = arg.as_num_samples(num_samples, 2)
     samples = q.sample(key, (num_samples,))
-    values = base.call(f, q, samples)
+    values = es.call(f, q, samples)
     gains = (values - jnp.mean(values, 0)) / (num_samples - 1)
-    parts = base.per_event(gains, q) * q.score(samples)
+    parts = es.per_event(gains, q) * q.score(samples)
     others = (jnp.sum(values, 0) - values) / (num_samples - 1)
-    return base.estimate(q, samples, values, jnp.sum(parts, 0), parts, baselines=others)
+    return es.estimate(q, samples, values, jnp.sum(parts, 0), parts, baselines=others)
 
 
-def exact(f: Callable[[Array], ArrayLike], q: base.Family) -> Array:
+def exact(f: Callable[[Array], ArrayLike], q: es.Family) -> Array:
     """E f(b) itself, with its gradient, by the sum over all outcomes.
 
     ``sum_b P(b) f(b)``. As many calls of f as there are outcomes, 256 at once under `jax.vmap`.
@@ -133,7 +133,7 @@ def exact(f: Callable[[Array], ArrayLike], q: base.Family) -> Array:
     >>> value.round(1), gradient.round(2)
     (Array(1.2, dtype=float32), Array([-0.29, -0.13], dtype=float32))
     """
-    base.check(q, f=f)
+    es.check(q, f=f)
     total, events = q.outcomes()
     need = f"a family whose events have at most {MOST_OUTCOMES} outcomes"
     arg.require(total <= MOST_OUTCOMES, "q", need, total)
@@ -142,7 +142,7 @@ def exact(f: Callable[[Array], ArrayLike], q: base.Family) -> Array:
     def term(index):
         sample = jnp.broadcast_to(events(index[None])[0], q.shape)
         p = jnp.exp(q.log_prob(sample))
-        value = base.call(f, q, sample)
+        value = es.call(f, q, sample)
         return where(p > 0, p.astype(value.dtype) * value, 0)  # of what is impossible f may be anything
 
     terms = jax.lax.map(term, jnp.arange(total), batch_size=min(AT_ONCE, total))

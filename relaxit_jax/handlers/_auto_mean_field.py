@@ -23,8 +23,8 @@ from numpyro.primitives import Messenger
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax import distributions as rd
-from relaxit_jax.distributions import _site as site
 from relaxit_jax.handlers import _base as base
+from relaxit_jax.handlers import _site as site
 
 
 class AutoMeanField(AutoGuide):

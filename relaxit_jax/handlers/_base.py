@@ -10,9 +10,9 @@ from numpyro.handlers import replay
 from numpyro.primitives import _PYRO_STACK, Messenger
 
 from relaxit_jax import _arguments as arg
-from relaxit_jax.distributions import _site as site
-from relaxit_jax.distributions._base import Carried
 from relaxit_jax.distributions._gate import Gate
+from relaxit_jax.distributions._sampler_distribution import Carried
+from relaxit_jax.handlers import _site as site
 
 # --- wrappers ---------------------------------------------------------------------------------
 

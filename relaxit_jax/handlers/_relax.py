@@ -15,10 +15,10 @@ from numpyro.primitives import _PYRO_STACK, _masked_observe
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax import distributions as rd
-from relaxit_jax.distributions import _base as distributions
-from relaxit_jax.distributions import _site as site
+from relaxit_jax.distributions import _sampler_distribution as sd
 from relaxit_jax.distributions._gate import Gate
 from relaxit_jax.handlers import _base as base
+from relaxit_jax.handlers import _site as site
 
 METHODS = {
     "relaxed": {
@@ -273,7 +273,7 @@ def _check_method(name, method):
 
 
 def _is_one_hot(kind):
-    return isinstance(kind, type) and issubclass(kind, distributions.OneHot)
+    return isinstance(kind, type) and issubclass(kind, sd.OneHot)
 
 
 def _called_with_obs_mask():
@@ -289,7 +289,7 @@ def _called_with_obs_mask():
 def _takes_logits(kind):
     return (
         isinstance(kind, type)
-        and issubclass(kind, distributions.SamplerDistribution)
+        and issubclass(kind, sd.SamplerDistribution)
         and set(kind.arg_constraints) <= {"logits", "values", "tau"}
         and "k" not in kind.pytree_aux_fields
         and kind is not rd.OneHotCategorical

@@ -17,7 +17,9 @@ from numpyro.distributions import constraints
 from relaxit_jax import _arguments as arg
 from relaxit_jax import _truncation as tr
 from relaxit_jax._placement import where
-from relaxit_jax.distributions import _base as base
+from relaxit_jax.distributions import _constraints as ct
+from relaxit_jax.distributions import _kl
+from relaxit_jax.distributions import _sampler_distribution as sd
 
 # --- a relaxed site ---------------------------------------------------------------------------
 
@@ -30,7 +32,7 @@ class Relaxed(dist.Distribution):
     under every ELBO. Elsewhere it is the log-mass, interpolated linearly between the values.
     """
 
-    arg_constraints: dict[str, Any] = {"log_pmf": base.log_weights}
+    arg_constraints: dict[str, Any] = {"log_pmf": ct.log_weights}
     pytree_data_fields: tuple[str, ...] = ("relaxation", "log_pmf", "values")
 
     def __init__(
@@ -42,8 +44,8 @@ class Relaxed(dist.Distribution):
     has_rsample: bool = True  # of the objective, which takes the relaxed draw for what it is
 
     @property
-    def support(self) -> base.Constraint | None:
-        return base.Draws(self.relaxation.support)
+    def support(self) -> ct.Constraint | None:
+        return ct.Draws(self.relaxation.support)
 
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> ArrayLike:
         return self.relaxation.sample(key, sample_shape)
@@ -57,7 +59,7 @@ class Relaxed(dist.Distribution):
     def log_prob(self, value: ArrayLike, intermediates: list[Any] | None = None) -> Array:
         if intermediates:
             check_same_values(intermediates[0], self.log_pmf)
-            return base.expected_log_pmf(intermediates[0], self.log_pmf)
+            return _kl.expected_log_pmf(intermediates[0], self.log_pmf)
         value = jnp.asarray(value)
         if self.event_dim:
             weights = value
@@ -73,7 +75,7 @@ class Relaxed(dist.Distribution):
 @dist.kl_divergence.register(Relaxed, Relaxed)  # type: ignore[attr-defined]  # of multipledispatch
 def _kl_of_relaxed_sites(p, q):
     check_same_values(p.log_pmf, q.log_pmf)
-    return base.discrete_kl(p.log_pmf, q.log_pmf)
+    return _kl.discrete_kl(p.log_pmf, q.log_pmf)
 
 
 def check_num_values(num_values):
@@ -97,7 +99,7 @@ def check_same_values(log_q, log_p):
 class FiniteDiscrete(dist.Distribution):
     """Integers with these log-probabilities: the discrete counterpart of a relaxed count."""
 
-    arg_constraints: dict[str, Any] = {"logits": base.log_weights}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_weights}
     pytree_aux_fields: tuple[str, ...] = ("low",)
 
     def __init__(self, logits: Array, low: int = 0, *, validate_args: bool | None = None) -> None:
@@ -109,7 +111,7 @@ class FiniteDiscrete(dist.Distribution):
         return self.low == 0  # NumPyro puts 0, 1, ... in the place of the values
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)  # type: ignore[arg-type]
-    def support(self) -> base.Constraint:  # type: ignore[override]  # NumPyro's is a property
+    def support(self) -> ct.Constraint:  # type: ignore[override]  # NumPyro's is a property
         return constraints.integer_interval(self.low, self.low + self.logits.shape[-1] - 1)
 
     @property
@@ -126,7 +128,7 @@ class FiniteDiscrete(dist.Distribution):
         return self._from_zero.enumerate_support(expand) + self.low
 
 
-CLASSES = (dist.CategoricalProbs, dist.CategoricalLogits, base.OneHot)
+CLASSES = (dist.CategoricalProbs, dist.CategoricalLogits, sd.OneHot)
 TRIALS = (dist.MultinomialProbs, dist.MultinomialLogits)
 TAIL = 1e-8  # mass that a truncated count may leave to its last value
 
@@ -170,22 +172,22 @@ def possible(law, d):
 def law_of(name, d, num_values=None):
     """The law of the innermost distribution of the site `name`."""
     if isinstance(d, dist.BernoulliLogits):
-        return Law("bit", base.log_pmf_of_bits(jnp.asarray(d.logits)))
+        return Law("bit", _kl.log_pmf_of_bits(jnp.asarray(d.logits)))
     if isinstance(d, dist.BernoulliProbs):
         # as NumPyro scores them: finite where a probability has been rounded to 0 or 1
         return Law("bit", jnp.stack([d.log_prob(0), d.log_prob(1)], -1))
     if isinstance(d, CLASSES):
-        return Law("class", base.log_pmf_of_classes(d.logits))
+        return Law("class", _kl.log_pmf_of_classes(d.logits))
     if isinstance(d, TRIALS):
         concrete = not isinstance(d.total_count, Tracer)
         arg.require(
             concrete and np.all(np.asarray(d.total_count) == 1),
             f"site '{name}'", "a Multinomial with one trial to be relaxed", f"{d.total_count} trials",
         )  # fmt: skip
-        return Law("class", base.log_pmf_of_classes(d.logits))
+        return Law("class", _kl.log_pmf_of_classes(d.logits))
     if isinstance(d, FiniteDiscrete):
         low, k = d.low, d.logits.shape[-1]
-        return Law("count", base.log_pmf_of_classes(d.logits), np.arange(low, low + k, dtype=np.float32))
+        return Law("count", _kl.log_pmf_of_classes(d.logits), np.arange(low, low + k, dtype=np.float32))
     arg.require(
         getattr(d, "event_dim", 1) == 0 and _lower_bound(d.support) is not None,
         f"site '{name}'", "observed, enumerated, or one of the discrete distributions that relax knows, or "
