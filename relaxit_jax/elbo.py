@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.lax import stop_gradient
-from numpyro.contrib.control_flow.cond import cond_wrapper
-from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.distributions import MaskedDistribution
 from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.elbo import ELBO, LossWithMutableState, get_nonreparam_deps
 from numpyro.primitives import Messenger
-from numpyro.util import _validate_model, check_model_guide_match
+from numpyro.util import check_model_guide_match
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _numpyro as npr
 
 __all__ = ["RLOO_ELBO"]
 
@@ -168,7 +167,7 @@ def _particle(model, guide, args, kwargs, params, key):
         model_trace = trace(substitute(replayed, params | mutable)).get_trace(*args, **kwargs)
     mutable |= _values(model_trace, "mutable")
     check_model_guide_match(model_trace, guide_trace)
-    _validate_model(model_trace, plate_warning="loose")
+    npr.validate_model(model_trace, plate_warning="loose")
 
     drawn = {name: s for name, s in guide_trace.items() if s["type"] == "sample" and not s["is_observed"]}
     scored = {name: s for name, s in drawn.items() if not s["fn"].has_rsample}
@@ -248,9 +247,8 @@ class _Draws(Messenger):
     def process_message(self, msg):
         if msg["type"] == "control_flow":
             self.flow = msg["fn"]
-            if self.flow is scan_wrapper:
-                body, *rest = msg["args"]
-                msg["args"] = (_Draws(body, self.guide, in_scan=True), *rest)
+            if npr.runs_scan(self.flow):
+                npr.replaces_scan_body(msg, lambda body: _Draws(body, self.guide, in_scan=True))
         elif msg["type"] == "plate" and self.in_scan and msg["args"][1] not in (None, msg["args"][0]):
             self.subsampled.add(msg["name"])
 
@@ -262,7 +260,7 @@ class _Draws(Messenger):
             raise ValueError(
                 f"{name} is enumerated, and RLOO_ELBO draws: use TraceEnum_ELBO, or take the enumeration away"
             )
-        if msg.get("_control_flow_done") and self.flow is cond_wrapper:
+        if npr.is_one_step(msg) and npr.runs_cond(self.flow):
             raise ValueError(
                 f"{name} is inside of a cond, where NumPyro does not give the model the guide's draw: "
                 "draw it before the cond"

@@ -26,17 +26,17 @@ def the_map():
     return paths
 
 
-def test_the_map_is_the_house():
+def test_the_map_has_every_file_of_the_package():
     package = ROOT / "relaxit_jax"
-    house = {
+    files = {
         str(path.relative_to(ROOT)) + "/" * path.is_dir()
         for path in package.rglob("*")
         if "__pycache__" not in path.parts
     }
-    house = {path for path in house if path.count("/") < 2 or not path.endswith("/__init__.py")}
-    house |= {"relaxit_jax/"}
+    files = {path for path in files if path.count("/") < 2 or not path.endswith("/__init__.py")}
+    files |= {"relaxit_jax/"}
     named = the_map()
-    assert {path for path in named if path.startswith("relaxit_jax/")} == house
+    assert {path for path in named if path.startswith("relaxit_jax/")} == files
     for path in named:
         assert (ROOT / path).exists(), path
 

@@ -1,7 +1,8 @@
 """Effect handlers that make NumPyro models with discrete latents trainable."""
 
 from relaxit_jax.handlers._auto_mean_field import AutoMeanField
-from relaxit_jax.handlers._base import unrounded
-from relaxit_jax.handlers._relax import equal, greater, less, relax, select, take
+from relaxit_jax.handlers._relax import relax
+from relaxit_jax.handlers._select import equal, greater, less, select, take
+from relaxit_jax.handlers._unrounded import unrounded
 
 __all__ = ["AutoMeanField", "equal", "greater", "less", "relax", "select", "take", "unrounded"]

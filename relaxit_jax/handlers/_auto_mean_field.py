@@ -15,16 +15,16 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro import distributions as dist
 from numpyro import handlers
-from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.inspect import get_dependencies
 from numpyro.primitives import Messenger
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _numpyro as npr
 from relaxit_jax import distributions as rd
-from relaxit_jax.handlers import _base as base
 from relaxit_jax.handlers import _site as site
+from relaxit_jax.handlers import _wrappers as wr
 
 
 class AutoMeanField(AutoGuide):
@@ -198,7 +198,7 @@ class AutoMeanField(AutoGuide):
             upstream = get_dependencies(self.model, args, kwargs)["prior_dependencies"]
         latent = [s for s in trace.values() if s["type"] == "sample" and not s["is_observed"]]
         for s in latent:
-            if not base.is_latent(s):
+            if not wr.is_latent(s):
                 raise ValueError(
                     f"The site '{s['name']}' has infer={{'enumerate': 'parallel'}}: TraceEnum_ELBO sums over "
                     "it, and the guide must not draw it. Hide it from the guide, "
@@ -217,13 +217,13 @@ class AutoMeanField(AutoGuide):
         self._parts, self._sites = [], {}
         joint = None
         # in the order of the model, so that NumPyro can see that the guide is mean-field
-        for discrete, group in itertools.groupby(latent, lambda s: base.is_discrete(s["fn"])):
+        for discrete, group in itertools.groupby(latent, lambda s: wr.is_discrete(s["fn"])):
             if discrete:
                 for s in group:
                     self._sites[s["name"]] = self._discrete(s, len(upstream.get(s["name"], ())) > 1)
                     self._parts.append(self._sites[s["name"]])
             elif joint is None:
-                everything = {s["name"] for s in latent if not base.is_discrete(s["fn"])}
+                everything = {s["name"] for s in latent if not wr.is_discrete(s["fn"])}
                 guide = self._continuous(everything)
                 if isinstance(guide, AutoContinuous):  # one latent vector for all sites
                     joint = guide
@@ -256,7 +256,7 @@ class AutoMeanField(AutoGuide):
         """The guide of a site; what was seen of its prior tells little if that depends on other draws."""
         name, fn = message["name"], message["fn"]
         stack = [frame for frame in message["cond_indep_stack"] if frame.name in self._prototype_frames]
-        d = base.innermost(fn)
+        d = wr.innermost(fn)
         given = self.num_values.get(name) if isinstance(self.num_values, dict) else self.num_values
         law = site.law_of(name, d, given)
         possible = site.possible(law, d)
@@ -362,13 +362,12 @@ class _PlateSizes(Messenger):
     def process_message(self, msg):
         if msg["type"] == "plate":
             self.sizes[msg["name"]] = msg["args"][0]
-        elif msg["type"] == "control_flow" and msg["fn"] is scan_wrapper:
-            body, *rest = msg["args"]
-            msg["args"] = (_PlateSizes(body, self.sizes), *rest)
+        elif msg["type"] == "control_flow" and npr.runs_scan(msg["fn"]):
+            npr.replaces_scan_body(msg, functools.partial(_PlateSizes, sizes=self.sizes))
 
 
 def _is_other_latent(names, msg):
-    return msg["type"] == "sample" and base.is_latent(msg) and msg["name"] not in names
+    return msg["type"] == "sample" and wr.is_latent(msg) and msg["name"] not in names
 
 
 def _like(d, law, logits):

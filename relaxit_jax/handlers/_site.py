@@ -15,11 +15,11 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from relaxit_jax import _arguments as arg
-from relaxit_jax import _truncation as tr
 from relaxit_jax._placement import where
 from relaxit_jax.distributions import _constraints as ct
 from relaxit_jax.distributions import _kl
 from relaxit_jax.distributions import _sampler_distribution as sd
+from relaxit_jax.samplers import _count as counts
 
 # --- a relaxed site ---------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ def check_num_values(num_values):
     for name, number in own.items():
         if number is not None:
             which = "num_values" if name is None else f"num_values[{name!r}]"
-            arg.as_static_int(which, number, 1, tr.MOST_VALUES)
+            arg.as_static_int(which, number, 1, counts.MOST_VALUES)
 
 
 def check_same_values(log_q, log_p):
@@ -211,7 +211,7 @@ def _law_of_count(name, d, num_values):
     bounded = high is not None and seen(high)
     whole = int(np.max(np.asarray(high))) - low + 1 if bounded else None
     if num_values is not None:
-        k = arg.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
+        k = arg.as_static_int("num_values", num_values, 1, counts.MOST_VALUES)
     elif whole is not None:
         k = whole
     else:
@@ -221,7 +221,7 @@ def _law_of_count(name, d, num_values):
     beyond = k + 64 if whole is None else max(whole - k, 0)
     log_pmf = _log_pmf(d, np.arange(low, low + k + beyond))
     if beyond:
-        log_pmf = tr.fold_tail(log_pmf, k)
+        log_pmf = counts.fold_tail(log_pmf, k)
     values = np.arange(low, low + k, dtype=np.float32)
     return Law("count", jax.nn.log_softmax(log_pmf, -1), values)
 
@@ -244,6 +244,7 @@ def _enough_values(name, d, low):
     )
     traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(d))
     arg.require(not traced, "num_values", need, None)
-    k: Any = tr.enough_values(lambda values: _log_pmf(d, low + values), TAIL)
-    arg.require(k is not None, "num_values", f"given for the site '{name}'", f"more than {tr.MOST_VALUES}")
+    k: Any = counts.enough_values(lambda values: _log_pmf(d, low + values), TAIL)
+    got = f"more than {counts.MOST_VALUES}"
+    arg.require(k is not None, "num_values", f"given for the site '{name}'", got)
     return k

@@ -20,8 +20,9 @@ from relaxit_jax import _arguments as arg
 from relaxit_jax import _gradients as gr
 from relaxit_jax import _math as lm
 from relaxit_jax import _random as rng
-from relaxit_jax import _truncation as tr
 from relaxit_jax._placement import where
+
+MOST_VALUES = 10_000
 
 
 def generalized_gumbel_softmax(
@@ -202,7 +203,7 @@ def binomial_support(
     _, logits = arg.widen(logits=logits)
     n = np.asarray(total_count)
     arg.batch_shape(None, total_count=n.shape, logits=logits.shape)
-    if num_values is None and n.max() < tr.MOST_VALUES:
+    if num_values is None and n.max() < MOST_VALUES:
         num_values = int(n.max()) + 1
     return _support(_binomial, (n.astype(logits.dtype), logits), num_values, eps)
 
@@ -264,12 +265,12 @@ def _support(log_pmf, parameters, num_values, eps):
     arg.require_values("eps", eps, need, lambda x: (x.ndim == 0) & (x > 0) & (x < 1))
     seen = not any(isinstance(x, jax.core.Tracer) for x in parameters)
     if num_values is not None:
-        num_values = arg.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)
+        num_values = arg.as_static_int("num_values", num_values, 1, MOST_VALUES)
     need = "given, as the parameters are traced: it is fixed before tracing"
     arg.require(seen or num_values is not None, "num_values", need, None)
     if seen:
-        least = tr.enough_values(lambda values: _masses(log_pmf, len(values), *parameters), eps)
-        need = f"at most {tr.MOST_VALUES}, and for these parameters and eps = {eps} it is not enough"
+        least = enough_values(lambda values: _masses(log_pmf, len(values), *parameters), eps)
+        need = f"at most {MOST_VALUES}, and for these parameters and eps = {eps} it is not enough"
         arg.require(least is not None, "num_values", need, num_values)
         num_values = num_values or least
         need = f"at least {least} for the mass beyond to be below eps = {eps}"
@@ -287,7 +288,7 @@ def _masses(log_pmf, size, *parameters):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _folded(log_pmf, num_values, *parameters):
     log_p = _masses(log_pmf, 2 * num_values + 64, *parameters)  # the tail, as far again as the values
-    return jax.nn.log_softmax(tr.fold_tail(log_p, num_values), -1)
+    return jax.nn.log_softmax(fold_tail(log_p, num_values), -1)
 
 
 # --- masses that keep their digits at large counts --------------------------------------------
@@ -373,3 +374,42 @@ def _log1p_error(d):
     w = v * v
     series = e * v - 2 * v * w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w / 11))))
     return where(small, series, d - jnp.log1p(d))
+
+
+def enough_values(log_pmf, eps):
+    """The least n for which the mass of n, n + 1, ... is below eps, or None if it is above MOST_VALUES.
+
+    ``log_pmf(values)`` has the values on its last axis. As many again as are kept are added up; the
+    rest counts as the geometric series that the last two begin. Together they are 1, or the mass lies
+    farther on, where nothing of it is seen yet.
+    """
+    size = 64
+    with jax.ensure_compile_time_eval():
+        while size <= 4 * MOST_VALUES:
+            log_p = np.asarray(log_pmf(np.arange(size)), np.float64)
+            p, last = np.exp(log_p), log_p[..., -1:]
+            before = np.where(last > -np.inf, log_p[..., -2:-1], 0)
+            ratio = np.exp(np.minimum(last - before, 1))
+            beyond = np.where(ratio < 1, p[..., -1:] * ratio / np.maximum(1 - ratio, 1e-9), np.inf)
+            tail = np.cumsum(np.concatenate([beyond, p[..., ::-1]], -1), -1)[..., ::-1]
+            found = np.abs(tail[..., :1] - 1) < 0.01
+            small = np.all(found & (tail[..., : size // 2] < eps), tuple(range(tail.ndim - 1)))
+            if small.any():
+                n = max(int(np.argmax(small)), 1)
+                return n if n <= MOST_VALUES else None
+            size *= 2
+    return None
+
+
+def fold_tail(log_pmf, num_values):
+    """The log-masses of the first num_values - 1 values, and of all others together.
+
+    ``log_pmf`` goes on for some values behind those: a light tail is their sum, since one minus the
+    others would cancel, and have no gradient where it is rounded to 0. A heavy one, which may go on
+    for longer, is one minus the others.
+    """
+    head, tail = log_pmf[..., : num_values - 1], lm.log_sum_exp(log_pmf[..., num_values - 1 :])
+    below = lm.log_sum_exp(head)
+    heavy = below < math.log(0.999)
+    rest = jnp.log(-jnp.expm1(where(heavy, below, -1)))
+    return jnp.concatenate([head, where(heavy, rest, tail)[..., None]], -1)

@@ -1,0 +1,109 @@
+"""Every name of NumPyro that is private, or that is relied on beyond its documentation.
+
+Each has a comment on what is relied upon, and a test in tests/test_numpyro_names.py that fails with NumPyro's
+version in its message when a release changes it.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from numpyro.contrib.control_flow.cond import cond_wrapper
+from numpyro.contrib.control_flow.scan import scan_wrapper
+from numpyro.handlers import replay
+from numpyro.primitives import _PYRO_STACK, _masked_observe
+from numpyro.util import _validate_model
+
+__all__ = [
+    "OnReplay",
+    "active_handlers",
+    "is_one_step",
+    "is_used_as_index",
+    "is_within_obs_mask",
+    "replaces_scan_body",
+    "replayed_site",
+    "runs_cond",
+    "runs_scan",
+    "scan_index",
+    "validate_model",
+]
+
+# Warns where a model's plates and sites do not fit together, as NumPyro's own bounds do.
+validate_model = _validate_model
+
+
+def active_handlers() -> Iterator[Any]:
+    """The handlers around the code that runs, innermost first: NumPyro keeps them in one list."""
+    return reversed(_PYRO_STACK)
+
+
+def replayed_site(value: Any) -> dict[str, Any] | None:
+    """The guide's site whose value this is: `replay` has the guide's trace, and hands on the same objects."""
+    for handler in active_handlers():
+        if isinstance(handler, replay):
+            for site in handler.trace.values():
+                if site["type"] == "sample" and site["value"] is value:
+                    return site
+    return None
+
+
+# A control flow is a message of type "control_flow" whose function is one of these two wrappers.
+
+
+def runs_scan(fn: Any) -> bool:
+    return fn is scan_wrapper
+
+
+def runs_cond(fn: Any) -> bool:
+    return fn is cond_wrapper
+
+
+def replaces_scan_body(msg: dict[str, Any], around: Callable[[Any], Any]) -> None:
+    """Put a handler around the body of a scan, its first argument: handlers outside do not reach inside."""
+    body, *rest = msg["args"]
+    msg["args"] = (around(body), *rest)
+
+
+def is_one_step(msg: dict[str, Any]) -> bool:
+    """Whether a site comes out of a control flow that has run, whose sites go through the handlers again."""
+    return bool(msg.get("_control_flow_done"))
+
+
+def scan_index(infer: dict[str, Any]) -> Any:
+    """The step of a scan that replays one element of a value, but gets all of the intermediates."""
+    return infer.get("_scan_current_index")
+
+
+def is_within_obs_mask() -> bool:
+    """Whether the site being processed is one half of a site with `obs_mask`, which this function splits."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _masked_observe.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class OnReplay(dict):
+    """The `infer` of a guide's site. `replay` copies it when it hands the site's value to the model."""
+
+    def __init__(self, infer: dict[str, Any], check: Callable[[], None]) -> None:
+        super().__init__(infer)
+        self.check = check
+
+    def copy(self) -> dict[str, Any]:
+        replays = [handler for handler in active_handlers() if hasattr(handler, "trace")]
+        if any(site.get("infer") is self for handler in replays for site in handler.trace.values()):
+            self.check()
+        return dict(self)
+
+
+# What JAX, NumPy and Python say of a vector of floats that is used as an index.
+_AS_INDEX = (
+    r"Indexer must have|indices must|used as indices|nly integer|list indices|__(index|array)__.* float"
+)
+
+
+def is_used_as_index(error: BaseException | None) -> bool:
+    return isinstance(error, (TypeError, IndexError, ValueError)) and bool(re.search(_AS_INDEX, str(error)))

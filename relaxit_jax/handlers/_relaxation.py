@@ -1,0 +1,145 @@
+"""What `relax` makes of one site: its options, the finite law of the site, and the relaxation of that law."""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from numpyro.distributions import Distribution
+
+from relaxit_jax import _arguments as arg
+from relaxit_jax import distributions as rd
+from relaxit_jax.distributions import _sampler_distribution as sd
+from relaxit_jax.distributions._gate import Gate
+from relaxit_jax.handlers import _site as site
+
+METHODS = {
+    "relaxed": {
+        "bit": rd.RelaxedBernoulli,
+        "class": rd.GumbelSoftmax,
+        "count": rd.GeneralizedGumbelSoftmax,
+    },
+    "straight_through": {
+        "bit": rd.StraightThroughRelaxedBernoulli,
+        "class": rd.StraightThroughGumbelSoftmax,
+        "count": functools.partial(rd.GeneralizedGumbelSoftmax, hard=True),
+    },
+}
+UNOBSERVED = "_unobserved"  # how NumPyro calls the second half of a site with obs_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of `relax`, checked."""
+
+    tau: ArrayLike
+    method: Any  # a key of METHODS, or a class
+    kl: Any
+    config: Mapping[str, Any]
+    num_values: int | Mapping[str, int] | None
+
+    def __post_init__(self) -> None:
+        shape = arg.as_tau(self.tau, jnp.float32).shape
+        arg.require(shape == (), "tau", "a scalar", f"shape {shape}")
+        arg.require_choice("kl", self.kl, ("discrete", "relaxed"))
+        _check_method("method", self.method)
+        need = "a dictionary from names of sites to methods"
+        arg.require(isinstance(self.config, Mapping), "config", need, arg.shown(self.config))
+        for name, own in self.config.items():
+            if not (own is None or is_function(own) or (isinstance(own, str) and own == "one_hot")):
+                _check_method(f"config['{name}']", own)
+        site.check_num_values(self.num_values)
+
+    def method_of(self, name: str) -> Any:
+        """The method of a site; None if it is to be left as it is."""
+        return _of_site(self.config, name, self.method)
+
+    def has_own_method(self, name: str) -> bool:
+        return _of_site(self.config, name, None) is not None
+
+    def num_values_of(self, name: str) -> int | None:
+        return (
+            _of_site(self.num_values, name, None) if isinstance(self.num_values, Mapping) else self.num_values
+        )
+
+    def check_names(self, met: Collection[str]) -> None:
+        """The sites that the options name are among those that were met."""
+        for table, named in (("config", self.config), ("num_values", self.num_values)):
+            unknown = set(named) - set(met) if isinstance(named, Mapping) else ()
+            if unknown:
+                need = f"names of the sites {sorted(met)}"
+                raise ValueError(f"{table} must be {need}, got {', '.join(sorted(map(repr, unknown)))}.")
+
+
+def _of_site(table, name, default):
+    """The unobserved part of a site also goes by the name of the site."""
+    return table.get(name, table.get(name.removesuffix(UNOBSERVED), default))
+
+
+def is_function(method: Any) -> bool:
+    """Whether a method of a site is a function of its distribution, neither a name nor a class."""
+    return callable(method) and not isinstance(method, type)
+
+
+def _check_method(name, method):
+    need = (
+        f"one of {', '.join(map(repr, METHODS))} or a class of relaxit_jax.distributions with logits and tau"
+    )
+    known = method in METHODS if isinstance(method, str) else _takes_logits(method)
+    arg.require(known, name, need, arg.shown(method))
+
+
+def _takes_logits(kind):
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, sd.SamplerDistribution)
+        and set(kind.arg_constraints) <= {"logits", "values", "tau"}
+        and "k" not in kind.pytree_aux_fields
+        and kind is not rd.OneHotCategorical
+    )
+
+
+def law_and_method(name: str, d: Distribution, options: Options) -> tuple[site.Law, Any]:
+    """The finite law of a site, as classes where the method makes vectors of it; and the method."""
+    law, method = site.law_of(name, d, options.num_values_of(name)), options.method_of(name)
+    if isinstance(method, str) and method == "one_hot":
+        method = METHODS[options.method]["class"] if isinstance(options.method, str) else options.method
+        need = "another than 'one_hot' beside a method of numbers"
+        arg.require(_is_one_hot(method), f"config['{name}']", need, f"method={method.__name__}")
+    # a method for all sites makes no vectors of bits and counts
+    as_vector = options.has_own_method(name) and _is_one_hot(method)
+    return (site.as_classes(name, law) if as_vector else law), method
+
+
+def _is_one_hot(kind):
+    return isinstance(kind, type) and issubclass(kind, sd.OneHot)
+
+
+def relaxed_site(name: str, d: Distribution, law: site.Law, method: Any, options: Options) -> Distribution:
+    """The distribution that stands in a model for a discrete one of this law."""
+    relaxation = method(d) if is_function(method) else _relaxation(name, law, method, options.tau)
+    event = law.log_pmf.shape[-1:] if law.kind == "class" else ()
+    need = f"a relaxation of batch shape {d.batch_shape} and event shape {event} for the site '{name}'"
+    fits = isinstance(relaxation, Distribution)
+    got = (relaxation.batch_shape, relaxation.event_shape) if fits else type(relaxation).__name__
+    arg.require(got == (d.batch_shape, event), "config", need, got)
+    if options.kl == "discrete":
+        return site.Relaxed(relaxation, law.log_pmf, law.values)
+    need = f"'discrete' for the site '{name}', as {type(relaxation).__name__} has no density"
+    discrete = law.kind == "count" or not (relaxation.has_rsample or isinstance(relaxation, Gate))
+    has_density = getattr(relaxation, "_density", True) is not None
+    arg.require(has_density and not discrete, "kl", need, "'relaxed'")
+    return relaxation
+
+
+def _relaxation(name, law, method, tau):
+    """The relaxation of a law by a method of the library."""
+    kind = METHODS[method][law.kind] if isinstance(method, str) else method
+    given = {"logits": law.logits, "values": law.values, "tau": jnp.asarray(tau)}
+    cls = getattr(kind, "func", kind)
+    taken = {key: given[key] for key in cls.arg_constraints}
+    complete = all(x is not None for x in taken.values())
+    arg.require(complete, f"method of the site '{name}'", f"one for a {law.kind}", cls.__name__)
+    return kind(**taken, validate_args=False)
