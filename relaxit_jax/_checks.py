@@ -14,7 +14,7 @@ from jax import export
 def require(condition, name, need, got):
     """Raise ValueError naming the argument, what it needs and what it got."""
     if not condition:
-        raise ValueError(f"{name} must be {need}, got {got}")
+        raise ValueError(f"{name} must be {need}, got {got}.")
 
 
 def can_be_seen(x):
@@ -46,35 +46,83 @@ def require_values(name, x, need, holds):
     if _values_are_checked.get() and can_be_seen(x):
         try:
             values = np.asarray(x)
-        except ValueError:  # a ragged list
+        except (TypeError, ValueError):  # keys, a ragged list
             values = np.asarray(None)
-        require(values.dtype.kind not in "OSU", name, "an array of numbers", repr(x))
+        require(_is_real(values.dtype), name, "an array of numbers", shown(x))
+        _refuse_narrow(name, values.dtype)
         require(np.all(holds(values)), name, need, x)
 
 
-def check_key(key):
+def shown(x):
+    """How an error shows an argument of the wrong kind: on one line, whatever it is."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is not None and not isinstance(x, type) and not _is_real(dtype):
+        return f"dtype {dtype}"
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 100 else f"{text[:96]} ..."
+
+
+def _is_real(dtype):
+    """Whether values of this dtype are real numbers. NumPy takes bfloat16 for void; keys have no kind."""
+    kind = getattr(dtype, "kind", "")
+    return kind in set("biuf") or (kind == "V" and jnp.issubdtype(dtype, jnp.number))
+
+
+def is_float(dtype):
+    """Whether results can have this dtype. Floats of 8 bits and less hold neither noise nor log-densities."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+
+
+def _refuse_narrow(name, dtype):
+    good = is_float(dtype) or not jnp.issubdtype(dtype, jnp.floating)
+    require(good, name, "of 16 bits or more", f"dtype {dtype}. Write {name}.astype(jnp.float32)")
+
+
+def check_key(key, name="key"):
     """A single JAX key, typed or raw."""
     need = "one JAX random key, as jax.random.key(0) makes (for several, vmap over them)"
-    require(isinstance(key, jax.Array) or hasattr(key, "__array__"), "key", need, f"{key!r}")
+    is_array = isinstance(key, jax.Array) or (hasattr(key, "__array__") and not isinstance(key, type))
+    require(is_array, name, need, shown(key))
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        require(key.shape == (), "key", need, f"keys of shape {key.shape}")
+        require(key.shape == (), name, need, f"keys of shape {key.shape}")
     else:
         require(
             key.dtype == jnp.uint32 and key.ndim == 1 and key.shape[0] in (2, 4),
-            "key", need, f"an array of shape {key.shape} and dtype {key.dtype}",
+            name, need, f"an array of shape {key.shape} and dtype {key.dtype}",
         )  # fmt: skip
+
+
+def as_array(name, x, need="an array of numbers"):
+    """`x` as an array of any dtype."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be {need}, got {shown(x)}.") from error
+
+
+def as_number(name, x, *, maybe_complex=False):
+    """`x` as an array of booleans, integers or floats: a draw of an exact law may have any of these."""
+    x = as_array(name, x)
+    _refuse_narrow(name, x.dtype)
+    good = _is_real(x.dtype) or (maybe_complex and jnp.issubdtype(x.dtype, jnp.complexfloating))
+    require(good, name, f"an array of {'' if maybe_complex else 'real '}numbers", f"dtype {x.dtype}")
+    return x
 
 
 def as_float(name, x):
     """`x` as a floating-point array. Python numbers count as floats; integer arrays do not."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         x = float(x)
-    try:
-        x = jnp.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of floats, got {type(x).__name__}") from error
-    require(jnp.issubdtype(x.dtype, jnp.floating), name, "floating point", f"dtype {x.dtype}")
+    x = as_array(name, x, "an array of floats")
+    _refuse_narrow(name, x.dtype)
+    cast = f". Write {name}.astype(jnp.float32)" if _is_real(x.dtype) else ""
+    require(jnp.issubdtype(x.dtype, jnp.floating), name, "floating point", f"dtype {x.dtype}{cast}")
     return x
+
+
+def shape_of(name, x):
+    """The shape of an array, or of what stands for one."""
+    return x.shape if isinstance(x, (jax.Array, np.ndarray, np.generic)) else as_array(name, x).shape
 
 
 def wide(dtype):
@@ -115,9 +163,10 @@ def require_positive(name, x):
 
 
 def require_event(name, x):
-    """The event axis is last, and not empty."""
-    shape = jnp.shape(x)
+    """The event axis is last, and not empty; its size."""
+    shape = shape_of(name, x)
     require(shape[-1:] not in ((), (0,)), name, "an array whose last axis is not empty", f"shape {shape}")
+    return shape[-1]
 
 
 def require_same_event(value, parameter):
@@ -127,16 +176,16 @@ def require_same_event(value, parameter):
 
 
 def require_classes(logits, at_least=1):
-    """Categorical logits: an event axis, on which enough classes are possible."""
-    require_event("logits", logits)
+    """Categorical logits: an event axis, on which enough classes are possible; its size."""
+    size = require_event("logits", logits)
     need = f"above -inf for at least {at_least} of the classes"
     require_values("logits", logits, need, lambda x: (x == -np.inf).sum(-1) <= x.shape[-1] - at_least)
+    return size
 
 
 def subset_args(logits, k):
     """k, logits of which at least k are possible, widened, and the dtype of a result."""
-    require_event("logits", logits)
-    k = as_static_int("k", k, 1, jnp.shape(logits)[-1])
+    k = as_static_int("k", k, 1, require_event("logits", logits))
     require_classes(logits, at_least=k)
     dtype, logits = widen(logits=logits)
     return k, logits, dtype
@@ -144,7 +193,7 @@ def subset_args(logits, k):
 
 def require_square(name, x, size):
     """Matrices of shape (..., size, size)."""
-    shape = jnp.shape(x)
+    shape = shape_of(name, x)
     require(shape[-2:] == (size, size), name, f"of shape (..., {size}, {size})", f"shape {shape}")
 
 
@@ -160,7 +209,7 @@ def as_static_int(name, x, low, high):
     try:
         number = operator.index(x)
     except TypeError as error:  # jax's own error for a traced integer is one of these
-        raise ValueError(f"{name} must be {need}, known before tracing, got {x!r}") from error
+        raise ValueError(f"{name} must be {need}, known before tracing, got {shown(x)}.") from error
     require(low <= number <= high and not isinstance(x, bool), name, need, x)
     return number
 
@@ -168,6 +217,43 @@ def as_static_int(name, x, low, high):
 def as_num_samples(x, least=1):
     """How many draws an estimate averages."""
     return as_static_int("num_samples", x, least, 1_000_000)
+
+
+def require_flags(**flags):
+    """Options that are on or off. Python would take "no", or "False", for True."""
+    for name, x in flags.items():
+        require(isinstance(x, (bool, np.bool_)), name, "True or False, known before tracing", shown(x))
+
+
+def require_form(hard, log_space):
+    """A hard sample has no form in log space."""
+    require_flags(hard=hard, log_space=log_space)
+    require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+
+
+def require_choice(name, x, choices):
+    """One of these strings."""
+    words = [repr(choice) for choice in choices]
+    need = " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
+    require(isinstance(x, str) and x in choices, name, need, shown(x))
+
+
+def broadcasts_to(shape, target):
+    """Whether an array of this shape broadcasts to the target, without making it larger."""
+    try:
+        return jnp.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
+
+
+def as_shape(name, shape, need="a tuple of sizes"):
+    """A tuple of sizes, each of them known or symbolic."""
+    try:
+        sizes = tuple(size if export.is_symbolic_dim(size) else operator.index(size) for size in shape)
+    except TypeError as error:
+        raise ValueError(f"{name} must be {need}, got {shown(shape)}.") from error
+    require(all(size >= 0 for size in sizes), name, need, shape)
+    return sizes
 
 
 def batch_shape(shape, *, per_event=(), **batches: tuple[int, ...]) -> tuple[int, ...]:
@@ -181,17 +267,14 @@ def batch_shape(shape, *, per_event=(), **batches: tuple[int, ...]) -> tuple[int
     except ValueError as error:
         _refuse_event_axes(per_event, batches)
         raise ValueError(
-            f"{', '.join(everything)} must have batch shapes that broadcast, got {everything}"
+            f"{', '.join(everything)} must have batch shapes that broadcast, got {everything}."
         ) from error
     if shape is None:
         _refuse_event_axes(per_event, batches)
         return own
     need = f"a tuple of sizes that the parameters' batch shape {own} broadcasts to"
-    try:
-        shape = tuple(size if export.is_symbolic_dim(size) else operator.index(size) for size in shape)
-        fits = all(size >= 0 for size in shape) and jnp.broadcast_shapes(shape, own) == shape
-    except (TypeError, ValueError):
-        fits = False
+    shape = as_shape("shape", shape, need)
+    fits = broadcasts_to(own, shape)
     if not fits:
         _refuse_event_axes(per_event, batches)
     require(fits, "shape", need, shape)

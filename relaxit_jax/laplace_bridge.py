@@ -86,6 +86,7 @@ def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike, *, log_space: b
     >>> gaussian_to_dirichlet(*dirichlet_to_gaussian(alpha)).round(4)
     Array([ 0.5,  2. , 30. ], dtype=float32)
     """
+    ck.require_flags(log_space=log_space)
     ck.require_event("loc", loc)
     dtype, loc, covariance = ck.widen(loc=loc, covariance=covariance)
     k = _at_least_two("loc", loc)

@@ -1,5 +1,6 @@
 """What the distributions share: one thin class over a sampler and its density, and the discrete KL."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping
@@ -56,6 +57,13 @@ def class_logits(probs) -> Array:
     return nm.where(p == 0, -jnp.inf, jnp.log(nm.where(p == 0, 1, p))).astype(dtype)
 
 
+def check_temperature(temperature, validate_args):
+    """What Pyro's signature calls `temperature`, before the class calls it `tau`."""
+    ck.as_float("temperature", temperature)
+    with ck.check_values(Distribution._validate_args if validate_args is None else validate_args):
+        ck.require_positive("temperature", temperature)
+
+
 def per_coordinate(scale, size):
     """A scale with an event axis of this size."""
     fits = scale.shape[-1:] in ((), (1,), (size,))
@@ -100,8 +108,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def validated(log_prob: F) -> F:
-    """NumPyro's `validate_sample`, for which all signatures are one."""
-    return cast(F, validate_sample(log_prob))
+    """NumPyro's `validate_sample`, whose constraints take arrays of numbers and nothing else."""
+    check_support = validate_sample(log_prob)
+
+    @functools.wraps(log_prob)
+    def checked(self, value, *args, **kwargs):
+        ck.as_number("value", value)
+        return check_support(self, value, *args, **kwargs)
+
+    return cast(F, checked)
 
 
 class Made(DistributionMeta):
@@ -271,6 +286,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
         return self._draw(key, sample_shape)
 
     def _draw(self, key, sample_shape, **extra):
+        sample_shape = ck.as_shape("sample_shape", sample_shape)
         with self._checks():
             return self._sampler(key, shape=(*sample_shape, *self.batch_shape), **self._arguments(), **extra)
 

@@ -56,14 +56,14 @@ class RelaxedBernoulli(base.Bit):
         super().__init__(validate_args, logits=logits, probs=probs, tau=tau)
 
     def cdf(self, value: ArrayLike) -> Array:
-        value = jnp.asarray(value)
+        value = ck.as_number("value", value)
         y, _ = nm.as_logit(value, False)
         inside = sigmoid(self.tau * nm.where(jnp.isinf(y), 0, y) - self.logits)
         ends = (value >= 1) | ((value == 0) & (self.logits == -jnp.inf))
         return nm.where((value <= 0) | (value >= 1), ends, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
-        return sigmoid(base.logit_quantile(self.logits, q) / self.tau)
+        return sigmoid(base.logit_quantile(self.logits, ck.as_float("q", q)) / self.tau)
 
 
 class StraightThroughBernoulli(base.Bit):
@@ -121,11 +121,11 @@ class StraightThroughBernoulli(base.Bit):
         return self._full(-base.expected_log_pmf(log_pmf, log_pmf))
 
     def cdf(self, value: ArrayLike) -> Array:
-        inside = nm.where(jnp.asarray(value) < 1, sigmoid(-self.logits), 1)
-        return self._batched(nm.where(jnp.asarray(value) < 0, 0, inside))
+        value = ck.as_number("value", value)
+        return self._batched(nm.where(value < 0, 0, nm.where(value < 1, sigmoid(-self.logits), 1)))
 
     def icdf(self, q: ArrayLike) -> Array:
-        return self._batched((q > sigmoid(-self.logits)).astype(self.logits.dtype))
+        return self._batched((ck.as_float("q", q) > sigmoid(-self.logits)).astype(self.logits.dtype))
 
     def enumerate_support(self, expand: bool = True) -> Array:
         values = jnp.arange(2, dtype=self.logits.dtype).reshape(-1, *(1,) * len(self.batch_shape))
@@ -225,7 +225,7 @@ class StochasticTimesSmooth(base.SamplerDistribution):
         )  # 1 - sqrt(p) = (1 - p)/(1 + sqrt(p))
 
     def cdf(self, value: ArrayLike) -> Array:
-        value = jnp.asarray(value)
+        value = ck.as_number("value", value)
         root = jnp.sqrt(sigmoid(self.logits))
         # a draw is the root only to the rounding of its dtype, as for the density
         at_root = value >= root * (1 - 4 * float(jnp.finfo(jnp.result_type(value, root, 0.0)).eps))
@@ -234,7 +234,7 @@ class StochasticTimesSmooth(base.SamplerDistribution):
 
     def icdf(self, q: ArrayLike) -> Array:
         root = jnp.sqrt(sigmoid(self.logits))
-        return nm.where(q > sigmoid(-self.logits) / (1 + root), root, 0)
+        return nm.where(ck.as_float("q", q) > sigmoid(-self.logits) / (1 + root), root, 0)
 
 
 class CorrelatedRelaxedBernoulli(base.SamplerDistribution):

@@ -64,6 +64,7 @@ def RelaxedOneHotCategorical(
     >>> RelaxedOneHotCategorical(0.5, logits=jnp.zeros(3)).event_shape
     (3,)
     """
+    base.check_temperature(temperature, validate_args)
     return GumbelSoftmax(logits=logits, tau=temperature, probs=probs, validate_args=validate_args)
 
 

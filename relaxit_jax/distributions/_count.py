@@ -67,6 +67,7 @@ class GeneralizedGumbelSoftmax(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
+        ck.require_flags(hard=hard)
         super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, values=values, tau=tau)
         size = self.logits.shape[-1]
         need = f"of shape (..., {size}), as logits is"

@@ -114,13 +114,13 @@ class GaussianRelaxedBernoulli(Gate):
 
     def cdf(self, value: ArrayLike) -> Array:
         _, loc, scale = self._wide()
-        value = jnp.asarray(value)
+        value = ck.as_number("value", value)
         inside = nm.where(value < 1, ndtr((value - loc) / scale), 1)
         return nm.where(value < 0, 0, inside)
 
     def icdf(self, q: ArrayLike) -> Array:
         _, loc, scale = self._wide()
-        return jnp.clip(loc + scale * ndtri(q), 0, 1)
+        return jnp.clip(loc + scale * ndtri(ck.as_float("q", q)), 0, 1)
 
 
 class HardConcrete(Gate):
@@ -187,7 +187,7 @@ class HardConcrete(Gate):
 
     def cdf(self, value: ArrayLike) -> Array:
         a, b = self.stretch
-        value = jnp.asarray(value)
+        value = ck.as_number("value", value)
         inside = jnp.clip(value, 0, 1)
         y = jnp.log(inside - a) - jnp.log(b - inside)
         below = nm.where(value < 1, sigmoid(self.tau * y - self.logits), 1)
@@ -195,7 +195,7 @@ class HardConcrete(Gate):
 
     def icdf(self, q: ArrayLike) -> Array:
         a, b = self.stretch
-        y = base.logit_quantile(self.logits, q) / self.tau
+        y = base.logit_quantile(self.logits, ck.as_float("q", q)) / self.tau
         return jnp.clip(a * sigmoid(-y) + b * sigmoid(y), 0, 1)
 
 

@@ -64,6 +64,7 @@ class GumbelSinkhorn(base.SamplerDistribution):
         validate_args: bool | None = None,
     ) -> None:
         num_iters = ck.as_static_int("num_iters", num_iters, 1, 1_000_000)
+        ck.require_flags(hard=hard)
         static = {"num_iters": num_iters, "hard": hard}
         super().__init__(validate_args, static, logits=logits, probs=probs, tau=tau)
         ck.require_square("logits", self.logits, self.logits.shape[-1])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -73,6 +74,15 @@ class Relaxed(dist.Distribution):
 def _kl_of_relaxed_sites(p, q):
     check_same_values(p.log_pmf, q.log_pmf)
     return base.discrete_kl(p.log_pmf, q.log_pmf)
+
+
+def check_num_values(num_values):
+    """An integer, or a dictionary of them by site; None stands for as many as are needed."""
+    own = num_values if isinstance(num_values, Mapping) else {None: num_values}
+    for name, number in own.items():
+        if number is not None:
+            which = "num_values" if name is None else f"num_values[{name!r}]"
+            ck.as_static_int(which, number, 1, tr.MOST_VALUES)
 
 
 def check_same_values(log_q, log_p):

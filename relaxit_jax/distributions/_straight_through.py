@@ -129,6 +129,7 @@ def RelaxedOneHotCategoricalStraightThrough(
     >>> RelaxedOneHotCategoricalStraightThrough(0.5, logits=jnp.zeros(3)).event_shape
     (3,)
     """
+    base.check_temperature(temperature, validate_args)
     return StraightThroughGumbelSoftmax(
         logits=logits, tau=temperature, probs=probs, validate_args=validate_args
     )

@@ -64,6 +64,7 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
         hard: bool = False,
         validate_args: bool | None = None,
     ) -> None:
+        ck.require_flags(hard=hard)
         super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, tau=tau)
         self.k = ck.as_static_int("k", k, 1, self.logits.shape[-1])
 
@@ -79,6 +80,9 @@ class GumbelSoftmaxTopK(base.SamplerDistribution):
     def _density(self, value, logits, **_):
         if not self.hard:
             raise NotImplementedError("a relaxed k-hot vector has no density in closed form; give hard=True")
+        value = ck.as_number("value", value).astype(ck.wide(logits.dtype))
+        ck.require_event("value", value)
+        ck.require_same_event(value, logits)
         _, chosen = nm.top_k(value, self.k)
         law = samplers.gumbel_top_k_log_prob(chosen, logits, ordered=False)
         is_k_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value, -1) == self.k)

@@ -50,7 +50,7 @@ def relaxed_bernoulli(
     (Array(True, dtype=bool), Array(True, dtype=bool), Array(True, dtype=bool))
     """
     ck.check_key(key)
-    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    ck.require_form(hard, log_space)
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     shape = ck.batch_shape(shape, logits=logits.shape, tau=tau.shape)
@@ -98,6 +98,7 @@ def relaxed_bernoulli_log_prob(
     >>> relaxed_bernoulli_log_prob(0.25, 0.0, 1.0)  # uniform at tau = 1 and even odds
     Array(0., dtype=float32)
     """
+    ck.require_flags(log_space=log_space)
     _, value, logits = ck.widen(value=value, logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)
@@ -162,7 +163,7 @@ def straight_through_bernoulli_log_prob(value: ArrayLike, logits: ArrayLike) -> 
     Array([0.25, 0.75], dtype=float32)
     """
     _, logits = ck.widen(logits=logits)
-    value = jnp.asarray(value).astype(logits.dtype)
+    value = ck.as_number("value", value).astype(logits.dtype)
     ck.batch_shape(None, value=value.shape, logits=logits.shape)
     certain = jnp.isinf(logits)
     finite = nm.where(certain, 0, logits)
@@ -286,7 +287,7 @@ def correlated_bernoulli(
     (5, 2)
     """
     ck.check_key(key)
-    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    ck.require_form(hard, log_space)
     dtype, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
     shape = ck.batch_shape(shape, **batch)
     noise = nm.normal(key, (*shape, logits.shape[-1]), logits)
@@ -324,6 +325,7 @@ def correlated_bernoulli_log_prob(
     >>> correlated_bernoulli_log_prob(jnp.full(2, 0.3), jnp.zeros(2), 1.0, jnp.eye(2)).round(4)
     Array(0., dtype=float32)
     """
+    ck.require_flags(log_space=log_space)
     ck.require_event("value", value)
     _, value, logits = ck.widen(value=value, logits=logits)
     _, logits, tau, scale_tril, batch = _correlated_args(logits, tau, scale_tril)
@@ -344,8 +346,7 @@ def correlated_bernoulli_log_prob(
 
 
 def _correlated_args(logits, tau, scale_tril):
-    ck.require_event("logits", logits)
-    ck.require_scale_tril(scale_tril, jnp.shape(logits)[-1])
+    ck.require_scale_tril(scale_tril, ck.require_event("logits", logits))
     dtype, logits = ck.widen(logits=logits)
     factor = ck.as_float("scale_tril", scale_tril)
     slack = max(1e-4, 4 * float(jnp.finfo(factor.dtype).eps))

@@ -53,7 +53,7 @@ def gumbel_softmax(
     (Array(1., dtype=float32), Array(0., dtype=float32))
     """
     ck.check_key(key)
-    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    ck.require_form(hard, log_space)
     ck.require_classes(logits)
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
@@ -100,6 +100,7 @@ def gumbel_softmax_log_prob(
     0.6931
     """
     ck.require_classes(logits)
+    ck.require_flags(log_space=log_space)
     ck.require_event("value", value)
     _, value, logits = ck.widen(value=value, logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
@@ -170,7 +171,7 @@ def invertible_gaussian(
     Array([0.333, 0.333, 0.333], dtype=float32)
     """
     ck.check_key(key)
-    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    ck.require_form(hard, log_space)
     dtype, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
     shape = ck.batch_shape(shape, **batch)
     y = loc + scale * nm.normal(key, (*shape, loc.shape[-1]), loc)
@@ -218,6 +219,7 @@ def invertible_gaussian_log_prob(
     >>> print(f"{invertible_gaussian_log_prob(jnp.full(2, 0.5), jnp.zeros(1), 1.0, 1.0):.4f}")
     0.4674
     """
+    ck.require_flags(log_space=log_space)
     ck.require_event("value", value)
     _, loc, scale, tau, delta, batch = _invertible_args(loc, scale, tau, delta)
     _, value, loc = ck.widen(value=value, loc=loc)
@@ -282,6 +284,7 @@ def logistic_normal(
     Array([0.2, 0.8], dtype=float32)
     """
     ck.check_key(key)
+    ck.require_flags(log_space=log_space)
     dtype, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
     shape = ck.batch_shape(shape, **batch)
     noise = nm.normal(key, (*shape, loc.shape[-1]), loc)
@@ -325,6 +328,7 @@ def logistic_normal_log_prob(
     >>> print(f"{logistic_normal_log_prob(jnp.full(2, 0.5), jnp.zeros(2), 0.5**0.5):.4f}")
     0.4674
     """
+    ck.require_flags(log_space=log_space)
     ck.require_event("value", value)
     _, loc, scale, scale_tril, batch = _logistic_normal_args(loc, scale, scale_tril)
     _, value, loc = ck.widen(value=value, loc=loc)
@@ -347,12 +351,12 @@ def _logistic_normal_args(loc, scale, scale_tril):
     ck.require(
         (scale is None) != (scale_tril is None), "scale", "given, or else scale_tril", "both or neither"
     )
-    ck.require_event("loc", loc)
+    size = ck.require_event("loc", loc)
     if scale_tril is None:
         dtype, loc, scale = ck.widen_with_scale(loc, scale)
         loc = jnp.broadcast_to(loc, ck.batch_shape(None, loc=loc.shape, scale=scale.shape))
         return dtype, loc, scale, None, {"loc": loc.shape[:-1]}
-    ck.require_scale_tril(scale_tril, jnp.shape(loc)[-1])
+    ck.require_scale_tril(scale_tril, size)
     dtype, loc, scale_tril = ck.widen(loc=loc, scale_tril=scale_tril)
     return dtype, loc, None, scale_tril, {"loc": loc.shape[:-1], "scale_tril": scale_tril.shape[:-2]}
 

@@ -65,6 +65,7 @@ def generalized_gumbel_softmax(
     Array(1., dtype=float32)
     """
     ck.check_key(key)
+    ck.require_flags(hard=hard)
     ck.require_classes(logits)
     ck.require_event("values", values)
     ck.require_values("values", values, "finite", np.isfinite)
@@ -191,7 +192,7 @@ def binomial_support(
     1.000 4.000 6.000 4.000 1.000
     """
     need = "integers, 1 or more, known before tracing"
-    ck.require(not isinstance(total_count, jax.core.Tracer), "total_count", need, total_count)
+    ck.require(ck.can_be_seen(total_count), "total_count", need, total_count)
     integers = lambda x: (x >= 1) & (x < np.inf) & (x == np.round(x))
     ck.require_values("total_count", total_count, need, integers)
     ck.require_values("logits", logits, "log-odds, not NaN", lambda x: x == x)
@@ -255,7 +256,9 @@ def _require_positive_and_finite(name, x):
 
 def _support(log_pmf, parameters, num_values, eps):
     """The logits of a finite list, and its values."""
-    ck.require_values("eps", eps, "in (0, 1)", lambda x: (x > 0) & (x < 1))
+    need = "in (0, 1), one number that is known before tracing"
+    ck.require(ck.can_be_seen(eps), "eps", need, ck.shown(eps))
+    ck.require_values("eps", eps, need, lambda x: (x.ndim == 0) & (x > 0) & (x < 1))
     seen = not any(isinstance(x, jax.core.Tracer) for x in parameters)
     if num_values is not None:
         num_values = ck.as_static_int("num_values", num_values, 1, tr.MOST_VALUES)

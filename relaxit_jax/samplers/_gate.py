@@ -44,6 +44,7 @@ def gaussian_bernoulli(
     Array([0., 1.], dtype=float32)
     """
     ck.check_key(key)
+    ck.require_flags(hard=hard)
     dtype, loc, scale = ck.widen_with_scale(loc, scale)
     shape = ck.batch_shape(shape, loc=loc.shape, scale=scale.shape)
     y = loc + scale * nm.normal(key, shape, loc, used_twice=True)
@@ -103,7 +104,7 @@ def _check_stretch(stretch):
     try:
         a, b = (float(end) for end in stretch)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"stretch must be {need}, got {stretch!r}") from error
+        raise ValueError(f"stretch must be {need}, got {ck.shown(stretch)}.") from error
     ck.require(a < 0 and b > 1 and math.isfinite(b - a), "stretch", need, stretch)
     return a, b
 
@@ -154,7 +155,7 @@ def hard_concrete(
     Array([0., 1.], dtype=float32)
     """
     a, b = _check_stretch(stretch)
-    ck.require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
+    ck.require_form(hard, log_space)
     ck.check_key(key)
     dtype, logits = ck.widen(logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
@@ -205,6 +206,7 @@ def hard_concrete_log_prob(
     0.2317
     """
     a, b = _check_stretch(stretch)
+    ck.require_flags(log_space=log_space)
     _, value, logits = ck.widen(value=value, logits=logits)
     tau = ck.as_tau(tau, logits.dtype)
     ck.batch_shape(None, value=value.shape, logits=logits.shape, tau=tau.shape)

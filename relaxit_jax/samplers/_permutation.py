@@ -64,9 +64,9 @@ def gumbel_sinkhorn(
     (Array([1., 1., 1.], dtype=float32), Array([1., 1., 1.], dtype=float32))
     """
     ck.check_key(key)
+    ck.require_flags(hard=hard)
     num_iters = ck.as_static_int("num_iters", num_iters, 1, 1_000_000)
-    ck.require_classes(logits)
-    n = jnp.shape(logits)[-1]
+    n = ck.require_classes(logits)
     ck.require_square("logits", logits, n)
     ck.require_values("logits", logits, "such that a permutation is possible", _has_permutation)
     dtype, logits = ck.widen(logits=logits)

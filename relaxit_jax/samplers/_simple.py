@@ -122,7 +122,7 @@ def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     0.1667
     """
     k, logits, _ = ck.subset_args(logits, k)
-    given = value = jnp.asarray(value)
+    given = value = ck.as_number("value", value)
     ck.require_event("value", value)
     ck.require_same_event(value, logits)
     batch = ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])

@@ -72,7 +72,7 @@ def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -
     ck.require_classes(logits)
     ck.require_event("value", value)
     _, logits = ck.widen(logits=logits)
-    value = jnp.asarray(value).astype(logits.dtype)
+    value = ck.as_number("value", value).astype(logits.dtype)
     ck.require_same_event(value, logits)
     ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
     impossible = logits == -jnp.inf
@@ -121,6 +121,7 @@ def decoupled_gumbel_softmax(
     >>> decoupled_gumbel_softmax(jax.random.key(0), jnp.zeros(3), 0.5, 2.0)
     Array([0., 1., 0.], dtype=float32)
     """
+    ck.require_flags(hard=hard)
     taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
     dtype, logits, tau_forward, tau_backward = _arguments(key, logits, shape, **taus)
     perturbed = nm.centre(logits) + nm.gumbel(key, logits.shape, logits)

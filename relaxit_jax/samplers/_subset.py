@@ -98,15 +98,14 @@ def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool 
     >>> print(f"{jnp.exp(gumbel_top_k_log_prob(pair, jnp.zeros(4), ordered=False)):.4f}")
     0.1667
     """
+    ck.require_flags(ordered=ordered)
     ck.require_classes(logits)
     _, logits = ck.widen(logits=logits)
     n = logits.shape[-1]
-    dtype = getattr(value, "dtype", None)
-    need = "an array of integer indices"
-    ck.require(dtype is not None and jnp.issubdtype(dtype, jnp.integer), "value", need, dtype)
-    ck.require_event("value", value)
-    ck.as_static_int("number of indices in value", value.shape[-1], 1, n)
-    ck.require_values("value", value, f"indices in 0..{n - 1}", lambda i: (i >= 0) & (i < n))
+    given, value = value, ck.as_array("value", value)
+    ck.require(jnp.issubdtype(value.dtype, jnp.integer), "value", "integer indices", f"dtype {value.dtype}")
+    ck.as_static_int("number of indices in value", ck.require_event("value", value), 1, n)
+    ck.require_values("value", given, f"indices in 0..{n - 1}", lambda i: (i >= 0) & (i < n))
     batch = ck.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
     value = nm.placed(jnp.broadcast_to(value, (*batch, value.shape[-1])), logits)
     logits = nm.placed(jnp.broadcast_to(nm.centre(logits), (*batch, n)), value)
@@ -196,8 +195,9 @@ def stochastic_beam_search(
       Shapes are static; for several searches, vmap over keys and states.
 
     Raises:
-      ValueError: for a ``k`` above the number of sequences, a ``max_length`` below 1, an ``end``
-        that is no token, or logits of `log_prob_fn` that are not of shape (V,) and floating point.
+      ValueError: for a ``k`` above the number of sequences, a ``max_length`` below 1, a ``start`` that
+        is not an integer, an ``end`` that is no token, or a `log_prob_fn` that does not return a pair:
+        logits of shape (V,), floating point, and a state like the one it was given.
 
     References:
       W. Kool, H. van Hoof, M. Welling (2019), Stochastic Beams and Where to Find Them,
@@ -212,12 +212,12 @@ def stochastic_beam_search(
     """
     ck.check_key(key)
     max_length = ck.as_static_int("max_length", max_length, 1, 1_000_000)
-    state = jax.tree.map(jnp.asarray, state)
-    start = jnp.asarray(start, jnp.int32)
-    logits, _ = jax.eval_shape(log_prob_fn, state, start)
-    need = "a function whose logits are floating point, of shape (V,)"
-    fits = logits.ndim == 1 and logits.size and jnp.issubdtype(logits.dtype, jnp.floating)
-    ck.require(fits, "log_prob_fn", need, f"shape {logits.shape}, dtype {logits.dtype}")
+    state = jax.tree.map(functools.partial(ck.as_array, "state"), state)
+    start = ck.as_array("start", start)
+    is_token = start.shape == () and jnp.issubdtype(start.dtype, jnp.integer)
+    ck.require(is_token, "start", "one token, an integer", f"shape {start.shape}, dtype {start.dtype}")
+    start = start.astype(jnp.int32)
+    logits = _logits_of_a_step(log_prob_fn, state, start)
     size, dtype = logits.size, ck.wide(logits.dtype)
     if end is not None:
         end = ck.as_static_int("end", end, 0, size - 1)
@@ -251,6 +251,33 @@ def stochastic_beam_search(
     beams = jax.tree.map(lambda x: nm.vary_as(x, key, logits, *jax.tree.leaves(state)), beams)
     (_, _, log_p, perturbed, tokens, _), _ = jax.lax.scan(extend, beams, jax.random.split(key, max_length))
     return tokens, log_p, perturbed
+
+
+def _logits_of_a_step(log_prob_fn, state, token):
+    """Shape and dtype of the logits that the model returns, beside a state like the one that it was given."""
+    name, need = "log_prob_fn", "a function (state, token) -> (logits, state)"
+    ck.require(callable(log_prob_fn), name, need, ck.shown(log_prob_fn))
+    returned = jax.eval_shape(log_prob_fn, state, token)
+    is_array = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    kind = lambda x: f"shape {x.shape}, dtype {x.dtype}" if is_array(x) else f"a {type(x).__name__}"
+    several = isinstance(returned, (tuple, list))
+    got = f"{len(returned)} values" if several else kind(returned)
+    ck.require(several and len(returned) == 2, name, need, f"one that returns {got}")
+    logits, after = returned
+    need = "a function whose logits are floating point, of shape (V,)"
+    fits = is_array(logits) and len(logits.shape) == 1 and logits.size and ck.is_float(logits.dtype)
+    ck.require(fits, name, need, kind(logits))
+
+    need = "a function that returns a state like the one it is given"
+    before, after = (jax.tree.flatten_with_path(tree) for tree in (state, after))
+    ck.require(before[1] == after[1], name, need, f"{after[1]} after {before[1]}")
+    for (path, old), (_, new) in zip(before[0], after[0], strict=True):
+        # a Python number as the first state takes the dtype of the next
+        same = old.shape == new.shape and (old.dtype == new.dtype or getattr(old, "weak_type", False))
+        place = f"state{jax.tree_util.keystr(path)}"
+        got = f"shape {new.shape}, dtype {new.dtype} for {place} of shape {old.shape}, dtype {old.dtype}"
+        ck.require(same, name, need, got)
+    return logits
 
 
 def _how_many(size, max_length, end):
@@ -316,6 +343,7 @@ def relaxed_top_k(
     >>> relaxed_top_k(jax.random.key(0), jnp.zeros(5), 2, 0.5).sum().round(4)
     Array(2., dtype=float32)
     """
+    ck.require_flags(hard=hard)
     k, logits, dtype = ck.subset_args(logits, k)
     tau = ck.as_tau(tau, logits.dtype)
     perturbed, _ = _perturb(key, logits, shape, per_event={"tau": tau.shape})
