@@ -536,7 +536,7 @@ def test_bad_arguments_are_named():
         es.rebar(KEY, f, q, eta=jnp.ones(2))
     with pytest.raises(ValueError, match="control_variate must be a function"):
         es.relax(KEY, f, q, control_variate=jnp.sum)
-    with pytest.raises(ValueError, match="shape must be a tuple"):
+    with pytest.raises(ValueError, match="baseline must be of a shape that broadcasts"):
         es.reinforce(KEY, f, q, baseline=jnp.zeros(3))
     with pytest.raises(ValueError, match="at most 1048576 outcomes, got 2097152"):
         es.exact(lambda b: jnp.sum(b), es.Bernoulli(jnp.zeros(21)))

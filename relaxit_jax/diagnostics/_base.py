@@ -90,6 +90,7 @@ class GradientReport:
 
     def __getitem__(self, name: str) -> dict[str, float]:
         """The numbers of one estimator."""
+        ck.require_choice("name", name, self.names)
         row = self.names.index(name)
         numbers: dict[str, float] = {field: getattr(self, field)[row].item() for field in NUMBERS}
         numbers["biased"] = bool(self.biased[row])
@@ -142,7 +143,7 @@ class GradientReport:
           where: the path of a picture, or axes of matplotlib.
           cost: "calls" of f, or "seconds".
         """
-        ck.require(cost in ("calls", "seconds"), "cost", "'calls' or 'seconds'", repr(cost))
+        ck.require_choice("cost", cost, ("calls", "seconds"))
         if hasattr(where, "plot"):
             _draw(self, where, cost)
             return
@@ -152,9 +153,11 @@ class GradientReport:
             raise ImportError(
                 "plot needs matplotlib, which is in an extra: pip install 'relaxit_jax[examples]'"
             ) from error
+        file: Any = where
+        is_file = isinstance(where, (str, os.PathLike)) or hasattr(where, "write")
+        ck.require(is_file, "where", "a path, a file or axes of matplotlib", ck.shown(where))
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         _draw(self, figure.subplots(), cost)
-        file: Any = where
         figure.savefig(file, dpi=120)
 
 

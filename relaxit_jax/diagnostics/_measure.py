@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from relaxit_jax import _checks as ck
 from relaxit_jax import estimators as es
 from relaxit_jax.diagnostics._base import NUMBERS, GradientReport
-from relaxit_jax.estimators._base import Estimator, Family, Q
+from relaxit_jax.estimators._base import Estimator, Family, Q, as_result, check
 
 MOST_ENUMERATED = 2**14  # outcomes that "auto" sums over
 LONG_RUN = 16  # draws of one estimate of the long run
@@ -45,9 +45,14 @@ def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Family]:
     Array(2., dtype=float32)
     """
 
+    ck.require(callable(sampler), "sampler", "a function (key, logits)", ck.shown(sampler))
+
     def estimator(key, f, q):
+        check(q, f=f)
         sample = sampler(key, q.logits)
-        ck.require(sample.shape == q.shape, "sampler", f"one of draws of shape {q.shape}", sample.shape)
+        shape = getattr(sample, "shape", None)
+        got = f"a {type(sample).__name__}" if shape is None else f"shape {shape}"
+        ck.require(shape == q.shape, "sampler", f"one of draws of shape {q.shape}", got)
         return f(sample)
 
     return estimator
@@ -111,15 +116,20 @@ def gradient_report(
     (array([False, False]), array([2, 1]), True)
     """
     ck.check_key(key)
-    ck.require(isinstance(q, (es.Bernoulli, es.OneHotCategorical)), "q", "a family of estimators", type(q))
+    check(q, f=f)
+    known = isinstance(q, (es.Bernoulli, es.OneHotCategorical))
+    ck.require(known, "q", "a family of estimators", ck.shown(q))
     good = isinstance(estimators, Mapping) and estimators and all(map(callable, estimators.values()))
-    ck.require(good, "estimators", "a dictionary from names to functions (key, f, q)", repr(estimators))
+    good = good and all(isinstance(name, str) for name in estimators)
+    need = "a dictionary from names to functions (key, f, q)"
+    ck.require(good, "estimators", need, ck.shown(estimators))
     n = ck.as_static_int("num_samples", num_samples, 2, 10**9)
     size = min(ck.as_static_int("batch_size", batch_size, 2, 10**6), n)
     batches = -(-n // size)
     n = batches * size
     key, reference_key = jax.random.split(key)
-    truth, truth_error, words = _reference(reference_key, f, q, reference, reference_samples or n, size)
+    samples = n if reference_samples is None else reference_samples
+    truth, truth_error, words = _reference(reference_key, f, q, reference, samples, size)
 
     compiled, calls, totals, seconds = {}, {}, {}, {name: [] for name in estimators}
     for name, estimator in estimators.items():
@@ -163,8 +173,7 @@ def _with_logits(q, logits):
 
 def _reference(key, f, q, reference, samples, size):
     """The true gradient, its standard error, and what it is in words."""
-    options = ("auto", "exact", "long_run")
-    ck.require(reference in options, "reference", f"one of {options}", repr(reference))
+    ck.require_choice("reference", reference, ("auto", "exact", "long_run"))
     samples = ck.as_static_int("reference_samples", samples, 2, 10**9)
     outcomes = q.outcomes()[0]
     if reference == "exact" or (reference == "auto" and outcomes <= MOST_ENUMERATED):
@@ -182,15 +191,20 @@ def _reference(key, f, q, reference, samples, size):
     return means["error"], error, f"a long run, {count} estimates by rloo of {LONG_RUN} draws"
 
 
+def _estimate(name, estimator, key, f, q):
+    """What an estimator returns, which is its user's, so that it is looked at."""
+    which, need = f"estimators[{name!r}]", f"a function to the batch shape {q.batch_shape} of q"
+    value = as_result(which, estimator(key, f, q))
+    ck.require(value.shape == q.batch_shape, which, need, f"shape {value.shape}")
+    return value
+
+
 def _compile(name, estimator, key, f, q, truth, size):
     """A compiled function of logits and key: means of a batch, and sums of squares about them."""
     truth = jnp.asarray(truth, ck.wide(q.logits.dtype))
 
     def total(logits, key):
-        value = jnp.asarray(estimator(key, f, _with_logits(q, logits)))
-        need = f"a function to the batch shape {q.batch_shape} of q"
-        ck.require(value.shape == q.batch_shape, f"estimators[{name!r}]", need, f"shape {value.shape}")
-        return jnp.sum(value)
+        return jnp.sum(_estimate(name, estimator, key, f, _with_logits(q, logits)))
 
     def moments(logits, key):
         keys = jax.random.split(key, size)
@@ -235,6 +249,6 @@ def _count_calls(name, estimator, key, f, q):
         jax.debug.callback(lambda _: seen.append(None), b.reshape(-1)[0])
         return f(b)
 
-    jax.block_until_ready(jax.jit(lambda key: estimator(key, counted, q))(key))
+    jax.block_until_ready(jax.jit(lambda key: _estimate(name, estimator, key, counted, q))(key))
     jax.effects_barrier()
     return len(seen)

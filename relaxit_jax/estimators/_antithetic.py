@@ -78,6 +78,7 @@ def disarm(key: Array, f: Callable[[Array], ArrayLike], q: base.Bits) -> Array:
 
 def _antithetic(key, f, q, weight):
     ck.check_key(key)
+    base.check(q, f=f)
     ck.require(hasattr(q, "antithetic"), "q", "Bernoulli", type(q).__name__)
     one, other, centred = q.antithetic(key)
     samples = jnp.stack([one, other])

@@ -1,7 +1,7 @@
 """What the estimators share: what they ask of q, calling f, and a value with derivatives of its own."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from relaxit_jax import _checks as ck
 from relaxit_jax import _numerics as nm
 
 
+@runtime_checkable
 class Family(Protocol):
     """Independent variables, as the estimators see them: `Bernoulli` and `OneHotCategorical`."""
 
@@ -44,17 +45,34 @@ Q = TypeVar("Q", bound=Family)
 Estimator = Callable[[Array, Callable[[Array], ArrayLike], Q], ArrayLike]
 
 
+def check(q, **functions):
+    """What every estimator is given: a family, and functions of its samples."""
+    need = "a family of estimators, such as estimators.Bernoulli(logits) or "
+    need += "estimators.OneHotCategorical(logits)"
+    ck.require(isinstance(q, Family), "q", need, ck.shown(q))
+    for name, f in functions.items():
+        ck.require(callable(f), name, f"a function of samples of shape {q.shape}", ck.shown(f))
+
+
 def call(f, q, sample, name="f"):
     """f of a sample, or of several that are stacked on a leading axis; its shape and values checked."""
     several = sample.ndim > len(q.shape)
-    value = jnp.asarray((jax.vmap(f) if several else f)(sample))
+    values = lambda sample: as_result(name, f(sample))
+    value = (jax.vmap(values) if several else values)(sample)
     shape = value.shape[1:] if several else value.shape
     need = f"a function from samples of shape {q.shape} to values of the batch shape {q.batch_shape}"
     ck.require(shape == q.batch_shape, name, need, f"values of shape {shape}")
-    ck.require(
-        jnp.issubdtype(value.dtype, jnp.floating), name, "a function with floating-point values", value.dtype
-    )
     ck.require_values(name, value, "finite for every draw", np.isfinite)
+    return value
+
+
+def as_result(name, value):
+    """The value of a function that was given, as an array of floats."""
+    need = "a function with floating-point values"
+    # a list or a tuple of arrays would become one array
+    ck.require(jax.tree.structure(value) == jax.tree.structure(0), name, need, f"a {type(value).__name__}")
+    value = ck.as_array(name, value, need)
+    ck.require(ck.is_float(value.dtype), name, need, f"dtype {value.dtype}")
     return value
 
 

@@ -53,6 +53,8 @@ def rebar(
     >>> jax.grad(lambda l: rebar(jax.random.key(0), f, Bernoulli(l)))(jnp.zeros(2))
     Array([-0.135..., -0.143...], dtype=float32)
     """
+    ck.check_key(key)
+    base.check(q, f=f)
     ck.require_positive("tau", tau)
     tau, eta = ck.as_float("tau", tau), ck.as_float("eta", eta)
     for name, x in {"tau": tau, "eta": eta}.items():
@@ -115,13 +117,14 @@ def relax(
     >>> jax.grad(estimate)(jnp.zeros(2))
     Array([ 0.63..., -0.35...], dtype=float32)
     """
+    ck.check_key(key)
+    base.check(q, f=f, control_variate=control_variate)
     variate = lambda z: base.call(control_variate, q, z, "control_variate")
     return _with_variate(key, f, q, lambda _: variate)
 
 
 def _with_variate(key, f, q, variate_at):
     """Estimate with the control variate ``variate_at(logits)``, built for noisy logits of the same type."""
-    ck.check_key(key)
     # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
     logits = jax.lax.stop_gradient(q.logits.astype(ck.wide(q.logits.dtype)))
     sample, noisy, again = q.coupled(key)
@@ -178,8 +181,15 @@ def value_and_grads(
     ((2,), ())
     """
 
+    ck.require(callable(loss), "loss", "a function loss(params, variate, ...)", ck.shown(loss))
+    for name, tree in {"params": params, "variate": variate}.items():
+        for leaf in jax.tree.leaves(tree):
+            dtype = leaf.dtype if hasattr(leaf, "dtype") else ck.as_array(name, leaf).dtype
+            inexact = jnp.issubdtype(dtype, jnp.inexact)
+            ck.require(inexact, name, "floating point in all of its arrays", f"one of dtype {dtype}")
+
     def scalar(params, variate):
-        value = jnp.asarray(loss(params, variate, *args, **kwargs))
+        value = base.as_result("loss", loss(params, variate, *args, **kwargs))
         ck.require(value.shape == (), "loss", "a function to a scalar", f"shape {value.shape}")
         return value
 

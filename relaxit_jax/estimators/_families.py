@@ -56,6 +56,13 @@ class Variables:
         object.__setattr__(self, "logits", logits)
         object.__setattr__(self, "event_ndims", ndims)
 
+    def _checked(self, sample):
+        """A draw, or several of them stacked on leading axes, as an array."""
+        sample = ck.as_number("sample", sample)
+        fits = ck.broadcasts_to(self.shape, sample.shape)
+        ck.require(fits, "sample", f"of shape {self.shape}, or several of them", f"shape {sample.shape}")
+        return sample
+
     def _over_event(self, log_masses):
         return jnp.sum(log_masses, tuple(range(-self.event_ndims, 0)))
 
@@ -92,13 +99,15 @@ class Bernoulli(Variables):
 
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
         """Exact draws, of shape (*shape, *self.shape)."""
+        ck.check_key(key)
+        shape = ck.as_shape("shape", shape)
         p, q = self._probabilities()
         return self._as_sample(nm.bernoulli(key, p, q, (*shape, *self.shape)))
 
     def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
         p, q = self._probabilities()
-        return nm.where(sample != 0, q, -p)
+        return nm.where(self._checked(sample) != 0, q, -p)
 
     def log_prob(self, sample: ArrayLike) -> Array:
         """log P(sample), of the batch shape; differentiable in the logits."""
@@ -107,7 +116,7 @@ class Bernoulli(Variables):
     def log_masses(self, sample: ArrayLike) -> Array:
         """log P of each bit's own value."""
         logits = self._wide()
-        return jax.nn.log_sigmoid(nm.where(sample != 0, logits, -logits))
+        return jax.nn.log_sigmoid(nm.where(self._checked(sample) != 0, logits, -logits))
 
     def with_own_derivatives(self, gradient: Array) -> Array:
         """A gradient of E f, with its derivatives in each bit's own logit.
@@ -128,6 +137,7 @@ class Bernoulli(Variables):
         With V logistic, ``z~ = softplus(V + softplus(l))`` given a one and ``-softplus(V + softplus(-l))``
         given a zero, which are l + logit u' of Tucker et al. (2017) without a probability to round.
         """
+        ck.check_key(key)
         noise_key, again_key = jax.random.split(key)
         logits, softplus = self._wide(), jax.nn.softplus
         noise = nm.logistic(noise_key, self.shape, logits)
@@ -146,6 +156,7 @@ class Bernoulli(Variables):
 
     def antithetic(self, key: Array) -> tuple[Array, Array, Array]:
         """The draws 1[1 - u < p] and 1[u < p] of one uniform u, and u - 1/2."""
+        ck.check_key(key)
         p, q = self._probabilities()
         r = nm.tail_uniform(key, self.shape, p)  # of u; that of 1 - u is -r
         below = lambda r: nm.where(r < 0, -r > q, r < p)
@@ -184,11 +195,13 @@ class OneHotCategorical(Variables):
 
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
         """Exact draws, of shape (*shape, *self.shape)."""
+        ck.check_key(key)
+        shape = ck.as_shape("shape", shape)
         return self._as_sample(nm.one_hot_draw(key, self._probabilities(), (*shape, *self.shape[:-1])))
 
     def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
-        p, drawn = self._probabilities(), jnp.asarray(sample) != 0
+        p, drawn = self._probabilities(), self._checked(sample) != 0
         return nm.where(drawn, jnp.sum(nm.where(drawn, 0, p), -1, keepdims=True), -p)
 
     def log_prob(self, sample: ArrayLike) -> Array:
@@ -197,7 +210,7 @@ class OneHotCategorical(Variables):
 
     def log_masses(self, sample: ArrayLike) -> Array:
         """log P of each variable's own class; the last axis has one element."""
-        return jnp.sum(nm.where(sample != 0, self._log_probabilities(), 0), -1, keepdims=True)
+        return jnp.sum(nm.where(self._checked(sample) != 0, self._log_probabilities(), 0), -1, keepdims=True)
 
     def with_own_derivatives(self, gradient: Array) -> Array:
         """A gradient of E f, with its derivatives in each variable's own logits.
@@ -228,6 +241,7 @@ class OneHotCategorical(Variables):
 
         The logits are normalised first: the largest of z~ is then a Gumbel number whatever b is.
         """
+        ck.check_key(key)
         noise_key, again_key = jax.random.split(key)
         log_p = jax.nn.log_softmax(self._wide())
         noise = nm.gumbel(noise_key, self.shape, log_p)

@@ -33,7 +33,8 @@ def reinforce(
 
     Raises:
       ValueError: for an f whose values are of another shape, not floating point or not finite (where
-        that can be seen), or a ``baseline`` that does not broadcast to the batch shape.
+        that can be seen), a q that is not a family, or a ``baseline`` that does not broadcast to the
+        batch shape.
 
     References:
       R. J. Williams (1992), Simple statistical gradient-following algorithms for connectionist
@@ -45,8 +46,11 @@ def reinforce(
     Array([ 0.5, -0.5], dtype=float32)
     """
     ck.check_key(key)
+    base.check(q, f=f)
     baseline = ck.as_float("baseline", baseline)
-    ck.batch_shape(q.batch_shape, baseline=baseline.shape)
+    need = f"of a shape that broadcasts to the batch shape {q.batch_shape} of q"
+    fits = ck.broadcasts_to(baseline.shape, q.batch_shape)
+    ck.require(fits, "baseline", need, f"shape {baseline.shape}")
     sample = q.sample(key)
     value = base.call(f, q, sample)
     gain = jnp.broadcast_to(value - baseline.astype(value.dtype), q.batch_shape)
@@ -82,6 +86,7 @@ def rloo(key: Array, f: Callable[[Array], ArrayLike], q: base.Family, *, num_sam
     Array([-1.1666..., -0.75...], dtype=float32)
     """
     ck.check_key(key)
+    base.check(q, f=f)
     num_samples = ck.as_num_samples(num_samples, 2)
     samples = q.sample(key, (num_samples,))
     values = base.call(f, q, samples)
@@ -113,6 +118,7 @@ def exact(f: Callable[[Array], ArrayLike], q: base.Family) -> Array:
     >>> jax.grad(lambda l: exact(lambda b: (b.sum(-1) - 2) ** 2, Bernoulli(l)))(jnp.zeros(2))
     Array([-0.5, -0.5], dtype=float32)
     """
+    base.check(q, f=f)
     total, events = q.outcomes()
     need = f"a family whose events have at most {MOST_OUTCOMES} outcomes"
     ck.require(total <= MOST_OUTCOMES, "q", need, total)
