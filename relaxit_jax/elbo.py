@@ -91,6 +91,9 @@ class RLOO_ELBO(ELBO):
 
     def __init__(self, num_particles: int = 2, vectorize_particles: bool | Callable[..., Any] = True) -> None:
         num_particles = ck.as_static_int("num_particles", num_particles, 2, 1_000_000)
+        known = isinstance(vectorize_particles, bool) or callable(vectorize_particles)
+        need = "True, False or a function to use in place of jax.vmap"
+        ck.require(known, "vectorize_particles", need, ck.shown(vectorize_particles))
         super().__init__(num_particles, vectorize_particles)
 
     def loss_with_mutable_state(
@@ -103,6 +106,9 @@ class RLOO_ELBO(ELBO):
         **kwargs: Any,
     ) -> LossWithMutableState:
         """The loss of `loss`, and the new values of the mutable sites, None if there are none."""
+        ck.check_key(rng_key, "rng_key")
+        for name, f in {"model": model, "guide": guide}.items():
+            ck.require(callable(f), name, "a function", ck.shown(f))
         # the keys of the particles are Trace_ELBO's, and so are the draws where no plate is subsampled
         keys = jax.random.split(rng_key, self.num_particles)
         minibatch = jax.random.split(jax.random.fold_in(rng_key, self.num_particles))

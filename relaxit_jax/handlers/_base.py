@@ -109,7 +109,7 @@ class unrounded(Messenger):
     """
 
     def __init__(self, fn: Callable[..., Any] | None = None) -> None:
-        ck.require(fn is None or callable(fn), "fn", "a model or a guide", repr(fn))
+        ck.require(fn is None or callable(fn), "fn", "a model or a guide", ck.shown(fn))
         super().__init__(fn)
         self._infer = {}  # by message: what its `infer` was when it came in
 

@@ -87,9 +87,10 @@ class relax(base.unrounded):
       The handled callable.
 
     Raises:
-      ValueError: for arguments that are not as above; for a site that cannot be relaxed; for a model
-        that is relaxed and a guide that is not, or the other way; for a site that is conditioned
-        after it was relaxed: write ``relax(condition(model, data))``.
+      ValueError: for arguments that are not as above, or that name a site that is not there; for a
+        site that cannot be relaxed; for a model that is relaxed and a guide that is not, or the other
+        way; for a site that is conditioned after it was relaxed: write
+        ``relax(condition(model, data))``.
       TypeError: where a relaxed Categorical is used as an index: use `take`.
 
     References:
@@ -118,15 +119,20 @@ class relax(base.unrounded):
         num_values: int | dict[str, int] | None = None,
     ) -> None:
         super().__init__(fn)
-        ck.as_tau(tau, jnp.float32)
-        ck.require(jnp.ndim(tau) == 0, "tau", "a scalar", f"shape {jnp.shape(tau)}")
-        ck.require(kl in ("discrete", "relaxed"), "kl", "'discrete' or 'relaxed'", repr(kl))
+        shape = ck.as_tau(tau, jnp.float32).shape
+        ck.require(shape == (), "tau", "a scalar", f"shape {shape}")
+        ck.require_choice("kl", kl, ("discrete", "relaxed"))
         _check_method("method", method)
-        for name, own in (config or {}).items():
-            if own not in (None, "one_hot") and (isinstance(own, (str, type)) or not callable(own)):
+        config = {} if config is None else config
+        need = "a dictionary from names of sites to methods"
+        ck.require(isinstance(config, Mapping), "config", need, ck.shown(config))
+        for name, own in config.items():
+            is_function = callable(own) and not isinstance(own, type)
+            if not (own is None or is_function or (isinstance(own, str) and own == "one_hot")):
                 _check_method(f"config['{name}']", own)
+        site.check_num_values(num_values)
         self.options: dict[str, Any] = {
-            "tau": tau, "method": method, "kl": kl, "config": config or {}, "num_values": num_values
+            "tau": tau, "method": method, "kl": kl, "config": config, "num_values": num_values
         }  # fmt: skip
         self._reset()
 
@@ -145,11 +151,15 @@ class relax(base.unrounded):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: Any
     ) -> None:
         super().__exit__(exc_type, exc, traceback)
-        unknown = set(self.options["config"]) - self._met
         inside = any(isinstance(handler, relax) for handler in _PYRO_STACK)  # as the body of a scan is
         if exc is None and not inside:
-            need = f"names of the sites {sorted(self._met)}"
-            ck.require(not unknown, "config", need, ", ".join(map(repr, sorted(unknown))))
+            # the guide of a site with obs_mask has its unobserved part alone
+            known = self._met | {name.removesuffix(UNOBSERVED) for name in self._met}
+            for option in ("config", "num_values"):
+                named = self.options[option]
+                unknown = set(named) - known if isinstance(named, Mapping) else ()
+                need = f"names of the sites {sorted(self._met)}"
+                ck.require(not unknown, option, need, ", ".join(sorted(map(repr, unknown))))
         used_as_index = isinstance(exc, (TypeError, IndexError, ValueError)) and re.search(AS_INDEX, str(exc))
         if used_as_index and self._vectors and not isinstance(exc, _NotAnIndex):
             names = ", ".join(map(repr, self._vectors))
@@ -262,7 +272,7 @@ def _check_method(name, method):
         f"one of {', '.join(map(repr, METHODS))} or a class of relaxit_jax.distributions with logits and tau"
     )
     known = method in METHODS if isinstance(method, str) else _takes_logits(method)
-    ck.require(known, name, need, repr(method))
+    ck.require(known, name, need, ck.shown(method))
 
 
 def _is_one_hot(kind):
@@ -364,10 +374,11 @@ def take(table: ArrayLike, z: ArrayLike) -> Array:
     >>> take(table, 1), take(table, jnp.array([0.0, 1.0]))
     (Array([3., 4.], dtype=float32), Array([3., 4.], dtype=float32))
     """
-    table, z = jnp.asarray(table), jnp.asarray(z)
+    table, z = ck.as_number("table", table, maybe_complex=True), ck.as_number("z", z)
+    ck.require(table.ndim > 0, "table", "of shape (K, ...)", "shape ()")
+    rows = table.shape[0]
     if jnp.issubdtype(z.dtype, jnp.integer):
         return table[z]
-    rows = table.shape[0]
     need = (
         f"integers, or vectors of {rows} weights for the {rows} rows of the table (a relaxed count is a "
         "number: relax the site with config={its name: 'one_hot'})"
@@ -399,7 +410,11 @@ def select(bit: ArrayLike, if_one: ArrayLike, if_zero: ArrayLike) -> Array:
     >>> float(select(0.25, 4.0, 0.0))
     1.0
     """
-    bit = jnp.asarray(bit)
+    bit = ck.as_number("bit", bit)
+    if_one, if_zero = (
+        ck.as_number(name, x, maybe_complex=True) for name, x in (("if_one", if_one), ("if_zero", if_zero))
+    )
+    ck.batch_shape(None, bit=bit.shape, if_one=if_one.shape, if_zero=if_zero.shape)
     return bit * if_one + (1 - bit) * if_zero
 
 
@@ -478,9 +493,11 @@ def equal(t: ArrayLike, s: ArrayLike) -> Array:
 
 
 def _compare(holds, t, s):
-    t, s = jnp.asarray(t), jnp.asarray(s)
+    t, s = ck.as_number("t", t), ck.as_number("s", s)
     if not jnp.issubdtype(s.dtype, jnp.inexact):
+        ck.batch_shape(None, t=t.shape, s=s.shape)
         return holds(t, s).astype(jnp.result_type(float))
     need = "integers, or vectors of weights: relax the site with config={its name: 'one_hot'}"
     ck.require(s.ndim > 0, "s", need, f"one number of dtype {s.dtype}")
+    ck.batch_shape(None, t=t.shape, s=s.shape[:-1])
     return jnp.sum(jnp.where(holds(t[..., None], jnp.arange(s.shape[-1])), s, 0), -1)
