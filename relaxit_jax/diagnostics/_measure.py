@@ -191,15 +191,20 @@ def _reference(key, f, q, reference, samples, size):
     return means["error"], error, f"a long run, {count} estimates by rloo of {LONG_RUN} draws"
 
 
+def _estimate(name, estimator, key, f, q):
+    """What an estimator of the user's returns, checked."""
+    which, need = f"estimators[{name!r}]", f"a function to the batch shape {q.batch_shape} of q"
+    value = as_result(which, estimator(key, f, q))
+    arg.require(value.shape == q.batch_shape, which, need, f"shape {value.shape}")
+    return value
+
+
 def _compile(name, estimator, key, f, q, truth, size):
     """A compiled function of logits and key: means of a batch, and sums of squares about them."""
     truth = jnp.asarray(truth, arg.wide(q.logits.dtype))
 
     def total(logits, key):
-        value = as_result(f"estimators[{name!r}]", estimator(key, f, _with_logits(q, logits)))
-        need = f"a function to the batch shape {q.batch_shape} of q"
-        arg.require(value.shape == q.batch_shape, f"estimators[{name!r}]", need, f"shape {value.shape}")
-        return jnp.sum(value)
+        return jnp.sum(_estimate(name, estimator, key, f, _with_logits(q, logits)))
 
     def moments(logits, key):
         keys = jax.random.split(key, size)
@@ -244,6 +249,6 @@ def _count_calls(name, estimator, key, f, q):
         jax.debug.callback(lambda _: seen.append(None), b.reshape(-1)[0])
         return f(b)
 
-    jax.block_until_ready(jax.jit(lambda key: estimator(key, counted, q))(key))
+    jax.block_until_ready(jax.jit(lambda key: _estimate(name, estimator, key, counted, q))(key))
     jax.effects_barrier()
     return len(seen)

@@ -33,7 +33,8 @@ def reinforce(
 
     Raises:
       ValueError: for an f whose values are of another shape, not floating point or not finite (where
-        that can be seen), or a ``baseline`` that does not broadcast to the batch shape.
+        that can be seen), a q that is not a family, or a ``baseline`` that does not broadcast to the
+        batch shape.
 
     References:
       R. J. Williams (1992), Simple statistical gradient-following algorithms for connectionist

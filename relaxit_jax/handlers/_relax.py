@@ -62,9 +62,10 @@ class relax(unrounded):
       The handled callable.
 
     Raises:
-      ValueError: for arguments that are not as above; for a site that cannot be relaxed; for a model
-        that is relaxed and a guide that is not, or the other way; for a site that is conditioned
-        after it was relaxed: write ``relax(condition(model, data))``.
+      ValueError: for arguments that are not as above, or that name a site that is not there; for a
+        site that cannot be relaxed; for a model that is relaxed and a guide that is not, or the other
+        way; for a site that is conditioned after it was relaxed: write
+        ``relax(condition(model, data))``.
       TypeError: where a relaxed Categorical is used as an index: use `take`.
 
     References:

@@ -66,11 +66,12 @@ class Options:
 
     def check_names(self, met: Collection[str]) -> None:
         """The sites that the options name are among those that were met."""
-        for table, named in (("config", self.config), ("num_values", self.num_values)):
-            unknown = set(named) - set(met) if isinstance(named, Mapping) else ()
-            if unknown:
-                need = f"names of the sites {sorted(met)}"
-                raise ValueError(f"{table} must be {need}, got {', '.join(sorted(map(repr, unknown)))}.")
+        # the guide of a site with obs_mask has its unobserved part alone
+        known = set(met) | {name.removesuffix(UNOBSERVED) for name in met}
+        for option, named in (("config", self.config), ("num_values", self.num_values)):
+            unknown = set(named) - known if isinstance(named, Mapping) else ()
+            need = f"names of the sites {sorted(met)}"
+            arg.require(not unknown, option, need, ", ".join(sorted(map(repr, unknown))))
 
 
 def _of_site(table, name, default):

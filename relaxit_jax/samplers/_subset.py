@@ -199,8 +199,9 @@ def stochastic_beam_search(
       Shapes are static; for several searches, vmap over keys and states.
 
     Raises:
-      ValueError: for a ``k`` above the number of sequences, a ``max_length`` below 1, an ``end``
-        that is no token, or logits of `log_prob_fn` that are not of shape (V,) and floating point.
+      ValueError: for a ``k`` above the number of sequences, a ``max_length`` below 1, a ``start`` that
+        is not an integer, an ``end`` that is no token, or a `log_prob_fn` that does not return a pair:
+        logits of shape (V,), floating point, and a state like the one it was given.
 
     References:
       W. Kool, H. van Hoof, M. Welling (2019), Stochastic Beams and Where to Find Them,

@@ -1,0 +1,559 @@
+"""Every public function is given a wrong kind of thing for each of its arguments, one at a time.
+
+The error is a ValueError that begins with the argument's name: outside of a jitted function, inside of one,
+and where the wrong array is traced.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from numpyro import distributions as dist
+from numpyro import handlers
+
+import relaxit_jax as rj
+from cases import CASES, DISTRIBUTIONS
+from relaxit_jax import diagnostics as dg
+from relaxit_jax import distributions as rd
+from relaxit_jax import elbo, laplace_bridge
+from relaxit_jax import estimators as es
+from relaxit_jax import handlers as hd
+
+KEY = jax.random.key(0)
+BITS = es.Bernoulli(jnp.zeros((2, 3)))
+SUM = lambda b: jnp.sum(b, -1)
+CHAIN = jnp.log(jnp.array([[0.9, 0.1], [0.5, 0.5]]))
+STEP = lambda state, token: (CHAIN[token], state)
+
+# --- what is wrong, by the kind of argument: a function of a good one -------------------------
+
+
+def no_numbers(good):
+    """Neither an array nor what becomes one."""
+    ragged, objects = [[1.0, 2.0], [3.0]], np.full(np.shape(good), None)
+    return [None, ragged, "one", ["one", "two"], {"a": 1.0}, {1.0}, objects, float, SUM]
+
+
+def no_reals(good):
+    x = jnp.asarray(good, jnp.float32)
+    return [*no_numbers(good), KEY, [KEY, KEY], x + 0j, np.asarray(x) + 0j, x.astype(jnp.float8_e4m3fn)]
+
+
+def no_floats(good):
+    """Integer arrays and booleans are no parameters: a Python number of either kind may be meant."""
+    return [
+        *no_reals(good),
+        np.ones_like(good, int),
+        jnp.ones_like(good, int),
+        np.ones_like(good, bool),
+        True,
+    ]
+
+
+def no_indices(good):
+    return [*no_reals(good), jnp.asarray(good, jnp.float32), np.asarray(good) > 0]
+
+
+def no_complex_numbers(good):
+    x = jnp.asarray(good, jnp.float32)
+    return [*no_numbers(good), KEY, x.astype(jnp.float8_e4m3fn)]
+
+
+def no_keys(good):
+    arrays = np.zeros(2), jnp.zeros(2), jnp.zeros(3, jnp.uint32), jax.random.split(KEY, 3)
+    return [None, 0, "key", [0, 0], {}, np.float64(0), float, np.array([None]), *arrays]
+
+
+def no_integers(good):
+    return [
+        -1,
+        1.5,
+        "one",
+        True,
+        [1, 2],
+        np.array([1, 2]),
+        jnp.float32(2),
+        {},
+        1j,
+        np.inf,
+        np.nan,
+        KEY,
+        float,
+    ]
+
+
+def no_flags(good):
+    return ["no", "False", None, 0, 1, 0.5, {}, [], np.array([True, False]), jnp.array([True, False]), KEY]
+
+
+def no_functions(good):
+    return [None, "f", 3, jnp.zeros(2), {}]
+
+
+def no_shapes(good):
+    return ["ab", 7, 1.5, (1.5,), (None,), [[1], [2, 3]], (1j,), (-1,), np.zeros(2), jnp.zeros(2), KEY]
+
+
+def no_families(good):
+    of_numpyro = dist.Bernoulli(logits=jnp.zeros(3)), dist.CategoricalLogits(jnp.zeros(3))
+    classes = es.Bernoulli, rd.RelaxedBernoulli, rd.RelaxedBernoulli(logits=0.0, tau=1.0)
+    return [None, "q", jnp.zeros((2, 3)), np.zeros((2, 3)), [0.0], {}, SUM, *of_numpyro, *classes]
+
+
+def no_choices(good):
+    return [None, "soft", 3, ["exact"], {}, np.ones(3), KEY]
+
+
+def no_fractions(good):
+    return [None, "1", [[1.0], [2.0, 3.0]], np.full(2, 0.5), {}, 1j, -1.0, 0.0, np.nan, KEY, True]
+
+
+def no_stretches(good):
+    return [None, "ab", [[1.0], [2.0, 3.0]], np.ones(3), {}, (1j, 2), -1.0, (np.nan, 2.0), (False, True), KEY]
+
+
+def no_configs(good):
+    one = {"z": "soft"}, {"z": 3}, {"z": np.ones(2)}, {"z": dist.Normal}, {"z": lambda d: 3}
+    return ["a", "", ["z"], [], [("z", None)], 3, np.ones(2), SUM, {"other": None}, {1: None}, *one]
+
+
+def no_counts(good):
+    one = {"z": -1}, {"z": "a"}, {"z": 2.5}, {"other": 3}
+    return [-1, 0, 2.5, "a", [3], np.array([2, 3]), True, 10**9, *one]
+
+
+def no_estimators(good):
+    return [None, [es.rloo], es.rloo, {}, {"rloo": None}, {1: es.rloo}, "rloo"]
+
+
+def no_params(good):
+    return ["one", np.ones(2, int), True, 1, {"a": jnp.ones(2), "b": jnp.ones(2, int)}, KEY]
+
+
+def no_functions_but_none(good):
+    return no_functions(good)[1:]
+
+
+def no_states(good):
+    """A state is any pytree of arrays."""
+    return ["one", {"a": "one"}, np.array([None]), float, [SUM]]
+
+
+INTEGERS = ("k", "num_samples", "num_values", "num_iters", "max_length", "event_ndims", "batch_size")
+INTEGERS += ("reference_samples", "num_particles", "end")
+FUNCTIONS = ("f", "control_variate", "loss", "log_prob_fn", "sampler", "model", "guide")
+KINDS = {
+    "key": no_keys,
+    "rng_key": no_keys,
+    "shape": no_shapes,
+    "q": no_families,
+    "eps": no_fractions,
+    "stretch": no_stretches,
+    "config": no_configs,
+    "estimators": no_estimators,
+    "start": lambda good: no_integers(good)[1:],  # all of these but -1, which a model may mean
+    **dict.fromkeys(INTEGERS, no_integers),
+    **dict.fromkeys(("hard", "log_space", "ordered"), no_flags),
+    **dict.fromkeys(FUNCTIONS, no_functions),
+    **dict.fromkeys(("reference", "kl", "method"), no_choices),
+    **dict.fromkeys(("bit", "z", "t", "s", "sample"), no_reals),
+    **dict.fromkeys(("table", "if_one", "if_zero"), no_complex_numbers),
+}
+OPTIONAL = ("shape", "num_values", "end", "reference_samples")  # None is their default
+
+# --- every public function, and good arguments ------------------------------------------------
+
+
+def count_model():
+    return numpyro.sample("z", dist.Poisson(2.0))
+
+
+def relaxed(fn, **options):
+    """The model is run: what `relax` says of names of sites, it says then."""
+    model = handlers.seed(hd.relax(fn, **options), 0)
+    jax.eval_shape(lambda: model())
+
+
+class Call:
+    """A public function with arguments that are right."""
+
+    def __init__(self, function, /, *, kinds=(), **arguments):
+        self.function, self.arguments, self.kinds = function, arguments, KINDS | dict(kinds)
+
+    def bad(self, name):
+        """What is wrong for this argument; what has no other kind is an array of floats."""
+        good = self.arguments[name]
+        bad = self.kinds.get(name, no_floats)(good)
+        return [x for x in bad if not (x is None and name in OPTIONAL)]
+
+    def in_trace(self, **changed):
+        """Whatever the function returns, nothing leaves the trace."""
+        self.function(**self.arguments | changed)
+
+    def ways(self, name, bad):
+        """Outside of a jitted function, inside of one, and as an argument of one."""
+        yield lambda: self.function(**self.arguments | {name: bad})
+        yield lambda: jax.eval_shape(lambda: self.in_trace(**{name: bad}))
+        if isinstance(bad, jax.Array) or (isinstance(bad, np.ndarray) and bad.dtype.kind in "bifc"):
+            yield lambda: jax.eval_shape(lambda x: self.in_trace(**{name: x}), bad)
+
+
+def calls():
+    """By their names, the samplers with their densities first."""
+    found = {}
+    for case in CASES:
+        name, taken = case.sampler.__name__, inspect.signature(case.sampler).parameters
+        more = {n: taken[n].default for n in ("hard", "log_space", "stretch", "shape") if n in taken}
+        found.setdefault(name, Call(case.sampler, key=KEY, **more | case.arguments()))
+        density = getattr(rj, f"{name}_log_prob", None)
+        if density is not None:
+            taken = inspect.signature(density).parameters
+            more = {n: taken[n].default for n in ("log_space", "stretch", "ordered") if n in taken}
+            own = {n: x for n, x in case.params.items() if n in taken}
+            exact = ("straight_through_categorical", "straight_through_bernoulli", "simple_top_k")
+            kind = no_indices if name == "gumbel_top_k" else no_reals if name in exact else no_floats
+            value = case.draw(KEY) if name != "gumbel_top_k" else jnp.array([[0, 1], [1, 2]])
+            found.setdefault(
+                density.__name__, Call(density, kinds={"value": kind}, value=value, **own, **more)
+            )
+    for case in DISTRIBUTIONS:
+        taken = inspect.signature(case.distribution).parameters
+        more = {n: taken[n].default for n in ("hard", "stretch") if n in taken}
+        arguments = more | case.params | case.options
+        found.setdefault(case.distribution.__name__, Call(case.distribution, **arguments))
+    logits, ones = np.zeros(3, np.float32), np.ones(2, np.float32)
+    stretch = {"stretch": (-0.1, 1.1)}
+    count = {"num_values": 60, "eps": 1e-8}
+    given = {"key": KEY, "f": SUM, "q": BITS}
+    beams = {"key": KEY, "log_prob_fn": STEP, "state": (), "k": 2, "max_length": 3, "start": 0, "end": 1}
+    weights = np.full((4, 3), 1 / 3, np.float32)
+    pyro = {"temperature": np.float32(0.5), "logits": logits}
+    report = {"num_samples": 4, "batch_size": 2, "reference": "auto", "reference_samples": None}
+    return found | {
+        "simple_top_k_marginals": Call(rj.simple_top_k_marginals, logits=logits, k=2),
+        "hard_concrete_gate": Call(rj.hard_concrete_gate, logits=logits, **stretch),
+        "hard_concrete_l0": Call(rj.hard_concrete_l0, logits=logits, tau=np.float32(1), **stretch),
+        "poisson_support": Call(rj.poisson_support, rate=ones, **count),
+        "geometric_support": Call(rj.geometric_support, logits=ones, **count),
+        "binomial_support": Call(
+            rj.binomial_support, kinds={"total_count": no_reals}, total_count=np.array([3, 4]), logits=ones,
+            num_values=5, eps=1e-8,
+        ),
+        "negative_binomial_support": Call(
+            rj.negative_binomial_support, total_count=ones, logits=-ones, **count
+        ),
+        "stochastic_beam_search": Call(rj.stochastic_beam_search, kinds={"state": no_states}, **beams),
+        "dirichlet_to_gaussian": Call(laplace_bridge.dirichlet_to_gaussian, concentration=1 + logits),
+        "gaussian_to_dirichlet": Call(
+            laplace_bridge.gaussian_to_dirichlet, loc=logits, covariance=np.eye(3, dtype=np.float32),
+            log_space=False,
+        ),
+        "RelaxedOneHotCategorical": Call(rd.RelaxedOneHotCategorical, **pyro),
+        "RelaxedOneHotCategoricalStraightThrough": Call(rd.RelaxedOneHotCategoricalStraightThrough, **pyro),
+        "to_logistic_normal": Call(
+            rd.to_logistic_normal, kinds={"dirichlet": no_families}, dirichlet=dist.Dirichlet(1 + logits)
+        ),
+        "to_dirichlet": Call(
+            rd.to_dirichlet, kinds={"logistic_normal": no_families},
+            logistic_normal=rd.LogisticNormalSoftmax(loc=logits, scale=1 + logits),
+        ),
+        "Bernoulli": Call(es.Bernoulli, logits=logits, event_ndims=1),
+        "OneHotCategorical of estimators": Call(es.OneHotCategorical, logits=logits, event_ndims=1),
+        "reinforce": Call(es.reinforce, **given, baseline=np.float32(0)),
+        "rloo": Call(es.rloo, **given, num_samples=2),
+        "arm": Call(es.arm, **given),
+        "disarm": Call(es.disarm, **given),
+        "rebar": Call(es.rebar, **given, tau=np.float32(0.5), eta=np.float32(1)),
+        "relax of estimators": Call(es.relax, **given, control_variate=SUM),
+        "exact": Call(es.exact, f=SUM, q=BITS),
+        "value_and_grads": Call(
+            es.value_and_grads, kinds={"params": no_params, "variate": no_params}, loss=lambda p, v: p * v,
+            params=np.float32(1), variate=np.float32(1),
+        ),
+        "gradient_report": Call(dg.gradient_report, **given, estimators={"rloo": es.rloo}, **report),
+        "from_sampler": Call(dg.from_sampler, sampler=rj.reinmax),
+        "relax": Call(relaxed, kinds={"fn": no_functions_but_none, "num_values": no_counts}, fn=count_model,
+                      tau=np.float32(0.5), method="relaxed", kl="discrete", config={}, num_values=20),
+        "unrounded": Call(hd.unrounded, kinds={"fn": no_functions_but_none}, fn=count_model),
+        "take": Call(hd.take, table=np.ones((3, 2), np.float32), z=weights),
+        "select": Call(hd.select, bit=ones, if_one=np.float32(1), if_zero=np.float32(0)),
+        "less": Call(hd.less, t=np.float32(1), s=weights),
+        "greater": Call(hd.greater, t=np.float32(1), s=weights),
+        "equal": Call(hd.equal, t=np.float32(1), s=weights),
+        "RLOO_ELBO": Call(
+            elbo.RLOO_ELBO, kinds={"vectorize_particles": lambda good: [None, "vmap", 3, np.ones(2)]},
+            num_particles=2, vectorize_particles=True,
+        ),
+    }  # fmt: skip
+
+
+CALLS = calls()
+ARGUMENTS = [(name, argument) for name, call in CALLS.items() for argument in call.arguments]
+NOT_HERE = {"GradientReport", "auto_guide", "AutoMeanField"}  # made by gradient_report; in test_handlers.py
+
+
+def test_every_public_function_is_here():
+    public = {name for module in (es, dg, hd, elbo, rd) for name in module.__all__} - NOT_HERE
+    public |= {name for name in rj.__all__ if callable(getattr(rj, name))}
+    public |= {"dirichlet_to_gaussian", "gaussian_to_dirichlet"}
+    twice = {f"{name} of estimators" for name in es.__all__ if name in {*hd.__all__, *rd.__all__}}
+    assert {*CALLS} == public | twice
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_is_here_and_right(name):
+    call = CALLS[name]
+    function = hd.relax if name == "relax" else call.function
+    left_out = {"probs", "validate_args", "args", "kwargs", "scale", "scale_tril"}
+    assert set(inspect.signature(function).parameters) - left_out <= set(call.arguments)
+    if name == "gradient_report":  # it measures, and cannot be traced
+        call.function(**call.arguments)
+    else:
+        jax.eval_shape(call.in_trace)
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_a_wrong_kind_of_argument_is_named(name, argument):
+    call = CALLS[name]
+    for bad in call.bad(argument):
+        for way in call.ways(argument, bad):
+            with pytest.raises(ValueError, match=rf"^{argument}\b.* must .*, got (?s:.*)\.$"):
+                way()
+
+
+@pytest.mark.parametrize("name", [name for name in dir(jnp) if name.startswith(("float8_", "float4_"))])
+def test_narrow_floats_are_to_be_cast(name):
+    """Noise and log-densities need more bits than these have: the error says what to write."""
+    x = jnp.ones(3, jnp.float32).astype(getattr(jnp, name))
+    message = rf"^logits must be of 16 bits or more, got dtype {name}. Write logits.astype\(jnp.float32\).$"
+    for call in (lambda: rj.gumbel_softmax(KEY, x, 1.0), lambda: es.Bernoulli(x)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# --- what is given in another way -------------------------------------------------------------
+
+VALUE = np.float32(0.5)
+QUANTILES = [case for case in DISTRIBUTIONS if "icdf" in vars(case.distribution)]
+
+
+@pytest.mark.parametrize("case", DISTRIBUTIONS, ids=str)
+@pytest.mark.parametrize("validated", [True, False])
+def test_methods_of_distributions_name_their_arguments(case, validated):
+    d = case.build(validate_args=validated)
+    value = np.zeros((2, *case.event), np.float32)
+    for method, arguments, kinds in (
+        (d.log_prob, {"value": value}, {"value": no_reals}),
+        (d.sample, {"key": KEY, "sample_shape": ()}, {"sample_shape": no_shapes}),
+    ):
+        call = Call(method, kinds=kinds, **arguments)
+        for name in arguments:
+            for bad in call.bad(name):
+                for way in call.ways(name, bad):
+                    with pytest.raises(ValueError, match=rf"^{name} must .*, got (?s:.*)\.$"):
+                        way()
+
+
+@pytest.mark.parametrize("case", QUANTILES, ids=str)
+def test_distribution_functions_name_their_arguments(case):
+    d = case.build()
+    for name, method in (("value", d.cdf), ("q", d.icdf)):
+        call = Call(method, kinds={"value": no_reals, "q": no_reals}, **{name: VALUE})
+        for bad in call.bad(name):
+            for way in call.ways(name, bad):
+                with pytest.raises(ValueError, match=rf"^{name} must .*, got (?s:.*)\.$"):
+                    way()
+
+
+@pytest.mark.parametrize("name", ["StraightThroughBernoulli", "StraightThroughCategorical", "SimpleTopK"])
+def test_exact_draws_may_be_integers_or_booleans(name):
+    """They are zeros and ones, also where NumPyro looks whether they are in the support."""
+    (case,) = (case for case in DISTRIBUTIONS if case.distribution.__name__ == name)
+    d = case.build(validate_args=True)
+    z = d.sample(KEY)
+    for dtype in (int, bool, jnp.bfloat16):
+        np.testing.assert_array_equal(d.log_prob(z.astype(dtype)), d.log_prob(z))
+
+
+F_RETURNS = {
+    "nothing": lambda b: None,
+    "a tuple": lambda b: (SUM(b), SUM(b)),
+    "a list of numbers": lambda b: [SUM(b)],
+    "a dictionary": lambda b: {"loss": SUM(b)},
+    "integers": lambda b: SUM(b).astype(int),
+    "complex numbers": lambda b: SUM(b) + 0j,
+    "narrow floats": lambda b: SUM(b).astype(jnp.float8_e4m3fn),
+    "booleans": lambda b: SUM(b) > 0,
+    "text": lambda b: "one",
+    "one number": jnp.sum,
+    "a number for every bit": lambda b: b,
+}
+ESTIMATORS = {
+    "reinforce": es.reinforce,
+    "rloo": es.rloo,
+    "arm": es.arm,
+    "disarm": es.disarm,
+    "rebar": es.rebar,
+    "relax": lambda key, f, q: es.relax(key, f, q, control_variate=SUM),
+    "exact": lambda key, f, q: es.exact(f, q),
+    "gradient_report": lambda key, f, q: dg.gradient_report(key, f, q, {"rloo": es.rloo}, 2, batch_size=2),
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("returned", F_RETURNS)
+def test_what_f_returns_is_looked_at(estimator, returned):
+    with pytest.raises(ValueError, match=r"^f must be a function .*, got .*\.(\n|$)"):
+        ESTIMATORS[estimator](KEY, F_RETURNS[returned], BITS)
+
+
+@pytest.mark.parametrize("returned", F_RETURNS)
+def test_what_other_functions_of_samples_return_is_looked_at(returned):
+    f = F_RETURNS[returned]
+    with pytest.raises(ValueError, match=r"^control_variate must be a function .*, got .*\.(\n|$)"):
+        es.relax(KEY, SUM, BITS, control_variate=f)
+    with pytest.raises(ValueError, match=r"^estimators\['one'\] must be a function .*, got .*\.(\n|$)"):
+        dg.gradient_report(KEY, SUM, BITS, {"one": lambda key, _, q: f(q.logits)}, 2, batch_size=2)
+    loss = (lambda p, v: f(p)[..., 0]) if returned == "a number for every bit" else lambda p, v: f(p)
+    if returned != "one number":
+        with pytest.raises(ValueError, match=r"^loss must be a function .*, got .*\.(\n|$)"):
+            es.value_and_grads(loss, jnp.zeros((2, 3)), 0.0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0,), (2, 1), (5, 2)])
+def test_a_baseline_has_the_batch_shape(shape):
+    with pytest.raises(ValueError, match=r"^baseline must .* batch shape \(2,\) of q, got shape "):
+        es.reinforce(KEY, SUM, BITS, baseline=jnp.zeros(shape))
+    for good in ((), (1,), (2,)):
+        assert es.reinforce(KEY, SUM, BITS, baseline=jnp.zeros(good)).shape == (2,)
+
+
+FAMILIES = {"bits": BITS, "classes": es.OneHotCategorical(jnp.zeros((2, 3)), event_ndims=1)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_name_what_their_methods_take(family):
+    q = FAMILIES[family]
+    draw = np.asarray(q.sample(KEY))
+    drawing = [(q.sample, {"key": KEY, "shape": ()}), (q.coupled, {"key": KEY})]
+    if family == "bits":
+        drawing.append((q.antithetic, {"key": KEY}))
+    scored = [(method, {"sample": draw}) for method in (q.score, q.log_prob, q.log_masses)]
+    for method, arguments in drawing + scored:
+        call = Call(method, **arguments)
+        for name in arguments:
+            bad = [*call.bad(name), *([np.zeros(2), np.zeros((5, 7, 3))] if name == "sample" else ())]
+            for way in (way for x in bad for way in call.ways(name, x)):
+                with pytest.raises(ValueError, match=rf"^{name} must .*, got (?s:.*)\.$"):
+                    way()
+
+
+LOGITS = jnp.zeros(2)
+BEAMS = [
+    (lambda s, t: LOGITS, (), r"\(state, token\) -> \(logits, state\), got one that returns shape \(2,\)"),
+    (lambda s, t: (LOGITS,), (), r"\(state, token\) -> \(logits, state\), got one that returns 1 values"),
+    (lambda s, t: (LOGITS, s, s), (), r"got one that returns 3 values"),
+    (lambda s, t: None, (), "got one that returns a NoneType"),
+    (lambda s, t: {"logits": LOGITS}, (), "got one that returns a dict"),
+    (lambda s, t: (None, s), (), r"logits are floating point, of shape \(V,\), got a NoneType"),
+    (lambda s, t: ([0.0, 1.0], s), (), r"of shape \(V,\), got a list"),
+    (lambda s, t: (jnp.zeros(2, int), s), (), r"got shape \(2,\), dtype int32"),
+    (lambda s, t: (LOGITS + 0j, s), (), r"got shape \(2,\), dtype complex64"),
+    (lambda s, t: (LOGITS.astype(jnp.float8_e4m3fn), s), (), r"got shape \(2,\), dtype float8_e4m3fn"),
+    (lambda s, t: (jnp.zeros(()), s), (), r"got shape \(\), dtype float32"),
+    (lambda s, t: (jnp.zeros(0), s), (), r"got shape \(0,\)"),
+    (lambda s, t: (LOGITS, s[:1]), jnp.zeros(3), r"got shape \(1,\), .* for state of shape \(3,\)"),
+    (lambda s, t: (LOGITS, s + 0.5), jnp.int32(0), "dtype float32 for state of shape .*, dtype int32"),
+    (lambda s, t: (LOGITS, {"h": s["h"][None]}), {"h": jnp.zeros(3)}, r"for state\['h'\] of shape \(3,\)"),
+    (lambda s, t: (LOGITS, (s,)), jnp.zeros(3), "returns a state like the one it is given, got PyTreeDef"),
+    (lambda s, t: (LOGITS, None), jnp.zeros(3), "returns a state like the one it is given, got PyTreeDef"),
+]
+
+
+@pytest.mark.parametrize(("model", "state", "message"), BEAMS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_model_of_sequences_returns_is_looked_at(model, state, message, compiled):
+    search = lambda: rj.stochastic_beam_search(KEY, model, state, 2, 3)
+    with pytest.raises(ValueError, match=rf"^log_prob_fn must be a function .*{message}"):
+        (jax.jit(search) if compiled else search)()
+
+
+def test_a_state_may_be_any_pytree_and_a_python_number_takes_the_dtype_of_the_next():
+    good = [((), lambda s: s), (None, lambda s: s), (KEY, lambda s: s), (0, lambda s: s + jnp.float32(0.5))]
+    good += [({"n": np.int32(0), "h": [jnp.zeros(3)]}, lambda s: {"n": s["n"] + 1, "h": s["h"]})]
+    for state, after in good:
+        for start in (0, np.int64(1), jnp.int32(0), -1):
+            model = lambda s, t, after=after: [LOGITS, after(s)]
+            search = lambda model=model, state=state, start=start: rj.stochastic_beam_search(
+                KEY, model, state, 2, 3, start=start
+            )
+            assert jax.eval_shape(search)[0].shape == (2, 3)
+
+
+def test_the_bound_names_what_its_loss_takes():
+    model = lambda: numpyro.sample("z", dist.Bernoulli(0.5))
+    loss = lambda rng_key, model, guide: elbo.RLOO_ELBO().loss(rng_key, {}, model, guide)
+    call = Call(loss, rng_key=KEY, model=model, guide=model)
+    for name in call.arguments:
+        for way in (way for bad in call.bad(name) for way in call.ways(name, bad)):
+            with pytest.raises(ValueError, match=rf"^{name} must .*, got (?s:.*)\.$"):
+                way()
+
+
+def test_a_report_names_what_it_is_asked_for():
+    report = dg.gradient_report(KEY, SUM, BITS, {"rloo": es.rloo}, 2, batch_size=2)
+    for bad in ("arm", 0, None):
+        with pytest.raises(ValueError, match=r"^name must be 'rloo', got "):
+            report[bad]
+    for bad in (None, 3, np.zeros(2)):
+        with pytest.raises(ValueError, match=r"^where must be a path, a file or axes of matplotlib, got "):
+            report.plot(bad)
+    for sampled in (None, (jnp.zeros((2, 3)),), jnp.zeros(3)):
+        estimator = dg.from_sampler(lambda key, logits, sampled=sampled: sampled)
+        with pytest.raises(ValueError, match=r"^sampler must be one of draws of shape \(2, 3\), got "):
+            estimator(KEY, SUM, BITS)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    for call in (hd.less, hd.greater, hd.equal):
+        with pytest.raises(ValueError, match=r"^t, s must have batch shapes that broadcast, got "):
+            call(jnp.zeros(3), jnp.zeros((2, 4)))
+        with pytest.raises(ValueError, match=r"^t, s must have batch shapes that broadcast, got "):
+            call(jnp.zeros(3), jnp.arange(2))
+    with pytest.raises(ValueError, match=r"^bit, if_one, if_zero must have batch shapes that broadcast"):
+        hd.select(jnp.zeros(3), jnp.zeros(2), 0.0)
+    with pytest.raises(ValueError, match=r"^table must be of shape \(K, ...\), got shape \(\)"):
+        hd.take(1.0, 0)
+    with pytest.raises(ValueError, match=r"^value must be an array whose last axis is not empty"):
+        rd.GumbelSoftmaxTopK(logits=jnp.zeros(4), k=2, tau=1.0, hard=True).log_prob(1.0)
+    with pytest.raises(ValueError, match=r"^value must be of shape \(\.\.\., 4\), got shape \(3,\)"):
+        rd.GumbelSoftmaxTopK(logits=jnp.zeros(4), k=2, tau=1.0, hard=True).log_prob(jnp.array([1.0, 1, 0]))
+
+
+def test_none_is_no_bad_number_of_values():
+    """In a dictionary as outside of one, it asks for as many as are needed."""
+    shapes = [
+        jax.eval_shape(lambda n=n: relaxed_law(n)).shape for n in (None, {"z": None}, {}, 20, {"z": 20})
+    ]
+    assert shapes[0] == shapes[1] == shapes[2] != shapes[3] == shapes[4] == (20,)
+
+
+def relaxed_law(num_values):
+    model = handlers.seed(hd.relax(count_model, tau=0.5, num_values=num_values), 0)
+    return handlers.trace(model).get_trace()["z"]["intermediates"][0]
+
+
+def test_a_guide_takes_the_options_of_its_model_for_a_partly_observed_site():
+    """It has the unobserved part alone, which the options may call by the name of the whole."""
+    classes, mask = dist.Categorical(np.float32([0.2, 0.8])).expand([3]), np.array([True, False, True])
+    model = lambda: numpyro.sample("z", classes, obs=np.array([0, 1, 0]), obs_mask=mask)
+    guide = lambda: numpyro.sample("z_unobserved", classes)
+    for fn in (model, guide):
+        for options in ({"config": {"z": "straight_through"}}, {"num_values": {"z": 2}}):
+            relaxed(fn, tau=0.5, **options)
+        for name in ("config", "num_values"):
+            with pytest.raises(ValueError, match=rf"^{name} must be names of the sites .*, got 'other'"):
+                relaxed(fn, tau=0.5, **{name: {"z": None, "other": None}})
