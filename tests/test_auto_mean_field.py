@@ -404,3 +404,20 @@ def test_auto_mean_field_takes_plates_inside_of_scans(elbo):
 def test_auto_mean_field_refuses_rows_that_change_from_step_to_step():
     with pytest.raises(ValueError, match="The plate 'rows' is subsampled inside of a scan"):
         handlers.seed(AutoMeanField(functools.partial(steps_of_rows, 2)), 0)()
+
+
+WRONG = {
+    "model": [None, "m", 3, jnp.zeros(2)],
+    "prefix": [None, 3, ["auto"]],
+    "init_loc_fn": ["median", 3, {}],
+    "create_plates": ["rows", 3, []],
+    "continuous": [None, "AutoNormal", 3],
+    "num_values": [-1, 0, 2.5, "a", [3], True, {"n": -1}],
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), [(name, x) for name, row in WRONG.items() for x in row], ids=repr)
+def test_auto_mean_field_names_what_it_is_given(name, wrong):
+    given = {"model": everything, name: wrong}
+    with pytest.raises(ValueError, match=rf"^{name}\b.* must be .*, got "):
+        AutoMeanField(given.pop("model"), **given)

@@ -85,8 +85,13 @@ class AutoMeanField(AutoGuide):
         continuous: Callable[..., Any] = AutoNormal,
         num_values: int | dict[str, int] | None = None,
     ) -> None:
-        arg.require(callable(model), "model", "a function that calls numpyro.sample", repr(model))
-        arg.require(callable(continuous), "continuous", "a class of NumPyro's guides", repr(continuous))
+        arg.require(callable(model), "model", "a function that calls numpyro.sample", arg.shown(model))
+        arg.require(isinstance(prefix, str), "prefix", "a string", arg.shown(prefix))
+        for name, function in (("init_loc_fn", init_loc_fn), ("create_plates", create_plates)):
+            good = function is None or callable(function)
+            arg.require(good, name, "a function", arg.shown(function))
+        arg.require(callable(continuous), "continuous", "a class of NumPyro's guides", arg.shown(continuous))
+        site.check_num_values(num_values)
         twice = init_loc_fn is not None and "init_loc_fn" in getattr(continuous, "keywords", {})
         arg.require(not twice, "init_loc_fn", "given once", "one here and one in continuous")
         start = init_to_uniform if init_loc_fn is None else init_loc_fn
