@@ -8,6 +8,7 @@ import importlib
 import typing
 from types import ModuleType
 
+from relaxit_jax._gradients import straight_through
 from relaxit_jax.samplers import *  # noqa: F403
 from relaxit_jax.samplers import __all__ as _samplers
 
@@ -23,6 +24,7 @@ __all__ = [
     "estimators",
     "handlers",
     "laplace_bridge",
+    "straight_through",
 ]
 
 

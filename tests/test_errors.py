@@ -260,6 +260,9 @@ def calls():
             rd.to_dirichlet, kinds={"logistic_normal": no_families},
             logistic_normal=rd.LogisticNormalSoftmax(loc=logits, scale=1 + logits),
         ),
+        "straight_through": Call(
+            rj.straight_through, kinds={"hard": no_reals, "soft": no_floats}, hard=ones, soft=ones
+        ),
         "Bernoulli": Call(es.Bernoulli, logits=logits, event_ndims=1),
         "OneHotCategorical of estimators": Call(es.OneHotCategorical, logits=logits, event_ndims=1),
         "reinforce": Call(es.reinforce, **given, baseline=np.float32(0)),

@@ -10,7 +10,6 @@ import scipy.special as sp
 import scipy.stats as st
 
 import relaxit_jax as rj
-from relaxit_jax import _gradients as gr
 from relaxit_jax import _math as lm
 from relaxit_jax import _random as rng
 
@@ -195,10 +194,18 @@ def test_straight_through_is_exact():
     soft = jax.nn.sigmoid(jax.random.normal(KEY, (100_000,)))
     hard = soft > 0.5
     assert (hard + soft - soft != hard).any()  # where a sum would show
-    assert set(np.unique(gr.straight_through(hard, soft))) == {0.0, 1.0}
-    slope = jax.grad(lambda soft: jnp.sum(gr.straight_through(hard, soft**2)))(soft)
+    assert set(np.unique(rj.straight_through(hard, soft))) == {0.0, 1.0}
+    slope = jax.grad(lambda soft: jnp.sum(rj.straight_through(hard, soft**2)))(soft)
     np.testing.assert_allclose(slope, 2 * soft)
-    assert jnp.isnan(gr.straight_through(jnp.array(True), jnp.array(jnp.nan)))
+    assert jnp.isnan(rj.straight_through(jnp.array(True), jnp.array(jnp.nan)))
+
+
+def test_straight_through_broadcasts_and_keeps_the_dtype_of_what_has_the_gradient():
+    hard, soft = jnp.arange(6).reshape(2, 3), jnp.array([0.1, 0.2, 0.3], jnp.bfloat16)
+    value, pull = jax.vjp(lambda soft: rj.straight_through(hard, soft), soft)
+    assert value.dtype == jnp.bfloat16 and (value == hard).all()
+    np.testing.assert_array_equal(pull(value)[0], [3, 5, 7])
+    assert jax.grad(lambda hard: rj.straight_through(hard, 0.5))(2.0) == 0
 
 
 def test_probit_and_logit_are_inverse_far_into_the_tails():

@@ -234,6 +234,7 @@ def methods():
     yield "simple_top_k_marginals", lambda key, a: rj.simple_top_k_marginals(a["logits"], 2), of_four
     entropy = lambda key, a: rj.distributions.SimpleTopK(logits=a["logits"], k=2).entropy()
     yield "entropy of SimpleTopK", entropy, of_four
+    yield "straight_through", lambda key, a: rj.straight_through(a["logits"] > 0, a["logits"]), of_four
     yield "hard_concrete_l0", lambda key, a: rj.hard_concrete_l0(a["logits"], 0.5), of_four
     yield "hard_concrete_gate", lambda key, a: rj.hard_concrete_gate(a["logits"]), of_four
     bridge = rj.laplace_bridge
