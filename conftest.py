@@ -32,8 +32,26 @@ def known(options):
     return {name: value for name, value in options.items() if is_known(name)}
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all", action="store_true",
+        help="Run every test. The default is the quick tier: no test marked `whole`, unless files are named.",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked `whole`, unless --all is given."""
+    if config.option.all:
+        return
+    left_out = [item for item in items if item.get_closest_marker("whole")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("whole")]
+
+
 def pytest_configure(config):
     """What one worker of pytest-xdist has compiled, the others and the examples' processes need not."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput"):
+        config.option.all = True  # who names a file wants all of it
     if not config.getoption("numprocesses", None):
         return
     cheap = [f"--{name}={str(value).lower()}" for name, value in known(CHEAP).items()]

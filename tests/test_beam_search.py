@@ -10,7 +10,7 @@ import pytest
 import scipy.stats as st
 
 import relaxit_jax as rj
-from test_samplers import KEY, P_VALUE, chi_square
+from helpers import KEY, P_VALUE, chi_square
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -10,7 +10,7 @@ from scipy.stats import chi2
 
 import beam_search
 import relaxit_jax as rj
-from test_examples import run
+from command_lines import run
 
 KEY = jax.random.key(6)
 pytestmark = pytest.mark.usefixtures("fast_compilation")

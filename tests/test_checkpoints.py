@@ -12,8 +12,8 @@ import pytest
 import common
 import vae
 from checkpoints import Checkpoints
+from command_lines import bars, tiny
 from common import UserError
-from test_methods import bars, tiny
 
 SETTINGS = {"seed": 0, "hidden": [8], "data": "5f1e"}
 HISTORY = [{"train": 9.25, "test": 8.5, "seconds": 0.5}]

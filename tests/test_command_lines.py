@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import common
-from test_examples import EXAMPLES, run
+from command_lines import EXAMPLES, run
 
 COMMANDS = [
     module

@@ -34,10 +34,10 @@ from numpyro.infer import (
 from numpyro.infer.autoguide import AutoNormal
 
 from cases import DISTRIBUTIONS
+from helpers import outcomes
 from relaxit_jax import distributions as rd
 from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import unrounded
-from test_distributions import outcomes
 
 KEY = jax.random.key(20261129)
 PARTICLES, DRAWS = 2, 3000

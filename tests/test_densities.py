@@ -12,8 +12,8 @@ import scipy.stats as st
 
 import relaxit_jax as rj
 from cases import cases, coordinates, has_density, has_log_prob, has_log_space, log_density_coordinates
+from helpers import KEY, P_VALUE, as_users, chi_square, dtypes, is_nan, quick, rows, seen, spoiled
 from laws import LOG_LAWS
-from test_samplers import KEY, P_VALUE, as_users, chi_square, dtypes, is_nan, quick, rows, seen, spoiled
 
 REACH = 40.0
 EDGES = np.arange(-4.0, 4.5, 1.0)  # of the bins that draws are counted in; they lie on the grid

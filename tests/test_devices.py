@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 import devices
+from command_lines import EXAMPLES, TINY, bars, read, run
 from common import UserError, digest
-from test_examples import EXAMPLES, TINY, read, run
-from test_methods import bars
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -24,7 +23,7 @@ import json, re, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 import common, devices, vae
-from test_methods import bars, tiny
+from command_lines import bars, tiny
 
 result = {}
 for method in ("relaxed_bernoulli", "rloo"):

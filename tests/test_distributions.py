@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import itertools
 
 import chex
 import jax
@@ -13,36 +12,15 @@ import scipy.special as sp
 import scipy.stats as st
 
 from cases import DISTRIBUTIONS
+from helpers import DISCRETE, KEY, P_VALUE, arrays, cast, has_law, has_moments, outcomes
+from helpers import class_rows as rows
 from relaxit_jax import distributions as rd
-from test_samplers import KEY, P_VALUE, cast
-
-rows = lambda *conditions: pytest.mark.parametrize(
-    "case", [case for case in DISTRIBUTIONS if all(holds(case) for holds in conditions)], ids=str
-)
-# those with a fixed list of values, and with all that can be summed over it
-DISCRETE = {
-    case.distribution for case in DISTRIBUTIONS
-    if issubclass(case.distribution, (rd.OneHotCategorical, rd.StraightThroughBernoulli))
-}  # fmt: skip
-# a sum over atoms, and an integral of a Gaussian between them
-MOMENTS = DISCRETE | {rd.StochasticTimesSmooth, rd.GaussianRelaxedBernoulli, rd.GeneralizedGumbelSoftmax}
-MOMENTS |= {rd.SimpleTopK}
-
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def lacks(condition):
     return lambda case: not condition(case)
-
-
-def has_law(case):
-    """Soft numbers, soft subsets and permutations have no density in closed form."""
-    return case.support not in ("number", "k_hot_soft", "doubly")
-
-
-def has_moments(case):
-    return case.distribution in MOMENTS and has_law(case)
 
 
 def has_cdf(case):
@@ -55,25 +33,6 @@ def has_entropy(case):
 
 def has_atoms_only(case):
     return case.outcome is not None
-
-
-def arrays(case):
-    return {name: jnp.asarray(x) for name, x in case.floats.items()}
-
-
-def outcomes(case):
-    """The values of a discrete law, shape (outcomes, 2, *event), and their probabilities."""
-    law = np.stack([case.discrete(**case.element(i)) for i in range(2)], 1)
-    if case.support == "atoms":
-        root = np.sqrt(sp.expit(case.params["logits"]))
-        return np.stack([0 * root, root]), law
-    if "values" in case.params:
-        return case.params["values"].T, law
-    if not case.event:
-        return np.float32([[0, 0], [1, 1]]), law
-    n, k = case.event[0], case.params.get("k", 1)
-    hot = [np.isin(np.arange(n), subset) for subset in itertools.combinations(range(n), k)]
-    return np.repeat(np.float32(hot)[:, None], 2, 1), law
 
 
 def test_every_class_has_a_row():

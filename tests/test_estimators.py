@@ -11,45 +11,12 @@ import scipy.special as sp
 import scipy.stats as st
 from flax import nnx
 
+from estimator_cases import BITS, CLASSES, COUPLING, ESTIMATORS, FAMILIES, PAIRS, interacting
 from relaxit_jax import estimators as es
 
 KEY = jax.random.key(11)
 quick = pytest.mark.usefixtures("fast_compilation")
 as_users = pytest.mark.usefixtures("as_users_compile")
-FORMS = np.random.default_rng(7)
-BITS = np.array([[0.3, -1.0, 0.5, 2.0], [-0.5, 0.2, 0.0, 1.0]], np.float32)
-CLASSES = FORMS.normal(size=(2, 2, 3)).astype(np.float32)
-COUPLING = {4: FORMS.normal(size=(4, 4)), 6: FORMS.normal(size=(6, 6))}
-FAMILIES = {"bits": (es.Bernoulli, BITS), "classes": (es.OneHotCategorical, CLASSES)}
-
-
-def interacting(weight, event_ndims):
-    """In which every two variables interact, smooth, far from quadratic, and of a mean that is not 0."""
-
-    def f(b):
-        x = b.reshape(*b.shape[: b.ndim - event_ndims], -1)
-        pairs = jnp.einsum("...i,ij,...j->...", x, COUPLING[x.shape[-1]].astype(np.float32), x)
-        return 1 + jnp.tanh(pairs + weight * x[..., 0])
-
-    return f
-
-
-def network(z):
-    return jnp.sum(jnp.tanh(z - 0.3), tuple(range(1, z.ndim))) / 4
-
-
-ESTIMATORS = {
-    "reinforce": es.reinforce,
-    "baseline": functools.partial(es.reinforce, baseline=np.float32([0.5, 0.4])),
-    "rloo": es.rloo,
-    "rloo_5": functools.partial(es.rloo, num_samples=5),
-    "arm": es.arm,
-    "disarm": es.disarm,
-    "rebar": es.rebar,
-    "rebar_tuned": functools.partial(es.rebar, tau=1.3, eta=0.6),
-    "relax": functools.partial(es.relax, control_variate=network),
-}
-PAIRS = [(e, f) for e in ESTIMATORS for f in FAMILIES if f == "bits" or e not in ("arm", "disarm")]
 
 
 def value_of(estimator, family):

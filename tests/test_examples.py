@@ -1,8 +1,6 @@
 """The examples, run with tiny flags: their bounds are bounds, a kill loses nothing, errors are one line."""
 
-import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -25,14 +23,12 @@ import posteriors
 import spike_and_slab
 import vae
 from checkpoints import Checkpoints
+from command_lines import EXAMPLES, TINY, bars, read, run
 from methods import METHODS
 from relaxit_jax.handlers import AutoMeanField
-from test_methods import bars
 
 KEY = jax.random.key(3)
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-EXAMPLES = pathlib.Path(vae.__file__).parent
-TINY = ["--hidden", 8, "--latents", 3, "--variables", 2, "--classes", 3, "--batch-size", 16, "--no-augment"]
 
 
 @pytest.fixture(scope="session")
@@ -40,20 +36,6 @@ def images(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "bars.npz"
     np.savez(path, images=bars())
     return path
-
-
-def run(*arguments, example=vae):
-    """The exit code of an example's command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{example.__name__}.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            common.run(example.main)
-    return exit.value.code or 0
-
-
-def read(out):
-    metrics = json.loads((out / "metrics.json").read_text())
-    return {key: value for key, value in metrics.items() if key != "timing"}
 
 
 def config_of(settings):

@@ -10,9 +10,9 @@ import pytest
 import scipy.special as sp
 from numpyro.distributions import kl_divergence
 
+from helpers import KEY
 from relaxit_jax import distributions as rd
 from relaxit_jax.laplace_bridge import dirichlet_to_gaussian
-from test_samplers import KEY
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

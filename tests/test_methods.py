@@ -9,6 +9,7 @@ import pytest
 
 import common
 import vae
+from command_lines import bars, tiny
 from methods import METHODS, Estimator, family_of
 from relaxit_jax import estimators
 
@@ -21,25 +22,6 @@ EVERY_ROW = [*((name, "identity") for name in METHODS), LEARNED]
 # one method of each family; a prior and a KL are the family's
 EVERY_FAMILY = [*{METHODS[name].family: (name, "identity") for name in SAMPLERS}.values(), LEARNED]
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
-def bars():
-    """Fifty images of 4 x 4 pixels: bars at random places."""
-    rng = np.random.default_rng(0)
-    data = np.zeros((50, 4, 4), np.float32)
-    data[np.arange(50), rng.integers(0, 4, 50)] = 1
-    data = np.where(rng.random((50, 1, 1)) < 0.5, data, data.swapaxes(1, 2))
-    return np.abs(data - (rng.random(data.shape) < 0.05))
-
-
-def tiny(method, **changes):
-    settings = {
-        "data": "", "epochs": 12, "seed": 3, "latents": 3, "variables": 2, "classes": 3, "subset_size": 2,
-        "largest_mean": 3.0, "correlation": "identity", "tau_start": TAU, "tau_end": TAU, "hidden": (8,),
-        "activation": "tanh", "prior": "learned", "augment": False, "centre": True, "batch_size": 16,
-        "learning_rate": 0.02, "schedule": "constant",
-    }  # fmt: skip
-    return vae.Config(method=method, **settings | changes)
 
 
 @functools.cache

@@ -20,17 +20,11 @@ from numpyro.distributions import biject_to
 from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
 
 from cases import DISTRIBUTIONS
+from helpers import DISCRETE, KEY, P_VALUE, arrays, has_law, has_moments
+from helpers import class_rows as rows
 from relaxit_jax import _arguments as arg
 from relaxit_jax import distributions as rd
 from relaxit_jax.distributions import _constraints as ct
-from test_distributions import (
-    DISCRETE,
-    arrays,
-    has_law,
-    has_moments,
-    rows,
-)
-from test_samplers import KEY, P_VALUE
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

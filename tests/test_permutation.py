@@ -8,9 +8,9 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import relaxit_jax as rj
+from helpers import KEY, P_VALUE, chi_square
 from relaxit_jax import _math as lm
 from relaxit_jax import _random as rng
-from test_samplers import KEY, P_VALUE, chi_square
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats as st
 
 import relaxit_jax as rj
 from cases import (
@@ -23,35 +22,7 @@ from cases import (
     is_differentiable,
     is_discrete,
 )
-
-KEY = jax.random.key(20261122)
-P_VALUE = 1e-4
-rows = functools.partial(pytest.mark.parametrize, "case", ids=str)
-dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-# for laws that are not about the last digits, of arrays that are small: compiling is all of their time
-quick = pytest.mark.usefixtures("fast_compilation")
-as_users = pytest.mark.usefixtures("as_users_compile")
-
-
-def cast(case, dtype):
-    """The row with its parameters, but not its temperatures, in another dtype."""
-    kept = {*case.temperatures, "k", "num_samples", "num_iters", "delta", "gap"}
-    params = {n: x if n in kept else jnp.asarray(x, dtype) for n, x in case.params.items()}
-    return dataclasses.replace(case, params=params)
-
-
-def seen(case):
-    """The parameters as the sampler sees them after rounding, in float64."""
-    params = {n: x if isinstance(x, int) else np.asarray(x, np.float64) for n, x in case.params.items()}
-    return dataclasses.replace(case, params=params)
-
-
-def chi_square(outcomes, probabilities):
-    np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-5)
-    probabilities = np.asarray(probabilities, np.float64)
-    expected = probabilities / probabilities.sum() * len(outcomes)
-    assert expected.min() > 5
-    return st.chisquare(np.bincount(outcomes, minlength=len(expected)), expected).pvalue
+from helpers import KEY, P_VALUE, as_users, cast, chi_square, dtypes, is_nan, quick, rows, seen, spoiled
 
 
 @dtypes
@@ -341,19 +312,6 @@ def test_log_space_is_the_same_draw_unrounded(case):
     if "tau" in case.params:  # what z rounds away at a low temperature is all there
         cold = jax.jit(lambda tau: low.draw(KEY, (500, 2), tau=tau))(1e-3)
         assert jnp.isfinite(cold).all() and jnp.abs(cold).max() > 1000
-
-
-def spoiled(case, name, bad):
-    """The arguments, with a bad number in one of them, in the first element of the batch."""
-    params = {n: np.array(x, np.float32) for n, x in case.batched.items()}
-    params[name][(0,) * params[name].ndim] = bad
-    return params
-
-
-def is_nan(x):
-    """Of every element of a batch, whether a number of it is NaN."""
-    x = np.asarray(x)
-    return np.isnan(x.reshape(*x.shape[:2], -1)).any(-1)
 
 
 @quick

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import scipy.special as sp
 
+from estimator_cases import ESTIMATORS, FAMILIES, PAIRS, interacting
+from helpers import quick
 from relaxit_jax import estimators as es
-from test_estimators import ESTIMATORS, FAMILIES, KEY, PAIRS, interacting, quick
+
+KEY = jax.random.key(11)
 
 pytestmark = quick
 WEIGHT = 0.7

@@ -10,9 +10,9 @@ from numpyro.distributions import kl_divergence
 
 import relaxit_jax as rj
 from cases import ITEMS
+from helpers import KEY, P_VALUE, chi_square
 from laws import bits_given_their_sum
 from relaxit_jax import distributions as rd
-from test_samplers import KEY, P_VALUE, chi_square
 
 quick = pytest.mark.usefixtures("fast_compilation")
 

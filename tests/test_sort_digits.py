@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 import relaxit_jax as rj
 import sort_digits
-from test_examples import run
+from command_lines import run
 
 KEY = jax.random.key(5)
 pytestmark = pytest.mark.usefixtures("fast_compilation")

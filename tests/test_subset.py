@@ -12,8 +12,8 @@ import scipy.stats
 
 import relaxit_jax as rj
 from cases import ITEMS
+from helpers import KEY, P_VALUE, chi_square
 from laws import orders, subsets
-from test_samplers import KEY, P_VALUE, chi_square
 
 SETS = np.array(list(itertools.combinations(range(4), 2)))
 
