@@ -41,7 +41,7 @@ def test_the_map_is_the_house():
         assert (ROOT / path).exists(), path
 
 
-FILES = r"(?:relaxit_jax|tests|docs|benchmarks|examples|notebooks)/[\w./-]*|[A-Z]+\.md|\.ci/run"
+FILES = r"(?:relaxit_jax|tests|docs|benchmarks|examples|notebooks|tools)/[\w./-]*|[A-Z]+\.md|\.ci/run"
 
 
 def test_what_the_text_points_to_is_there():

@@ -19,12 +19,12 @@ PYTHON = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # What pages may write in capitals beside code: the rest may be a placeholder for a number or a table.
 CAPITALS = {"AUROC", "CHANGELOG", "ELBO", "ICLR", "JSON", "MCMC", "MNIST", "NUTS", "README", "SIMPLE"}
 CAPITALS |= {name.upper() for name in (*estimators.__all__, *elbo.__all__)}
-PICTURES = sorted(path.stem for path in (DOCS / "pictures").glob("*.py") if path.stem != "make")
+PICTURES = sorted(path.stem for path in (ROOT / "tools" / "pictures").glob("*.py") if path.stem != "make")
 
 
 @pytest.fixture(scope="module")
 def hooks():
-    return load("docs/hooks.py")
+    return load("tools/hooks.py")
 
 
 def load(path):
@@ -63,9 +63,9 @@ def test_what_a_page_includes_and_points_to_is_there(hooks, page):
     here = (DOCS / page).parent
     for link in re.findall(r"\]\(([^)#\s]+)[)#]", text):
         assert link.startswith("https://") or target(here / link).exists(), link
-    for path in re.findall(r"`((?:examples|benchmarks|tests|docs|relaxit_jax)/[\w./]*)`", text):
+    for path in re.findall(r"`((?:examples|benchmarks|tests|docs|relaxit_jax|tools)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-    for command in re.findall(r"python ((?:examples|benchmarks|docs)/[\w./]+)", text):
+    for command in re.findall(r"python ((?:examples|benchmarks|tools)/[\w./]+)", text):
         assert (ROOT / command).exists(), command
 
 
@@ -119,8 +119,8 @@ def test_directives_that_do_not_fit_say_so(hooks):
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_made(name, monkeypatch):
-    monkeypatch.syspath_prepend(DOCS / "pictures")
-    figure = load(f"docs/pictures/{name}.py").picture(50)
+    monkeypatch.syspath_prepend(ROOT / "tools" / "pictures")
+    figure = load(f"tools/pictures/{name}.py").picture(50)
     assert any(axis.has_data() for axis in figure.axes)
     plt.close(figure)
     used = "\n".join(PAGES.values())
@@ -128,10 +128,18 @@ def test_pictures_are_made(name, monkeypatch):
 
 
 def test_mutations_still_apply():
-    """What docs/mutations.py replaces stands in its file once, and its tests are there."""
-    for defect, file, old, new, files, _ in load("docs/mutations.py").MUTATIONS:
+    """What tools/mutations.py replaces stands in its file once, and its tests are there."""
+    for defect, file, old, new, files, _ in load("tools/mutations.py").MUTATIONS:
         assert (ROOT / file).read_text().count(old) == 1 and new != old, defect
         assert all((ROOT / "tests" / name).exists() for name in files.split()), defect
+
+
+def test_the_site_and_its_tools_are_apart():
+    """What is in docs/ is published or recorded; what makes it is in tools/."""
+    assert {path.suffix for path in DOCS.rglob("*") if path.is_file()} == {".css", ".md", ".png", ".txt"}
+    config = (ROOT / "mkdocs.yml").read_text()
+    for path in re.findall(r"\b[a-z]+/\w+\.py", config):
+        assert path.startswith("tools/") and (ROOT / path).exists(), path
 
 
 def test_every_picture_is_shown():

@@ -1,4 +1,4 @@
-"""How often a rare class of two wins by Gumbel noise of each dtype: python docs/frequencies.py
+"""How often a rare class of two wins by Gumbel noise of each dtype: python tools/frequencies.py
 
 Of argmax(logits + jax.random.gumbel(key, shape, dtype, mode=mode)), and of gumbel_softmax with hard=True.
 What it printed is in docs/outputs, of JAX 0.10 and of 0.12.
@@ -31,7 +31,7 @@ def wins(mode, dtype, blocks, logit, key):
 
 
 @click.command(help=__doc__)
-@click.option("--blocks", default=64, show_default=True, help="Of two million draws each, for every number.")
+@click.option("--blocks", default=64, show_default=True, help="Blocks of two million draws for every number.")
 def main(blocks):
     n, p = blocks * BLOCK, [float(jax.nn.sigmoid(logit)) for logit in LOGITS]
     click.echo(f"JAX {jax.__version__}, {n:,} draws each")

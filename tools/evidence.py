@@ -1,4 +1,4 @@
-"""What other libraries draw and score, beside this one: python docs/evidence.py {relaxit,torch,tfp}
+"""What other libraries draw and score, beside this one: python tools/evidence.py {relaxit,torch,tfp}
 
 Prints the table of docs/moving.md, which takes it from docs/outputs/evidence_PEER.md. Each row is one claim,
 measured for both libraries with fixed seeds; standard errors stand behind +-. Needs the extra `peers`.

@@ -1,7 +1,7 @@
 """What the site is built with beside Markdown: formulas, the examples' own code, what they printed.
 
 A page says `{{ source FILE NAME }}` for a function or class of a file, `{{ output NAME }}` for what
-`docs/record.py` wrote down of a run, and `{{ between FILE MARK }}` for what a file holds between comments.
+`tools/record.py` wrote down of a run, and `{{ between FILE MARK }}` for what a file holds between comments.
 So pages cannot drift from the code: a name that is gone stops the build. Formulas are MathML, made here; what
 a reader's browser shows needs neither a script nor a network.
 """
