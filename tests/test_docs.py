@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
 
@@ -11,6 +12,7 @@ import pytest
 
 import relaxit_jax
 from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge
+from versions import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -140,6 +142,27 @@ def test_the_site_and_its_tools_are_apart():
     config = (ROOT / "mkdocs.yml").read_text()
     for path in re.findall(r"\b[a-z]+/\w+\.py", config):
         assert path.startswith("tools/") and (ROOT / path).exists(), path
+
+
+RECORDED = (
+    r"Recorded with (Python 3\.[\d.]+, )?JAX [\d.]+(, NumPyro [\d.]+)? on \d+ [\w ]+, 20\d\d-[\d to-]+\."
+)
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "outputs").iterdir()), ids=lambda path: path.name)
+def test_a_recorded_output_says_with_which_versions(path):
+    """In its last line; the tables of evidence in the last before their end."""
+    last = path.read_text().removesuffix("<!-- end -->\n").splitlines()[-1]
+    assert re.fullmatch(RECORDED, last.strip("*"))
+
+
+def test_every_result_says_with_which_versions_and_is_shown(hooks):
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    for path in results:
+        said = sentence(json.loads(path.read_text())["versions"])
+        assert re.fullmatch(RECORDED, said) and said in hooks.expand(f"{{{{ versions {path.stem} }}}}")
+    shown = re.findall(r"^{{ versions (\w+) }}$", "\n".join(PAGES.values()), re.MULTILINE)
+    assert sorted(shown) == [path.stem for path in results]
 
 
 def test_every_picture_is_shown():

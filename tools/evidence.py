@@ -18,6 +18,7 @@ import torch
 
 import relaxit_jax as rj
 from relaxit_jax import distributions as rd
+from versions import sentence, versions
 
 warnings.filterwarnings("ignore", category=UserWarning)  # pyro's, on validation
 pyro, rx, approx = map(
@@ -327,7 +328,7 @@ def main(peer):
     )
     for part in PEERS[peer]:
         part()
-    click.echo("<!-- end -->")
+    click.echo(f"\n*{sentence(versions())}*\n<!-- end -->")
 
 
 if __name__ == "__main__":

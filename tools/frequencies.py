@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import relaxit_jax as rj
+from versions import sentence, versions
 
 BLOCK = 2**21  # draws at once
 LOGITS = (-7.0, -10.0, -13.0)  # numbers that every dtype has
@@ -34,13 +35,14 @@ def wins(mode, dtype, blocks, logit, key):
 @click.option("--blocks", default=64, show_default=True, help="Blocks of two million draws for every number.")
 def main(blocks):
     n, p = blocks * BLOCK, [float(jax.nn.sigmoid(logit)) for logit in LOGITS]
-    click.echo(f"JAX {jax.__version__}, {n:,} draws each")
+    click.echo(f"{n:,} draws each")
     click.echo(f"{'probability':32}" + "".join(f"{x:>11.2e}" for x in p))
     click.echo(f"{'standard error':32}" + "".join(f"{(x / n) ** 0.5:>11.1e}" for x in p))
     for dtype in ("bfloat16", "float16", "float32"):
         for name, mode in WAYS.items():
             hits = [int(wins(mode, dtype, blocks, logit, jax.random.key(0))) for logit in LOGITS]
             click.echo(f"{dtype:10}{name:22}" + "".join(f"{x / n:>11.2e}" for x in hits))
+    click.echo(sentence(versions()))
 
 
 if __name__ == "__main__":

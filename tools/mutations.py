@@ -14,6 +14,8 @@ import tempfile
 
 import click
 
+from versions import sentence, versions
+
 ROOT = pathlib.Path(__file__).parents[1]
 NOISE, CHECKS = "relaxit_jax/_numerics.py", "relaxit_jax/_checks.py"
 SAMPLERS, ESTIMATORS, CLASSES = (
@@ -467,6 +469,7 @@ def main(words):
         click.echo(f"{defect}: {sum(failed.values())} of {chosen}")
         for name, count in failed.items():
             click.echo(f"  {name}" + f" x {count}" * (count > 1))
+    click.echo(sentence(versions()))
 
 
 if __name__ == "__main__":
