@@ -52,6 +52,7 @@ def test_what_the_text_points_to_is_there():
     )
     defined = re.findall(r"^@nox\.session.*\ndef (\w+)", (ROOT / "noxfile.py").read_text(), re.MULTILINE)
     assert sorted(sessions) == sorted(defined)
+    assert "--session" not in (ROOT / ".ci/run").read_text()  # which sessions run is said in noxfile.py
 
 
 def test_a_method_has_five_steps_that_name_their_files():
@@ -94,7 +95,8 @@ def test_the_workflow_runs_ci_on_every_python():
         step["with"]["python-version"].split() for step in steps if "python" in step.get("uses", "")
     ]
     classifiers = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
-    assert sorted(pythons) == classifiers
+    after = re.search(r"PYTHONS = \[\*SUPPORTED, (.*)\]", (ROOT / "noxfile.py").read_text())[1]
+    assert sorted(pythons) == [*classifiers, after.strip('"')]
     requires = re.search(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
     assert pythons[-1] == requires  # the default is the last one: python3 of .ci/run
 
