@@ -1,6 +1,6 @@
-"""What is checked beside the README's own commands: `nox -l` lists it, `.ci/run` calls it.
+"""All checks but the README's own commands. `nox -l` lists them; `.ci/run` calls those marked with a star.
 
-A session for several Pythons is skipped where one of them is not found: on the PATH, or where pyenv keeps it.
+A session for several Pythons skips those that it does not find on the PATH or where pyenv keeps them.
 """
 
 import os
@@ -13,10 +13,13 @@ import nox
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.sessions = ["lint", "types", "wheel", "lowest", "fast"]
+nox.options.sessions = ["lint", "types", "wheel", "site", "lowest", "fast"]
+if os.environ.get("NUMPYRO_SOURCE"):
+    nox.options.sessions.append("numpyro_tests")
 
-DEFAULT, *OTHERS = PYTHONS = ["3.11", "3.12", "3.13"]
-# Every room and every method, and what differs between versions of JAX and NumPyro, in a minute or two.
+SUPPORTED = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
+DEFAULT, *OTHERS = PYTHONS = [*SUPPORTED, "3.14"]
+# Every module and every method, and what differs between versions of JAX and NumPyro, in a minute or two.
 FAST = [
     "test_architecture",
     "test_types",
@@ -48,14 +51,28 @@ def tests(session):
 
 @nox.session(python=OTHERS)
 def fast(session):
-    """A part of the suite that touches every room, with the newest versions."""
+    """A part of the suite that touches every module, with the newest versions."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "-q", *(session.posargs or FAST))
 
 
-@nox.session(python=DEFAULT, venv_backend="uv")
+@nox.session(python=PYTHONS[-2:], venv_backend="virtualenv")
+def nightly(session):
+    """The whole suite, with NumPyro's main branch and the nightly wheels of JAX."""
+    index = os.environ.get("JAX_NIGHTLY_INDEX")
+    if not index:
+        session.error("set JAX_NIGHTLY_INDEX to the index of nightly wheels in JAX's installation page")
+    session.install("-e", ".[test]")
+    session.install("--upgrade", "numpyro @ git+https://github.com/pyro-ppl/numpyro")
+    session.install("--upgrade", "--pre", "--extra-index-url", index, "jax", "jaxlib")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=DEFAULT)
 def lowest(session):
     """The same part, with the lowest versions that pyproject.toml admits."""
+    if session.venv_backend != "uv":
+        session.skip("only uv resolves the lowest versions")
     session.install("-e", ".[test]", "--resolution", "lowest-direct")
     session.run("python", "-m", "pytest", "-q", *(session.posargs or FAST))
 
@@ -104,14 +121,21 @@ def types(session):
 
 
 @nox.session(python=DEFAULT)
+def site(session):
+    """The documentation, in site/."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(python=DEFAULT)
 def wheel(session):
-    """sdist, the wheel made from it, what they hold, and the wheel alone in a new environment."""
+    """What a release publishes, in dist/: the sdist, the wheel made from it, and the wheel alone at work."""
     session.install("build", "twine")
-    made = pathlib.Path(session.create_tmp()).resolve() / "dist"
-    for old in made.glob("*"):
+    dist = pathlib.Path("dist")
+    for old in dist.glob("relaxit_jax-*"):
         old.unlink()
-    session.run("python", "-m", "build", "--outdir", str(made), silent=True)
-    (sdist,), (wheel,) = made.glob("*.tar.gz"), made.glob("*.whl")
+    session.run("python", "-m", "build", silent=True)
+    (sdist,), (wheel,) = dist.glob("relaxit_jax-*.tar.gz"), dist.glob("relaxit_jax-*.whl")
     session.run("twine", "check", "--strict", str(sdist), str(wheel))
     package = {
         str(path) for path in pathlib.Path("relaxit_jax").rglob("*") if path.suffix in (".py", ".typed")
@@ -126,7 +150,7 @@ def wheel(session):
         session.warn(f"what the sdist holds is not compared, as this is no checkout: {git.stderr.strip()}")
     elif lacks := set(git.stdout.split("\n")) - held - {""}:
         session.error(f"the sdist lacks {sorted(lacks)}")
-    alone = made.parent / "alone"
+    alone, wheel = pathlib.Path(session.create_tmp()).resolve() / "alone", wheel.resolve()
     session.run("python", "-m", "venv", "--clear", str(alone))
     python = alone / "bin" / "python"
     session.run(str(python), "-m", "pip", "install", "--quiet", str(wheel), external=True)

@@ -61,8 +61,8 @@ def main(old, new, by):
     shared = before.keys() & after.keys()
     if not shared:
         raise click.ClickException(f"{old} and {new} have no ratio in common; are they of one benchmark?")
-    for name, value in contents[0].get("machine", {}).items():
-        other = contents[1].get("machine", {}).get(name)
+    for name, value in contents[0].get("versions", {}).items():
+        other = contents[1].get("versions", {}).get(name)
         if value != other and name != "date":
             click.echo(f"note: {name} was {value} and is {other}")
     for missing, where in ((before.keys() - shared, new), (after.keys() - shared, old)):

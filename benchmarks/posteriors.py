@@ -4,13 +4,11 @@ discrete model.
 Every model is small enough to enumerate, or has a mean-field optimum in closed form: the answer is the
 exact posterior where a mean-field guide holds it, else the best mean-field guide. All methods train
 the same guide, with the same optimizer, steps and particles, so with as many evaluations of the
-likelihood. Writes a table to the terminal and `benchmarks/results/posteriors.json`.
+likelihood. Writes a table to the terminal and results/posteriors.json.
 """
 
 import dataclasses
 import itertools
-import json
-import pathlib
 import time
 import warnings
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.initialization import init_to_value
 
+from records import out_option, write
 from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import AutoMeanField, relax, take
 
@@ -284,8 +283,7 @@ def error(found, answer):
 @click.option(
     "--only", multiple=True, type=click.Choice(list(PROBLEMS)), help="One problem; may be repeated."
 )
-@click.option("--out", type=click.Path(path_type=pathlib.Path), help="Where to write the JSON.",
-              default=pathlib.Path(__file__).parent / "results" / "posteriors.json")  # fmt: skip
+@out_option
 def main(steps, seeds, only, out):
     columns = {
         "relaxed .1": {"tau": 0.1}, "relaxed .5": {"tau": 0.5},
@@ -314,8 +312,7 @@ def main(steps, seeds, only, out):
             seconds = (time.perf_counter() - start) / seeds
             table[name][column] = {"error": float(np.mean(errors)), "each": errors, "seconds": seconds}
             click.echo(f"{name:16} {column:28} {np.mean(errors):.4f}  ({seconds:.1f} s)")
-    settings = {"steps": steps, "seeds": seeds, "jax": jax.__version__, "numpyro": numpyro.__version__}
-    out.write_text(json.dumps(settings | {"largest error": table}, indent=1) + "\n")
+    write("posteriors", {"steps": steps, "seeds": seeds, "largest error": table}, out)
 
 
 if __name__ == "__main__":

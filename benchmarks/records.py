@@ -1,13 +1,14 @@
-"""What a benchmark leaves behind: one JSON and one picture of its name, and where they were measured."""
+"""What a benchmark leaves behind: one JSON and one picture of its name, with versions and machine."""
 
 import json
-import os
 import pathlib
-import platform
-import time
+import sys
 
 import click
-import jax
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tools"))
+
+from versions import versions
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -19,25 +20,15 @@ out_option = click.option(
 
 
 def write(name, content, out=None, figure=None):
-    """The JSON, with the machine, and the picture beside it."""
+    """The JSON, with its versions, and the picture beside it."""
     out = out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine()} | content, indent=1) + "\n")
+    path.write_text(json.dumps({"versions": versions()} | content, indent=1) + "\n")
     click.echo(f"written to {path}")
     if figure is not None:
         figure.savefig(path.with_suffix(".png"), dpi=80, bbox_inches="tight")
         shrink(path.with_suffix(".png"))
-
-
-def machine():
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "machine": platform.machine(), "jax": jax.__version__, "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
 
 
 def shrink(path):

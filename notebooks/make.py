@@ -1,7 +1,7 @@
 """Write the notebooks from their scripts, and run them: python notebooks/make.py [NAME ...].
 
-The script is the source; the notebook beside it has the same cells with their outputs. What differs from
-one machine to the next is left out: times and versions. STEPS in the environment makes a shorter run.
+The script is the source; the notebook beside it has the same cells with their outputs, and the versions in
+its metadata. Times are left out. STEPS in the environment makes a shorter run.
 """
 
 import os
@@ -12,6 +12,10 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tools"))
+
+from versions import versions
+
 HERE = pathlib.Path(__file__).parent
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "make")
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -19,6 +23,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 def tidy(notebook):
     notebook.metadata = {"kernelspec": KERNEL, "jupytext": {"formats": "ipynb,py:percent"}}
+    notebook.metadata["versions"] = versions()
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", {}
 

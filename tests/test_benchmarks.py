@@ -23,6 +23,7 @@ import table
 import timing
 import variance
 from rows import ROWS, K
+from versions import versions
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 SHAPES = {"gumbel_sinkhorn": (3, 3), "simple_top_k": (7,), "gumbel_top_k": (7,), "relaxed_top_k": (7,)}
@@ -150,6 +151,7 @@ def test_speed_from_flags_to_files(tmp_path):
     done = CliRunner().invoke(speed.main, list(map(str, flags)), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "speed.json").read_text())
+    assert content["versions"] == versions()
     (size,) = content["rows"]["gumbel_softmax"].values()
     for dtype in ("float32", "bfloat16"):
         for which in ("forward", "forward + backward"):
@@ -188,8 +190,8 @@ def ratio(value, low=None, high=None):
 
 
 def test_compare_prints_what_became_slower(tmp_path):
-    old = {"machine": {"jax": "1"}, "x": {"y": ratio(1.0, 0.9, 1.1), "z": ratio(2.0)}, "gone": ratio(1)}
-    new = {"machine": {"jax": "2"}, "x": {"y": ratio(1.3, 1.05, 1.4), "z": ratio(2.39)}, "new": ratio(9)}
+    old = {"versions": {"jax": "1"}, "x": {"y": ratio(1.0, 0.9, 1.1), "z": ratio(2.0)}, "gone": ratio(1)}
+    new = {"versions": {"jax": "2"}, "x": {"y": ratio(1.3, 1.05, 1.4), "z": ratio(2.39)}, "new": ratio(9)}
     assert compare.slower(old, new, 0.2) == [(("x", "y"), 1.0, 1.3, True)]
     assert [row[0] for row in compare.slower(old, new, 0.1)] == [("x", "y"), ("x", "z")]
     assert compare.slower(new, old, 0.2) == []

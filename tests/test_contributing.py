@@ -3,7 +3,9 @@
 import os
 import pathlib
 import re
+import subprocess
 
+import pytest
 import yaml
 
 import relaxit_jax
@@ -41,7 +43,7 @@ def test_the_map_has_every_file_of_the_package():
         assert (ROOT / path).exists(), path
 
 
-FILES = r"(?:relaxit_jax|tests|docs|benchmarks|examples|notebooks)/[\w./-]*|[A-Z]+\.md|\.ci/run"
+FILES = r"(?:relaxit_jax|tests|docs|benchmarks|examples|notebooks|tools)/[\w./-]*|[A-Z]+\.md|\.ci/run"
 
 
 def test_what_the_text_points_to_is_there():
@@ -52,6 +54,17 @@ def test_what_the_text_points_to_is_there():
     )
     defined = re.findall(r"^@nox\.session.*\ndef (\w+)", (ROOT / "noxfile.py").read_text(), re.MULTILINE)
     assert sorted(sessions) == sorted(defined)
+    assert "--session" not in (ROOT / ".ci/run").read_text()  # which sessions run is said in noxfile.py
+
+
+def test_what_releasing_points_to_is_there():
+    text = (ROOT / "RELEASING.md").read_text()
+    for path in re.findall(f"`({FILES})`", text):
+        assert (ROOT / path).exists(), path
+    titles = {workflow["name"] for workflow in WORKFLOWS.values()}
+    assert set(re.findall(r"workflow \*(\w+)\*", text)) == titles - {"CI"}
+    for name in re.findall(r"`(\w+\.yml)`", text):
+        assert (ROOT / ".github/workflows" / name).exists(), name
 
 
 def test_a_method_has_five_steps_that_name_their_files():
@@ -84,8 +97,15 @@ def test_the_citation_is_of_this_version():
     assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == relaxit_jax.__version__
 
 
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob(".github/workflows/*.yml")}
+
+
+def runs(workflow):
+    return [step.get("run", "") for job in WORKFLOWS[workflow]["jobs"].values() for step in job["steps"]]
+
+
 def test_the_workflow_runs_ci_on_every_python():
-    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    workflow = WORKFLOWS["ci"]
     steps = workflow["jobs"]["run"]["steps"]
     assert steps[-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci/run", os.X_OK)
     assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the key "on" as true
@@ -94,18 +114,75 @@ def test_the_workflow_runs_ci_on_every_python():
         step["with"]["python-version"].split() for step in steps if "python" in step.get("uses", "")
     ]
     classifiers = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
-    assert sorted(pythons) == classifiers
+    after = re.search(r"PYTHONS = \[\*SUPPORTED, (.*)\]", (ROOT / "noxfile.py").read_text())[1]
+    assert sorted(pythons) == [*classifiers, after.strip('"')]
     requires = re.search(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
     assert pythons[-1] == requires  # the default is the last one: python3 of .ci/run
+
+
+def test_workflows_may_do_what_they_need_and_no_more():
+    """All read; publishing and deploying have rights of their own, by identity and not by a token."""
+    rights = {}
+    for name, workflow in WORKFLOWS.items():
+        assert workflow["permissions"] == {"contents": "read"}, name
+        for job_name, job in workflow["jobs"].items():
+            rights |= {job_name: job["permissions"]} if "permissions" in job else {}
+            assert job["timeout-minutes"] <= 120
+            for step in job["steps"]:
+                assert re.fullmatch(r"[\w./-]+@(release/)?v\d+", step.get("uses", "a@v1")), step
+    assert rights == {"publish": {"id-token": "write"}, "deploy": {"pages": "write", "id-token": "write"}}
+    assert "secrets" not in "".join(path.read_text() for path in ROOT.glob(".github/workflows/*.yml"))
+
+
+def test_workflows_call_sessions():
+    noxfile = (ROOT / "noxfile.py").read_text()
+    assert "nox --session wheel" in runs("release") and "nox --session site" in runs("site")
+    assert "nox --session nightly-${{ matrix.python }}" in runs("nightly")
+    for session in ("wheel", "site", "nightly"):
+        assert re.search(rf"^def {session}\(session\)", noxfile, re.MULTILINE), session
+    assert "python=PYTHONS[-2:]" in noxfile  # of nightly
+    pythons = WORKFLOWS["ci"]["jobs"]["run"]["steps"][1]["with"]["python-version"].split()
+    assert sorted(pythons)[-2:] == WORKFLOWS["nightly"]["jobs"]["suite"]["strategy"]["matrix"]["python"]
+    assert WORKFLOWS["release"]["jobs"]["publish"]["if"] == "github.event_name == 'push'"
+    assert set(WORKFLOWS["release"][True]["push"]) == {"tags"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "heading", "said"),
+    [
+        ("1.2.3", "1.2.3 (2027-01-01)", None),
+        ("1.2.4", "1.2.3 (2027-01-01)", "The tag is 1.2.4, but the version"),
+        ("v1.2.3", "1.2.3 (2027-01-01)", "The tag is v1.2.3, but the version"),
+        ("1.2.3", "1.2.3 (unreleased)", "still calls 1.2.3 unreleased"),
+    ],
+)
+def test_only_a_tag_of_the_version_is_released(tag, heading, said, tmp_path):
+    (script,) = [run for run in runs("release") if "GITHUB_REF_NAME" in run]
+    init = (ROOT / "relaxit_jax/__init__.py").read_text()
+    assert f'\n__version__ = "{relaxit_jax.__version__}"\n' in init
+    (tmp_path / "relaxit_jax").mkdir()
+    (tmp_path / "relaxit_jax/__init__.py").write_text(init.replace(relaxit_jax.__version__, "1.2.3"))
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {heading}\n")
+    done = subprocess.run(
+        ["bash", "-e", "-c", script], cwd=tmp_path, env=os.environ | {"GITHUB_REF_NAME": tag},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == bool(said)
+    assert said in done.stdout if said else done.stdout == ""
 
 
 def test_pre_commit_is_the_ruff_of_ci():
     """All that nox's lint session runs, at a version with which this tree passes."""
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     hooks = {hook["id"]: repo for repo in repos for hook in repo["hooks"]}
-    assert {"ruff-check", "ruff-format", "end-of-file-fixer", "trailing-whitespace", "check-yaml"} <= set(
-        hooks
-    )
+    assert {
+        "ruff-check",
+        "ruff-format",
+        "actionlint",
+        "end-of-file-fixer",
+        "trailing-whitespace",
+        "check-yaml",
+    } <= set(hooks)
     assert re.fullmatch(r"v\d+\.\d+\.\d+", hooks["ruff-check"]["rev"])
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
 
@@ -11,6 +12,7 @@ import pytest
 
 import relaxit_jax
 from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge
+from versions import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -19,12 +21,12 @@ PYTHON = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # What pages may write in capitals beside code: the rest may be a placeholder for a number or a table.
 CAPITALS = {"AUROC", "CHANGELOG", "ELBO", "ICLR", "JSON", "MCMC", "MNIST", "NUTS", "README", "SIMPLE"}
 CAPITALS |= {name.upper() for name in (*estimators.__all__, *elbo.__all__)}
-PICTURES = sorted(path.stem for path in (DOCS / "pictures").glob("*.py") if path.stem != "make")
+PICTURES = sorted(path.stem for path in (ROOT / "tools" / "pictures").glob("*.py") if path.stem != "make")
 
 
 @pytest.fixture(scope="module")
 def hooks():
-    return load("docs/hooks.py")
+    return load("tools/hooks.py")
 
 
 def load(path):
@@ -65,9 +67,9 @@ def test_what_a_page_includes_and_points_to_is_there(hooks, page):
     here = (DOCS / page).parent
     for link in re.findall(r"\]\(([^)#\s]+)[)#]", text):
         assert link.startswith("https://") or target(here / link).exists(), link
-    for path in re.findall(r"`((?:examples|benchmarks|tests|docs|relaxit_jax)/[\w./]*)`", text):
+    for path in re.findall(r"`((?:examples|benchmarks|tests|docs|relaxit_jax|tools)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-    for command in re.findall(r"python ((?:examples|benchmarks|docs)/[\w./]+)", text):
+    for command in re.findall(r"python ((?:examples|benchmarks|tools)/[\w./]+)", text):
         assert (ROOT / command).exists(), command
 
 
@@ -121,8 +123,8 @@ def test_directives_that_do_not_fit_say_so(hooks):
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_made(name, monkeypatch):
-    monkeypatch.syspath_prepend(DOCS / "pictures")
-    figure = load(f"docs/pictures/{name}.py").picture(50)
+    monkeypatch.syspath_prepend(ROOT / "tools" / "pictures")
+    figure = load(f"tools/pictures/{name}.py").picture(50)
     assert any(axis.has_data() for axis in figure.axes)
     plt.close(figure)
     used = "\n".join(PAGES.values())
@@ -130,10 +132,39 @@ def test_pictures_are_made(name, monkeypatch):
 
 
 def test_mutations_still_apply():
-    """What docs/mutations.py replaces stands in its file once, and its tests are there."""
-    for defect, file, old, new, files, _ in load("docs/mutations.py").MUTATIONS:
+    """What tools/mutations.py replaces stands in its file once, and its tests are there."""
+    for defect, file, old, new, files, _ in load("tools/mutations.py").MUTATIONS:
         assert (ROOT / file).read_text().count(old) == 1 and new != old, defect
         assert all((ROOT / "tests" / name).exists() for name in files.split()), defect
+
+
+def test_the_site_and_its_tools_are_apart():
+    """What is in docs/ is published or recorded; what makes it is in tools/."""
+    assert {path.suffix for path in DOCS.rglob("*") if path.is_file()} == {".css", ".md", ".png", ".txt"}
+    config = (ROOT / "mkdocs.yml").read_text()
+    for path in re.findall(r"\b[a-z]+/\w+\.py", config):
+        assert path.startswith("tools/") and (ROOT / path).exists(), path
+
+
+RECORDED = (
+    r"Recorded with (Python 3\.[\d.]+, )?JAX [\d.]+(, NumPyro [\d.]+)? on \d+ [\w ]+, 20\d\d-[\d to-]+\."
+)
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "outputs").iterdir()), ids=lambda path: path.name)
+def test_a_recorded_output_says_with_which_versions(path):
+    """In its last line; the tables of evidence in the last before their end."""
+    last = path.read_text().removesuffix("<!-- end -->\n").splitlines()[-1]
+    assert re.fullmatch(RECORDED, last.strip("*"))
+
+
+def test_every_result_says_with_which_versions_and_is_shown(hooks):
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    for path in results:
+        said = sentence(json.loads(path.read_text())["versions"])
+        assert re.fullmatch(RECORDED, said) and said in hooks.expand(f"{{{{ versions {path.stem} }}}}")
+    shown = re.findall(r"^{{ versions (\w+) }}$", "\n".join(PAGES.values()), re.MULTILINE)
+    assert sorted(shown) == [path.stem for path in results]
 
 
 def test_every_picture_is_shown():

@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
+from versions import versions
+
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 STEPS = {"numpyro_relax": 800, "vae": 1000}  # of training, enough for what the last cells assert
 MACHINE = re.compile(r"/(?:home|Users|root|tmp|work|opt|usr|var|mnt|srv)/|[A-Z]:\\\\|site-packages")
@@ -57,6 +59,7 @@ def test_notebook_can_be_shown(name):
         assert not MACHINE.search(text), text
     assert all(output.get("name") != "stderr" for output in outputs)
     assert found.metadata["kernelspec"]["name"] == "python3"
+    assert set(found.metadata["versions"]) == set(versions())
     assert (FOLDER / f"{name}.ipynb").stat().st_size < 400_000
 
 

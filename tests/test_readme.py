@@ -14,6 +14,7 @@ from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+RAW = "https://raw.githubusercontent.com/relaxit-jax/relaxit_jax/main/"
 
 
 @pytest.mark.usefixtures("fast_compilation")
@@ -50,6 +51,13 @@ def test_the_table_lists_every_sampler_and_only_what_exists():
         assert any(hasattr(room, name) for room in rooms) or name in ("shape", "tau", "eps", "runs"), name
     for name in distributions.__all__:  # a class with its sampler; the aliases have Pyro's names
         assert f"`{name}`" in README or name.startswith("RelaxedOneHot"), name
+
+
+def test_pictures_have_addresses_that_a_package_index_can_show():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert picture.startswith(RAW) and (ROOT / picture.removeprefix(RAW)).exists(), picture
 
 
 def test_what_the_readme_points_to_is_there():

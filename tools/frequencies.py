@@ -1,4 +1,4 @@
-"""How often a rare class of two wins by Gumbel noise of each dtype: python docs/frequencies.py
+"""How often a rare class of two wins by Gumbel noise of each dtype: python tools/frequencies.py
 
 Of argmax(logits + jax.random.gumbel(key, shape, dtype, mode=mode)), and of gumbel_softmax with hard=True.
 What it printed is in docs/outputs, of JAX 0.10 and of 0.12.
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import relaxit_jax as rj
+from versions import sentence, versions
 
 BLOCK = 2**21  # draws at once
 LOGITS = (-7.0, -10.0, -13.0)  # numbers that every dtype has
@@ -31,16 +32,17 @@ def wins(mode, dtype, blocks, logit, key):
 
 
 @click.command(help=__doc__)
-@click.option("--blocks", default=64, show_default=True, help="Of two million draws each, for every number.")
+@click.option("--blocks", default=64, show_default=True, help="Blocks of two million draws for every number.")
 def main(blocks):
     n, p = blocks * BLOCK, [float(jax.nn.sigmoid(logit)) for logit in LOGITS]
-    click.echo(f"JAX {jax.__version__}, {n:,} draws each")
+    click.echo(f"{n:,} draws each")
     click.echo(f"{'probability':32}" + "".join(f"{x:>11.2e}" for x in p))
     click.echo(f"{'standard error':32}" + "".join(f"{(x / n) ** 0.5:>11.1e}" for x in p))
     for dtype in ("bfloat16", "float16", "float32"):
         for name, mode in WAYS.items():
             hits = [int(wins(mode, dtype, blocks, logit, jax.random.key(0))) for logit in LOGITS]
             click.echo(f"{dtype:10}{name:22}" + "".join(f"{x / n:>11.2e}" for x in hits))
+    click.echo(sentence(versions()))
 
 
 if __name__ == "__main__":

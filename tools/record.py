@@ -1,8 +1,8 @@
-"""Runs an example as a tutorial tells it, and keeps its words and picture: python docs/record.py NAME ...
+"""Runs an example as a tutorial tells it, and keeps its words and picture: python tools/record.py NAME ...
 
-Writes docs/outputs/NAME.txt (the command and the last lines it printed) and docs/images/NAME.png, which the
-tutorial of that name shows. Without a name all are run, which takes an hour. Neither the folder nor how many
-seconds it took is kept, as both are others the next time.
+Writes docs/outputs/NAME.txt (the command, the last lines that it printed, and the versions) and
+docs/images/NAME.png, which the tutorial of that name shows. Without a name all are run, which takes an hour.
+Neither the folder nor how many seconds it took is kept, as both are others the next time.
 """
 
 import pathlib
@@ -13,6 +13,8 @@ import tempfile
 
 import click
 from PIL import Image
+
+from versions import sentence, versions
 
 ROOT = pathlib.Path(__file__).parents[1]
 LINES = 40  # of what was printed
@@ -48,7 +50,7 @@ def main(names):
                 raise click.ClickException(f"{command} ended with code {done.returncode}")
             printed = SECONDS.sub("", done.stdout.replace(folder, "runs/...")).splitlines()[-LINES:]
             (ROOT / "docs/outputs" / f"{name}.txt").write_text(
-                "\n".join([f"$ python {command}", *printed]) + "\n"
+                "\n".join([f"$ python {command}", *printed, sentence(versions())]) + "\n"
             )
             if picture:
                 copy_picture(pathlib.Path(folder) / picture, ROOT / "docs/images" / f"{name}.png")

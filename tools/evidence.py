@@ -1,4 +1,4 @@
-"""What other libraries draw and score, beside this one: python docs/evidence.py {relaxit,torch,tfp}
+"""What other libraries draw and score, beside this one: python tools/evidence.py {relaxit,torch,tfp}
 
 Prints the table of docs/moving.md, which takes it from docs/outputs/evidence_PEER.md. Each row is one claim,
 measured for both libraries with fixed seeds; standard errors stand behind +-. Needs the extra `peers`.
@@ -18,6 +18,7 @@ import torch
 
 import relaxit_jax as rj
 from relaxit_jax import distributions as rd
+from versions import sentence, versions
 
 warnings.filterwarnings("ignore", category=UserWarning)  # pyro's, on validation
 pyro, rx, approx = map(
@@ -327,7 +328,7 @@ def main(peer):
     )
     for part in PEERS[peer]:
         part()
-    click.echo("<!-- end -->")
+    click.echo(f"\n*{sentence(versions())}*\n<!-- end -->")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """What the site is built with beside Markdown: formulas, the examples' own code, what they printed.
 
 A page says `{{ source FILE NAME }}` for a function or class of a file, `{{ output NAME }}` for what
-`docs/record.py` wrote down of a run, and `{{ between FILE MARK }}` for what a file holds between comments.
+`tools/record.py` wrote down of a run, `{{ between FILE MARK }}` for what a file holds between comments, and
+`{{ versions NAME }}` for the versions that a result of the benchmarks was recorded with.
 So pages cannot drift from the code: a name that is gone stops the build. Formulas are MathML, made here; what
 a reader's browser shows needs neither a script nor a network.
 """
 
 import ast
 import html
+import json
 import pathlib
 import re
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+
+from versions import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIRECTIVE = re.compile(r"^{{ (\w+) ([^}]+) }}$", re.MULTILINE)
@@ -43,7 +47,13 @@ def between(file, mark):
     return found[1]
 
 
-DIRECTIVES = {"source": source, "output": output, "between": between}
+def versions(name):
+    """What a result of the benchmarks was recorded with."""
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["versions"]
+    return f"*`benchmarks/results/{name}.json`: {sentence(found)}*"
+
+
+DIRECTIVES = {"source": source, "output": output, "between": between, "versions": versions}
 
 
 def expand(markdown):

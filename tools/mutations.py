@@ -1,4 +1,4 @@
-"""Breaks the library on purpose, one line at a time, and tells which tests notice: python docs/mutations.py
+"""Breaks the library on purpose, one line at a time, and tells which tests notice: python tools/mutations.py
 
 Each defect is written into a copy of the package, and the tests that stand with it are run on that. What it
 printed is in docs/outputs/mutations.txt, for docs/correctness.md.
@@ -13,6 +13,8 @@ import sys
 import tempfile
 
 import click
+
+from versions import sentence, versions
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOISE, MATHS, GRADIENTS = (f"relaxit_jax/_{name}.py" for name in ("random", "math", "gradients"))
@@ -441,7 +443,7 @@ def tests_that_fail(file, old, new, files, expression):
     """Of the tests chosen, run on a copy with the defect: how many there were, and which failed how often."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for name in ("relaxit_jax", "tests", "benchmarks", "examples"):
+        for name in ("relaxit_jax", "tests", "benchmarks", "examples", "tools"):
             shutil.copytree(ROOT / name, copy / name)
         for name in ("pyproject.toml", "conftest.py"):
             shutil.copy(ROOT / name, copy)
@@ -468,6 +470,7 @@ def main(words):
         click.echo(f"{defect}: {sum(failed.values())} of {chosen}")
         for name, count in failed.items():
             click.echo(f"  {name}" + f" x {count}" * (count > 1))
+    click.echo(sentence(versions()))
 
 
 if __name__ == "__main__":

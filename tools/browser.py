@@ -1,4 +1,4 @@
-"""Opens every page of the built site in Chromium, as on a desk and on a phone: python docs/browser.py
+"""Opens every page of the built site in Chromium, as on a desk and on a phone: python tools/browser.py
 
 Says what is broken: an error of a script, a request that fails or leaves the site, a picture that does not
 load, a page wider than its window, TeX that was not rendered. Screenshots go to a folder, to be looked at.
@@ -69,9 +69,9 @@ def look(browser, address, path, window, picture):
 @click.option("--site", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path),
               default=ROOT / "site", show_default="site", help="The built site.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, path_type=pathlib.Path),
-              default=ROOT / "runs/site", show_default="runs/site", help="For screenshots.")  # fmt: skip
+              default=ROOT / "runs/site", show_default="runs/site", help="Screenshots go here.")  # fmt: skip
 @click.option(
-    "--browser", "name", help="Its executable; default: the first found of " + ", ".join(BROWSERS) + "."
+    "--browser", "name", help="Executable to run; default: the first found of " + ", ".join(BROWSERS) + "."
 )
 @click.argument("pages", nargs=-1)
 def main(site, out, name, pages):
