@@ -18,11 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
-import hand
 import relaxit_jax as rj
 from records import out_option, write
 from relaxit_jax import estimators as es
-from rows import ROWS, TAU, size_name
+from rows import ROWS, TAU, size_name, straight_through_bernoulli
 
 KEY = jax.random.key(0)
 BATCH, BITS, HIDDEN, PIXELS = 128, 20, 400, 784
@@ -89,7 +88,7 @@ def of_estimator(estimate, bits=BITS):
 
 
 def by_hand(key, f, q):
-    return f(hand.straight_through_bernoulli(key, q.logits))
+    return f(straight_through_bernoulli(key, q.logits))
 
 
 # --- what it grows with ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 
-from hand import SCALE, TAU, K, factor
+from rows import SCALE, TAU, K, factor
 
 
 def load(module):

@@ -71,7 +71,7 @@ class RLOO_ELBO(ELBO):
 
     References:
       W. Kool, H. van Hoof, M. Welling (2019), Buy 4 REINFORCE Samples, Get a Baseline for Free!, ICLR
-      workshop on deep reinforcement learning meets structured prediction.
+      workshop on deep reinforcement learning meets structured prediction, openreview:r1lgTGL5DE.
       J. Schulman, N. Heess, T. Weber, P. Abbeel (2015), Gradient Estimation Using Stochastic
       Computation Graphs, arXiv:1506.05254.
 

@@ -18,16 +18,23 @@ import relaxit_jax as rj
 from laws import (
     above_half,
     bernoulli,
+    binary_concrete,
     bit_pairs,
     bits_given_their_sum,
     categorical,
+    concrete,
     gaussian_argmax,
     gaussian_bits,
+    gaussian_copula,
+    gaussian_gate,
+    hard_concrete,
     hard_concrete_atoms,
     largest,
+    logistic_normal,
     orders,
     pair_index,
     root,
+    softmax_plus_plus,
     subsets,
     which_order,
     which_set,
@@ -45,6 +52,7 @@ class Case:
     event: tuple = ()  # event shape of a draw
     support: str = "unit"  # unit, simplex, decoupled, gate, bits, atoms, k_hot, order, number, doubly
     log_prob: Callable | None = None
+    formula: Callable | None = None  # (z, **element) -> log_prob as the paper writes it, in float64 by SciPy
     sample_options: dict = dataclasses.field(default_factory=dict)  # static, of the sampler alone
     log_space: bool = False
     pick: Callable | None = None  # the array of what is returned that the laws look at
@@ -59,6 +67,7 @@ class Case:
     atoms: Callable | None = None  # of one element: (P(0), P(1))
     no_gradient: tuple = ()  # differentiable arguments that rightly have none
     distribution: type | None = None  # the NumPyro class, of the same argument names
+    moments: bool = False  # mean and variance have a closed form; those of OneHot and exact bits always do
 
     def draw(self, key, shape=None, **params):
         """What the sampler returns, with this row's parameters unless told otherwise."""
@@ -209,7 +218,7 @@ COUNT = Case(
     "generalized_gumbel_softmax", rj.generalized_gumbel_softmax,
     {"logits": CLASSES, "values": f32([0.0, 1.0, 3.0], [0.0, 1.0, 3.0]), "tau": TAU}, (), "number",
     discrete=categorical, nearest=which_value,
-    distribution=rd.GeneralizedGumbelSoftmax,
+    distribution=rd.GeneralizedGumbelSoftmax, moments=True,
 )  # fmt: skip
 
 MATCHING = Case(
@@ -220,7 +229,7 @@ MATCHING = Case(
 CASES = [
     Case(
         "relaxed_bernoulli", rj.relaxed_bernoulli, {"logits": LOGITS, "tau": TAU},
-        log_prob=rj.relaxed_bernoulli_log_prob, log_space=True,
+        log_prob=rj.relaxed_bernoulli_log_prob, log_space=True, formula=binary_concrete,
         discrete=bernoulli, nearest=above_half,
         distribution=rd.RelaxedBernoulli,
     ),
@@ -232,9 +241,9 @@ CASES = [
     Case(
         "gaussian_bernoulli", rj.gaussian_bernoulli,
         {"loc": f32(0.3, 0.8), "scale": f32(0.4, 0.7)}, (), "gate",
-        log_prob=rj.gaussian_bernoulli_log_prob,
+        log_prob=rj.gaussian_bernoulli_log_prob, formula=gaussian_gate,
         atoms=lambda loc, scale: (sp.ndtr(-loc / scale), sp.ndtr((loc - 1) / scale)),
-        distribution=rd.GaussianRelaxedBernoulli,
+        distribution=rd.GaussianRelaxedBernoulli, moments=True,
     ),
     Case(
         "gaussian_bernoulli_hard", rj.gaussian_bernoulli,
@@ -243,7 +252,7 @@ CASES = [
     ),
     Case(
         "hard_concrete", rj.hard_concrete, {"logits": LOGITS, "tau": TAU}, (), "gate",
-        log_prob=rj.hard_concrete_log_prob, log_space=True, atoms=hard_concrete_atoms,
+        log_prob=rj.hard_concrete_log_prob, log_space=True, formula=hard_concrete, atoms=hard_concrete_atoms,
         discrete=bernoulli, nearest=above_half,
         distribution=rd.HardConcrete,
     ),
@@ -254,19 +263,21 @@ CASES = [
     Case(
         "straight_through_bernoulli", rj.straight_through_bernoulli, {"logits": LOGITS}, (), "bits",
         log_prob=rj.straight_through_bernoulli_log_prob, discrete=bernoulli, outcome=above_half,
+        formula=lambda z, logits: np.log(bernoulli(logits))[z.astype(int)],
         soft=lambda key, logits, shape: jnp.broadcast_to(jax.nn.sigmoid(logits), shape),
         distribution=rd.StraightThroughBernoulli,
     ),
     Case(
         "stochastic_times_smooth", rj.stochastic_times_smooth, {"logits": LOGITS}, (), "atoms",
         log_prob=rj.stochastic_times_smooth_log_prob,
+        formula=lambda z, logits: np.log(root(logits))[(z > 0).astype(int)],
         discrete=root, outcome=lambda draws: (np.asarray(draws, np.float64) > 0).astype(int),
-        distribution=rd.StochasticTimesSmooth,
+        distribution=rd.StochasticTimesSmooth, moments=True,
     ),
     Case(
         "correlated_bernoulli", rj.correlated_bernoulli,
         {"logits": GATES, "tau": TAU, "scale_tril": HALVES}, (2,),
-        log_prob=rj.correlated_bernoulli_log_prob, log_space=True,
+        log_prob=rj.correlated_bernoulli_log_prob, log_space=True, formula=gaussian_copula,
         discrete=bit_pairs, nearest=pair_index,
         distribution=rd.CorrelatedRelaxedBernoulli,
     ),
@@ -277,7 +288,7 @@ CASES = [
     ),
     Case(
         "gumbel_softmax", rj.gumbel_softmax, {"logits": CLASSES, "tau": TAU}, (3,), "simplex",
-        log_prob=rj.gumbel_softmax_log_prob, log_space=True,
+        log_prob=rj.gumbel_softmax_log_prob, log_space=True, formula=concrete,
         discrete=categorical, nearest=largest,
         distribution=rd.GumbelSoftmax,
     ),
@@ -289,6 +300,7 @@ CASES = [
     dataclasses.replace(
         ONE_HOT, name="straight_through_categorical", sampler=rj.straight_through_categorical,
         log_prob=lambda value, logits, **_: rj.straight_through_categorical_log_prob(value, logits),
+        formula=lambda z, logits, tau: z @ sp.log_softmax(logits),
         soft=tempered,
         distribution=rd.StraightThroughCategorical,
     ),
@@ -317,7 +329,7 @@ CASES = [
     ),
     Case(
         "invertible_gaussian", rj.invertible_gaussian, GAUSSIANS, (3,), "simplex",
-        log_prob=rj.invertible_gaussian_log_prob, log_space=True,
+        log_prob=rj.invertible_gaussian_log_prob, log_space=True, formula=softmax_plus_plus,
         discrete=gaussian_argmax, nearest=largest,
         distribution=rd.InvertibleGaussian,
     ),
@@ -328,12 +340,12 @@ CASES = [
     Case(
         "logistic_normal", rj.logistic_normal,
         {"loc": CLASSES, "scale": f32([0.6, 1.1, 0.8], [0.9, 0.5, 1.3])}, (3,), "simplex",
-        log_prob=rj.logistic_normal_log_prob, log_space=True,
+        log_prob=rj.logistic_normal_log_prob, log_space=True, formula=logistic_normal,
         distribution=rd.LogisticNormalSoftmax,
     ),
     Case(
         "logistic_normal_full", rj.logistic_normal, {"loc": CLASSES, "scale_tril": FACTORS}, (3,),
-        "simplex", log_prob=rj.logistic_normal_log_prob, log_space=True,
+        "simplex", log_prob=rj.logistic_normal_log_prob, log_space=True, formula=logistic_normal,
         distribution=rd.LogisticNormalSoftmax,
     ),
     COUNT,
@@ -345,6 +357,7 @@ CASES = [
     dataclasses.replace(
         ORDER, name="gumbel_top_k_ordered", pick=lambda draw: draw[0], no_gradient=("logits",),
         log_prob=lambda value, logits, k: rj.gumbel_top_k_log_prob(value, logits),
+        formula=lambda z, logits, k: np.log(orders(logits, k))[which_order(z)],
         discrete=orders, outcome=which_order,
     ),
     Case(
@@ -360,9 +373,10 @@ CASES = [
     Case(
         "simple_top_k", rj.simple_top_k, {"logits": ITEMS, "k": 2}, (4,), "k_hot",
         log_prob=rj.simple_top_k_log_prob, discrete=bits_given_their_sum, outcome=which_set,
+        formula=lambda z, logits, k: np.log(bits_given_their_sum(logits, k))[which_set(z)],
         soft=lambda key, logits, k, shape:
             jnp.broadcast_to(rj.simple_top_k_marginals(logits, k), (*shape, logits.shape[-1])),
-        distribution=rd.SimpleTopK,
+        distribution=rd.SimpleTopK, moments=True,
     ),
     MATCHING,  # hard draws are in test_permutation.py: an assignment takes long to compile
 ]  # fmt: skip

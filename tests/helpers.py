@@ -65,9 +65,6 @@ DISCRETE = {
     case.distribution for case in DISTRIBUTIONS
     if issubclass(case.distribution, (rd.OneHotCategorical, rd.StraightThroughBernoulli))
 }  # fmt: skip
-# a sum over atoms, and an integral of a Gaussian between them
-MOMENTS = DISCRETE | {rd.StochasticTimesSmooth, rd.GaussianRelaxedBernoulli, rd.GeneralizedGumbelSoftmax}
-MOMENTS |= {rd.SimpleTopK}
 
 
 def has_law(case):
@@ -76,7 +73,7 @@ def has_law(case):
 
 
 def has_moments(case):
-    return case.distribution in MOMENTS and has_law(case)
+    return (case.moments or case.distribution in DISCRETE) and has_law(case)
 
 
 def arrays(case):

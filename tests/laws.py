@@ -143,20 +143,3 @@ def logistic_normal(z, loc, scale=None, scale_tril=None):
     ratios = np.eye(len(loc))[:-1] - np.eye(len(loc))[-1]
     a = ratios @ (np.diag(scale) if scale_tril is None else scale_tril)
     return st.multivariate_normal(ratios @ loc, a @ a.T).logpdf(np.log(z) @ ratios.T) - np.log(z).sum(-1)
-
-
-LOG_LAWS = {
-    "relaxed_bernoulli": binary_concrete,
-    "gaussian_bernoulli": gaussian_gate,
-    "hard_concrete": hard_concrete,
-    "straight_through_bernoulli": lambda z, logits: np.log(bernoulli(logits))[z.astype(int)],
-    "stochastic_times_smooth": lambda z, logits: np.log(root(logits))[(z > 0).astype(int)],
-    "correlated_bernoulli": gaussian_copula,
-    "gumbel_softmax": concrete,
-    "straight_through_categorical": lambda z, logits, tau: z @ sp.log_softmax(logits),
-    "invertible_gaussian": softmax_plus_plus,
-    "logistic_normal": logistic_normal,
-    "logistic_normal_full": logistic_normal,
-    "gumbel_top_k_ordered": lambda z, logits, k: np.log(orders(logits, k))[which_order(z)],
-    "simple_top_k": lambda z, logits, k: np.log(bits_given_their_sum(logits, k))[which_set(z)],
-}

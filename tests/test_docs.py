@@ -47,8 +47,9 @@ def test_snippets_run(page):
     jax.block_until_ready([x for x in names.values() if isinstance(x, jax.Array)])
 
 
-def test_the_reference_has_every_public_name_once():
-    listed = re.findall(r"^::: (\S+)$", "\n".join(PAGES.values()), re.MULTILINE)
+def test_the_reference_has_every_public_name_once(hooks):
+    pages = "\n".join(map(hooks.expand, PAGES.values()))
+    listed = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
     rooms = (estimators, diagnostics, distributions, handlers, elbo)
     public = {f"{room.__name__}.{name}" for room in rooms for name in room.__all__}
     public |= {f"relaxit_jax.{name}" for name in relaxit_jax.__all__ if callable(getattr(relaxit_jax, name))}
@@ -140,7 +141,13 @@ def test_mutations_still_apply():
 
 def test_the_site_and_its_tools_are_apart():
     """What is in docs/ is published or recorded; what makes it is in tools/."""
-    assert {path.suffix for path in DOCS.rglob("*") if path.is_file()} == {".css", ".md", ".png", ".txt"}
+    assert {path.suffix for path in DOCS.rglob("*") if path.is_file()} == {
+        ".css",
+        ".md",
+        ".png",
+        ".toml",
+        ".txt",
+    }
     config = (ROOT / "mkdocs.yml").read_text()
     for path in re.findall(r"\b[a-z]+/\w+\.py", config):
         assert path.startswith("tools/") and (ROOT / path).exists(), path

@@ -3,6 +3,8 @@
 A page says `{{ source FILE NAME }}` for a function or class of a file, `{{ output NAME }}` for what
 `tools/record.py` wrote down of a run, `{{ between FILE MARK }}` for what a file holds between comments, and
 `{{ versions NAME }}` for the versions that a result of the benchmarks was recorded with.
+`{{ methods VIEW }}`, `{{ samplers FAMILY }}` and `{{ classes FAMILY }}` come from docs/methods.toml
+(tools/method_tables.py).
 So pages cannot drift from the code: a name that is gone stops the build. Formulas are MathML, made here; what
 a reader's browser shows needs neither a script nor a network.
 """
@@ -16,6 +18,7 @@ import re
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+from method_tables import classes, methods, samplers
 from versions import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -53,7 +56,10 @@ def versions(name):
     return f"*`benchmarks/results/{name}.json`: {sentence(found)}*"
 
 
-DIRECTIVES = {"source": source, "output": output, "between": between, "versions": versions}
+DIRECTIVES = {
+    "source": source, "output": output, "between": between, "versions": versions,
+    "methods": methods, "samplers": samplers, "classes": classes,
+}  # fmt: skip
 
 
 def expand(markdown):

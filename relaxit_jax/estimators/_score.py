@@ -38,7 +38,7 @@ def reinforce(
 
     References:
       R. J. Williams (1992), Simple statistical gradient-following algorithms for connectionist
-      reinforcement learning, Machine Learning 8.
+      reinforcement learning, Machine Learning 8, doi:10.1007/BF00992696.
 
     The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
 
@@ -85,7 +85,7 @@ def rloo(key: Array, f: Callable[[Array], ArrayLike], q: es.Family, *, num_sampl
 
     References:
       W. Kool, H. van Hoof, M. Welling (2019), Buy 4 REINFORCE Samples, Get a Baseline for Free!,
-      ICLR workshop.
+      ICLR workshop, openreview:r1lgTGL5DE.
 
     The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
 

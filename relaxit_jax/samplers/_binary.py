@@ -283,7 +283,7 @@ def correlated_bernoulli(
 
     References:
       C. Lee, F. Imrie, M. van der Schaar (2022), Self-Supervision Enhanced Feature Selection with
-      Correlated Gates, ICLR.
+      Correlated Gates, ICLR, openreview:oDFvtxzPOx.
 
     >>> half = jnp.array([[1.0, 0.0], [0.5, 0.75**0.5]])
     >>> z = correlated_bernoulli(jax.random.key(0), jnp.zeros(2), 0.1, half, shape=(5,))

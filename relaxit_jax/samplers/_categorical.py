@@ -282,7 +282,7 @@ def logistic_normal(
 
     References:
       J. Aitchison, S. M. Shen (1980), Logistic-normal distributions: some properties and uses,
-      Biometrika 67.
+      Biometrika 67, doi:10.1093/biomet/67.2.261.
 
     >>> logistic_normal(jax.random.key(0), jnp.log(jnp.array([0.2, 0.8])), 1e-6).round(3)
     Array([0.2, 0.8], dtype=float32)
