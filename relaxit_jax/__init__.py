@@ -1,7 +1,9 @@
-"""relaxit_jax: discrete random variables that train.
+"""Discrete random variables that train: relaxations, their densities and unbiased gradients.
 
-Samplers take a JAX key first, unconstrained parameters, and a temperature `tau`; each stands beside
-its log-density `<sampler>_log_prob`. They are pure functions for use inside a jitted step.
+Call a sampler inside a jitted step: ``relaxit_jax.<name>(key, parameters..., *, shape=None, ...)``. If it has
+a log-density, that is ``relaxit_jax.<name>_log_prob(value, parameters...)``. The submodules hold NumPyro
+distributions, handlers and an unbiased bound for NumPyro models, gradient estimators, and a report on which
+estimator your problem wants. Each is imported at its first use.
 """
 
 import importlib

@@ -171,7 +171,7 @@ def test_every_result_says_with_which_versions_and_is_shown(hooks):
         said = sentence(json.loads(path.read_text())["versions"])
         assert re.fullmatch(RECORDED, said) and said in hooks.expand(f"{{{{ versions {path.stem} }}}}")
     shown = re.findall(r"^{{ versions (\w+) }}$", "\n".join(PAGES.values()), re.MULTILINE)
-    assert sorted(shown) == [path.stem for path in results]
+    assert sorted(set(shown)) == [path.stem for path in results]
 
 
 def test_every_picture_is_shown():

@@ -1,4 +1,4 @@
-"""Which estimator does a problem want? Bias, variance and cost of each, measured on the problem itself."""
+"""Measure bias, variance and cost of gradient estimators and samplers on your own problem."""
 
 from relaxit_jax.diagnostics._measure import from_sampler, gradient_report
 from relaxit_jax.diagnostics._report import GradientReport

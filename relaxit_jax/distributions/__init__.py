@@ -1,9 +1,9 @@
-"""The methods as NumPyro distributions: thin classes over the samplers, for `numpyro.sample`.
+"""Relaxed and straight-through distributions for `numpyro.sample`.
 
-Parameters go by keyword and have the names that the sampler gives them; `probs` can stand for
-`logits`: ``GumbelSoftmax(logits=..., tau=...)`` or ``GumbelSoftmax(probs=..., tau=...)``. Draws at a
-low temperature round to vertices, where no density is right: put `relaxit_jax.handlers.unrounded`
-around model and guide.
+Pass parameters by keyword, with the names that the sampler gives them. ``probs`` can replace ``logits``:
+``GumbelSoftmax(logits=..., tau=...)`` or ``GumbelSoftmax(probs=..., tau=...)``. At a low temperature a draw
+rounds to a one-hot vector or a bit, where its density is not finite. To score the draw before it is rounded,
+wrap model and guide in `relaxit_jax.handlers.unrounded`.
 """
 
 from relaxit_jax.distributions._binary import (

@@ -1,9 +1,9 @@
 """Unbiased gradients of an expectation over discrete draws, E f(b).
 
-``estimator(key, f, q, **options)`` returns an array of ``q.batch_shape``, an unbiased value of E f(b),
-and `jax.grad` of its sum is an unbiased gradient for all that the logits of q and f depend on. The gradient
-can be differentiated again: derivatives of every order, mixed ones included, are unbiased too. ``f`` maps an
-array of ``q.shape`` to one of ``q.batch_shape``.
+Call ``estimator(key, f, q, **options)``, where ``f`` maps an array of ``q.shape`` to one of
+``q.batch_shape``. The result is an unbiased value of E f(b), of shape ``q.batch_shape``. `jax.grad` of its
+sum is an unbiased gradient in everything that f and the logits of q depend on. You can differentiate it
+again: derivatives of every order are unbiased too, mixed ones included.
 """
 
 from relaxit_jax.estimators._antithetic import arm, disarm

@@ -1,4 +1,4 @@
-"""Effect handlers that make NumPyro models with discrete latents trainable."""
+"""Train NumPyro models with discrete latents: relax their sites, and make a guide for them."""
 
 from relaxit_jax.handlers._auto_mean_field import AutoMeanField
 from relaxit_jax.handlers._relax import relax

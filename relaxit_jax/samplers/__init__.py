@@ -1,4 +1,4 @@
-"""Samplers and their log-densities, one file per family."""
+"""Draw relaxed and straight-through discrete variables, and score them. One file per family."""
 
 from relaxit_jax.samplers._binary import (
     correlated_bernoulli,
