@@ -236,7 +236,7 @@ class AutoMeanField(AutoGuide):
                     guide = self._continuous({s["name"] for s in group})
                 self._parts.append(guide)
         # Of a trace NumPyro asks a guide for its deterministic sites; the values may be tracers.
-        self.prototype_trace = {name: {"type": s["type"]} for name, s in trace.items()}
+        self.prototype_trace: Any = {name: {"type": s["type"]} for name, s in trace.items()}
 
     def _continuous(self, names):
         others = functools.partial(_is_other_latent, names)
@@ -247,7 +247,7 @@ class AutoMeanField(AutoGuide):
     def _open_plates(self, *args, **kwargs):
         return list(self._plates.values())
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_plates": {}}
 
     def _masks(self, rows, args, kwargs):
