@@ -50,8 +50,8 @@ def test_snippets_run(page):
 def test_the_reference_has_every_public_name_once(hooks):
     pages = "\n".join(map(hooks.expand, PAGES.values()))
     listed = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
-    rooms = (estimators, diagnostics, distributions, handlers, elbo)
-    public = {f"{room.__name__}.{name}" for room in rooms for name in room.__all__}
+    modules = (estimators, diagnostics, distributions, handlers, elbo)
+    public = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}
     public |= {f"relaxit_jax.{name}" for name in relaxit_jax.__all__ if callable(getattr(relaxit_jax, name))}
     public |= {
         f"relaxit_jax.laplace_bridge.{name}"

@@ -51,11 +51,11 @@ def test_commands_are_those_that_ci_runs():
 
 
 def test_names_are_those_of_the_library():
-    rooms = (relaxit_jax, diagnostics, distributions, elbo, estimators, handlers, numpyro.infer)
+    modules = (relaxit_jax, diagnostics, distributions, elbo, estimators, handlers, numpyro.infer)
     names = re.findall(r"`(?:estimators\.)?(\w+)`", README)
     assert len(names) > 20
     for name in names:
-        assert any(hasattr(room, name) for room in rooms), name
+        assert any(hasattr(module, name) for module in modules), name
 
 
 def test_which_method_has_six_rows():

@@ -21,9 +21,9 @@ def records(family=None):
     return {name: record for name, record in found.items() if family in (None, record["family"])}
 
 
-def code(*names, room=""):
+def code(*names, module=""):
     """Names of the package as links to the reference."""
-    return ", ".join(f"[`{name}`][relaxit_jax.{room}{name}]" for name in names) or NONE
+    return ", ".join(f"[`{name}`][relaxit_jax.{module}{name}]" for name in names) or NONE
 
 
 def papers(sources):
@@ -54,7 +54,7 @@ def gradients(name, record):
 def densities(name, record):
     classes, related = record.get("classes", ()), record.get("related", ())
     if "density" in record or classes or related:
-        yield code(name), log_density(record), code(*classes, room="distributions."), code(*related)
+        yield code(name), log_density(record), code(*classes, module="distributions."), code(*related)
 
 
 VIEWS = {
