@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import re
 import tempfile
 
 import jax
@@ -37,6 +38,15 @@ def pytest_addoption(parser):
         "--all", action="store_true",
         help="Run every test. The default is the quick tier: no test marked `whole`, unless files are named.",
     )  # fmt: skip
+
+
+WHOLE_MODULE = re.compile(r"^pytestmark = [^\n]*(\n    [^\n]*)*pytest\.mark\.whole", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Importing a module takes seconds, which the quick tier does not spend on one that is marked `whole`."""
+    quick = not config.option.all and collection_path.suffix == ".py"
+    return True if quick and WHOLE_MODULE.search(collection_path.read_text()) else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -46,7 +46,7 @@ os.environ.setdefault("UV_NATIVE_TLS", "1")  # the certificates of this machine,
 def tests(session):
     """The whole suite, with the newest versions."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "--all", *session.posargs)
 
 
 @nox.session(python=OTHERS)
@@ -65,7 +65,7 @@ def nightly(session):
     session.install("-e", ".[test]")
     session.install("--upgrade", "numpyro @ git+https://github.com/pyro-ppl/numpyro")
     session.install("--upgrade", "--pre", "--extra-index-url", index, "jax", "jaxlib")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "--all", *session.posargs)
 
 
 @nox.session(python=DEFAULT)

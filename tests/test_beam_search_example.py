@@ -13,7 +13,7 @@ import relaxit_jax as rj
 from command_lines import run
 
 KEY = jax.random.key(6)
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 def test_estimates_without_replacement():

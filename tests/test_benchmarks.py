@@ -25,7 +25,7 @@ import variance
 from rows import ROWS, K
 from versions import versions
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 def test_every_sampler_is_measured():

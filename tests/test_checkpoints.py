@@ -15,6 +15,8 @@ from checkpoints import Checkpoints
 from command_lines import bars, tiny
 from common import UserError
 
+pytestmark = pytest.mark.whole
+
 SETTINGS = {"seed": 0, "hidden": [8], "data": "5f1e"}
 HISTORY = [{"train": 9.25, "test": 8.5, "seconds": 0.5}]
 STATE = {"weights": jnp.arange(6.0).reshape(2, 3), "step": jnp.array(7)}

@@ -12,7 +12,7 @@ from scipy.special import softmax
 import choose_temperature as example
 from common import UserError
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 PROBLEM = example.make_problem(2, 3, 4)
 EXACT = [example.exact_gradient(PROBLEM[0], slopes) for slopes in PROBLEM[1]]
 

@@ -11,6 +11,8 @@ import pytest
 import common
 from command_lines import EXAMPLES, run
 
+pytestmark = pytest.mark.whole
+
 COMMANDS = [
     module
     for path in sorted(EXAMPLES.glob("*.py"))

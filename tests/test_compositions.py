@@ -43,6 +43,7 @@ KEY = jax.random.key(20261129)
 PARTICLES, DRAWS = 2, 3000
 Y, FAR = 0.8, 3.0  # what is observed; for NUTS far enough from the prior to count
 pytestmark = [
+    pytest.mark.whole,
     pytest.mark.usefixtures("fast_compilation"),
     pytest.mark.filterwarnings("ignore:.*does not support models with discrete:UserWarning"),
 ]

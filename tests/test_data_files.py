@@ -12,6 +12,8 @@ import pytest
 
 import common
 
+pytestmark = pytest.mark.whole
+
 IMAGES = np.random.default_rng(0).random((10, 2, 3), np.float32)
 
 

@@ -16,7 +16,7 @@ import devices
 from command_lines import EXAMPLES, TINY, bars, read, run
 from common import UserError, digest
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 ON_FOUR = """
 import json, re, sys

@@ -36,6 +36,7 @@ def load(path):
     return module
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if PYTHON.search(text)])
 def test_snippets_run(page):
@@ -121,6 +122,7 @@ def test_directives_that_do_not_fit_say_so(hooks):
         hooks.expand("{{ sauce examples/vae.py main }}")
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_made(name, monkeypatch):

@@ -28,7 +28,7 @@ from methods import METHODS
 from relaxit_jax.handlers import AutoMeanField
 
 KEY = jax.random.key(3)
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from common import load_labelled
 
 KEY = jax.random.key(11)
 KNOWN = np.array([8, 24, 40])  # where the hand-made classifier looks
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import feature_selection as fs
 
 STEPS, HIDDEN = 1500, 64
 KEY = jax.random.key(7)
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 def test_the_penalty_is_the_expected_number_of_open_gates():

@@ -13,7 +13,7 @@ import latents
 
 KEY = jax.random.key(11)
 N = 40_000
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 LARGEST = 2.5
 LAWS = {
     latents.Counts: lambda p: stats.poisson(LARGEST * p),

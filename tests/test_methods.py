@@ -21,7 +21,7 @@ LEARNED = ("correlated_bernoulli", "learned")
 EVERY_ROW = [*((name, "identity") for name in METHODS), LEARNED]
 # one method of each family; a prior and a KL are the family's
 EVERY_FAMILY = [*{METHODS[name].family: (name, "identity") for name in SAMPLERS}.values(), LEARNED]
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 @functools.cache

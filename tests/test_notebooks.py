@@ -15,6 +15,8 @@ import pytest
 
 from versions import versions
 
+pytestmark = pytest.mark.whole
+
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 STEPS = {"numpyro_relax": 800, "vae": 1000}  # of training, enough for what the last cells assert
 MACHINE = re.compile(r"/(?:home|Users|root|tmp|work|opt|usr|var|mnt|srv)/|[A-Z]:\\\\|site-packages")

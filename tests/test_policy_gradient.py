@@ -14,7 +14,7 @@ import pytest
 import common
 import policy_gradient as example
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 KEY = jax.random.key(8)
 HORIZON, STATES, END = 3, 2, 2
 NEXT = np.array([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]], [[0.2, 0.4, 0.4], [0.7, 0.2, 0.1]]])  # [s, a, s']

@@ -16,6 +16,8 @@ import posteriors
 from relaxit_jax import distributions as rd
 from relaxit_jax.handlers import relax, unrounded
 
+pytestmark = pytest.mark.whole
+
 quick = pytest.mark.usefixtures("fast_compilation")
 KEY = jax.random.key(20261122)
 

@@ -14,7 +14,7 @@ from relaxit_jax import estimators as es
 
 KEY = jax.random.key(11)
 
-pytestmark = quick
+pytestmark = [quick, pytest.mark.whole]
 WEIGHT = 0.7
 # a batch of one; one of these bits has a logit of 0, where the law of an antithetic pair has a kink
 LOGITS = {family: logits[1:] for family, (_, logits) in FAMILIES.items()}

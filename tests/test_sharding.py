@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import relaxit_jax as rj
 from cases import BY_NAME, CASES, DISTRIBUTIONS, is_discrete
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 KEY = jax.random.key(20261123)
 HALVES = 2  # of the rows, for two workers

@@ -14,7 +14,7 @@ import sort_digits
 from command_lines import run
 
 KEY = jax.random.key(5)
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 def test_network_is_two_convolutions_and_two_layers():

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 import relaxit_jax as rj
 import sparse_network as example
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 KEY = jax.random.key(6)
 SIZES = (7, 6, 5, example.CLASSES)
 RNG = np.random.default_rng(6)

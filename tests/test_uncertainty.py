@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 import foreign
 import uncertainty as example
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 RNG = np.random.default_rng(5)
 PHI = np.column_stack([RNG.normal(size=(40, 2)), np.ones(40)])  # two features and the bias
 LABELS = RNG.integers(0, 3, 40)

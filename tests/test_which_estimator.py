@@ -14,7 +14,7 @@ from relaxit_jax import diagnostics
 from relaxit_jax import estimators as es
 
 KEY = jax.random.key(6)
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 def test_the_log_evidence_is_that_of_the_gaussian_with_slopes_integrated_out():
