@@ -426,6 +426,15 @@ def test_what_other_functions_of_samples_return_is_looked_at(returned):
             es.value_and_grads(loss, jnp.zeros((2, 3)), 0.0)
 
 
+def test_a_pair_of_numbers_is_no_batch_of_two():
+    """JAX would stack the two, which then have the batch shape."""
+    pair = lambda b: (jnp.sum(b[0]), jnp.sum(b[1]))
+    for f in (pair, lambda b: list(pair(b))):
+        for estimator in ESTIMATORS.values():
+            with pytest.raises(ValueError, match=r"^f must be a function with floating-point values, got a "):
+                estimator(KEY, f, BITS)
+
+
 @pytest.mark.parametrize("shape", [(3,), (0,), (2, 1), (5, 2)])
 def test_a_baseline_has_the_batch_shape(shape):
     with pytest.raises(ValueError, match=r"^baseline must .* batch shape \(2,\) of q, got shape "):
@@ -534,6 +543,14 @@ def test_shapes_that_do_not_fit_are_named():
         rd.GumbelSoftmaxTopK(logits=jnp.zeros(4), k=2, tau=1.0, hard=True).log_prob(1.0)
     with pytest.raises(ValueError, match=r"^value must be of shape \(\.\.\., 4\), got shape \(3,\)"):
         rd.GumbelSoftmaxTopK(logits=jnp.zeros(4), k=2, tau=1.0, hard=True).log_prob(jnp.array([1.0, 1, 0]))
+
+
+@pytest.mark.parametrize("number", [-1, 0, 2.5, "a", True])
+def test_a_number_of_values_is_looked_at_before_the_model_runs(number):
+    """Also where no site is a count, so that nobody would ask for it."""
+    for bad, name in ((number, "num_values"), ({"z": number}, r"num_values\['z'\]")):
+        with pytest.raises(ValueError, match=rf"^{name} must be an integer in .*, got "):
+            hd.relax(lambda: None, tau=0.5, num_values=bad)
 
 
 def test_none_is_no_bad_number_of_values():

@@ -436,6 +436,38 @@ MUTATIONS = [
         "test_sharding.py",
         "asks_nobody",
     ),
+    (
+        "AutoMeanField masks nothing",
+        "relaxit_jax/handlers/_auto_mean_field.py",
+        'return {name: _mask(trace[name]["fn"])[0] for name in self._sites}',
+        "return {}",
+        "test_auto_mean_field.py",
+        "its_rows",
+    ),
+    (
+        "quantiles of bits are those of their opposite",
+        "relaxit_jax/handlers/_auto_mean_field.py",
+        'below = 1 - probs[..., None] if self.kind == "bit"',
+        'below = probs[..., None] if self.kind == "bit"',
+        "test_auto_mean_field.py",
+        "quantiles",
+    ),
+    (
+        "num_values is not checked before the model runs",
+        "relaxit_jax/handlers/_site.py",
+        "arg.as_static_int(which, number, 1, counts.MOST_VALUES)",
+        "pass",
+        "test_errors.py test_auto_mean_field.py",
+        "num_values",
+    ),
+    (
+        "what f returns is not looked at",
+        f"{ESTIMATORS}/_estimate.py",
+        "arg.require(jax.tree.structure(value) == jax.tree.structure(0), name,",
+        "arg.require(True, name,",
+        "test_errors.py",
+        "what_f_returns",
+    ),
 ]
 
 
