@@ -416,6 +416,23 @@ WRONG = {
 }
 
 
+def test_auto_mean_field_knows_the_sites_of_num_values():
+    """A name that no discrete site has is refused; a site with obs_mask goes by its own name."""
+    with pytest.raises(
+        ValueError, match=r"num_values must be names of the discrete sites .*, got 'loc', 'm'"
+    ):
+        handlers.seed(AutoMeanField(everything, num_values={"n": 9, "m": 3, "loc": 2}), 0)()
+
+    def model():
+        seen = np.array([True, False])
+        with numpyro.plate("rows", 2):
+            numpyro.sample("k", dist.Poisson(2.0), obs=jnp.array([1, 0]), obs_mask=seen)
+
+    guide = AutoMeanField(model, num_values={"k": 7})
+    trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
+    assert trace["k_unobserved_auto_logits"]["value"].shape == (2, 7)
+
+
 @pytest.mark.parametrize(("name", "wrong"), [(name, x) for name, row in WRONG.items() for x in row], ids=repr)
 def test_auto_mean_field_names_what_it_is_given(name, wrong):
     given = {"model": everything, name: wrong}

@@ -23,6 +23,7 @@ from numpyro.primitives import Messenger
 from relaxit_jax import _arguments as arg
 from relaxit_jax import _numpyro as npr
 from relaxit_jax import distributions as rd
+from relaxit_jax.handlers import _relaxation as rl
 from relaxit_jax.handlers import _site as site
 from relaxit_jax.handlers import _wrappers as wr
 
@@ -235,6 +236,11 @@ class AutoMeanField(AutoGuide):
                 else:
                     guide = self._continuous({s["name"] for s in group})
                 self._parts.append(guide)
+        if isinstance(self.num_values, Mapping):
+            known = {name.removesuffix(rl.UNOBSERVED) for name in self._sites} | set(self._sites)
+            unknown = sorted(map(repr, set(self.num_values) - known))
+            need = f"names of the discrete sites {sorted(self._sites)}"
+            arg.require(not unknown, "num_values", need, ", ".join(unknown))
         # Of a trace NumPyro asks a guide for its deterministic sites; the values may be tracers.
         self.prototype_trace: Any = {name: {"type": s["type"]} for name, s in trace.items()}
 
@@ -262,7 +268,8 @@ class AutoMeanField(AutoGuide):
         name, fn = message["name"], message["fn"]
         stack = [frame for frame in message["cond_indep_stack"] if frame.name in self._prototype_frames]
         d = wr.innermost(fn)
-        given = self.num_values.get(name) if isinstance(self.num_values, dict) else self.num_values
+        by_name = isinstance(self.num_values, Mapping)
+        given = rl.of_site(self.num_values, name, None) if by_name else self.num_values
         law = site.law_of(name, d, given)
         possible = site.possible(law, d)
         if depends:

@@ -54,14 +54,14 @@ class Options:
 
     def method_of(self, name: str) -> Any:
         """The method of a site; None if it is to be left as it is."""
-        return _of_site(self.config, name, self.method)
+        return of_site(self.config, name, self.method)
 
     def has_own_method(self, name: str) -> bool:
-        return _of_site(self.config, name, None) is not None
+        return of_site(self.config, name, None) is not None
 
     def num_values_of(self, name: str) -> int | None:
         return (
-            _of_site(self.num_values, name, None) if isinstance(self.num_values, Mapping) else self.num_values
+            of_site(self.num_values, name, None) if isinstance(self.num_values, Mapping) else self.num_values
         )
 
     def check_names(self, met: Collection[str]) -> None:
@@ -74,7 +74,7 @@ class Options:
             arg.require(not unknown, option, need, ", ".join(sorted(map(repr, unknown))))
 
 
-def _of_site(table, name, default):
+def of_site(table, name, default):
     """The unobserved part of a site also goes by the name of the site."""
     return table.get(name, table.get(name.removesuffix(UNOBSERVED), default))
 
