@@ -60,8 +60,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     """What one worker of pytest-xdist has compiled, the others and the examples' processes need not."""
-    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput"):
-        config.option.all = True  # who names a file wants all of it
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:  # who names a file wants all of it
+        config.option.all = True
     if not config.getoption("numprocesses", None):
         return
     cheap = [f"--{name}={str(value).lower()}" for name, value in known(CHEAP).items()]
