@@ -466,7 +466,7 @@ MUTATIONS = [
         "arg.require(jax.tree.structure(value) == jax.tree.structure(0), name,",
         "arg.require(True, name,",
         "test_errors.py",
-        "what_f_returns",
+        "what_f_returns or a_pair_of",
     ),
 ]
 
