@@ -15,20 +15,6 @@ from numpyro.handlers import replay
 from numpyro.primitives import _PYRO_STACK, _masked_observe
 from numpyro.util import _validate_model
 
-__all__ = [
-    "OnReplay",
-    "active_handlers",
-    "is_one_step",
-    "is_used_as_index",
-    "is_within_obs_mask",
-    "replaces_scan_body",
-    "replayed_site",
-    "runs_cond",
-    "runs_scan",
-    "scan_index",
-    "validate_model",
-]
-
 # Warns where a model's plates and sites do not fit together, as NumPyro's own bounds do.
 validate_model = _validate_model
 
@@ -59,15 +45,30 @@ def runs_cond(fn: Any) -> bool:
     return fn is cond_wrapper
 
 
-def replaces_scan_body(msg: dict[str, Any], around: Callable[[Any], Any]) -> None:
+def wrap_scan_body(msg: dict[str, Any], around: Callable[[Any], Any]) -> None:
     """Put a handler around the body of a scan, its first argument: handlers outside do not reach inside."""
     body, *rest = msg["args"]
     msg["args"] = (around(body), *rest)
 
 
-def is_one_step(msg: dict[str, Any]) -> bool:
+def comes_from_flow(msg: dict[str, Any]) -> bool:
     """Whether a site comes out of a control flow that has run, whose sites go through the handlers again."""
     return bool(msg.get("_control_flow_done"))
+
+
+def is_subsampled(msg: dict[str, Any]) -> bool:
+    """Whether a plate shows a part of its rows: its arguments begin with its size and the subsample's."""
+    size, subsample = msg["args"][:2]
+    return subsample not in (None, size)
+
+
+def require_same_rows(msg: dict[str, Any], subsampled: set[str]) -> None:
+    """Refuse a site in a plate that is subsampled inside of a scan: `replay` does not hand on its indices."""
+    if any(frame.name in subsampled for frame in msg["cond_indep_stack"]):
+        raise ValueError(
+            f"The site '{msg['name']}' is in a subsampled plate inside of a scan, where NumPyro draws other "
+            "indices for the model than for the guide. Subsample before the scan."
+        )
 
 
 def scan_index(infer: dict[str, Any]) -> Any:

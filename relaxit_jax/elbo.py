@@ -248,8 +248,8 @@ class _Draws(Messenger):
         if msg["type"] == "control_flow":
             self.flow = msg["fn"]
             if npr.runs_scan(self.flow):
-                npr.replaces_scan_body(msg, lambda body: _Draws(body, self.guide, in_scan=True))
-        elif msg["type"] == "plate" and self.in_scan and msg["args"][1] not in (None, msg["args"][0]):
+                npr.wrap_scan_body(msg, lambda body: _Draws(body, self.guide, in_scan=True))
+        elif msg["type"] == "plate" and self.in_scan and npr.is_subsampled(msg):
             self.subsampled.add(msg["name"])
 
     def postprocess_message(self, msg):
@@ -260,16 +260,12 @@ class _Draws(Messenger):
             raise ValueError(
                 f"{name} is enumerated, and RLOO_ELBO draws: use TraceEnum_ELBO, or take the enumeration away"
             )
-        if npr.is_one_step(msg) and npr.runs_cond(self.flow):
+        if npr.comes_from_flow(msg) and npr.runs_cond(self.flow):
             raise ValueError(
                 f"{name} is inside of a cond, where NumPyro does not give the model the guide's draw: "
                 "draw it before the cond"
             )
-        if any(frame.name in self.subsampled for frame in msg["cond_indep_stack"]):
-            raise ValueError(
-                f"{name} is in a subsampled plate inside of a scan, where NumPyro draws other indices for "
-                "the model than for the guide: subsample before the scan"
-            )
+        npr.require_same_rows(msg, self.subsampled)
         if self.guide and not msg["fn"].has_rsample:
             msg["value"] = stop_gradient(msg["value"])
             msg["intermediates"] = None  # the density is that of the value, whatever it was made from

@@ -418,9 +418,7 @@ WRONG = {
 
 def test_auto_mean_field_knows_the_sites_of_num_values():
     """A name that no discrete site has is refused; a site with obs_mask goes by its own name."""
-    with pytest.raises(
-        ValueError, match=r"num_values must be names of the discrete sites .*, got 'loc', 'm'"
-    ):
+    with pytest.raises(ValueError, match=r"num_values must be names of the sites .*, got 'loc', 'm'"):
         handlers.seed(AutoMeanField(everything, num_values={"n": 9, "m": 3, "loc": 2}), 0)()
 
     def model():

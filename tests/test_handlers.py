@@ -302,3 +302,29 @@ class Unknown(dist.Distribution):
 
     def __init__(self):
         super().__init__((), (2,))
+
+
+@pytest.mark.parametrize(
+    ("handle", "law"),
+    [
+        (functools.partial(relax, tau=0.5), dist.Bernoulli(0.3)),
+        (unrounded, rd.HardConcrete(logits=0.3, tau=0.5)),
+    ],
+    ids=["relax", "unrounded"],
+)
+def test_rows_that_change_from_step_to_step_are_refused(handle, law):
+    """Replay hands the guide's values on, while NumPyro draws the rows of each step anew for the model."""
+
+    def model(subsample_size):
+        def step(carry, _):
+            with numpyro.plate("rows", 4, subsample_size=subsample_size):
+                numpyro.sample("z", law)
+            return carry, None
+
+        scan(step, 0.0, jnp.arange(3))
+
+    with pytest.raises(ValueError, match="site 'z' is in a subsampled plate inside of a scan"):
+        handlers.seed(handle(model), 0)(2)
+    for whole in (None, 4):
+        trace = handlers.trace(handlers.seed(handle(model), 0)).get_trace(whole)
+        assert trace["z"]["value"].shape == (3, 4)

@@ -76,7 +76,7 @@ def step(carry, x):
 
 
 def test_control_flows_are_messages_of_two_wrappers():
-    """Read by `runs_scan`, `runs_cond`, `replaces_scan_body` and `is_one_step`."""
+    """Read by `runs_scan`, `runs_cond`, `wrap_scan_body` and `comes_from_flow`."""
     branches = (lambda _: normal("z"), lambda _: normal("z"))
     for model, which in (
         (lambda: scan(step, 0.0, jnp.arange(3.0)), npr.runs_scan),
@@ -84,13 +84,13 @@ def test_control_flows_are_messages_of_two_wrappers():
     ):
         flows = seen(model, lambda msg: msg["type"] == "control_flow" and msg["fn"])
         assert any(which(fn) for fn in flows if fn), f"{CHANGED} the wrappers of scan and cond"
-        done = seen(model, lambda msg: msg["type"] == "sample" and npr.is_one_step(msg))
+        done = seen(model, lambda msg: msg["type"] == "sample" and npr.comes_from_flow(msg))
         assert any(done), f"{CHANGED} how sites come out of a control flow"
-    assert not any(seen(normal, npr.is_one_step))
+    assert not any(seen(normal, npr.comes_from_flow))
 
 
 def test_the_body_of_a_scan_is_its_first_argument():
-    """Read by `replaces_scan_body`: inside of the body handlers see each site without the steps' axis."""
+    """Read by `wrap_scan_body`: inside of the body handlers see each site without the steps' axis."""
     shapes = []
 
     def inside(body):
@@ -99,7 +99,7 @@ def test_the_body_of_a_scan_is_its_first_argument():
     class Around(Messenger):
         def process_message(self, msg):
             if msg["type"] == "control_flow" and npr.runs_scan(msg["fn"]):
-                npr.replaces_scan_body(msg, inside)
+                npr.wrap_scan_body(msg, inside)
 
     model = lambda: scan(step, 0.0, jnp.arange(3.0))
     handlers.seed(Around(model), KEY)()
@@ -120,7 +120,7 @@ def test_a_step_of_a_scan_is_told_its_index_under_replay():
     class Around(Messenger):
         def process_message(self, msg):
             if msg["type"] == "control_flow" and npr.runs_scan(msg["fn"]):
-                npr.replaces_scan_body(msg, Inside)
+                npr.wrap_scan_body(msg, Inside)
 
     with handlers.replay(trace=guide):
         handlers.seed(Around(model), KEY)()

@@ -40,8 +40,8 @@ class AutoMeanField(AutoGuide):
     The guide reads the model when it is first called. Make that call outside of `jax.jit`, as `SVI.init`
     does: inside, the prior's probabilities cannot be seen, and the logits start at zero.
 
-    Sites that the model masks are masked in the guide too, by the mask of each call. Sites in subsampled
-    plates get parameters for the whole plate.
+    Sites that the model masks are masked in the guide too, by the mask of each call, which must not depend on
+    draws. Sites in subsampled plates get parameters for the whole plate.
 
     Args:
       model: the model, not relaxed.
@@ -215,7 +215,7 @@ class AutoMeanField(AutoGuide):
             if name not in trace and sizes.get(name, frame.size) != frame.size:
                 raise ValueError(
                     f"The plate '{name}' is subsampled inside of a scan, where each step has other rows. "
-                    "Open the plate outside of the scan, or write the guide by hand."
+                    "Open the plate outside of the scan."
                 )
         # The plates inside of a scan are not the guide's: the trace has their sites in their whole shape.
         self._prototype_frames = {name: frame for name, frame in frames.items() if name in trace}
@@ -236,11 +236,7 @@ class AutoMeanField(AutoGuide):
                 else:
                     guide = self._continuous({s["name"] for s in group})
                 self._parts.append(guide)
-        if isinstance(self.num_values, Mapping):
-            known = {name.removesuffix(rl.UNOBSERVED) for name in self._sites} | set(self._sites)
-            unknown = sorted(map(repr, set(self.num_values) - known))
-            need = f"names of the discrete sites {sorted(self._sites)}"
-            arg.require(not unknown, "num_values", need, ", ".join(unknown))
+        rl.check_names("num_values", self.num_values, self._sites)
         # Of a trace NumPyro asks a guide for its deterministic sites; the values may be tracers.
         self.prototype_trace: Any = {name: {"type": s["type"]} for name, s in trace.items()}
 
@@ -268,8 +264,7 @@ class AutoMeanField(AutoGuide):
         name, fn = message["name"], message["fn"]
         stack = [frame for frame in message["cond_indep_stack"] if frame.name in self._prototype_frames]
         d = wr.innermost(fn)
-        by_name = isinstance(self.num_values, Mapping)
-        given = rl.of_site(self.num_values, name, None) if by_name else self.num_values
+        given = rl.num_values_of(self.num_values, name)
         law = site.law_of(name, d, given)
         possible = site.possible(law, d)
         if depends:
@@ -375,7 +370,7 @@ class _PlateSizes(Messenger):
         if msg["type"] == "plate":
             self.sizes[msg["name"]] = msg["args"][0]
         elif msg["type"] == "control_flow" and npr.runs_scan(msg["fn"]):
-            npr.replaces_scan_body(msg, functools.partial(_PlateSizes, sizes=self.sizes))
+            npr.wrap_scan_body(msg, functools.partial(_PlateSizes, sizes=self.sizes))
 
 
 def _is_other_latent(names, msg):

@@ -154,7 +154,7 @@ class relax(unrounded):
             msg["fn"] = wr.rewrap(msg["fn"], lambda _: relaxed)
             msg["infer"] = npr.OnReplay(msg["infer"], _require_relaxed_model)
             self._relaxed.add(id(msg))
-        elif npr.is_one_step(msg) and npr.runs_cond(self._flow):
+        elif npr.comes_from_flow(msg) and npr.runs_cond(self._flow):
             raise ValueError(
                 f"the site '{name}' is inside of a cond, where NumPyro replays nothing: draw it before the "
                 "cond, or leave it as it is by config"

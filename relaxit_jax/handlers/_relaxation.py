@@ -54,27 +54,34 @@ class Options:
 
     def method_of(self, name: str) -> Any:
         """The method of a site; None if it is to be left as it is."""
-        return of_site(self.config, name, self.method)
+        return _of_site(self.config, name, self.method)
 
     def has_own_method(self, name: str) -> bool:
-        return of_site(self.config, name, None) is not None
+        return _of_site(self.config, name, None) is not None
 
     def num_values_of(self, name: str) -> int | None:
-        return (
-            of_site(self.num_values, name, None) if isinstance(self.num_values, Mapping) else self.num_values
-        )
+        return num_values_of(self.num_values, name)
 
     def check_names(self, met: Collection[str]) -> None:
         """The sites that the options name are among those that were met."""
-        # the guide of a site with obs_mask has its unobserved part alone
-        known = set(met) | {name.removesuffix(UNOBSERVED) for name in met}
-        for option, named in (("config", self.config), ("num_values", self.num_values)):
-            unknown = set(named) - known if isinstance(named, Mapping) else ()
-            need = f"names of the sites {sorted(met)}"
-            arg.require(not unknown, option, need, ", ".join(sorted(map(repr, unknown))))
+        check_names("config", self.config, met)
+        check_names("num_values", self.num_values, met)
 
 
-def of_site(table, name, default):
+def check_names(option: str, table: Any, met: Collection[str]) -> None:
+    """The sites that a table names are among those that were met."""
+    # the guide of a site with obs_mask has its unobserved part alone
+    known = set(met) | {name.removesuffix(UNOBSERVED) for name in met}
+    unknown = set(table) - known if isinstance(table, Mapping) else ()
+    need = f"names of the sites {sorted(met)}"
+    arg.require(not unknown, option, need, ", ".join(sorted(map(repr, unknown))))
+
+
+def num_values_of(num_values: int | Mapping[str, int] | None, name: str) -> int | None:
+    return _of_site(num_values, name, None) if isinstance(num_values, Mapping) else num_values
+
+
+def _of_site(table, name, default):
     """The unobserved part of a site also goes by the name of the site."""
     return table.get(name, table.get(name.removesuffix(UNOBSERVED), default))
 

@@ -54,6 +54,8 @@ class unrounded(Messenger):
         arg.require(fn is None or callable(fn), "fn", "a model or a guide", arg.shown(fn))
         super().__init__(fn)
         self._infer = {}  # by message: what its `infer` was when it came in
+        self._in_scan = False  # whether it is around the body of a scan
+        self._subsampled = set()  # names of the plates that are subsampled there
 
     def __enter__(self) -> None:
         self._infer = {}
@@ -62,11 +64,15 @@ class unrounded(Messenger):
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "control_flow":
             if npr.runs_scan(msg["fn"]):
-                npr.replaces_scan_body(msg, self._again)
+                npr.wrap_scan_body(msg, self._inside)
+        elif msg["type"] == "plate" and self._in_scan and npr.is_subsampled(msg):
+            self._subsampled.add(msg["name"])
         elif msg["type"] == "sample" and not msg["is_observed"]:
             self._infer[id(msg)] = msg["infer"]
-            if _is_carried(msg["fn"]) and not isinstance(msg["fn"], wr.Masked):
-                msg["fn"] = wr.Masked(wr.rewrap(msg["fn"], lambda d: d), True)
+            if _is_carried(msg["fn"]):
+                npr.require_same_rows(msg, self._subsampled)
+                if not isinstance(msg["fn"], wr.Masked):
+                    msg["fn"] = wr.Masked(wr.rewrap(msg["fn"], lambda d: d), True)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         # in place: a `trace` further out has already taken its copy of the message
@@ -84,6 +90,12 @@ class unrounded(Messenger):
             else:
                 carried = of_step(carried, ndim + 1 - wr.innermost(msg["fn"]).event_dim)
             msg["intermediates"].append(carried)
+
+    def _inside(self, body):
+        """The same handler around the body of a scan."""
+        handler = self._again(body)
+        handler._in_scan = True
+        return handler
 
     def _again(self, fn):
         """The same handler around another function."""

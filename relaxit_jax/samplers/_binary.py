@@ -141,7 +141,7 @@ def straight_through_bernoulli(key: Array, logits: ArrayLike, *, shape: Sequence
     shape = arg.batch_shape(shape, logits=logits.shape)
     p = sigmoid(logits)
     bit = rng.bernoulli(key, p, sigmoid(-logits), shape)
-    return gr.straight_through(bit, jnp.broadcast_to(p, shape)).astype(dtype)
+    return gr.straight_through(bit, p).astype(dtype)
 
 
 def straight_through_bernoulli_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:

@@ -324,7 +324,7 @@ def _within(x, low):
     """
     info = jnp.finfo(x.dtype)
     inside = jnp.clip(x, low * float(info.tiny), float(info.max) / 1024)
-    return gr.straight_through(where(x < 0, jnp.nan, inside), jnp.broadcast_to(x, inside.shape))
+    return gr.straight_through(where(x < 0, jnp.nan, inside), x)
 
 
 def _successes(k, rest, logits):
