@@ -1,9 +1,9 @@
 """What the benchmarks compare: every sampler, hand-written JAX, and the peers that have it too.
 
 A draw is a function of a key and of logits (or means), everything else fixed. Peers of PyTorch draw from
-PyTorch's own generator: functions of logits alone. First comes what a user of JAX writes by hand for each
-method, as papers, blogs and code of authors have it. It is here to be timed, not to be right: some of it
-loses rare events, some is NaN at extremes.
+PyTorch's own generator: functions of logits alone. Hand-written JAX for each method comes first, as papers,
+blogs and the authors' code have it. It is here to be timed, not to be right: some of it loses rare events,
+some is NaN at extremes.
 """
 
 from collections.abc import Callable

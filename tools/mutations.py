@@ -468,6 +468,14 @@ MUTATIONS = [
         "test_errors.py",
         "what_f_returns or a_pair_of",
     ),
+    (
+        "no plate inside of a scan is seen to be subsampled",
+        "relaxit_jax/_numpyro.py",
+        "return subsample not in (None, size)",
+        "return False",
+        "test_handlers.py test_elbo.py",
+        "step_to_step or refus",
+    ),
 ]
 
 
