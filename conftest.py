@@ -1,8 +1,10 @@
 """What the doctests find in their namespace, and quicker compilation for the tests that ask for it."""
 
+import collections
 import functools
 import gc
 import os
+import pathlib
 import re
 import tempfile
 
@@ -36,32 +38,49 @@ def known(options):
 def pytest_addoption(parser):
     parser.addoption(
         "--all", action="store_true",
-        help="Run every test. The default is the quick tier: no test marked `whole`, unless files are named.",
+        help="Run every test. The default is the quick tier: no test marked `whole`, and of those marked "
+        "`few` some cases; where files are named, all of them.",
     )  # fmt: skip
+    parser.addoption("--quick", action="store_true", help="The quick tier, also of the files that are named.")
 
 
 WHOLE_MODULE = re.compile(r"^pytestmark = [^\n]*(\n    [^\n]*)*pytest\.mark\.whole", re.MULTILINE)
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Importing a module takes seconds, which the quick tier does not spend on one that is marked `whole`."""
-    quick = not config.option.all and collection_path.suffix == ".py"
-    return True if quick and WHOLE_MODULE.search(collection_path.read_text()) else None
+    """Importing a module takes seconds: not one without tests, nor, in the quick tier, one marked `whole`."""
+    if collection_path.suffix != ".py" or collection_path in named(config):
+        return None
+    without = collection_path.parent.name == "tests" and not collection_path.name.startswith("test_")
+    whole = not config.option.all and WHOLE_MODULE.search(collection_path.read_text())
+    return True if without or whole else None
+
+
+def named(config):
+    return {pathlib.Path(argument.split("::")[0]).resolve() for argument in config.args}
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked `whole`, unless --all is given."""
+    """Leave out what is marked `whole`, and most cases of what is marked `few`, unless --all is given."""
     if config.option.all:
         return
-    left_out = [item for item in items if item.get_closest_marker("whole")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("whole")]
+    tests = collections.defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("whole"):
+            tests[item.nodeid.split("[")[0]].append(item)
+    kept = set()
+    for cases in tests.values():
+        few = cases[0].get_closest_marker("few")
+        number = min(*few.args, len(cases)) if few else len(cases)
+        kept.update(cases[i * len(cases) // number] for i in range(number))  # evenly spread
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_configure(config):
     """What one worker of pytest-xdist has compiled, the others and the examples' processes need not."""
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:  # who names a file wants all of it
-        config.option.all = True
+        config.option.all = not config.option.quick
     if not config.getoption("numprocesses", None):
         return
     cheap = [f"--{name}={str(value).lower()}" for name, value in known(CHEAP).items()]
@@ -164,13 +183,15 @@ def _defaults():
 
 
 @pytest.fixture
-def as_users_compile(fast_compilation, _defaults, monkeypatch):
+def as_users_compile(fast_compilation, _defaults, monkeypatch, pytestconfig):
     """What jax.jit compiles, it compiles as it does for users: optimisation has brought defects to light.
 
-    Only what runs operation by operation, in which nothing can be fused, is compiled fast here too.
+    Only what runs operation by operation, in which nothing can be fused, is compiled fast here too; and in
+    the quick tier all is.
 
     In test_samplers.py these are the agreement of jit, eager and vmap, the exact discrete laws and those of
     low temperatures, so all samplers; in test_densities.py, the densities of own draws, so all that have a
     form in log space; in test_estimators.py, the means of all estimators and their variances.
     """
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=_defaults))
+    if pytestconfig.option.all:
+        monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=_defaults))

@@ -19,16 +19,6 @@ if os.environ.get("NUMPYRO_SOURCE"):
 
 SUPPORTED = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
 DEFAULT, *OTHERS = PYTHONS = [*SUPPORTED, "3.14"]
-# Every module and every method, and what differs between versions of JAX and NumPyro, in a minute or two.
-FAST = [
-    "test_architecture",
-    "test_types",
-    "test_samplers",
-    "test_subset",
-    "test_diagnostics",
-    "test_handlers",
-]
-FAST = [*(f"tests/{name}.py" for name in FAST), "relaxit_jax"]
 
 
 def real_interpreters():
@@ -45,15 +35,15 @@ os.environ.setdefault("UV_NATIVE_TLS", "1")  # the certificates of this machine,
 @nox.session(python=PYTHONS)
 def tests(session):
     """The whole suite, with the newest versions."""
-    session.install("-e", ".[test]")
+    session.install("-e", ".[dev]")
     session.run("python", "-m", "pytest", "--all", *session.posargs)
 
 
 @nox.session(python=OTHERS)
 def fast(session):
-    """A part of the suite that touches every module, with the newest versions."""
+    """The quick tier, with the newest versions."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "pytest", "-q", *(session.posargs or FAST))
+    session.run("python", "-m", "pytest", "-q", *session.posargs)
 
 
 @nox.session(python=PYTHONS[-2:], venv_backend="virtualenv")
@@ -62,7 +52,7 @@ def nightly(session):
     index = os.environ.get("JAX_NIGHTLY_INDEX")
     if not index:
         session.error("set JAX_NIGHTLY_INDEX to the index of nightly wheels in JAX's installation page")
-    session.install("-e", ".[test]")
+    session.install("-e", ".[dev]")
     session.install("--upgrade", "numpyro @ git+https://github.com/pyro-ppl/numpyro")
     session.install("--upgrade", "--pre", "--extra-index-url", index, "jax", "jaxlib")
     session.run("python", "-m", "pytest", "--all", *session.posargs)
@@ -70,17 +60,17 @@ def nightly(session):
 
 @nox.session(python=DEFAULT)
 def lowest(session):
-    """The same part, with the lowest versions that pyproject.toml admits."""
+    """The quick tier, with the lowest versions that pyproject.toml admits."""
     if session.venv_backend != "uv":
         session.skip("only uv resolves the lowest versions")
     session.install("-e", ".[test]", "--resolution", "lowest-direct")
-    session.run("python", "-m", "pytest", "-q", *(session.posargs or FAST))
+    session.run("python", "-m", "pytest", "-q", *session.posargs)
 
 
 @nox.session(python=DEFAULT)
 def numpyro_tests(session):
     """NumPyro's own tests of a distribution, from the source of the installed version, over every class."""
-    session.install("-e", ".[test]", "pip")
+    session.install("-e", ".[dev]", "pip")
     source = os.environ.get("NUMPYRO_SOURCE") or numpyro_source(session)
     if not source:
         session.skip("no source of NumPyro: set NUMPYRO_SOURCE to a checkout of the installed version")

@@ -1,11 +1,16 @@
 """Values with a gradient of their own: the straight-through combinator, and softmax of a known value."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
 from relaxit_jax import _placement as pl
 from relaxit_jax._placement import where
 
@@ -52,6 +57,88 @@ def _exactly(hard, soft):
 def _exactly_jvp(primals, tangents):
     value = _exactly(*primals)
     return value, pl.placed(tangents[1], value)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def one_hot(soft, index, logits, tau, *others):
+    """The one-hot vectors of the classes of this index, with the gradient of soft(logits, tau, *others).
+
+    NaN where the index is that of no class or tau is NaN. The values of ``soft`` do not matter, and where no
+    gradient is asked for, they are not computed.
+    """
+    good = (index < logits.shape[-1]) & ~jnp.isnan(tau)
+    return where(good, lm.is_class(index, logits), jnp.nan).astype(logits.dtype)
+
+
+def _one_hot_jvp(soft, primals, tangents):
+    value = one_hot(soft, *primals)
+    arguments, tangents = primals[1:], tangents[1:]
+    moving = [not isinstance(t, SymbolicZero) for t in tangents]
+    if not any(moving):
+        return value, jnp.zeros_like(value)
+
+    def of_moving(*some):
+        some = iter(some)
+        return soft(*(next(some) if moves else x for moves, x in zip(moving, arguments, strict=True)))
+
+    chosen = [tuple(itertools.compress(both, moving)) for both in (arguments, tangents)]
+    return value, pl.placed(jax.jvp(of_moving, *chosen)[1], value)
+
+
+one_hot.defjvp(_one_hot_jvp, symbolic_zeros=True)
+
+
+def softmax(x, tau):
+    """softmax(x / tau) over the last axis, with gradient 0 in x and tau where x is -inf."""
+    return _softmax(True, x, tau)
+
+
+def slope_of_softmax(x, tau):
+    """The same, where its gradient alone is used."""
+    return _softmax(False, x, tau)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax(is_value, x, tau):
+    """The derivative is made of the result, so that nothing else is kept, not even where x is infinite."""
+    return jax.nn.softmax(x / tau)
+
+
+def _softmax_jvp(is_value, primals, tangents):
+    value = p = _softmax(is_value, *primals)
+    if is_value:
+        p = jax.lax.platform_dependent(p, cpu=lambda p: p, default=_read_once)
+    return value, pl.placed(softmax_tangent(p, lm.tempered_tangent(p > 0, *primals, *tangents)), value)
+
+
+_softmax.defjvp(_softmax_jvp, symbolic_zeros=True)
+
+
+def _read_once(p):
+    """The same probabilities, such that a GPU reads them once for a sum and for what is made of it.
+
+    XLA makes one kernel of a reduction and of what follows where both begin with one array: with a division
+    by the sum, which is 1, of all of `softmax_tangent`. The barrier parts it from the kernel that makes p.
+    """
+    p = jax.lax.optimization_barrier(p)
+    return p / jnp.sum(p, -1, keepdims=True)
+
+
+@jax.custom_jvp
+def log_softmax(x, tau):
+    """log softmax(x / tau) over the last axis, with gradient 0 in x and tau where x is -inf."""
+    return jax.nn.log_softmax(x / tau)
+
+
+def _log_softmax_jvp(primals, tangents):
+    log_p = log_softmax(*primals)
+    possible = log_p != -jnp.inf
+    slope = where(possible, lm.tempered_tangent(possible, *primals, *tangents), 0)
+    mean = jnp.sum(jnp.exp(log_p) * slope, -1, keepdims=True)
+    return log_p, pl.placed(where(possible, slope - mean, 0), log_p)
+
+
+log_softmax.defjvp(_log_softmax_jvp, symbolic_zeros=True)
 
 
 @jax.custom_jvp

@@ -10,20 +10,52 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from relaxit_jax import _placement as pl
 from relaxit_jax._placement import where
 
 
 def largest(x):
-    """Which along the last axis is the largest, the first of equals, as booleans; of NaN none is.
+    """Which along the last axis is the largest, the first of equals, as booleans; of NaN none is."""
+    return is_class(index_of_largest(x), x)
 
-    Two plain reductions. XLA's argmax is one of pairs, which CPUs run one number at a time: with it
-    straight-through Gumbel-softmax takes half as long again.
+
+def is_class(index, like):
+    """As booleans, which class of the last axis of `like` has this index, an array with an axis for it."""
+    return jnp.arange(like.shape[-1]) == index
+
+
+def index_of_largest(x):
+    """The index of the largest along the last axis, which stays; the first of equals, K where one is NaN."""
+    x = jax.lax.stop_gradient(x)
+    return jax.lax.platform_dependent(x, cpu=largest_of_numbers, default=largest_of_pairs)
+
+
+def largest_of_numbers(x):
+    """By two plain reductions.
+
+    CPUs run a reduction of pairs one number at a time: by it straight-through Gumbel-softmax takes half as
+    long again.
     """
-    index = jnp.arange(x.shape[-1])
     at_top = x == jnp.max(x, -1, keepdims=True)
-    return index == jnp.min(where(at_top, index, x.shape[-1]), -1, keepdims=True)
+    return jnp.min(where(at_top, jnp.arange(x.shape[-1]), x.shape[-1]), -1, keepdims=True)
+
+
+def largest_of_pairs(x):
+    """The same by one reduction of pairs, of which accelerators need not store x, nor noise added to it."""
+    k = x.shape[-1]
+
+    def larger(one, other):
+        (x, i), (y, j) = one, other
+        second = (y > x) | (y != y) | ((y == x) & (j < i))
+        top = where(second, y, x)
+        return top, where(top != top, k, where(second, j, i))
+
+    index = pl.placed(jnp.broadcast_to(jnp.arange(k), x.shape), x)
+    start = jnp.array(-jnp.inf, x.dtype), jnp.array(k, index.dtype)
+    _, index = jax.lax.reduce((x, index), start, larger, (x.ndim - 1,))
+    return index[..., None]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -63,19 +95,40 @@ def show_nan(x, *arguments, event=()):
     return x + where(functools.reduce(jnp.logical_or, hidden), jnp.nan, 0)
 
 
+@jax.custom_jvp
 def over_tau(x, tau):
     """x / tau, with gradient 0 in x and tau where x is infinite (it would be inf * 0); NaN stays NaN."""
+    return x / tau
+
+
+def _over_tau_jvp(primals, tangents):
+    y, (x, tau) = over_tau(*primals), primals
     infinite = jnp.isinf(x)
-    vertex = jax.lax.stop_gradient(where(jnp.isnan(tau), tau, x))
-    return where(infinite, vertex, where(infinite, 0, x) / tau)
+    slope = tempered_tangent(~infinite, x, tau, *tangents)
+    # NaN of tau is shown in both
+    return y, pl.placed(where(infinite & ~jnp.isnan(y), 0, slope), y)
 
 
-def centre(logits):
+over_tau.defjvp(_over_tau_jvp, symbolic_zeros=True)
+
+
+def tempered_tangent(counts, x, tau, x_dot, tau_dot):
+    """The tangent of x / tau, in which what does not count may be infinite."""
+    moved = 0 if isinstance(x_dot, SymbolicZero) else x_dot
+    if not isinstance(tau_dot, SymbolicZero):
+        moved = moved - where(counts, x, 0) / tau * tau_dot
+    return moved / tau
+
+
+def centre(logits, *, for_index=False):
     """Logits less their largest: the same classes, and noise added to them is not rounded off.
 
-    At a logit of 1e4 float32 resolves 1e-3, which would quantise the Gumbel noise.
+    At a logit of 1e4 float32 resolves 1e-3, which would quantise the Gumbel noise. Where the result is asked
+    for the index of its largest alone (``for_index``), a GPU that finds the largest logits on their own need
+    not store it.
     """
-    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return logits - (jax.lax.optimization_barrier(top) if for_index else top)
 
 
 def log_logistic_pdf(x):

@@ -95,13 +95,14 @@ def gumbel(key, shape, like):
     return -jnp.log(exponential(key, shape, like))
 
 
-def one_hot_draw(key, probs, shape):
-    """Which class was drawn, as booleans of shape (*shape, K).
+def categorical(key, logits, shape):
+    """The index of the class drawn, of shape (*shape, 1); K where the logits of an element are no law.
 
-    The first to arrive in a race of exponentials, argmin E / p. It is the law of argmax(l + G) at
+    The first to arrive in a race of exponentials, argmin E exp(-l). It is the law of argmax(l + G) at
     half of the logarithms, and no class is too rare for it, as one is for a cumulative sum.
     """
-    return lm.largest(probs / exponential(key, (*shape, probs.shape[-1]), probs))
+    weights = jnp.exp(lm.centre(logits, for_index=True))
+    return lm.index_of_largest(weights / exponential(key, (*shape, logits.shape[-1]), logits))
 
 
 def conditional_gumbel(key, log_p, winner):

@@ -17,7 +17,9 @@ from relaxit_jax import distributions as rd
 KEY = jax.random.key(20261122)
 P_VALUE = 1e-4
 rows = functools.partial(pytest.mark.parametrize, "case", ids=str)
-dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+whole, few = pytest.mark.whole, pytest.mark.few
+halves = [pytest.param(dtype, marks=whole) for dtype in (jnp.bfloat16, jnp.float16)]
+dtypes = pytest.mark.parametrize("dtype", [jnp.float32, *halves])
 # for laws that are not about the last digits, of arrays that are small: compiling is all of their time
 quick = pytest.mark.usefixtures("fast_compilation")
 as_users = pytest.mark.usefixtures("as_users_compile")

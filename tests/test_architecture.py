@@ -18,7 +18,7 @@ MODULES = {
     "_placement": set(),
     "_math": {"_placement"},
     "_random": {"_math", "_placement"},
-    "_gradients": {"_arguments", "_placement"},
+    "_gradients": {"_arguments", "_math", "_placement"},
     "_numpyro": set(),
     "laplace_bridge": FOUNDATIONS,
     "samplers": FOUNDATIONS | {"samplers"},

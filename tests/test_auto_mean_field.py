@@ -41,6 +41,7 @@ def everything(y=None):
         numpyro.sample("y", dist.Normal(mean, 1), obs=jnp.ones(4))
 
 
+@pytest.mark.whole
 def test_auto_mean_field_covers_the_model_in_its_order():
     """So that NumPyro's mean-field ELBO has nothing to warn of; all its parameters get gradients."""
     guide = AutoMeanField(everything)
@@ -69,6 +70,7 @@ def test_auto_mean_field_covers_the_model_in_its_order():
     assert np.isfinite(Trace_ELBO().loss(KEY, params, everything, guide))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("outside", [True, False])
 def test_auto_mean_field_masks_inside_of_an_event_and_outside(outside):
     """Of three bits in each of two rows the model does not see one: it stays as it is, the others move."""
@@ -91,6 +93,7 @@ def test_auto_mean_field_masks_inside_of_an_event_and_outside(outside):
     np.testing.assert_array_equal(gradient["z_auto_logits"] != 0, moves)
 
 
+@pytest.mark.whole
 def test_auto_mean_field_asks_how_many_values_a_count_has_whose_rate_is_a_draw():
     """Those of the one draw that it sees may end far below the posterior; and its first logits are alike."""
 
@@ -118,6 +121,7 @@ def rows_of_a_minibatch(mask=SEEN):
         numpyro.sample("z", dist.Bernoulli(0.3))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("seen", [SEEN, ~SEEN], ids=["first mask", "another"])
 def test_auto_mean_field_has_the_mask_of_each_call_and_of_its_rows(seen, compiled):
@@ -170,12 +174,14 @@ def test_auto_mean_field_may_first_be_called_inside_of_jit():
     np.testing.assert_array_equal(again["z_auto_logits"]["value"], [0, 0])
 
 
+@pytest.mark.whole
 def test_auto_mean_field_takes_other_guides_for_the_continuous_sites():
     guide = AutoMeanField(everything, continuous=AutoDelta, num_values={"n": 12})
     trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
     assert trace["loc"]["fn"].__class__.__name__ == "Delta" and trace["n_auto_logits"]["value"].shape == (12,)
 
 
+@pytest.mark.whole
 def test_an_impossible_value_stays_impossible():
     """Of a Binomial with fewer trials than its neighbour: probability 0, gradient 0, no NaN."""
 
@@ -201,6 +207,7 @@ def two_sides():
     numpyro.sample("y", dist.Normal(a + b, 0.5), obs=1.0)
 
 
+@pytest.mark.whole
 def test_auto_mean_field_with_one_joint_guide_finds_the_posterior_of_all_continuous_sites():
     """Of two normals seen by their sum: covariance (I + 11' / s^2)^-1, mean its rows' sums times y / s^2."""
     guide = AutoMeanField(two_sides, continuous=AutoMultivariateNormal)
@@ -223,6 +230,7 @@ def test_auto_mean_field_with_one_joint_guide_finds_the_posterior_of_all_continu
         assert draws[0][name]["value"] == draws[1][name]["value"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("elbo", [Trace_ELBO(20), RLOO_ELBO(20)], ids=["relax", "rloo"])
 def test_auto_mean_field_takes_partly_observed_sites_of_a_minibatch(elbo):
     """Some labels known, one row masked out, two rows at a time: the posterior is the exact one."""
@@ -259,6 +267,7 @@ def read_guide():
     return guide, {n: x if n.endswith("scale") else shift(n, x) for n, x in params.items()}
 
 
+@pytest.mark.whole
 def test_auto_mean_field_draws_from_its_probabilities(read_guide):
     """`sample_posterior` has the law of `probs`, and of NumPyro's normal; its shapes are the model's."""
     guide, params = read_guide
@@ -281,6 +290,7 @@ def test_auto_mean_field_draws_from_its_probabilities(read_guide):
     assert {name: x.shape for name, x in one.items()} == {name: x[1:] for name, x in shapes.items()}
 
 
+@pytest.mark.whole
 def test_auto_mean_field_has_the_quantiles_of_its_law(read_guide):
     """Of counts and bits as SciPy has them, of the normal too; classes have no order and are left out."""
     guide, params = read_guide
@@ -302,6 +312,7 @@ def test_auto_mean_field_has_the_quantiles_of_its_law(read_guide):
         guide.values("z")
 
 
+@pytest.mark.whole
 def test_auto_mean_field_reads_its_own_sites_alone():
     """A deterministic site of the model is not the guide's: NumPyro would compute it from other draws."""
 
@@ -316,6 +327,7 @@ def test_auto_mean_field_reads_its_own_sites_alone():
     assert set(guide.quantiles(params, [0.5])) == {"z", "x"}
 
 
+@pytest.mark.whole
 def test_auto_mean_field_starts_where_it_is_told():
     start = init_to_value(values={"loc": 2.5})
     for guide in (
@@ -330,6 +342,7 @@ def test_auto_mean_field_starts_where_it_is_told():
         )
 
 
+@pytest.mark.whole
 def test_auto_mean_field_serves_in_a_list_and_in_predictive():
     """NumPyro's list of guides and its predictive draws take it as they take an `AutoNormal`."""
     guide = AutoGuideList(handlers.block(two_sides, hide=["z"]))
@@ -353,6 +366,7 @@ def hidden_bit():
     numpyro.sample("y", dist.Normal(a + 2.0 * z, 0.5), obs=1.7)
 
 
+@pytest.mark.whole
 def test_auto_mean_field_leaves_enumerated_sites_to_who_sums_over_them():
     """It refuses the whole model; beside a hidden site, TraceEnum_ELBO finds the exact posterior."""
     with pytest.raises(ValueError, match=r"'a' has infer=.*hide=\['a'\]"):
@@ -376,6 +390,7 @@ def steps_of_rows(subsample_size=None):
     scan(step, 0.0, jnp.array([[1.0, 0.2, -1.0], [2.0, 0.5, 0.0]]))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("elbo", [*ELBOS, RLOO_ELBO(3)], ids=lambda elbo: type(elbo).__name__)
 def test_auto_mean_field_takes_plates_inside_of_scans(elbo):
     """Without NumPyro's warning about plates that the model does not show, and with the exact gradient."""
@@ -416,6 +431,7 @@ WRONG = {
 }
 
 
+@pytest.mark.whole
 def test_auto_mean_field_knows_the_sites_of_num_values():
     """A name that no discrete site has is refused; a site with obs_mask goes by its own name."""
     with pytest.raises(ValueError, match=r"num_values must be names of the sites .*, got 'loc', 'm'"):

@@ -56,6 +56,7 @@ def which(sequences, tokens):
     return found
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("k", "length", "end"), [(2, 3, 0), (3, 2, None)])
 def test_the_same_law_as_top_k_over_all_sequences(k, length, end):
     """The order of the k sequences, and the perturbed values that come with them."""
@@ -98,6 +99,7 @@ def test_as_many_as_there_are():
         search(KEY, 28, 3, None)
 
 
+@pytest.mark.whole
 def test_gradient_of_log_probabilities():
     """That of the sequences drawn, by differences; impossible tokens have none."""
 
@@ -119,6 +121,7 @@ def test_gradient_of_log_probabilities():
     assert (values(jnp.asarray(TABLE)) == 0).all()
 
 
+@pytest.mark.whole
 def test_state_follows_its_sequence():
     """A state of several arrays; each sequence's log-probability is that of its own history."""
     weights = jnp.float32(np.random.default_rng(1).normal(size=(5, 5)))
@@ -141,6 +144,7 @@ def test_state_follows_its_sequence():
         np.testing.assert_allclose(law, log_prob, rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_unlikely_sequences_are_told_apart():
     """Where log-probabilities are below -1e4 the order is still that of their differences."""
     logits = jnp.array([0.0, -3.0, -3.0 + jnp.log(3.0)])

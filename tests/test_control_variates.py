@@ -11,7 +11,7 @@ import control_variates as toy
 from relaxit_jax import estimators
 
 KEY = jax.random.key(4)
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 @pytest.mark.parametrize("loss", [toy.parabola, toy.line], ids=lambda f: f.__name__)

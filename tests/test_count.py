@@ -37,6 +37,7 @@ names = [f"{support.__name__}{parameters}" for support, parameters, _ in LAWS]
 laws = pytest.mark.parametrize(("support", "parameters", "law"), LAWS, ids=names)
 
 
+@pytest.mark.few(5)
 @quick
 @laws
 def test_law_against_scipy(support, parameters, law):
@@ -58,6 +59,7 @@ def test_law_against_scipy(support, parameters, law):
     np.testing.assert_allclose(p @ (values - mean) ** 2, law.var(), rtol=1e-3)
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize(
     ("support", "parameters", "law"),
@@ -77,6 +79,7 @@ def test_tails_of_every_weight_are_folded_into_the_last_value(support, parameter
     np.testing.assert_allclose(logits, expected, rtol=3e-5, atol=3e-5)
 
 
+@pytest.mark.few(2)
 @quick
 @laws
 def test_gradient_of_the_logits(support, parameters, law):
@@ -95,6 +98,7 @@ def test_gradient_of_the_logits(support, parameters, law):
     assert (np.abs(gradient) > 0).all()
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize(
     "support",
@@ -119,6 +123,7 @@ def test_extreme_parameters_have_finite_gradients(support):
     assert set(np.round(mean, 4).tolist()) == {0, values[-1].item()}  # all mass at one end or the other
 
 
+@pytest.mark.whole
 @quick
 def test_totals_beyond_what_is_kept():
     """A few of a billion trials, and a mean of 1 from a total without an end: Poisson laws."""
@@ -134,6 +139,7 @@ def test_totals_beyond_what_is_kept():
     np.testing.assert_array_equal(certain, [0.0])
 
 
+@pytest.mark.whole
 @quick
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
@@ -200,6 +206,7 @@ def test_poisson_terms_have_all_their_digits(dtype):
     np.testing.assert_allclose(found, stirling, rtol=rtol, atol=atol)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize(
     ("mean", "support", "largest"),
@@ -234,6 +241,7 @@ def test_a_rate_is_learned_through_the_relaxed_draw(mean, support, largest, hard
     np.testing.assert_allclose(mean(learn(0.0)), true, rtol=0.02)
 
 
+@pytest.mark.whole
 @quick
 def test_batches_and_low_precision():
     rates = jnp.array([[0.5, 3.0], [8.0, 20.0]], jnp.bfloat16)
@@ -249,6 +257,7 @@ def test_batches_and_low_precision():
     np.testing.assert_allclose(some[0], expected, rtol=1e-5)
 
 
+@pytest.mark.few(33)
 @quick
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -292,6 +301,7 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
+@pytest.mark.whole
 @quick
 @pytest.mark.parametrize(
     "support",

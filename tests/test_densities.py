@@ -66,6 +66,7 @@ def test_density_integrates_to_one_and_is_that_of_the_draws(case):
         assert st.chisquare(counts[kept], expected).pvalue > P_VALUE
 
 
+@pytest.mark.few(1)
 @quick
 @rows(cases(lambda case: case.atoms is not None))
 def test_atoms_and_density_sum_to_one_and_are_those_of_the_draws(case):
@@ -84,6 +85,7 @@ def test_atoms_and_density_sum_to_one_and_are_those_of_the_draws(case):
         assert (np.asarray(law(np.float32([-0.1, 1.1]))) == -np.inf).all()
 
 
+@pytest.mark.few(2)
 @quick
 @rows(cases(has_log_space))
 def test_both_forms_of_a_value_have_one_density(case):
@@ -98,6 +100,7 @@ def test_both_forms_of_a_value_have_one_density(case):
     np.testing.assert_allclose(*both(warm), rtol=2e-4, atol=2e-3)
 
 
+@pytest.mark.few(2)
 @as_users
 @dtypes
 @rows(cases(has_log_space))
@@ -134,6 +137,7 @@ def test_density_of_own_draws_agrees_with_float64(case, dtype):
         np.testing.assert_allclose(law, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few(4)
 @quick
 @rows(cases(has_log_prob))
 def test_the_law_in_float64_is_its_formula(case):
@@ -147,6 +151,7 @@ def test_the_law_in_float64_is_its_formula(case):
             np.testing.assert_allclose(law[:, i], formula, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.few(1)
 @quick
 @rows(cases(has_log_prob))
 def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
@@ -182,6 +187,7 @@ def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
             assert (is_nan(both(params, value, log_space)[1]) == [True, False]).all()
 
 
+@pytest.mark.few(1)
 @quick
 @rows(cases(has_log_prob, lambda case: case.support != "atoms"))  # an atom moves with its logit
 def test_gradient_of_the_density_is_its_derivative(case):
@@ -213,6 +219,7 @@ def test_gradient_of_the_density_is_its_derivative(case):
             np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.whole
 @quick
 def test_bernoulli_mass():
     log_prob = rj.straight_through_bernoulli_log_prob
@@ -226,6 +233,7 @@ def test_bernoulli_mass():
     assert jnp.isfinite(jax.vmap(jax.grad(log_prob, 1))(jnp.zeros(7), jnp.asarray(logits))).all()
 
 
+@pytest.mark.whole
 @quick
 def test_stochastic_times_smooth_mass():
     logits = np.float32([-9, -1, 0.5, 6])
@@ -259,6 +267,7 @@ def test_stochastic_times_smooth_mass():
     np.testing.assert_allclose(slope(jnp.ones(4), far)[2:], 0, atol=1e-6)
 
 
+@pytest.mark.few(2)
 @quick
 @rows(cases(has_density))
 def test_second_derivatives_are_finite_and_symmetric(case):
@@ -275,6 +284,7 @@ def test_second_derivatives_are_finite_and_symmetric(case):
             np.testing.assert_allclose(block, across.T, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.whole
 @quick
 def test_slopes_of_the_atoms_far_into_the_tail():
     """phi(x) / Phi(x) at x = -loc / scale, by its continued fraction in float64."""
@@ -288,6 +298,7 @@ def test_slopes_of_the_atoms_far_into_the_tail():
         np.testing.assert_allclose(slope(1.0, 1 - loc, scale), -exact, rtol=2e-3 if loc > 1e3 else 3e-5)
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize("stretch", [(-10.0, 1.1), (-0.2, 3.0), (-1000.0, 1.001)])
 def test_hard_concrete_of_an_uneven_stretch(stretch):
@@ -314,6 +325,7 @@ def test_hard_concrete_of_an_uneven_stretch(stretch):
     np.testing.assert_allclose(law(z.astype(np.float32)), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.whole
 @quick
 def test_the_l0_penalty_is_the_mass_beside_the_atom_and_has_its_slopes():
     logits, tau = jnp.array([-4.0, 0.3, 6.0]), jnp.array([0.1, 0.7, 2.0])
@@ -328,6 +340,7 @@ def test_the_l0_penalty_is_the_mass_beside_the_atom_and_has_its_slopes():
     np.testing.assert_allclose(slopes, of_mass, rtol=1e-11)
 
 
+@pytest.mark.whole
 def test_a_shared_factor_is_not_copied_for_each_row():
     rows_, size = 2000, 50
     factor = jnp.eye(size)
@@ -340,6 +353,7 @@ def test_a_shared_factor_is_not_copied_for_each_row():
         assert memory.temp_size_in_bytes < 30 * value.nbytes  # copies of the factor would be 50
 
 
+@pytest.mark.whole
 @quick
 def test_a_factor_may_have_any_signs_on_its_diagonal():
     z, logits = jnp.array([0.3, 0.4]), jnp.array([0.2, -0.5])
@@ -350,6 +364,7 @@ def test_a_factor_may_have_any_signs_on_its_diagonal():
     np.testing.assert_allclose(*laws, rtol=1e-6)
 
 
+@pytest.mark.whole
 @quick
 def test_limits_at_the_vertices():
     """Where z is rounded to a vertex the density is its limit there, never NaN."""
@@ -374,6 +389,7 @@ def test_limits_at_the_vertices():
         assert jnp.isfinite(jax.grad(lambda tau, law=law: jnp.sum(law(tau)))(0.5))
 
 
+@pytest.mark.whole
 @quick
 def test_outside_of_the_support():
     assert (rj.relaxed_bernoulli_log_prob(np.float32([-0.1, 1.1]), 0.0, 0.5) == -jnp.inf).all()
@@ -387,6 +403,7 @@ def test_outside_of_the_support():
     np.testing.assert_allclose(face, alone, rtol=1e-6)
 
 
+@pytest.mark.whole
 @quick
 def test_a_certain_gate_leaves_the_others_their_marginal_density():
     factor = np.linalg.cholesky([[1, 0.5, 0.3], [0.5, 1, 0.7], [0.3, 0.7, 1]]).astype(np.float32)
@@ -397,6 +414,7 @@ def test_a_certain_gate_leaves_the_others_their_marginal_density():
     np.testing.assert_allclose(law, rest, rtol=1e-5)
 
 
+@pytest.mark.whole
 @quick
 def test_singular_covariance_is_seen_modulo_constants():
     """The density of a logistic-normal does not depend on the part of Sigma along all-ones."""

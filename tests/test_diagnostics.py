@@ -88,6 +88,7 @@ def by_hand(kind):
     return np.tensordot(chance, slopes, 1), chance, slopes
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["bits", "classes"])
 def test_the_reference_is_the_sum_over_all_outcomes(kind):
     report = bits_report() if kind == "bits" else classes_report("exact")
@@ -96,6 +97,7 @@ def test_the_reference_is_the_sum_over_all_outcomes(kind):
     assert report.reference == f"exact, the sum over {8 if kind == 'bits' else 9} outcomes"
 
 
+@pytest.mark.whole
 def test_unbiased_estimators_have_no_bias_and_their_calls_are_counted():
     report = bits_report()
     scores = np.abs(report.bias) / report.bias_error
@@ -107,6 +109,7 @@ def test_unbiased_estimators_have_no_bias_and_their_calls_are_counted():
     assert list(classes_report("exact").biased) == [False, False, False, False, True, False]
 
 
+@pytest.mark.whole
 def test_the_bias_of_straight_through_on_a_quadratic_is_found():
     """Its mean is the gradient of f at the mean: the covariance of the draws is what it does not see."""
     report = classes_report("exact")
@@ -123,6 +126,7 @@ def test_the_bias_of_straight_through_on_a_quadratic_is_found():
     assert abs(norm - np.linalg.norm(known)) < 3 * error < 0.2 * norm
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["bits", "classes"])
 def test_variance_error_and_cosines_are_those_of_reinforce_summed_by_hand(kind):
     row = (bits_report() if kind == "bits" else classes_report("exact"))["reinforce"]
@@ -139,6 +143,7 @@ def test_variance_error_and_cosines_are_those_of_reinforce_summed_by_hand(kind):
     assert row["cosine"] > 0.99
 
 
+@pytest.mark.whole
 def test_numbers_are_those_of_the_same_draws_kept_in_one_array():
     """Batches are merged without a trace: NumPy on all gradients at once finds the same."""
     n, size = 600, 100
@@ -169,6 +174,7 @@ def test_numbers_are_those_of_the_same_draws_kept_in_one_array():
     )
 
 
+@pytest.mark.whole
 def test_a_long_run_agrees_with_the_exact_gradient_and_its_error_counts():
     long, exact = classes_report("long_run"), classes_report("exact")
     assert long.reference == "a long run, 20000 estimates by rloo of 16 draws"
@@ -185,6 +191,7 @@ def test_a_long_run_agrees_with_the_exact_gradient_and_its_error_counts():
     assert (np.abs(long.mse - exact.mse) < slack).all()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("errors", [[1.0], [1, 1, 1], [10, 1, 1, 1, 0.1], [1] * 50])
 def test_noise_alone_is_called_a_bias_once_in_a_thousand(errors):
     """Reports of no bias at all, their noise drawn by NumPy: of one coordinate, and of many, unlike ones."""
@@ -201,6 +208,7 @@ def test_noise_alone_is_called_a_bias_once_in_a_thousand(errors):
     assert 0.0005 < report.biased.mean() < 0.002  # by 40 reports, give or take 6
 
 
+@pytest.mark.whole
 def test_bits_that_are_never_seen_on_do_not_make_an_estimator_biased():
     """REINFORCE, two bits with a gradient and a hundred of 1e-4: their spread is not seen in 1,000 draws."""
     q = es.Bernoulli(jnp.concatenate([jnp.zeros(2), jnp.full(100, -9.2)]))
@@ -209,6 +217,7 @@ def test_bits_that_are_never_seen_on_do_not_make_an_estimator_biased():
     assert np.max(np.abs(report.bias) / report.bias_error) > 6 and not report.biased.any()
 
 
+@pytest.mark.whole
 def test_many_outcomes_ask_for_a_long_run():
     q = es.Bernoulli(jnp.zeros(15))
     f = lambda b: jnp.sum(b * jnp.arange(15.0))
@@ -221,6 +230,7 @@ def test_many_outcomes_ask_for_a_long_run():
     assert (np.abs(report.gradient - np.arange(15) / 4) < 4.8 * report.gradient_error).all()
 
 
+@pytest.mark.whole
 def test_calls_under_vmap_scan_and_a_batch():
     def many(key, f, q):
         """Under both, 3 x 4 estimates of 2 calls each."""
@@ -238,6 +248,7 @@ def test_calls_under_vmap_scan_and_a_batch():
     assert ratio == pytest.approx(12, rel=0.25)
 
 
+@pytest.mark.whole
 def test_any_mapping_of_estimators_is_taken():
     q, methods = es.Bernoulli(BITS), {"rloo": es.rloo, "arm": es.arm}
     reports = [
@@ -255,6 +266,7 @@ def test_time_is_that_of_one_estimate(monkeypatch):
     assert report["one"]["seconds"] == 1 / 20
 
 
+@pytest.mark.whole
 def test_impossible_classes_and_low_precision_have_finite_numbers():
     logits = jnp.asarray([[0.0, 1.0, -jnp.inf], [2.0, 0.0, 1.0]], jnp.bfloat16)
     f = lambda b: quadratic(b.astype(jnp.float32))
@@ -277,6 +289,7 @@ def test_a_gradient_of_zero_has_no_cosine_and_is_json():
     assert "nan" in str(report)
 
 
+@pytest.mark.whole
 def test_table_and_pictures_show_the_numbers(tmp_path):
     report = classes_report("exact")
     lines = str(report).splitlines()

@@ -46,6 +46,7 @@ def test_every_class_has_a_row():
 # --- draws ------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @rows()
 def test_draws_are_those_of_the_sampler(case):
     shapes = (), (3,), (3, 2)
@@ -68,6 +69,7 @@ def test_draws_are_those_of_the_sampler(case):
         case.build().sample(None)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @rows()
 def test_draws_in_half_precision_are_in_the_support(case, dtype):
@@ -90,6 +92,7 @@ def test_draws_in_half_precision_are_in_the_support(case, dtype):
         np.testing.assert_array_equal(cdf == 1, draw > 0)
 
 
+@pytest.mark.few(1)
 @rows(lambda case: case.log_space)
 def test_intermediates_hold_what_the_draw_rounds_away(case):
     """At tau = 0.01 the law of a draw is that of its log-space form, to the digits of float64."""
@@ -118,6 +121,7 @@ def test_intermediates_hold_what_the_draw_rounds_away(case):
             np.testing.assert_allclose(law, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few(1)
 @rows(lambda case: not case.log_space and has_law(case) and case.support != "gate")
 def test_without_a_log_space_there_are_no_intermediates(case):
     value, intermediates = case.build().sample_with_intermediates(KEY)
@@ -129,6 +133,7 @@ def test_without_a_log_space_there_are_no_intermediates(case):
 # --- shapes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @rows()
 def test_shapes_are_inferred(case):
     """Positional, by keyword, and as probs; with batches that broadcast, also of one parameter alone."""
@@ -189,6 +194,7 @@ def test_shapes_are_inferred(case):
 # --- laws -------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @rows(lambda case: case.log_prob is not None)
 def test_law_is_that_of_the_library(case):
     @jax.jit
@@ -200,6 +206,7 @@ def test_law_is_that_of_the_library(case):
     np.testing.assert_allclose(*laws(arrays(case)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.few(4)
 @rows(has_atoms_only)
 def test_law_of_every_outcome(case):
     values, law = outcomes(case)
@@ -221,6 +228,7 @@ def test_law_of_every_outcome(case):
 
 
 # densities that have a sampler's row of their own are differentiated in test_densities.py
+@pytest.mark.few(1)
 @rows(has_law, lambda case: case.log_prob is None)
 def test_gradient_of_the_law_is_its_derivative(case):
     """In every parameter, by central differences in float64, through the class."""
@@ -278,6 +286,7 @@ def test_moments_that_have_no_closed_form_are_an_error(case):
             getattr(case.build(), name)
 
 
+@pytest.mark.few(5)
 @rows(has_moments)
 def test_mean_and_variance(case):
     n = 40_000
@@ -301,6 +310,7 @@ def test_an_entropy_without_a_closed_form_is_an_error(case):
         case.build().entropy()
 
 
+@pytest.mark.few(4)
 @rows(has_entropy)
 def test_entropy(case):
     _, law = outcomes(case)
@@ -328,6 +338,7 @@ def test_a_cdf_without_a_closed_form_is_an_error(case):
             call(0.5)
 
 
+@pytest.mark.few(1)
 @rows(has_cdf)
 def test_cdf(case):
     """cdf and icdf are inverse, have the jumps and the slope of the law, and are those of the draws."""
@@ -367,6 +378,7 @@ def test_cdf(case):
     assert (np.diff(points, axis=0) >= 0).all()
 
 
+@pytest.mark.few(1)
 @rows(has_cdf, lambda case: "logits" in case.params)
 def test_cdf_of_certain_bits(case):
     d = case.build(logits=np.float32([-np.inf, np.inf]))

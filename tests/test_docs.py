@@ -14,6 +14,7 @@ import relaxit_jax
 from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge
 from versions import sentence
 
+pytestmark = pytest.mark.whole
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
@@ -36,7 +37,6 @@ def load(path):
     return module
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if PYTHON.search(text)])
 def test_snippets_run(page):
@@ -122,7 +122,6 @@ def test_directives_that_do_not_fit_say_so(hooks):
         hooks.expand("{{ sauce examples/vae.py main }}")
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_made(name, monkeypatch):

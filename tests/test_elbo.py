@@ -40,6 +40,7 @@ def z_scores(draws, mean):
     return np.abs(draws.mean(0) - mean) / (draws.std(0) / np.sqrt(len(draws)) + 1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_is_the_exact_loss_and_gradient(name):
     case = CASES[name]
@@ -69,6 +70,7 @@ def gradients_of(elbo, model, guide, params, draws=400):
 # TraceGraph_ELBO's variance over RLOO_ELBO's with 10 particles, at the prior and after 300 steps of Adam:
 # bit 35, 5e14 (exact posterior); coupled bits 7.5, 12; classes 2.7, 62; poisson 5.8, 500;
 # binomial 4.3, 380; mixture 2.7, 2.3; spike and slab 6.7, 9.1; chain 27, 11
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["coupled bits", "classes", "poisson", "spike and slab", "chain"])
 @pytest.mark.filterwarnings("ignore:Missing a plate statement")
 def test_less_variance_than_without_a_baseline(name):
@@ -84,6 +86,7 @@ def test_less_variance_than_without_a_baseline(name):
     assert (theirs - 1.5 * ours) / np.hypot(1.5 * our_error, their_error) > 4.5
 
 
+@pytest.mark.whole
 def test_an_element_of_a_plate_pays_for_itself():
     """More elements, and noise that is not downstream, leave the variance of its gradient as it is."""
 
@@ -107,6 +110,7 @@ def test_an_element_of_a_plate_pays_for_itself():
     assert abs(alone - among) / np.hypot(alone_error, among_error) < 4.5
 
 
+@pytest.mark.whole
 def test_no_variance_at_the_posterior_of_a_minibatch():
     """All particles see the same data: where the guide is exact, all have the same cost."""
     y = jnp.linspace(-2, 3, 12)
@@ -150,6 +154,7 @@ def pathwise_guide(p, x):
     numpyro.sample("z", dist.Categorical(logits=p["z"]))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_pathwise_sites_are_those_of_trace_elbo(vectorize):
     """Also the discrete ones that are relaxed: the same draws, the same loss, the same gradient."""
@@ -164,6 +169,7 @@ def test_pathwise_sites_are_those_of_trace_elbo(vectorize):
     assert np.abs(flat(theirs[1])).min() > 1e-3
 
 
+@pytest.mark.whole
 def test_how_particles_are_vectorized_does_not_matter():
     loss = lambda how: jax.jit(lambda p: RLOO_ELBO(3, how).loss(KEY, {}, BITS.model, BITS.guide, p))(
         BITS.params
@@ -172,6 +178,7 @@ def test_how_particles_are_vectorized_does_not_matter():
     np.testing.assert_allclose([loss(False), loss(stacked)], loss(True), rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_a_logit_of_zero():
     """NumPyro's score of a Bernoulli is off by 1/2 there; a baseline does not see a constant."""
     gradient = jax.jit(
@@ -182,6 +189,7 @@ def test_a_logit_of_zero():
     np.testing.assert_allclose(gradient(jnp.zeros(3)), gradient(jnp.full(3, 1e-6)), rtol=1e-4)
 
 
+@pytest.mark.whole
 def test_training_a_mixture():
     x = posteriors.mixture_data(posteriors.CENTRES, 60)
     problem = posteriors.Problem(
@@ -194,6 +202,7 @@ def test_training_a_mixture():
     assert posteriors.error(found, problem.answer()) < 0.06
 
 
+@pytest.mark.whole
 def test_mutable_state_survives_updates():
     """A count of the evaluations, and a running mean that the model uses, in the compiled update."""
 
@@ -216,6 +225,7 @@ def test_mutable_state_survives_updates():
     assert svi.get_params(state)["logits"] != 0.1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["partly", "partly scan"])
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.filterwarnings("ignore:Failed to verify mean field:UserWarning")
@@ -236,6 +246,7 @@ def test_partly_observed_sites_under_relax(name, elbo):
         np.testing.assert_array_equal(moves.reshape(len(known), -1).any(-1), ~known)
 
 
+@pytest.mark.whole
 def test_what_is_observed_stays_where_it_is():
     """All particles have the same cost there: the gradient is 0, no rounding that Adam would walk along."""
     case = CASES["partly"]
@@ -245,6 +256,7 @@ def test_what_is_observed_stays_where_it_is():
         assert (gradient[site][0] == 0).all() and (gradient[site][1:] != 0).any()
 
 
+@pytest.mark.whole
 def test_a_draw_of_probability_0_is_named_and_stays_where_it_is():
     """More were counted than there can be: the elements that it does not reach keep their gradients."""
     y = jnp.array([1, 6, 2])

@@ -215,7 +215,8 @@ def calls():
             own = {n: x for n, x in case.params.items() if n in taken}
             exact = ("straight_through_categorical", "straight_through_bernoulli", "simple_top_k")
             kind = no_indices if name == "gumbel_top_k" else no_reals if name in exact else no_floats
-            value = case.draw(KEY) if name != "gumbel_top_k" else jnp.array([[0, 1], [1, 2]])
+            value = np.full((2, *case.event), 0 if name in exact else 0.5, np.float32)
+            value = np.array([[0, 1], [1, 2]]) if name == "gumbel_top_k" else value
             found.setdefault(
                 density.__name__, Call(density, kinds={"value": kind}, value=value, **own, **more)
             )
@@ -298,6 +299,12 @@ ARGUMENTS = [(name, argument) for name, call in CALLS.items() for argument in ca
 NOT_HERE = {"GradientReport", "AutoMeanField"}  # made by gradient_report; in test_auto_mean_field.py
 
 
+@pytest.fixture
+def step(pytestconfig):
+    """The quick tier tries every sixth of the values that are wrong."""
+    return 1 if pytestconfig.option.all else 6
+
+
 def test_every_public_function_is_here():
     public = {name for module in (es, dg, hd, elbo, rd) for name in module.__all__} - NOT_HERE
     public |= {name for name in rj.__all__ if callable(getattr(rj, name))}
@@ -319,9 +326,9 @@ def test_every_argument_is_here_and_right(name):
 
 
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
-def test_a_wrong_kind_of_argument_is_named(name, argument):
+def test_a_wrong_kind_of_argument_is_named(name, argument, step):
     call = CALLS[name]
-    for bad in call.bad(argument):
+    for bad in call.bad(argument)[::step]:
         for way in call.ways(argument, bad):
             with pytest.raises(ValueError, match=rf"^{argument}\b.* must .*, got (?s:.*)\.$"):
                 way()
@@ -344,8 +351,8 @@ QUANTILES = [case for case in DISTRIBUTIONS if "icdf" in vars(case.distribution)
 
 
 @pytest.mark.parametrize("case", DISTRIBUTIONS, ids=str)
-@pytest.mark.parametrize("validated", [True, False])
-def test_methods_of_distributions_name_their_arguments(case, validated):
+@pytest.mark.parametrize("validated", [pytest.param(True, marks=pytest.mark.whole), False])
+def test_methods_of_distributions_name_their_arguments(case, validated, step):
     d = case.build(validate_args=validated)
     value = np.zeros((2, *case.event), np.float32)
     for method, arguments, kinds in (
@@ -354,7 +361,7 @@ def test_methods_of_distributions_name_their_arguments(case, validated):
     ):
         call = Call(method, kinds=kinds, **arguments)
         for name in arguments:
-            for bad in call.bad(name):
+            for bad in call.bad(name)[::step]:
                 for way in call.ways(name, bad):
                     with pytest.raises(ValueError, match=rf"^{name} must .*, got (?s:.*)\.$"):
                         way()
@@ -371,6 +378,7 @@ def test_distribution_functions_name_their_arguments(case):
                     way()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["StraightThroughBernoulli", "StraightThroughCategorical", "SimpleTopK"])
 def test_exact_draws_may_be_integers_or_booleans(name):
     """They are zeros and ones, also where NumPyro looks whether they are in the support."""
@@ -406,6 +414,7 @@ ESTIMATORS = {
 }
 
 
+@pytest.mark.few(22)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("returned", F_RETURNS)
 def test_what_f_returns_is_looked_at(estimator, returned):

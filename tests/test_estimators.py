@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.special as sp
 import scipy.stats as st
-from flax import nnx
 
 from estimator_cases import BITS, CLASSES, COUPLING, ESTIMATORS, FAMILIES, PAIRS, interacting
 from relaxit_jax import estimators as es
@@ -67,6 +66,7 @@ def test_exact_is_the_sum_over_all_outcomes():
         np.testing.assert_allclose(slopes[i], difference, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.few(2)
 @as_users
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_mean_is_the_exact_gradient_and_value(name, family):
@@ -84,6 +84,7 @@ def total_variance(name, family):
     return squares.mean(), squares.std() / len(squares) ** 0.5
 
 
+@pytest.mark.few(1)
 @as_users
 @pytest.mark.parametrize(
     ("less", "more", "family"),
@@ -98,6 +99,7 @@ def test_known_orders_of_variance(less, more, family):
     assert b - a > 4.5 * np.hypot(a_error, b_error)
 
 
+@pytest.mark.whole
 @quick
 def test_disarm_never_has_more_variance_than_arm():
     """It is ARM's mean given the two draws: in every coordinate, for any f, at any logits."""
@@ -114,6 +116,7 @@ def test_disarm_never_has_more_variance_than_arm():
         assert excess.sum((1, 2)).mean() > 0
 
 
+@pytest.mark.whole
 @quick
 def test_noisy_logits_drawn_again_have_the_law_of_the_first_given_the_draw():
     for family, n in (("bits", 20_000), ("classes", 20_000)):
@@ -232,6 +235,7 @@ BY_HAND = {
 }
 
 
+@pytest.mark.few(2)
 @quick
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-11)])
 @pytest.mark.parametrize(("name", "family"), PAIRS)
@@ -261,6 +265,7 @@ def test_value_and_gradient_are_the_formula_at_every_draw(name, family, dtype, t
             np.testing.assert_allclose(x[i], expected, rtol=10 * tolerance, atol=tolerance)
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_equal_variables_and_equal_rows_are_uncorrelated(name, family):
@@ -288,6 +293,7 @@ def test_equal_variables_and_equal_rows_are_uncorrelated(name, family):
 # --- far from 0 -------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -326,6 +332,7 @@ def toy(theta, variate, key, target=0.499):
 VARIATE = {"log_tau": jnp.float32(0.2), "eta": jnp.float32(0.3)}
 
 
+@pytest.mark.whole
 @quick
 def test_value_and_grads_are_those_of_the_loss_and_of_the_variance():
     theta, keys = jnp.array([0.4, -0.3]), jax.random.split(KEY, 100_000)
@@ -341,6 +348,7 @@ def test_value_and_grads_are_those_of_the_loss_and_of_the_variance():
         np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), variate[name].mean(), rtol=0.01)
 
 
+@pytest.mark.whole
 @quick
 def test_learned_control_variates_have_less_variance():
     """Of REBAR's eta and tau, and of RELAX's network, by gradient descent from where they start."""
@@ -368,6 +376,7 @@ def test_learned_control_variates_have_less_variance():
         assert norms[0].mean() - norms[1].mean() > 4.5 * error
 
 
+@pytest.mark.whole
 @quick
 def test_the_control_variate_does_not_reach_the_loss():
     """Nor do the noisy logits: f's parameters get their gradient from the draw alone."""
@@ -404,6 +413,7 @@ def test_f_is_called_as_often_as_the_docstring_says(name, calls):
     assert len(seen) == calls
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "disarm", "rebar", "relax"])
 def test_under_jit_vmap_scan_and_checkpoint(name):
@@ -426,9 +436,12 @@ def test_under_jit_vmap_scan_and_checkpoint(name):
     np.testing.assert_allclose(passed, ESTIMATORS[name](KEY, interacting(0.7, 1), q), rtol=1e-5, atol=5e-7)
 
 
+@pytest.mark.whole
 @quick
 def test_f_may_be_a_module_of_flax():
     """The gradient reaches the module's parameters and those of the encoder that made the logits."""
+    from flax import nnx  # which the quick tier does not install
+
     encoder, decoder = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))
     x = jnp.arange(6.0).reshape(2, 3) / 5
 
@@ -450,6 +463,7 @@ def test_f_may_be_a_module_of_flax():
         assert (np.abs(leaves.mean(0) - expected) < 4.8 * error + 1e-6).all()
 
 
+@pytest.mark.few(2)
 @quick
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("name", "family"), PAIRS)

@@ -39,6 +39,7 @@ def losses(handle, prior, params, mask=MASK):
     return [jax.value_and_grad(loss)(params, elbo) for elbo in ELBOS]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", CONTINUOUS, ids=str)
 def test_guide_equal_to_prior_costs_nothing_at_low_temperature(case):
     """In masked plates, scaled by 100, at tau = 0.01: loss 0 and finite gradients under every ELBO."""
@@ -55,6 +56,7 @@ def test_guide_equal_to_prior_costs_nothing_at_low_temperature(case):
             assert jnp.isfinite(gradient).all(), name
 
 
+@pytest.mark.whole
 def test_without_the_handler_it_costs_a_lot():
     """The loss that NumPyro's own class has too; here the rounded draws of guide and prior disagree."""
     logits = jnp.array([0.3, -0.7])
@@ -68,6 +70,7 @@ def test_without_the_handler_it_costs_a_lot():
         assert abs(value) < 1
 
 
+@pytest.mark.whole
 def test_a_draw_of_another_kind_is_scored_by_its_value():
     """The unrounded draw of a hard concrete gate is that before stretching: of no use to another class."""
     kinds = [
@@ -83,6 +86,7 @@ def test_a_draw_of_another_kind_is_scored_by_its_value():
         np.testing.assert_allclose(law, model().log_prob(drawn["z"]["value"]), rtol=1e-4)
 
 
+@pytest.mark.whole
 def test_masks_outside_of_the_handler():
     def prior():
         with numpyro.plate("n", 4):
@@ -100,6 +104,7 @@ def test_masks_outside_of_the_handler():
     np.testing.assert_array_equal(law, np.where(mask, own, 0))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("handle", [unrounded, functools.partial(relax, tau=0.5)], ids=["unrounded", "relax"])
 def test_masks_inside_and_outside_of_the_handler_both_count(handle):
     """An element is scored where both let it: the losses of masked pieces are those of the elements."""
@@ -134,6 +139,7 @@ def chain(body=lambda f: f):
     scan(body(step), first, jnp.zeros(5))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kl", ["discrete", "relaxed"])
 @pytest.mark.parametrize("wrap", ["whole", "body"])
 def test_scan_carries_every_step(kl, wrap):
@@ -162,6 +168,7 @@ def shifted(body):
     scan(body(step), first, jnp.zeros(5))
 
 
+@pytest.mark.whole
 def test_scan_scores_by_the_guide_of_the_same_step():
     """The KL of a chain with a mean-field guide, each of whose steps has a law of its own."""
     q = jax.nn.log_softmax(jnp.linspace(-2, 2, 10).reshape(5, 2))
@@ -304,6 +311,7 @@ class Unknown(dist.Distribution):
         super().__init__((), (2,))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("handle", "law"),
     [

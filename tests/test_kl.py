@@ -71,6 +71,7 @@ def batch_of(p, q):
     return jnp.broadcast_shapes(p.batch_shape, q.batch_shape)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_continuous_rules(name):
     """E [log p - log q] over draws of p, to four standard errors of the mean; zero of p and itself."""
@@ -116,6 +117,7 @@ RELAXED = ["RelaxedBernoulli", "HardConcrete", "GaussianRelaxedBernoulli"]
 PAIRS = [(p, q) for p, q in itertools.product(EXACT + RELAXED, EXACT) if "S" in (p + q) or p in RELAXED]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("p", "q"), PAIRS)
 def test_rules_of_bits(p, q):
     """By enumeration, batches broadcast, that of the temperature too; also of an uneven gate."""
@@ -155,6 +157,7 @@ def test_rules_of_classes(p, q):
     np.testing.assert_allclose(kl, np.broadcast_to(exact, kl.shape), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.whole
 def test_impossible_and_certain_outcomes():
     """0 log 0 is 0, a possible outcome that q excludes is infinite, and no gradient is NaN."""
     inf = np.inf
@@ -188,6 +191,7 @@ def test_impossible_and_certain_outcomes():
     np.testing.assert_array_equal(kl_divergence(rd.StraightThroughBernoulli(probs=probs.probs), probs), 0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_gradients_are_the_derivatives(name):
     """Of every parameter of both, by central differences in float64."""
@@ -213,6 +217,7 @@ def test_gradients_are_the_derivatives(name):
         assert slope != 0 and all(jnp.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.whole
 def test_near_concretes_in_float32():
     """d coth(d / 2) - 2 is a difference that cancels for near logits, and overflows for far ones."""
     shifts = np.float64([0, 1e-6, 1e-3, 0.03, 0.1, 0.49, 0.51, 1, 5, 50, 2e4])
@@ -229,6 +234,7 @@ def test_near_concretes_in_float32():
     np.testing.assert_allclose(jax.grad(jax.grad(kl))(0.3, 0.3), 1 / 3, rtol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [rd.RelaxedBernoulli, rd.HardConcrete])
 def test_the_closed_form_of_constant_temperatures_is_the_quadrature_of_traced_ones(kind):
     """To the digits of float64 and of float32, from equal logits to far ones."""
@@ -266,6 +272,7 @@ def test_counts_and_what_has_no_closed_form():
             kl_divergence(*pair)
 
 
+@pytest.mark.whole
 def test_softmax_does_not_see_the_all_ones_direction():
     """A shift of all means, and noise common to all logits, change no KL; a singular Sigma is well."""
     moved = rd.LogisticNormalSoftmax(
@@ -295,6 +302,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_through_the_wrappers(wrapper):
     logits, tau, wrap = jnp.float32([-1, 2]), jnp.float32([0.5, 0.7]), WRAPPED[wrapper]
@@ -317,6 +325,7 @@ def test_through_the_wrappers(wrapper):
         np.testing.assert_allclose(kl_divergence(wrap(p), wrap(q)), expected, rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_half_precision():
     """Parameters of any dtype; the KL is taken in float32."""
     for name in ("invertible gaussians", "diagonal, full", "dirichlet, full", "concretes"):
@@ -333,6 +342,7 @@ def test_half_precision():
 to_logistic_normal, to_dirichlet = jax.jit(rd.to_logistic_normal), jax.jit(rd.to_dirichlet)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("batch", [(), (4, 2)])
 def test_bridge_of_distributions(batch):
     """Its Gaussian after projection is that of the arrays, and the way back is exact."""

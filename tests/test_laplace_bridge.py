@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 ALPHAS = np.array([[0.3, 2.0, 9.0, 1.0], [5.0, 5.0, 0.7, 40.0]])
 
 
+@pytest.mark.whole
 def test_it_is_the_laplace_approximation_of_the_dirichlet_on_the_logits():
     """loc is the mode of the density of y, z = softmax(y), and the covariance its inverse Hessian."""
     with jax.enable_x64(True):
@@ -23,6 +24,7 @@ def test_it_is_the_laplace_approximation_of_the_dirichlet_on_the_logits():
             np.testing.assert_allclose(jnp.linalg.pinv(hessian, rtol=1e-10), covariance, atol=1e-9)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("k", [2, 3, 50])
 def test_round_trip(k, dtype):
@@ -59,6 +61,7 @@ def test_covariance_not_standard_deviation():
     np.testing.assert_allclose(4 * four, ALPHAS, rtol=1e-4)
 
 
+@pytest.mark.whole
 def test_gradients():
     alpha = jnp.asarray(ALPHAS, jnp.float32)
     loss = lambda alpha: sum(jnp.sum(jnp.cos(x)) for x in dirichlet_to_gaussian(alpha))
@@ -69,6 +72,7 @@ def test_gradients():
     np.testing.assert_allclose(jax.grad(there_and_back)(alpha), jnp.tile(weights, (2, 1)), rtol=1e-3)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("k", [2, 3, 10])
 def test_logits_far_apart(k, dtype):

@@ -36,6 +36,7 @@ def spread(params, shape):
     }
 
 
+@pytest.mark.few(1)
 @rows()
 def test_expanded_reinterpreted_and_masked(case):
     """Against the distribution whose parameters were broadcast by hand; (2, 1) becomes (3, 2, 4)."""
@@ -138,6 +139,7 @@ def test_one_hot_categorical_draws():
 # --- pytrees, vmap ----------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @rows()
 def test_it_is_a_pytree(case):
     d = case.build(validate_args=False)
@@ -163,6 +165,7 @@ def test_it_is_a_pytree(case):
     np.testing.assert_allclose(draws[0], draw(back), rtol=3e-6, atol=1e-6)
 
 
+@pytest.mark.few(1)
 @rows()
 def test_vmap_over_each_parameter(case):
     """Built under vmap over one parameter, its other batches left as they are, and over all at once."""
@@ -213,6 +216,7 @@ def test_vmap_over_each_parameter(case):
 # --- arguments --------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @rows(lambda case: "logits" in case.params)
 def test_probs_are_logits(case):
     """Certain and impossible ones too: nothing is clamped to an epsilon."""
@@ -266,6 +270,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.few(9)
 @rows()
 def test_bad_values_are_named_if_validated(case):
     for name, x in case.floats.items():
@@ -395,6 +400,7 @@ def test_names_with_the_signature_of_pyro(hard):
 CONSTRAINTS = [ct.log_odds, ct.log_weights, ct.simplex, ct.one_hot]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: type(c).__name__)
 def test_constraints(constraint):
     leaves, tree = jax.tree.flatten(constraint)
@@ -414,6 +420,7 @@ def test_constraints(constraint):
         np.testing.assert_allclose(bijection.inv(z), y, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.few(1)
 @rows()
 def test_feasible_values_of_every_support(case):
     event_dim = len(case.event)
@@ -438,6 +445,7 @@ def test_feasible_values_of_every_support(case):
 # --- in a model -------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @rows()
 def test_in_a_model(case):
     """Plates expand it, seed draws from it, trace and the log-density see it; also in a scan."""

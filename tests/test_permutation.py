@@ -32,6 +32,7 @@ def rounds(a, count):
     return jnp.exp(jax.lax.scan(one, a, length=count)[0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("n", "tau"), [(3, 0.2), (12, 1.0)])
 def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
     """In value and gradient, those of float32 beside a long unrolled loop in float64."""
@@ -47,6 +48,7 @@ def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
     np.testing.assert_allclose(slope, exact_slope, atol=1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("n", [2, 10, 100])
 def test_rows_and_columns_sum_to_one(n):
     """Within 1e-4 at tau = 0.05, which normalising in turn reaches after some 10,000 rounds."""
@@ -57,6 +59,7 @@ def test_rows_and_columns_sum_to_one(n):
     assert (z >= 0).all()
 
 
+@pytest.mark.whole
 def test_a_hard_draw_is_the_best_assignment():
     for n, count in ((7, 50), (60, 20)):
         logits = np.float32(np.random.default_rng(n).normal(size=(count, n, n)))
@@ -66,6 +69,7 @@ def test_a_hard_draw_is_the_best_assignment():
             assert chosen.sum() == n
 
 
+@pytest.mark.whole
 def test_a_hard_draw_has_the_gradient_of_the_soft_one_and_is_finite_at_extremes():
     logits = np.random.default_rng(4).normal(size=(30, 4, 4))
     way = jnp.float32(np.random.default_rng(5).normal(size=(4, 4)))
@@ -89,6 +93,7 @@ def test_a_hard_draw_has_the_gradient_of_the_soft_one_and_is_finite_at_extremes(
     assert jnp.isnan(both(jnp.full((30, 4, 4), jnp.nan), 1.0)[1][1]).all()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("hard", "tau"), [(True, 0.5), (False, 1e-3)])
 def test_two_places_have_the_law_of_the_sum_of_two_logistics(hard, tau):
     """They stay if d + L + L' > 0: F(d) = e^d (e^d - 1 - d) / (e^d - 1)^2."""
@@ -121,6 +126,7 @@ def test_gradient_is_that_of_the_limit():
             np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope_of_tau, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.whole
 def test_memory_does_not_grow_with_the_steps():
     logits = jnp.zeros((8, 30, 30))
     sizes = []
@@ -130,6 +136,7 @@ def test_memory_does_not_grow_with_the_steps():
     assert sizes[0] == sizes[1] < 12 * logits.nbytes
 
 
+@pytest.mark.whole
 def test_impossible_places():
     """A triangle leaves one permutation; what leaves none is an error, or NaN where a trace hides it."""
     logits = jnp.where(jnp.tril(jnp.ones((4, 4))) > 0, 0.3, -jnp.inf)

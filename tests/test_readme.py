@@ -29,6 +29,7 @@ def test_it_is_a_screen_and_a_half():
     )  # what relaxit is, in the first lines
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 def test_snippets_run_when_pasted_and_do_what_they_say():
     """Each alone."""

@@ -73,6 +73,7 @@ def by_hand(params, soft_model, soft_guide, key):
     return kl + 2 * KEPT.sum() * jnp.sum(jnp.exp(log_q) * (log_q - log_p)) - fit
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["relaxed", "straight_through"])
 def test_the_objective_under_every_elbo(method):
     """-E log p(y | z) + KL(q || p), the same number and gradient under each, with scale and mask."""
@@ -108,6 +109,7 @@ def test_temperature_may_be_traced():
     assert len(traces) == 1 and len(set(losses)) == 3
 
 
+@pytest.mark.whole
 def test_subsampled_plates_get_unbiased_gradients():
     """The guide's parameters are those of the whole plate; the mean over subsamples is the full gradient."""
     table = jnp.array([-1.0, 1.0, 3.0])
@@ -163,6 +165,7 @@ SITES = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("method", ["relaxed", "straight_through"])
 def test_every_discrete_site_is_relaxed(method):
     def everything():
@@ -202,6 +205,7 @@ def test_other_sites_stay():
         assert jnp.result_type(trace[name]["value"]) == jnp.result_type(site["value"]), name
 
 
+@pytest.mark.whole
 def test_config_gives_single_sites_their_own_method():
     def two():
         numpyro.sample("z", dist.Categorical(PRIOR_P))
@@ -226,6 +230,7 @@ def test_config_gives_single_sites_their_own_method():
 PRIOR_P = np.exp(PRIOR)
 
 
+@pytest.mark.whole
 def test_a_method_of_second_order_is_unbiased_where_the_likelihood_is_quadratic():
     """ReinMax under `relax`: the mean gradient of the bound is the enumerated one."""
     logits, loc = jnp.array([0.3, -0.4, 0.9]), jnp.array([-1.0, 0.5, 2.0])
@@ -257,6 +262,7 @@ def test_a_method_of_second_order_is_unbiased_where_the_likelihood_is_quadratic(
     assert all(z.max() > 4.5 for z in z_scores.values())  # the others are biased, and it shows
 
 
+@pytest.mark.whole
 def test_the_trained_guide_draws_discrete_values():
     guide = AutoMeanField(posteriors.classes)
     with handlers.seed(rng_seed=0):
@@ -268,6 +274,7 @@ def test_the_trained_guide_draws_discrete_values():
     np.testing.assert_allclose(guide.probs(params)["z"], np.tile(posteriors.CLASS_P, (5, 1)), rtol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("low", [0, 2])
 def test_a_change_point(low):
     """``where(t < s, a, b)`` for a uniform s: with straight-through draws the mean loss is the exact one."""
@@ -314,6 +321,7 @@ def test_comparisons_of_weights_are_those_of_their_values():
             compare(1, 0.4)
 
 
+@pytest.mark.whole
 def test_one_hot_sites_start_at_0():
     for law, size in ((dist.Bernoulli(0.3), 2), (dist.Binomial(3, 0.4), 4), (dist.DiscreteUniform(2, 5), 6)):
         soft = relax(lambda law=law: numpyro.sample("z", law), tau=0.5, config={"z": "one_hot"})
@@ -325,6 +333,7 @@ def test_one_hot_sites_start_at_0():
         handlers.seed(below, 0)()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("certain", [0.0, 1.0])
 def test_bits_that_are_certain(certain):
     """The automatic guide leaves the other value out; the law of one that rounds to 0 or 1 is finite."""
@@ -351,6 +360,7 @@ def test_bits_that_are_certain(certain):
     assert np.isfinite(value) and np.isfinite(slope)
 
 
+@pytest.mark.whole
 def test_possible_classes_of_a_subsampled_plate():
     """A class is left out of a column of the guide if it is impossible in that column of the minibatch."""
     prior = jnp.array([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])

@@ -25,6 +25,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", COUNTS)
 def test_truncated_counts(name):
     """Less than 1e-6 is beyond the last value, which has it; the moments are those of SciPy to 1e-3."""
@@ -40,6 +41,7 @@ def test_truncated_counts(name):
     np.testing.assert_allclose((p * (values - mean[..., None]) ** 2).sum(-1), exact.var(), rtol=1e-3)
 
 
+@pytest.mark.whole
 def test_a_tail_is_folded_into_the_last_value():
     law = _site.law_of("n", dist.Poisson(4.0), num_values=6)
     expected = [*st.poisson(4).pmf(range(5)), st.poisson(4).sf(4)]

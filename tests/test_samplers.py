@@ -52,6 +52,7 @@ def test_raw_keys_draw_the_same():
         np.testing.assert_array_equal(*draws)
 
 
+@pytest.mark.few(16)
 @quick
 @rows(CASES)
 def test_support(case):
@@ -71,6 +72,44 @@ def test_support(case):
         assert set(np.unique(z)) == {0, 1}  # exactly, not 0.99999994
 
 
+@pytest.fixture
+def for_accelerators(monkeypatch):
+    """A function in its form for GPUs and TPUs, which this machine runs too."""
+
+    def traced(function):
+        def other(*args, default, **platforms):
+            return default(*args)
+
+        def call(*args):
+            with monkeypatch.context() as patch:
+                patch.setattr(jax.lax, "platform_dependent", other)
+                jax.clear_caches()  # of functions that were traced in their form for CPUs
+                result = jax.jit(function)(*args)
+                jax.clear_caches()
+            return result
+
+        return call
+
+    return traced
+
+
+@pytest.mark.few(3)
+@quick
+@rows(CASES)
+def test_the_form_for_accelerators_is_the_same(case, for_accelerators):
+    """Draws, and their gradients in every parameter, are those of CPUs up to rounding."""
+    params = {n: jnp.asarray(x) for n, x in case.batched.items()}
+
+    def loss(params):
+        draw = case.draw(KEY, (40, 2), **params)
+        return jnp.sum(jnp.cos(1.0 + jnp.arange(draw.size)).reshape(draw.shape) * draw), draw
+
+    gradient = jax.grad(loss, has_aux=True)
+    one, other = for_accelerators(gradient)(params), jax.jit(gradient)(params)
+    chex.assert_trees_all_close(one, other, rtol=3e-5, atol=3e-6)
+
+
+@pytest.mark.few(2)
 @as_users
 @rows(CASES)
 def test_jit_eager_and_vmap_agree(case):
@@ -96,6 +135,7 @@ def test_jit_eager_and_vmap_agree(case):
         assert len(traces) == 1
 
 
+@pytest.mark.few(6)
 @quick
 @rows(CASES)
 def test_noise_is_independent_across_the_batch(case):
@@ -133,6 +173,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(case):
         assert ((jnp.abs(gradient) > 0) == (name not in case.no_gradient)).all(), name
 
 
+@pytest.mark.few(3)
 @quick
 @rows(
     cases(
@@ -154,6 +195,7 @@ def test_gradient_is_the_derivative_of_the_draw(case):
             np.testing.assert_allclose((up - down) / 2e-6, slope, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(4)
 @quick
 @rows(cases(has_soft_draw))
 def test_straight_through_has_the_gradient_of_the_soft_draw(case):
@@ -168,9 +210,10 @@ def test_straight_through_has_the_gradient_of_the_soft_draw(case):
 @as_users
 @dtypes
 @rows(cases(is_discrete))
-def test_forward_value_has_exactly_the_discrete_law(case, dtype):
+def test_forward_value_has_exactly_the_discrete_law(case, dtype, pytestconfig):
     case = cast(case, dtype)
-    n = 1_000_000 if dtype == jnp.float32 else 200_000  # whose noise is float32's, rounded at the end
+    # the noise of half precision is float32's, rounded at the end; and the quick tier draws less
+    n = 1_000_000 if dtype == jnp.float32 and pytestconfig.option.all else 200_000
 
     @jax.jit
     def draw(key):
@@ -184,6 +227,7 @@ def test_forward_value_has_exactly_the_discrete_law(case, dtype):
         assert chi_square(case.outcome(draws[:, i]), law) > P_VALUE
 
 
+@pytest.mark.few(5)
 @as_users
 @rows(cases(has_discrete_limit))
 def test_low_temperature_has_the_discrete_law(case):
@@ -205,6 +249,7 @@ def at_extremes(case, dtype):
     return dataclasses.replace(case, params=params | {"logits": jnp.asarray(logits, dtype)})
 
 
+@pytest.mark.few(3)
 @quick
 @dtypes
 @rows(cases(has_logits, is_differentiable))
@@ -231,6 +276,7 @@ def test_extreme_logits_and_temperatures(case, dtype):
         chex.assert_tree_all_finite(values(params))
 
 
+@pytest.mark.few(1)
 @quick
 @rows(cases(is_differentiable, lambda case: {"loc", "gap", "values"} & case.params.keys()))
 def test_extremes_of_other_parameters(case):
@@ -256,6 +302,7 @@ def test_extremes_of_other_parameters(case):
                 chex.assert_tree_all_finite(of(params))
 
 
+@pytest.mark.few(3)
 @quick
 @rows(cases(has_logits, is_differentiable))
 def test_an_impossible_class_is_exactly_zero(case):
@@ -295,6 +342,7 @@ def test_an_impossible_class_is_exactly_zero(case):
         assert (np.asarray(gradients["logits"])[where] == 0).all()
 
 
+@pytest.mark.few(2)
 @quick
 @rows(cases(has_log_space))
 def test_log_space_is_the_same_draw_unrounded(case):
@@ -314,6 +362,7 @@ def test_log_space_is_the_same_draw_unrounded(case):
         assert jnp.isfinite(cold).all() and jnp.abs(cold).max() > 1000
 
 
+@pytest.mark.few(4)
 @quick
 @rows(cases(is_differentiable))
 def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
@@ -335,6 +384,7 @@ def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
             assert all(np.isfinite(gradient[1]).all() for gradient in gradients.values()), (name, bad)
 
 
+@pytest.mark.whole
 @quick
 def test_bad_numbers_are_seen_in_all_else_that_is_public():
     l0 = jax.jit(rj.hard_concrete_l0)
@@ -351,6 +401,7 @@ def test_bad_numbers_are_seen_in_all_else_that_is_public():
     assert jnp.isnan(matching(-1.0)).all()
 
 
+@pytest.mark.few(6)
 @rows(cases(lambda case: case.per_event))
 def test_a_temperature_with_an_event_axis_is_an_error(case):
     """(B, 1) beside logits (B, K) would draw all pairs; what asks for those says so."""
@@ -451,6 +502,7 @@ def test_options_that_contradict_each_other(case):
         case.sampler(KEY, **case.arguments({"hard": True, "log_space": True}))
 
 
+@pytest.mark.whole
 def test_half_precision_makes_no_atoms():
     """A gate's atoms have their probabilities in bfloat16 too, where 0.9999 would round to 1."""
     for case in cases(lambda case: case.atoms is not None):

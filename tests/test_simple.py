@@ -27,6 +27,7 @@ def written_out(logits, k):
     return hot.astype(float), bits_given_their_sum(logits, k)
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize("k", [1, 2, 5, 6])
 def test_marginals_and_their_derivative(k):
@@ -99,6 +100,7 @@ def spread(n):
     )
 
 
+@pytest.mark.whole
 def test_large_problems_are_right_in_float32_and_small_in_memory():
     """n = 5,000, k = 500, logits of +-1e4: draws, marginals and gradient are those of float64."""
     n, k = 5000, 500
@@ -132,6 +134,7 @@ def test_a_shape_does_not_multiply_the_table():
     assert memory.temp_size_in_bytes < 4 * 4 * n * (k + draws)
 
 
+@pytest.mark.whole
 @quick
 def test_what_cannot_be_drawn():
     logits = jnp.array([0.0, 1.0, -jnp.inf, 2.0])
@@ -157,6 +160,7 @@ def test_what_cannot_be_drawn():
     assert all(jnp.isnan(x).all() for x in too_few(logits))
 
 
+@pytest.mark.whole
 @quick
 def test_kl_is_the_sum_over_all_subsets():
     """In the value and in both gradients; inf where p draws what q cannot."""

@@ -86,6 +86,7 @@ def of_gapped(d, l, tau, gap=0.8):
     return jacobian(sp.softmax((l + m1 - m2) / tau)) / tau
 
 
+@pytest.mark.few(3)
 @quick
 @pytest.mark.parametrize("tau", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize(
@@ -112,6 +113,7 @@ def test_backward_is_what_its_definition_says_of_every_draw(sampler, definition,
         np.testing.assert_allclose(gradient, definition(draw, logits, tau) @ weights, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.whole
 @quick
 def test_first_order_is_exact_for_linear_and_second_order_for_quadratic_functions():
     first, second = rj.straight_through_categorical, rj.reinmax
@@ -165,6 +167,7 @@ def reinmax_rao_given(d, l, tau, noise):
     return 2 * mean - jacobian(sp.softmax(l)) / 2, 2 * error
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize("tau", [0.5, 1.5])
 @pytest.mark.parametrize(
@@ -190,6 +193,7 @@ def test_rao_blackwellised_backward_is_the_conditional_mean(sampler, given, tau)
         assert len(mine) > 10 and (np.abs(mine.mean(0) - mean) < 4.8 * spread).all()
 
 
+@pytest.mark.whole
 @quick
 @pytest.mark.parametrize("tau", [0.3, 2.0])
 def test_gumbel_rao_of_two_classes_by_quadrature(tau):
@@ -211,6 +215,7 @@ def test_gumbel_rao_of_two_classes_by_quadrature(tau):
         assert abs(mine.mean() - expected[d]) < 4.5 * mine.std() / len(mine) ** 0.5
 
 
+@pytest.mark.whole
 @quick
 @pytest.mark.parametrize("f", [quadratic, cubic])
 def test_gumbel_rao_has_the_mean_of_straight_through_gumbel_softmax_and_less_variance(f):
@@ -234,6 +239,7 @@ def test_gumbel_rao_has_the_mean_of_straight_through_gumbel_softmax_and_less_var
     assert abs(one[0] - ten[0] - 1.8 * (one[0] - two[0])) < 4.5 * error
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("f", [quadratic, cubic])
 def test_reinmax_rao_trades_variance_for_bias(f, record_property):
     n, sampler = 100_000, functools.partial(rj.reinmax_rao, num_samples=20)
@@ -249,6 +255,7 @@ def test_reinmax_rao_trades_variance_for_bias(f, record_property):
     assert theirs[0] - mine[0] > 4.5 * np.hypot(mine[1], theirs[1])
 
 
+@pytest.mark.whole
 @quick
 @pytest.mark.parametrize("sampler", [rj.gumbel_rao, rj.reinmax_rao])
 def test_forward_mode_is_the_transpose_of_reverse_mode(sampler):
@@ -262,6 +269,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(sampler):
     )
 
 
+@pytest.mark.whole
 @as_users
 @pytest.mark.parametrize("sampler", [rj.gumbel_rao, rj.reinmax_rao])
 def test_memory_does_not_grow_with_the_number_of_samples(sampler):

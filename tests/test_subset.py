@@ -18,6 +18,7 @@ from laws import orders, subsets
 SETS = np.array(list(itertools.combinations(range(4), 2)))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_log_prob_against_enumeration(k):
     order = np.array(list(itertools.permutations(range(4), k)))
@@ -45,6 +46,7 @@ def test_sets_are_drawn_with_their_probability():
         assert chi_square(np.searchsorted(SETS @ [4, 1], codes[:, i]), law) > P_VALUE
 
 
+@pytest.mark.whole
 def test_one_of_n_is_a_category():
     """The value is the largest of Gumbels at the logits: a Gumbel at their log-sum-exp."""
 
@@ -68,6 +70,7 @@ def test_one_of_n_is_a_category():
     np.testing.assert_array_equal(slopes[jnp.arange(2), jnp.arange(2)], hot)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("n", "k", "ahead"), [(50, 20, 3.0), (1000, 500, 0.0), (300, 299, 8.0)])
 def test_large_sets(n, k, ahead):
     """k elements of one logit, n - k of another: P(S) is a ratio of gamma functions."""
@@ -80,6 +83,7 @@ def test_large_sets(n, k, ahead):
         np.testing.assert_allclose(law(logits), exact, rtol=1e-9)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ordered", [True, False])
 def test_gradient_of_log_prob(ordered):
     """Against differences, and the score has mean zero: sum_S P(S) grad log P(S) = 0."""
@@ -94,6 +98,7 @@ def test_gradient_of_log_prob(ordered):
             np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, score[:, i], atol=1e-7)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("ordered", [True, False])
 def test_what_cannot_be_drawn(ordered):
     logits = jnp.array([0.0, 1.0, -jnp.inf, 2.0])
@@ -115,6 +120,7 @@ def test_what_cannot_be_drawn(ordered):
         rj.gumbel_top_k_log_prob(jnp.array([0.0, 1.0]), logits)
 
 
+@pytest.mark.whole
 def test_second_derivatives_agree_with_float64():
     law = lambda l: rj.gumbel_top_k_log_prob(jnp.array([0, 2]), l, ordered=False)
     hessian = jax.jit(jax.hessian(law))(jnp.float32(ITEMS[0]))
@@ -131,6 +137,7 @@ def test_perturbed_values_are_sorted_and_carry_the_gradient():
     np.testing.assert_allclose(slope, counts)
 
 
+@pytest.mark.whole
 def test_soft_removal_is_exact_where_a_draw_is_certain():
     """log(1 - o) of an o that rounds to 1 is finite and right, so the next draws leave it alone."""
     z = rj.relaxed_top_k(KEY, jnp.array([30.0, 0.0, 0.0, -30.0]), 3, 1e-3, shape=(200,))
@@ -155,6 +162,7 @@ def test_too_few_possible_elements():
     assert indices[0] == 0 and values[1] == -jnp.inf
 
 
+@pytest.mark.whole
 def test_memory_of_relaxed_top_k_is_what_its_docstring_says():
     """k arrays of the size of the result, and some; 100 of 10,000 in a batch of 64 is 256 MB."""
     for k in (5, 100):

@@ -53,6 +53,7 @@ def test_all_modules_are_looked_at():
     assert "relaxit_jax.distributions._sampler_distribution.SamplerDistribution.log_prob" in PUBLIC
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 def test_what_the_checker_reads_also_runs(capsys):
     typed_user.main()

@@ -212,7 +212,8 @@ class OneHotCategorical(Variables):
         """Exact draws, of shape (*shape, *self.shape)."""
         arg.check_key(key)
         shape = arg.as_shape("shape", shape)
-        return self._as_sample(rng.one_hot_draw(key, self._probabilities(), (*shape, *self.shape[:-1])))
+        index = rng.categorical(key, self._wide(), (*shape, *self.shape[:-1]))
+        return self._as_sample(lm.is_class(index, self.logits))
 
     def score(self, sample: ArrayLike) -> Array:
         """The gradient of log P(sample) in the logits, b - p, without its cancellation."""

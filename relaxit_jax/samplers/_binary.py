@@ -204,12 +204,22 @@ def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[in
     arg.check_key(key)
     dtype, logits = arg.widen(logits=logits)
     shape = arg.batch_shape(shape, logits=logits.shape)
-    p = sigmoid(logits)
-    # where p underflows the root has no slope left, not an infinite one
-    root = where(p > 0, jnp.sqrt(where(p > 0, p, 1)), p)
+    root = jnp.sqrt(sigmoid(logits))
     bit = rng.bernoulli(key, root, sigmoid(-logits) / (1 + root), shape)
-    # where, not a product: it keeps NaN logits visible
-    return where(bit | jnp.isnan(root), root, 0).astype(dtype)
+    return _times_root(bit, logits).astype(dtype)
+
+
+@jax.custom_jvp
+def _times_root(bit, logits):
+    """The bit times sqrt(p). The derivative is a multiple of it, and 0 where p underflows."""
+    root = jnp.sqrt(sigmoid(logits))
+    return where(bit | jnp.isnan(root), root, 0)  # and no product, which would hide a NaN
+
+
+@_times_root.defjvp
+def _times_root_jvp(primals, tangents):
+    z = _times_root(*primals)
+    return z, z * sigmoid(-primals[1]) / 2 * tangents[1]
 
 
 def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.nn import log_softmax, softmax
+from jax.nn import log_softmax
 from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
@@ -62,13 +62,19 @@ def gumbel_softmax(
     dtype, logits = arg.widen(logits=logits)
     tau = arg.as_tau(tau, logits.dtype)
     shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
-    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, logits.shape[-1]), logits)
-    y = lm.over_tau(perturbed, tau[..., None])
-    if log_space:
-        return log_softmax(y)
+    tau = tau[..., None]
+    noise = rng.gumbel(key, (*shape, logits.shape[-1]), logits)
     if hard:
-        return gr.straight_through(lm.largest(perturbed), softmax(y)).astype(dtype)
-    return softmax(y).astype(dtype)
+        return one_hot_of_noisy(logits, tau, noise).astype(dtype)
+    perturbed = lm.centre(logits) + noise
+    return gr.log_softmax(perturbed, tau) if log_space else gr.softmax(perturbed, tau).astype(dtype)
+
+
+def one_hot_of_noisy(logits, tau, noise):
+    """The one-hot vector of argmax(logits + noise), with the gradient of softmax((logits + noise) / tau)."""
+    index = lm.index_of_largest(lm.centre(logits, for_index=True) + noise)
+    soft = lambda logits, tau, noise: gr.slope_of_softmax(lm.centre(logits) + noise, tau)
+    return gr.one_hot(soft, index, logits, tau, noise)
 
 
 def gumbel_softmax_log_prob(
@@ -183,8 +189,10 @@ def invertible_gaussian(
     y = y / tau[..., None]
     y = jnp.concatenate([y, pl.placed(last, y)], -1)
     if log_space:
-        return log_softmax(y)
-    return (gr.straight_through(lm.largest(y), softmax(y)) if hard else softmax(y)).astype(dtype)
+        return gr.log_softmax(y, 1.0)
+    return (
+        gr.one_hot(gr.slope_of_softmax, lm.index_of_largest(y), y, 1.0) if hard else gr.softmax(y, 1.0)
+    ).astype(dtype)
 
 
 def invertible_gaussian_log_prob(
@@ -293,7 +301,7 @@ def logistic_normal(
     shape = arg.batch_shape(shape, **batch)
     noise = rng.normal(key, (*shape, loc.shape[-1]), loc)
     y = lm.centre(loc) + (scale * noise if scale_tril is None else lm.apply_factor(scale_tril, noise))
-    return log_softmax(y) if log_space else softmax(y).astype(dtype)
+    return gr.log_softmax(y, 1.0) if log_space else gr.softmax(y, 1.0).astype(dtype)
 
 
 def logistic_normal_log_prob(

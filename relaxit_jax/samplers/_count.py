@@ -81,7 +81,7 @@ def generalized_gumbel_softmax(
     batch = {"logits": logits.shape[:-1], "values": values.shape[:-1]}
     shape = arg.batch_shape(shape, **batch, per_event={"tau": tau.shape})
     perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, classes), logits)
-    weights = jax.nn.softmax(lm.over_tau(perturbed, tau[..., None]))
+    weights = gr.softmax(perturbed, tau[..., None])
     soft = jnp.sum(weights * values, -1)
     if not hard:
         return soft.astype(dtype)
@@ -269,7 +269,7 @@ def _support(log_pmf, parameters, num_values, eps):
     need = "given, as the parameters are traced: it is fixed before tracing"
     arg.require(seen or num_values is not None, "num_values", need, None)
     if seen:
-        least = enough_values(lambda values: _masses(log_pmf, len(values), *parameters), eps)
+        least = enough_values(lambda values: _masses(log_pmf, values, *parameters), eps)
         need = f"at most {MOST_VALUES}, and for these parameters and eps = {eps} it is not enough"
         arg.require(least is not None, "num_values", need, num_values)
         num_values = num_values or least
@@ -280,14 +280,15 @@ def _support(log_pmf, parameters, num_values, eps):
 
 
 # Compiled, since a call outside of a jitted step would send dozens of small operations one by one.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _masses(log_pmf, size, *parameters):
-    return log_pmf(jnp.arange(size, dtype=parameters[0].dtype), *(x[..., None] for x in parameters))
+@functools.partial(jax.jit, static_argnums=0)
+def _masses(log_pmf, values, *parameters):
+    return log_pmf(values.astype(parameters[0].dtype), *(x[..., None] for x in parameters))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _folded(log_pmf, num_values, *parameters):
-    log_p = _masses(log_pmf, 2 * num_values + 64, *parameters)  # the tail, as far again as the values
+    values = jnp.arange(2 * num_values + 64)  # the tail, as far again as the values
+    log_p = _masses(log_pmf, values, *parameters)
     return jax.nn.log_softmax(fold_tail(log_p, num_values), -1)
 
 
@@ -383,10 +384,12 @@ def enough_values(log_pmf, eps):
     rest counts as the geometric series that the last two begin. Together they are 1, or the mass lies
     farther on, where nothing of it is seen yet.
     """
-    size = 64
+    block, size, parts = np.arange(128, dtype=np.int32), 128, []
     with jax.ensure_compile_time_eval():
         while size <= 4 * MOST_VALUES:
-            log_p = np.asarray(log_pmf(np.arange(size)), np.float64)
+            while len(parts) * len(block) < size:  # each of one shape, for which its operations compile once
+                parts.append(np.asarray(log_pmf(len(parts) * len(block) + block), np.float64))
+            log_p = np.concatenate(parts, -1)
             p, last = np.exp(log_p), log_p[..., -1:]
             before = np.where(last > -np.inf, log_p[..., -2:-1], 0)
             ratio = np.exp(np.minimum(last - before, 1))

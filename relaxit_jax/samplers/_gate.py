@@ -1,8 +1,10 @@
 """Stochastic gates: relaxed Bernoulli variables that are exactly 0 or 1 with positive probability."""
 
+import functools
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import log_sigmoid, sigmoid
@@ -166,11 +168,26 @@ def hard_concrete(
     y = lm.over_tau(logits + rng.logistic(key, shape, logits), tau)
     if log_space:
         return y
-    # y decides on the atoms, as the law does; the two ends are weighed, since a + (b - a) v cancels
+    z = _stretched(a, b, y)
+    return gr.straight_through(z > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _stretched(a, b, y):
+    """clip(a + (b - a) sigmoid(y), 0, 1).
+
+    y decides on the atoms, as the law does; the two ends are weighed, since a + (b - a) sigmoid(y) cancels.
+    """
     low, high = _logits_of_the_ends(a, b)
     inside = a * sigmoid(-y) + b * sigmoid(y)
-    z = where(y <= low, 0, where(y >= high, 1, jnp.clip(inside, 0, 1)))
-    return gr.straight_through(z > 0.5, z).astype(dtype) if hard else _cast_gate(z, dtype)
+    return where(y <= low, 0, where(y >= high, 1, jnp.clip(inside, 0, 1)))
+
+
+@_stretched.defjvp
+def _stretched_jvp(a, b, primals, tangents):
+    z = _stretched(a, b, *primals)
+    slope = where((z == 0) | (z == 1), 0, (z - a) * (b - z) / (b - a))
+    return z, slope * tangents[0]
 
 
 def hard_concrete_log_prob(

@@ -15,6 +15,7 @@ from relaxit_jax import _math as lm
 from relaxit_jax import _placement as pl
 from relaxit_jax import _random as rng
 from relaxit_jax._placement import where
+from relaxit_jax.samplers._categorical import one_hot_of_noisy
 
 
 def straight_through_categorical(
@@ -47,8 +48,8 @@ def straight_through_categorical(
     Array([0., 1., 0.], dtype=float32)
     """
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
-    winner = rng.one_hot_draw(key, softmax(logits), logits.shape[:-1])
-    return gr.straight_through(winner, softmax(lm.over_tau(logits, tau))).astype(dtype)
+    index = rng.categorical(key, logits, logits.shape[:-1])
+    return gr.one_hot(gr.slope_of_softmax, index, logits, tau).astype(dtype)
 
 
 def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
@@ -128,11 +129,13 @@ def decoupled_gumbel_softmax(
     arg.require_flags(hard=hard)
     taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
     dtype, logits, tau_forward, tau_backward = _arguments(key, logits, shape, **taus)
-    perturbed = lm.centre(logits) + rng.gumbel(key, logits.shape, logits)
+    noise = rng.gumbel(key, logits.shape, logits)
+    if not hard:
+        perturbed = lm.centre(logits) + noise
+        value, soft = (gr.softmax(perturbed, tau) for tau in (tau_forward, tau_backward))
+        return gr.straight_through(value, soft).astype(dtype)
     # exact draws do not depend on tau_forward, but a NaN of it is shown as everywhere
-    soft = softmax(lm.over_tau(perturbed, lm.show_nan(tau_backward, tau_forward)))
-    value = lm.largest(perturbed) if hard else softmax(lm.over_tau(perturbed, tau_forward))
-    return gr.straight_through(value, soft).astype(dtype)
+    return one_hot_of_noisy(logits, lm.show_nan(tau_backward, tau_forward), noise).astype(dtype)
 
 
 def gapped_straight_through(
@@ -167,12 +170,16 @@ def gapped_straight_through(
     Array([0., 1., 0.], dtype=float32)
     """
     dtype, logits, tau, gap = _arguments(key, logits, shape, tau=tau, gap=gap)
-    winner = rng.one_hot_draw(key, softmax(logits), logits.shape[:-1])
-    below = jax.lax.stop_gradient(lm.centre(logits))  # logits - max logits, 0 or less
-    # what m1 and m2 make of the logits: the largest for the winner, at most the largest less the gap
-    moved = where(winner, 0, jnp.minimum(below, -gap))
-    soft = softmax(lm.over_tau(gr.straight_through(moved, logits), tau))
-    return gr.straight_through(winner, soft).astype(dtype)
+    index = rng.categorical(key, logits, logits.shape[:-1])
+
+    def soft(logits, tau, index, gap):
+        below = jax.lax.stop_gradient(lm.centre(logits))  # logits - max logits, 0 or less
+        # what m1 and m2 make of the logits: the largest for the winner, at most the largest less the gap
+        moved = where(lm.is_class(index, logits), 0, jnp.minimum(below, -gap))
+        return gr.slope_of_softmax(gr.straight_through(moved, logits), tau)
+
+    gap = jax.lax.stop_gradient(gap)
+    return gr.one_hot(soft, index, logits, lm.show_nan(tau, gap), index, gap).astype(dtype)
 
 
 def reinmax(
@@ -211,10 +218,13 @@ def reinmax(
     Array([0., 1., 0.], dtype=float32)
     """
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
-    p0 = softmax(logits)
-    winner = rng.one_hot_draw(key, p0, logits.shape[:-1])
-    p1 = jax.lax.stop_gradient((winner.astype(p0.dtype) + softmax(lm.over_tau(logits, tau))) / 2)
-    return gr.straight_through(winner, 2 * gr.softmax_at(p1, logits) - p0 / 2).astype(dtype)
+    index = rng.categorical(key, logits, logits.shape[:-1])
+
+    def soft(logits, tau, index):
+        p1 = jax.lax.stop_gradient((lm.is_class(index, logits) + gr.slope_of_softmax(logits, tau)) / 2)
+        return 2 * gr.softmax_at(p1, logits) - softmax(logits) / 2
+
+    return gr.one_hot(soft, index, logits, tau, index).astype(dtype)
 
 
 def gumbel_rao(
@@ -257,10 +267,13 @@ def gumbel_rao(
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
     num_samples = arg.as_num_samples(num_samples)
     draw_key, noise_key = jax.random.split(key)
-    log_p = jax.lax.stop_gradient(log_softmax(logits))
-    winner = rng.one_hot_draw(draw_key, jnp.exp(log_p), logits.shape[:-1])
-    soft = _mean_softmax(num_samples, noise_key, winner, log_p, logits, tau)
-    return gr.straight_through(winner, soft).astype(dtype)
+    index = rng.categorical(draw_key, logits, logits.shape[:-1])
+
+    def soft(logits, tau, index, key):
+        log_p = jax.lax.stop_gradient(log_softmax(logits))
+        return _mean_softmax(num_samples, key, index, log_p, logits, tau)
+
+    return gr.one_hot(soft, index, logits, tau, index, noise_key).astype(dtype)
 
 
 def reinmax_rao(
@@ -302,12 +315,15 @@ def reinmax_rao(
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
     num_samples = arg.as_num_samples(num_samples)
     draw_key, noise_key = jax.random.split(key)
-    p0 = softmax(logits)
-    winner = rng.one_hot_draw(draw_key, p0, logits.shape[:-1])
-    # theta of the others; that of the class drawn does not count, given that it wins
-    theta, tau = jax.lax.stop_gradient((log_softmax(logits) - jnp.log(2), tau))
-    mean = _mean_softmax(num_samples, noise_key, winner, theta, logits, tau)
-    return gr.straight_through(winner, 2 * mean - p0 / 2).astype(dtype)
+    index = rng.categorical(draw_key, logits, logits.shape[:-1])
+
+    def soft(logits, tau, index, key):
+        # theta of the others; that of the class drawn does not count, given that it wins
+        theta = jax.lax.stop_gradient(log_softmax(logits) - jnp.log(2))
+        mean = _mean_softmax(num_samples, key, index, theta, logits, tau)
+        return 2 * mean - softmax(logits) / 2
+
+    return gr.one_hot(soft, index, logits, jax.lax.stop_gradient(tau), index, noise_key).astype(dtype)
 
 
 def _arguments(key, logits, shape, **temperatures):
@@ -323,19 +339,20 @@ def _arguments(key, logits, shape, **temperatures):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _mean_softmax(num_samples, key, winner, log_p, logits, tau):
-    """A value that is looked at for NaN alone, with the mean derivative of softmax((logits + sg(G)) / tau).
+def _mean_softmax(num_samples, key, index, log_p, logits, tau):
+    """The mean derivative of softmax((logits + sg(G)) / tau), of a value that nobody looks at.
 
-    G is Gumbel noise given that ``log_p + G`` is largest at the winner. The derivative is a scan of
+    G is Gumbel noise given that ``log_p + G`` is largest at the index. The derivative is a scan of
     which the backward pass keeps the keys alone: each turn draws its noise again.
     """
-    return pl.placed(lm.show_nan(jnp.exp(log_p), tau), winner, logits)
+    return pl.placed(jnp.exp(log_p), index, logits)
 
 
 @_mean_softmax.defjvp
 def _mean_softmax_jvp(num_samples, primals, tangents):
-    key, winner, log_p, _, tau = primals
+    key, index, log_p, _, tau = primals
     *_, logits_dot, tau_dot = tangents
+    winner = lm.is_class(index, log_p)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(total, key):

@@ -298,7 +298,7 @@ def _how_many(size, max_length, end):
 def _given_largest(key, law, log_p, largest):
     """Perturbed log-probabilities of all continuations, given the largest of each prefix."""
     winner_key, key = jax.random.split(key)
-    winner = rng.one_hot_draw(winner_key, jnp.exp(law), law.shape[:-1])
+    winner = lm.is_class(rng.categorical(winner_key, law, law.shape[:-1]), law)
     possible = log_p > -jnp.inf
     largest = largest[:, None]
     gap = jax.nn.softplus(largest - where(possible, log_p, 0) - rng.gumbel(key, law.shape, law))
