@@ -128,7 +128,9 @@ def centre(logits, *, for_index=False):
     not store it.
     """
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    return logits - (jax.lax.optimization_barrier(top) if for_index else top)
+    if for_index:
+        top = jax.lax.platform_dependent(top, cpu=lambda top: top, default=jax.lax.optimization_barrier)
+    return logits - top
 
 
 def log_logistic_pdf(x):

@@ -345,7 +345,7 @@ def _mean_softmax(num_samples, key, index, log_p, logits, tau):
     G is Gumbel noise given that ``log_p + G`` is largest at the index. The derivative is a scan of
     which the backward pass keeps the keys alone: each turn draws its noise again.
     """
-    return pl.placed(jnp.exp(log_p), index, logits)
+    return pl.placed(jnp.exp(log_p), index, logits, tau)
 
 
 @_mean_softmax.defjvp
