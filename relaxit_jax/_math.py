@@ -26,6 +26,7 @@ def is_class(index, like):
     return jnp.arange(like.shape[-1]) == index
 
 
+@jax.jit
 def index_of_largest(x):
     """The index of the largest along the last axis, which stays; the first of equals, K where one is NaN."""
     x = jax.lax.stop_gradient(x)
@@ -227,6 +228,7 @@ def _probit_to_logit_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+@jax.jit
 def logit_to_probit(x):
     """Phi^-1(s(x)), the inverse of `probit_to_logit`, without rounding s(x) to 0 or 1.
 

@@ -1,4 +1,4 @@
-"""Noise with right tails, and exact draws.
+"""Noise with right tails, and exact draws, each compiled as one function where it is called eagerly.
 
 Noise is drawn and transformed in float32 or wider. An event of probability p is drawn with frequency p, down
 to 1e-8, in both tails. Every element of a batch has its own noise.
@@ -69,6 +69,7 @@ def tail_uniform(key, shape, like):
     return (signed.astype(like.dtype) + 0.5) * 2.0**-width
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def logistic(key, shape, like):
     """Logistic(0, 1) noise, log U - log(1 - U)."""
     r = tail_uniform(key, shape, like)
@@ -77,6 +78,7 @@ def logistic(key, shape, like):
     return jnp.log(where(r < 0, 1 - v, v) / where(r < 0, v, 1 - v))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def exponential(key, shape, like):
     """Exponential(1) noise, -log U."""
     r = tail_uniform(key, shape, like)
@@ -90,11 +92,13 @@ def exponential(key, shape, like):
     return where(r < 0, upper, lower)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def gumbel(key, shape, like):
     """Gumbel(0, 1) noise, -log(-log U)."""
     return -jnp.log(exponential(key, shape, like))
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def categorical(key, logits, shape):
     """The index of the class drawn, of shape (*shape, 1); K where the logits of an element are no law.
 
@@ -105,6 +109,7 @@ def categorical(key, logits, shape):
     return lm.index_of_largest(weights / exponential(key, (*shape, logits.shape[-1]), logits))
 
 
+@jax.jit
 def conditional_gumbel(key, log_p, winner):
     """The largest of log_p + G, given which it is, and how far each lies below it; 0 or less.
 
@@ -132,6 +137,7 @@ _TAIL = (4.0064340, 1.4165873, 1.3365363e-2, -1.0875810e-2, 8.0406026e-3, -4.781
          -4.0046445e-4, 3.3190197e-5)  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnums=1, static_argnames="used_twice")
 def normal(key, shape, like, *, used_twice=False):
     """Normal(0, 1) noise, by the inverse of the distribution function.
 
@@ -157,6 +163,7 @@ def _polynomial(coefficients, x):
     return y
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def bernoulli(key, p, q, shape):
     """1[U < p], given both p and q = 1 - p so that neither tail is rounded away."""
     r = tail_uniform(key, shape, p)

@@ -146,5 +146,7 @@ def exact(f: Callable[[Array], ArrayLike], q: es.Family) -> Array:
         value = es.call(f, q, sample)
         return where(p > 0, p.astype(value.dtype) * value, 0)  # of what is impossible f may be anything
 
-    terms = jax.lax.map(term, jnp.arange(total), batch_size=min(AT_ONCE, total))
+    every = jnp.arange(total)
+    # outside of a jitted function a loop is compiled anew at each call
+    terms = jax.vmap(term)(every) if total <= AT_ONCE else jax.lax.map(term, every, batch_size=AT_ONCE)
     return jnp.sum(terms, 0)

@@ -373,6 +373,7 @@ def _correlated_args(logits, tau, scale_tril):
     return dtype, logits, tau, factor.astype(logits.dtype), batch
 
 
+@jax.jit
 def _copula_log_density(v, scale_tril, dropped):
     """log N(v; 0, R) - sum log phi(v), without the dropped variables, whose v is 0."""
 

@@ -117,6 +117,7 @@ def _best_permutation(weights):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def _sinkhorn(num_iters, a):
     """S(A) of a batch of matrices."""
     return pl.whole(jnp.vectorize(functools.partial(_scale, num_iters), signature="(n,n)->(n,n)"), a)

@@ -59,18 +59,9 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
     shape = arg.batch_shape(shape, logits=logits.shape[:-1])
     n = logits.shape[-1]
     logits = _with_axes(logits, len(shape))
-    noise = rng.logistic(key, (*shape, n), logits)
-
-    def draw(left, element):
-        log_odds, noise = element
-        chosen = _at(log_odds, left, 0) + noise > 0
-        return left - chosen.astype(jnp.int32), chosen
-
-    elements = _log_odds(jax.lax.stop_gradient(logits), k), jnp.moveaxis(noise, -1, 0)
-    left = pl.placed(jnp.full(shape, k, jnp.int32), noise[..., 0], logits[..., 0])
-    _, chosen = jax.lax.scan(draw, left, elements, reverse=True)
+    chosen = _chosen(k, jax.lax.stop_gradient(logits), rng.logistic(key, (*shape, n), logits))
     soft = jnp.broadcast_to(_slope_of_marginals(k, logits), (*shape, n))
-    return gr.straight_through(jnp.moveaxis(chosen, 0, -1), soft).astype(dtype)
+    return gr.straight_through(chosen, soft).astype(dtype)
 
 
 def simple_top_k_marginals(logits: ArrayLike, k: int) -> Array:
@@ -142,7 +133,22 @@ def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     return lm.show_nan(law, event=(given, logits))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _chosen(k, logits, noise):
+    """From the last element to the first, whether it is chosen."""
+
+    def draw(left, element):
+        log_odds, noise = element
+        chosen = _at(log_odds, left, 0) + noise > 0
+        return left - chosen.astype(jnp.int32), chosen
+
+    elements = _log_odds(logits, k), jnp.moveaxis(noise, -1, 0)
+    left = pl.placed(jnp.full(noise.shape[:-1], k, jnp.int32), noise[..., 0], logits[..., 0])
+    return jnp.moveaxis(jax.lax.scan(draw, left, elements, reverse=True)[1], 0, -1)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def _log_prob(k, value, logits):
     value = jnp.moveaxis(value, -1, 0)
     left = jnp.cumsum(value, 0).astype(jnp.int32)  # to be chosen among the first i
@@ -226,6 +232,7 @@ def _log_odds(logits, k):
     return scanned[1]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _marginals(k, logits):
     """From the last element to the first, how likely how many are left to choose."""
 

@@ -350,19 +350,20 @@ def _mean_softmax(num_samples, key, index, log_p, logits, tau):
 
 @_mean_softmax.defjvp
 def _mean_softmax_jvp(num_samples, primals, tangents):
-    key, index, log_p, _, tau = primals
-    *_, logits_dot, tau_dot = tangents
-    winner = lm.is_class(index, log_p)
+    value = _mean_softmax(num_samples, *primals)
+    return value, _mean_slope(num_samples, value, *primals, *tangents[-2:])
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean_slope(num_samples, like, key, index, log_p, _, tau, logits_dot, tau_dot):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(total, key):
-        _, gap = rng.conditional_gumbel(key, log_p, winner)
+        _, gap = rng.conditional_gumbel(key, log_p, lm.is_class(index, log_p))
         y = gap / tau
         weights = jnp.exp(y)  # at most 1, that of the winner
         # d(x / tau) = dx / tau - (x / tau) dtau / tau, and what is at -inf stays there
         y_dot = (logits_dot - where(y == -jnp.inf, 0, y) * tau_dot) / tau
         return total + gr.softmax_tangent(weights / jnp.sum(weights, -1, keepdims=True), y_dot), None
 
-    value = _mean_softmax(num_samples, *primals)
-    total, _ = jax.lax.scan(add, jnp.zeros_like(value), jax.random.split(key, num_samples))
-    return value, total / num_samples
+    total, _ = jax.lax.scan(add, jnp.zeros_like(like), jax.random.split(key, num_samples))
+    return total / num_samples
