@@ -91,6 +91,18 @@ def numpyro_source(session):
 
 
 @nox.session(python=DEFAULT)
+def accelerators(session):
+    """benchmarks/accelerators.py, with the compilers for GPUs and for TPUs: 1.3 GB, some minutes."""
+    session.install("-e", ".[benchmarks]", "pip")
+    code = "import jax; print(jax.__version__)"
+    jax = session.run("python", "-c", code, silent=True).strip()
+    gpu = [f"jax-cuda12-{part}=={jax}" for part in ("plugin", "pjrt")]
+    session.install(*gpu, "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12", f"jax[tpu]=={jax}")
+    for kind, dtype in (("gpu", "float32"), ("gpu", "bfloat16"), ("tpu", "float32")):
+        session.run("python", "benchmarks/accelerators.py", kind, "--dtype", dtype, *session.posargs)
+
+
+@nox.session(python=DEFAULT)
 def lint(session):
     """ruff, as pre-commit runs it."""
     session.install("ruff")

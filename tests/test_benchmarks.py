@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import accelerators
 import bandwidth
 import compare
 import compile as compiling
@@ -225,3 +226,54 @@ def test_a_table_has_the_ratios_and_what_they_were_recorded_with():
     assert "| `logistic_normal`, full |" in table.samplers() and "- |" in table.samplers()
     rebar = f"| `rebar` | {epochs['rebar']['milliseconds']:.0f} |"
     assert rebar in table.epochs() and "PyTorch rebar" not in table.epochs() and K == 5
+
+
+PROGRAM = """HloModule jit_f, num_partitions=1
+
+%body.1 (state: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %state = (s32[], f32[4,8]{1,0}) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%state), index=1
+  %step = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%fused.1
+  ROOT %next = (s32[], f32[4,8]{1,0}) tuple(%x, %step)
+}
+
+ENTRY %main.2 (logits: bf16[4,8]) -> (f32[4], f32[4,8]) {
+  %logits = bf16[4,8]{1,0} parameter(0)
+  %start = f32[4,8]{1,0} fusion(%logits), kind=kInput, calls=%fused.2
+  %ahead = (f32[4,8]{1,0}, f32[4,8]{1,0:S(1)}, u32[]) copy-start(%start)
+  %loop = (s32[], f32[4,8]{1,0}) while(%start), body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %both = (f32[4]{0}, f32[4,8]{1,0}) fusion(%start), kind=kInput, calls=%fused.3
+}
+"""
+
+
+def test_bytes_of_a_program_are_those_of_its_kernels():
+    """Loops as often as they turn; copies ahead of time, parameters and tuples cost nothing."""
+    assert accelerators.kernels(PROGRAM) == [
+        ("start", 1, 64, 128), ("step", 3, 128, 128), ("both", 1, 128, 144),
+    ]  # fmt: skip
+
+
+def test_a_described_device_is_written_as_its_compiler_reads_it():
+    assert accelerators.text_of({"a": "b", "c": {"d": 1, "e": 2.5}}) == 'a: "b" c: { d: 1 e: 2.5 }'
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_program_for_a_gpu_asks_whether_numbers_are_finite(name):
+    """XLA's compiler for GPUs ends a kernel there, so that logits and noise go through memory once more."""
+    draw, logits = ROWS[name].ours, jnp.zeros((5, *ROWS[name].small))
+    gradient = jax.grad(lambda logits, key: jnp.sum(jnp.cos(draw(key, logits))))
+    for f, arguments in ((draw, (jax.random.key(0), logits)), (gradient, (logits, jax.random.key(0)))):
+        program = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        assert "stablehlo" in program
+        assert not re.search(r"is_finite.*tensor<\d+x", program)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_an_exact_draw_makes_no_softmax_where_no_gradient_is_asked_for(hard):
+    """So it reads the logits twice, for their largest and for that of their noise, and stores neither."""
+    names = ["gumbel_softmax_hard", "straight_through_categorical", "reinmax", "gumbel_rao"]
+    for name in names if hard else ["gumbel_softmax"]:
+        lowered = jax.jit(ROWS[name].ours).trace(jax.random.key(0), jnp.zeros((5, 3)))
+        program = lowered.lower(lowering_platforms=("cuda",)).as_text()
+        assert ("applies stablehlo.add across" in program) != hard, name

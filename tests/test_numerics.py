@@ -26,10 +26,25 @@ UPPER = {  # the same quantiles from 1 - u, where u itself would round
 }
 
 
+@pytest.fixture
+def with_bits(monkeypatch):
+    """A call in which these are the random bits. What was compiled is forgotten before it and after it."""
+
+    def call(bits, function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(rng, "random_bits", lambda key, shape, *_: jnp.asarray(bits).reshape(shape))
+            jax.clear_caches()
+            result = function(*arguments)
+            jax.clear_caches()
+        return np.asarray(result)
+
+    return call
+
+
 @pytest.mark.few(3)
 @pytest.mark.parametrize("noise", NOISE, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_noise_is_the_quantile_of_its_bits(noise, dtype, monkeypatch):
+def test_noise_is_the_quantile_of_its_bits(noise, dtype, with_bits):
     """Given the random bits, the noise is the quantile of the uniform they stand for, in both tails.
 
     The bits are uniform, so this proves the law to the last of them: probabilities down to 2^-32 in
@@ -41,8 +56,7 @@ def test_noise_is_the_quantile_of_its_bits(noise, dtype, monkeypatch):
         small += [int(x) for x in np.geomspace(4, 2 ** (width - 1.001), 300)]
         small += [int(x * 2**width) for x in np.linspace(9e-4, 9.5e-4, 50)]  # where one fit meets the other
         bits = np.array(small + [2**width - 1 - i for i in small], f"uint{width}")
-        monkeypatch.setattr(rng, "random_bits", lambda *args: jnp.asarray(bits))
-        drawn = np.asarray(noise(KEY, bits.shape, jnp.zeros((), dtype)), np.float64)
+        drawn = with_bits(bits, noise, KEY, bits.shape, jnp.zeros((), dtype)).astype(np.float64)
     tail = (np.array(small, np.float64) + 0.5) * 2.0**-width
     rtol = 6e-7 if dtype == jnp.float32 else 3e-15
     np.testing.assert_allclose(drawn[: len(small)], NOISE[noise](tail), rtol=rtol, atol=rtol)
@@ -119,7 +133,7 @@ def gates(logits):
 @pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_tails_are_right_to_the_last_bit(dtype, monkeypatch):
+def test_tails_are_right_to_the_last_bit(dtype, with_bits):
     """Which random bits make a rare event, counted from the end: as many as its probability has.
 
     Bits are uniform, so this is the frequency of the event, in either tail and of both parts of a law.
@@ -133,10 +147,9 @@ def test_tails_are_right_to_the_last_bit(dtype, monkeypatch):
     lower = np.array([a + b for a, b in zip(inside, outside, strict=True)], f"uint{width}")
     for name, (tail, event) in TAILS.items():
         for bits in (lower, ~lower):
-            with jax.enable_x64(width == 64), monkeypatch.context() as patch:
-                patch.setattr(rng, "random_bits", lambda key, shape, *_: jnp.asarray(bits).reshape(shape))  # noqa: B023
+            with jax.enable_x64(width == 64):
                 cast = lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), lower.shape)
-                happens = np.asarray(event(rare[:, None], cast))
+                happens = with_bits(bits, event, rare[:, None], cast)
             own = (bits is lower) == (tail == "lower")
             expected = [True] * 3 + [False] * 3 if own else [False] * 6
             np.testing.assert_array_equal(happens, [expected] * len(rare), err_msg=name)

@@ -108,6 +108,22 @@ MUTATIONS = [
         "accelerators",
     ),
     (
+        "an eager loop is compiled at every call",
+        f"{SAMPLERS}/_subset.py",
+        "@functools.partial(jax.jit, static_argnums=0)\ndef _sum_of_draws",
+        "def _sum_of_draws",
+        "test_eager.py",
+        "relaxed_top_k",
+    ),
+    (
+        "an exact draw's softmax is made without a gradient too",
+        GRADIENTS,
+        "return where(good, lm.is_class(index, logits), jnp.nan).astype(logits.dtype)",
+        "return straight_through(where(good, lm.is_class(index, logits), jnp.nan), jax.nn.softmax(logits))",
+        "test_benchmarks.py",
+        "exact_draw",
+    ),
+    (
         "straight through as hard + soft - soft",
         GRADIENTS,
         "return where(jnp.isnan(soft), soft, hard.astype(soft.dtype))",

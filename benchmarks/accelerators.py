@@ -1,0 +1,220 @@
+"""Bytes and kernels of every sampler as compiled for a GPU or a TPU, on a machine that has neither.
+
+XLA compiles ahead of time for a device that is only described: one H100, or one chip of a TPU v5e. Of the
+compiled program this counts what its kernels read and write, in arrays of the size of the logits, and how
+many kernels there are, beside the same of hand-written JAX; then the collectives of the program for four
+devices, with the batch sharded. Nothing runs: these are bytes, not times. A loop counts as often as it turns,
+where the compiler knows how often, else once. A copy ahead of time into the fast memory of a TPU is left out.
+
+It needs the compilers, as packages: for `gpu` jax-cuda12-plugin and jax-cuda12-pjrt of JAX's own version,
+nvidia-cuda-nvcc-cu12 and nvidia-nvjitlink-cu12; for `tpu` jax[tpu]. `nox --session accelerators` installs
+them and runs both.
+
+Writes results/accelerators.json, in which the results of other devices and dtypes stay, and
+results/accelerators.png.
+"""
+
+import json
+import math
+import os
+import re
+
+# a described chip has no server that could be asked about it, and no chip here is to be looked for
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost"}
+
+import click
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from records import RESULTS, out_option, write
+from rows import ROWS
+
+H100 = {  # of NVIDIA's data sheet
+    "platform_name": "CUDA",
+    "device_description_str": "NVIDIA H100 80GB HBM3",
+    "dnn_version_info": {"major": 9, "minor": 7},
+    "runtime_version": {"major": 12, "minor": 8, "patch": 0},
+    "gpu_device_info": {
+        "cuda_compute_capability": {"major": 9}, "core_count": 132, "fpus_per_core": 128,
+        "clock_rate_ghz": 1.98,
+        "threads_per_warp": 32, "threads_per_block_limit": 1024, "threads_per_core_limit": 2048,
+        "registers_per_block_limit": 65536, "registers_per_core_limit": 65536,
+        "shared_memory_per_block": 49152, "shared_memory_per_block_optin": 232448,
+        "shared_memory_per_core": 233472, "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535, "l2_cache_size": 50 * 2**20, "memory_bandwidth": 3_352_320_000_000,
+        "device_memory_size": 84_929_347_584,
+    },
+}  # fmt: skip
+NAMES = {"gpu": "H100", "tpu": "TPU v5e"}
+ROWS_OF_LOGITS = {"gpu": 131_072, "tpu": 65_536}  # more than the fast memory of a TPU holds
+SMALLER = {"simple_top_k": 8, "gumbel_top_k": 8, "relaxed_top_k": 8}  # these store many such arrays
+SHAPES = {"correlated_bernoulli": (128,), "logistic_normal_full": (128,), "gumbel_sinkhorn": (64, 64)}
+PASSES = ("forward", "forward + backward")
+FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
+AHEAD = ("copy-start", "copy-done", "slice-start", "slice-done")
+COLLECTIVE = re.compile(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, **{f"{kind}{8 * n}": n for kind in "suf" for n in (1, 2, 4, 8)}}
+
+
+def text_of(fields):
+    """A record in the text form of protocol buffers."""
+    shown = lambda value: f"{{ {text_of(value)} }}" if isinstance(value, dict) else json.dumps(value)
+    return " ".join(f"{name}: {shown(value)}" for name, value in fields.items())
+
+
+def devices(kind, number):
+    if kind == "gpu":
+        described = {"target_config": text_of(H100), "topology": f"1x1x{number}"}
+        return topologies.get_topology_desc(platform="cuda", **described).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[:number]
+
+
+# --- what a compiled program costs ----------------------------------------------------------------
+
+
+def size(shape):
+    """The bytes of an array, or of all arrays of a tuple, as the text of a program writes its shape."""
+    arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
+    return sum(BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays)
+
+
+INSTRUCTION = re.compile(
+    r"\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<what>[\w-]+)\((?P<rest>.*)"
+)
+
+
+def kernels(program):
+    """Of each instruction that costs any: its name, how often it runs, the bytes that it reads and writes."""
+    bodies, body, entry = {}, None, None
+    for line in program.splitlines():
+        opened = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if opened:
+            body = bodies.setdefault(opened[2], [])
+            entry = opened[2] if opened[1] else entry
+        elif body is not None and (found := INSTRUCTION.match(line)):
+            body.append((found, line))
+
+    def visit(name, times):
+        sizes = {}
+        for found, line in bodies[name]:
+            sizes[found["name"]] = size(found["shape"])
+            if found["what"] == "while":
+                turns = re.search(r"known_trip_count\D*(\d+)", line)
+                yield from visit(
+                    re.search(r"body=%?([\w.-]+)", line)[1], times * int(turns[1] if turns else 1)
+                )
+            elif found["what"] in ("call", "conditional"):
+                called = re.findall(r"(?:to_apply=|_computation=|branch_computations=\{)%?([\w.-]+)", line)
+                for one in called:
+                    yield from visit(one, times)
+            elif found["what"] not in FREE and not found["what"].startswith(AHEAD):
+                read = sum(sizes.get(x, 0) for x in re.findall(r"%([\w.-]+)", found["rest"].split("), ")[0]))
+                yield found["name"], times, read, sizes[found["name"]]
+
+    return list(visit(entry, 1))
+
+
+def compiled(draw, shape, dtype, backward, mesh, spec):
+    """The program of a draw, or of a draw and the gradient of a weighted sum of its values."""
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    logits = jax.ShapeDtypeStruct(shape, dtype)
+    weights = jax.eval_shape(draw, jax.random.key(0), logits)
+    key = place(jax.ShapeDtypeStruct((2,), jnp.uint32), PartitionSpec())
+
+    def both(key, logits, weights):
+        value, pull = jax.vjp(lambda logits: draw(jax.random.wrap_key_data(key), logits), logits)
+        return (value, *pull(weights)) if backward else value
+
+    given = [place(logits, spec), place(weights, spec)] if backward else [place(logits, spec), weights]
+    return jax.jit(both, keep_unused=False).lower(key, *given).compile()
+
+
+def measured(kind, draw, shape, dtype, backward):
+    mesh = Mesh(np.array(devices(kind, 1)), "x", axis_types=(AxisType.Auto,))
+    program = compiled(draw, shape, dtype, backward, mesh, PartitionSpec())
+    found, unit = kernels(program.as_text()), math.prod(shape) * jnp.dtype(dtype).itemsize
+    return {
+        "arrays": round(sum(times * (read + written) for _, times, read, written in found) / unit, 3),
+        "kernels": sum(times for _, times, _, _ in found),
+        "temporaries": round(program.memory_analysis().temp_size_in_bytes / unit, 2),
+    }
+
+
+def collectives(kind, draw, shape, dtype):
+    """Which collectives the program of both passes holds on four devices, with the batch sharded."""
+    mesh = Mesh(np.array(devices(kind, 4)), "x", axis_types=(AxisType.Auto,))
+    program = compiled(draw, shape, dtype, True, mesh, PartitionSpec("x"))
+    return sorted(set(COLLECTIVE.findall(program.as_text())))
+
+
+def shape_of(name, kind):
+    batch = ROWS_OF_LOGITS[kind] // SMALLER.get(name, 1)
+    return (4096, 64, 64) if name == "gumbel_sinkhorn" else (batch, *SHAPES.get(name, (512,)))
+
+
+def of_row(name, kind, dtype):
+    shape, row = shape_of(name, kind), ROWS[name]
+    found = {"shape": shape, "collectives": collectives(kind, row.ours, shape, dtype)}
+    for title in PASSES:
+        ours, hand = (measured(kind, f, shape, dtype, title != PASSES[0]) for f in (row.ours, row.by_hand))
+        found[title] = {"ours": ours, "by hand": hand, "ratio": round(ours["arrays"] / hand["arrays"], 3)}
+    return found
+
+
+# --- what is shown of it --------------------------------------------------------------------------
+
+
+def picture(results):
+    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 7.5), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    for axis, (title, rows) in zip(axes[0], results.items(), strict=True):
+        names = list(rows)[::-1]
+        for offset, which, colour in ((0.2, PASSES[0], "tab:blue"), (-0.2, PASSES[1], "tab:orange")):
+            ratios = [rows[name][which]["ratio"] for name in names]
+            axis.barh(np.arange(len(names)) + offset, ratios, 0.4, label=which, color=colour)
+        axis.axvline(1, color="k", linewidth=1)
+        axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [])
+        axis.set(xscale="log", title=title, xlabel="bytes, to hand-written JAX")
+        axis.set_xticks([0.1, 0.5, 1, 2], ["0.1", "0.5", "1", "2"], minor=False)
+        axis.minorticks_off()
+        axis.grid(axis="x", alpha=0.3)
+    axes[0, 0].legend(loc="upper center", bbox_to_anchor=(0.3, -0.08), ncols=2, frameon=False)
+    return figure
+
+
+@click.command(help=__doc__)
+@click.argument("kind", type=click.Choice(tuple(NAMES)))
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16")), default="float32", show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(tuple(ROWS)), metavar="NAME",
+              help="A sampler to measure; may be given more than once.  [default: all]")  # fmt: skip
+@out_option
+def main(kind, dtype, only, out):
+    try:
+        devices(kind, 4)
+    except Exception as error:  # whatever a missing compiler says
+        raise click.ClickException(f"no compiler for {NAMES[kind]}: see --help ({error})") from error
+    path, title = (out or RESULTS) / "accelerators.json", f"{NAMES[kind]}, {dtype}"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    rows = results.setdefault(title, {})
+    for name in tqdm(only or ROWS, unit="sampler"):
+        rows[name] = found = of_row(name, kind, jnp.dtype(dtype))
+        for which in PASSES:
+            ours, hand = found[which]["ours"], found[which]["by hand"]
+            tqdm.write(
+                f"{name}, {which}: {ours['arrays']:.2f} arrays to {hand['arrays']:.2f} by hand "
+                f"({found[which]['ratio']:.2f}), kernels {ours['kernels']} to {hand['kernels']}"
+            )
+        if found["collectives"]:
+            tqdm.write(f"{name}, on four devices: {', '.join(found['collectives'])}")
+    results[title] = {name: rows[name] for name in ROWS if name in rows}
+    write("accelerators", {"results": results}, out, picture(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Outside of jitted functions: what a call compiles, the next one has."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cases import cases, has_log_prob, is_differentiable
+from helpers import KEY, few, quick, rows
+from public_calls import CALLS
+
+# They trace a function of the user's anew, in loops: whether it is the same function cannot be known.
+OF_USERS = {"stochastic_beam_search", "gradient_report"}
+
+
+@pytest.fixture
+def compilations():
+    """How many programs have been compiled since the test began."""
+    count = [0]
+
+    def listen(event, seconds, **_):
+        count[0] += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def compiles_once(call, compilations):
+    call()
+    before = compilations[0]
+    call()
+    return compilations[0] == before
+
+
+def test_compilations_are_counted(compilations):
+    assert not compiles_once(lambda: jax.jit(lambda x: x + 1)(jnp.ones(3)), compilations)
+
+
+@few(12)
+@quick
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - OF_USERS))
+def test_a_second_call_compiles_nothing(name, compilations):
+    call = CALLS[name]
+    assert compiles_once(lambda: call.function(**call.arguments), compilations)
+
+
+@few(4)
+@quick
+@rows(cases(is_differentiable))
+def test_a_second_gradient_compiles_nothing(case, compilations):
+    params = {name: jnp.asarray(x) for name, x in case.floats.items()}
+    gradient = jax.grad(lambda params: jnp.sum(jnp.cos(case.draw(KEY, **params))))
+    assert compiles_once(lambda: gradient(params), compilations)
+
+
+@few(3)
+@quick
+@rows(cases(has_log_prob))
+def test_a_second_gradient_of_a_density_compiles_nothing(case, compilations):
+    params = {name: jnp.asarray(x) for name, x in case.floats.items()}
+    value = case.draw(KEY)
+    gradient = jax.grad(lambda params: jnp.sum(case.density(value, **params)))
+    assert compiles_once(lambda: gradient(params), compilations)
