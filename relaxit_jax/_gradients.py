@@ -101,7 +101,13 @@ def slope_of_softmax(x, tau):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _softmax(is_value, x, tau):
     """The derivative is made of the result, so that nothing else is kept, not even where x is infinite."""
-    return jax.nn.softmax(x / tau)
+    weights = jnp.exp(_below_largest(x, tau))
+    return weights / jnp.sum(weights, -1, keepdims=True)
+
+
+def _below_largest(x, tau):
+    """x / tau less its largest, which is 0 exactly. A compiler that divides first may round it in two ways."""
+    return (x - jnp.max(x, -1, keepdims=True)) / tau
 
 
 def _softmax_jvp(is_value, primals, tangents):
@@ -127,7 +133,8 @@ def _read_once(p):
 @jax.custom_jvp
 def log_softmax(x, tau):
     """log softmax(x / tau) over the last axis, with gradient 0 in x and tau where x is -inf."""
-    return jax.nn.log_softmax(x / tau)
+    y = _below_largest(x, tau)
+    return y - jnp.log(jnp.sum(jnp.exp(y), -1, keepdims=True))
 
 
 def _log_softmax_jvp(primals, tangents):

@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 PYTHON = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # What pages may write in capitals beside code: the rest may be a placeholder for a number or a table.
-CAPITALS = {"AUROC", "CHANGELOG", "ELBO", "ICLR", "JSON", "MCMC", "MNIST", "NUTS", "README", "SIMPLE"}
+CAPITALS = {"AUROC", "CHANGELOG", "ELBO", "H100", "ICLR", "JSON", "MCMC", "MNIST", "NUTS", "README", "SIMPLE"}
 CAPITALS |= {name.upper() for name in (*estimators.__all__, *elbo.__all__)}
 PICTURES = sorted(path.stem for path in (ROOT / "tools" / "pictures").glob("*.py") if path.stem != "make")
 
