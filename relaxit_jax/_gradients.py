@@ -106,7 +106,7 @@ def _softmax(is_value, x, tau):
 
 
 def _below_largest(x, tau):
-    """x / tau less its largest, which is 0 exactly. A compiler that divides first may round it in two ways."""
+    """x / tau less its largest, 0 exactly; a compiler that divides first may round the two apart."""
     return (x - jnp.max(x, -1, keepdims=True)) / tau
 
 
