@@ -67,7 +67,7 @@ def one_hot(soft, index, logits, tau, *others):
     gradient is asked for, they are not computed.
     """
     good = (index < logits.shape[-1]) & ~jnp.isnan(tau)
-    return where(good, lm.is_class(index, logits), jnp.nan).astype(logits.dtype)
+    return where(good, lm.is_class(index, logits).astype(logits.dtype), jnp.nan)
 
 
 def _one_hot_jvp(soft, primals, tangents):

@@ -118,7 +118,7 @@ MUTATIONS = [
     (
         "an exact draw's softmax is made without a gradient too",
         GRADIENTS,
-        "return where(good, lm.is_class(index, logits), jnp.nan).astype(logits.dtype)",
+        "return where(good, lm.is_class(index, logits).astype(logits.dtype), jnp.nan)",
         "return straight_through(where(good, lm.is_class(index, logits), jnp.nan), jax.nn.softmax(logits))",
         "test_benchmarks.py",
         "exact_draw",

@@ -221,7 +221,8 @@ def reinmax(
     index = rng.categorical(key, logits, logits.shape[:-1])
 
     def soft(logits, tau, index):
-        p1 = jax.lax.stop_gradient((lm.is_class(index, logits) + gr.slope_of_softmax(logits, tau)) / 2)
+        winner = lm.is_class(index, logits).astype(logits.dtype)
+        p1 = jax.lax.stop_gradient((winner + gr.slope_of_softmax(logits, tau)) / 2)
         return 2 * gr.softmax_at(p1, logits) - softmax(logits) / 2
 
     return gr.one_hot(soft, index, logits, tau, index).astype(dtype)
