@@ -66,7 +66,7 @@ def test_exact_is_the_sum_over_all_outcomes():
         np.testing.assert_allclose(slopes[i], difference, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(5)
 @as_users
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_mean_is_the_exact_gradient_and_value(name, family):

@@ -100,7 +100,6 @@ def spread(n):
     )
 
 
-@pytest.mark.whole
 def test_large_problems_are_right_in_float32_and_small_in_memory():
     """n = 5,000, k = 500, logits of +-1e4: draws, marginals and gradient are those of float64."""
     n, k = 5000, 500
