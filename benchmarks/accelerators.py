@@ -35,7 +35,7 @@ from tqdm import tqdm
 from records import RESULTS, out_option, write
 from rows import ROWS
 
-H100 = {  # of NVIDIA's data sheet
+H100 = {  # the fields that XLA's compiler asks for
     "platform_name": "CUDA",
     "device_description_str": "NVIDIA H100 80GB HBM3",
     "dnn_version_info": {"major": 9, "minor": 7},
@@ -75,7 +75,7 @@ def devices(kind, number):
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[:number]
 
 
-# --- what a compiled program costs ----------------------------------------------------------------
+# --- bytes and kernels of a compiled program ------------------------------------------------------
 
 
 def size(shape):
@@ -163,11 +163,15 @@ def of_row(name, kind, dtype):
     found = {"shape": shape, "collectives": collectives(kind, row.ours, shape, dtype)}
     for title in PASSES:
         ours, hand = (measured(kind, f, shape, dtype, title != PASSES[0]) for f in (row.ours, row.by_hand))
-        found[title] = {"ours": ours, "by hand": hand, "ratio": round(ours["arrays"] / hand["arrays"], 3)}
+        found[title] = {
+            "ours": ours,
+            "hand-written": hand,
+            "ratio": round(ours["arrays"] / hand["arrays"], 3),
+        }
     return found
 
 
-# --- what is shown of it --------------------------------------------------------------------------
+# --- picture and command line ---------------------------------------------------------------------
 
 
 def picture(results):
@@ -205,9 +209,9 @@ def main(kind, dtype, only, out):
     for name in tqdm(only or ROWS, unit="sampler"):
         rows[name] = found = of_row(name, kind, jnp.dtype(dtype))
         for which in PASSES:
-            ours, hand = found[which]["ours"], found[which]["by hand"]
+            ours, hand = found[which]["ours"], found[which]["hand-written"]
             tqdm.write(
-                f"{name}, {which}: {ours['arrays']:.2f} arrays to {hand['arrays']:.2f} by hand "
+                f"{name}, {which}: {ours['arrays']:.2f} arrays, hand-written {hand['arrays']:.2f} "
                 f"({found[which]['ratio']:.2f}), kernels {ours['kernels']} to {hand['kernels']}"
             )
         if found["collectives"]:

@@ -121,10 +121,10 @@ _softmax.defjvp(_softmax_jvp, symbolic_zeros=True)
 
 
 def _read_once(p):
-    """The same probabilities, such that a GPU reads them once for a sum and for what is made of it.
+    """Return the same probabilities, in a form that lets a GPU compute `softmax_tangent` in one kernel.
 
-    XLA makes one kernel of a reduction and of what follows where both begin with one array: with a division
-    by the sum, which is 1, of all of `softmax_tangent`. The barrier parts it from the kernel that makes p.
+    XLA fuses a reduction with the code after it if both start from the same array. Dividing by the sum, which
+    is 1, gives `softmax_tangent` that form. The barrier keeps it out of the kernel that computes p.
     """
     p = jax.lax.optimization_barrier(p)
     return p / jnp.sum(p, -1, keepdims=True)

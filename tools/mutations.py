@@ -100,7 +100,7 @@ MUTATIONS = [
         "largest",
     ),
     (
-        "accelerators take the derivative of softmax without its mean",
+        "accelerators halve the probabilities in the derivative of softmax",
         GRADIENTS,
         "return p / jnp.sum(p, -1, keepdims=True)",
         "return p / (1 + jnp.sum(p, -1, keepdims=True))",

@@ -319,7 +319,7 @@ def reinmax_rao(
     index = rng.categorical(draw_key, logits, logits.shape[:-1])
 
     def soft(logits, tau, index, key):
-        # theta of the others; that of the class drawn does not count, given that it wins
+        # right for the classes that lose; the winner's theta does not matter, since it wins
         theta = jax.lax.stop_gradient(log_softmax(logits) - jnp.log(2))
         mean = _mean_softmax(num_samples, key, index, theta, logits, tau)
         return 2 * mean - softmax(logits) / 2
