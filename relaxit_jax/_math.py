@@ -134,6 +134,13 @@ def centre(logits, *, for_index=False):
     return logits - top
 
 
+def two_sum(x, y):
+    """x + y, and what rounding took from it (D. E. Knuth, The Art of Computer Programming, volume 2)."""
+    total = x + y
+    of_y = total - x
+    return total, (x - (total - of_y)) + (y - of_y)
+
+
 def log_logistic_pdf(x):
     """log s(x) + log s(-x), the log-density of Logistic(0, 1)."""
     return -(jax.nn.softplus(x) + jax.nn.softplus(-x))

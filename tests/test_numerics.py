@@ -119,6 +119,8 @@ TAILS = {
     "hard_concrete is 1": ("upper", lambda *a: rj.hard_concrete(KEY, logit(*a), 0.5, hard=True) > 0),
     "correlated_bernoulli is 1": ("upper", lambda *a: gates(logit(*a)) > 0),
     "correlated_bernoulli is 0": ("lower", lambda *a: gates(-logit(*a)) < 1),
+    "simple_top_k takes the first": ("upper", lambda *a: one_of_two(logit(*a))[..., 0] > 0),
+    "simple_top_k takes the second": ("lower", lambda *a: one_of_two(-logit(*a))[..., 1] > 0),
 }  # fmt: skip
 
 
@@ -128,6 +130,10 @@ def logit(p, cast):
 
 def gates(logits):
     return rj.correlated_bernoulli(KEY, logits[..., None], 0.5, ONE_GATE, hard=True)[..., 0]
+
+
+def one_of_two(log_odds):
+    return rj.simple_top_k(KEY, jnp.stack([log_odds, jnp.zeros_like(log_odds)], -1), 1)
 
 
 @pytest.mark.whole

@@ -51,12 +51,14 @@ def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("n", [2, 10, 100])
 def test_rows_and_columns_sum_to_one(n):
-    """Within 1e-4 at tau = 0.05, which normalising in turn reaches after some 10,000 rounds."""
+    """Within 2e-5, which normalising in turn reaches after some 10,000 rounds at tau = 0.05."""
     scale = np.repeat([0.0, 1.0, 20.0], 3)[:, None, None]
     logits = jnp.float32(scale * np.random.default_rng(n).normal(size=(9, n, n)))
-    z = jax.jit(rj.gumbel_sinkhorn)(KEY, logits, 0.05)
-    np.testing.assert_allclose([z.sum(-1), z.sum(-2)], 1, atol=1e-4)
-    assert (z >= 0).all()
+    draw = jax.jit(rj.gumbel_sinkhorn)
+    for tau in (0.05, 1e-3):
+        z = draw(KEY, logits, tau)
+        np.testing.assert_allclose([z.sum(-1), z.sum(-2)], 1, atol=2e-5)
+        assert (z >= 0).all()
 
 
 @pytest.mark.whole

@@ -1,5 +1,6 @@
 """SIMPLE: its draws, marginals and gradient against all subsets written out, and at large sizes."""
 
+import functools
 import itertools
 
 import jax
@@ -13,6 +14,7 @@ from cases import ITEMS
 from helpers import KEY, P_VALUE, chi_square
 from laws import bits_given_their_sum
 from relaxit_jax import distributions as rd
+from relaxit_jax.samplers import _simple
 
 quick = pytest.mark.usefixtures("fast_compilation")
 
@@ -44,11 +46,16 @@ def test_marginals_and_their_derivative(k):
         law = rj.simple_top_k_log_prob(jnp.asarray(hot), logits, k)
         return marginals, jax.jacrev(draw)(logits), forward, law
 
+    def by_tree(logits):  # as accelerators do
+        marginals = functools.partial(_simple._marginals_by_tree, k)
+        return marginals(logits), jax.jacrev(marginals)(logits), jax.jacfwd(marginals)(logits)
+
     marginals, backward, forward, log_law = compiled(jnp.float32(LOGITS))
-    np.testing.assert_allclose(marginals, mean, rtol=2e-6)
-    np.testing.assert_allclose(backward, covariance, atol=2e-7)
-    np.testing.assert_allclose(forward, covariance, atol=2e-7)
     np.testing.assert_allclose(np.exp(log_law), law, rtol=2e-6)
+    for found in ((marginals, backward, forward), jax.jit(by_tree)(jnp.float32(LOGITS))):
+        np.testing.assert_allclose(found[0], mean, rtol=2e-6)
+        for slope in found[1:]:
+            np.testing.assert_allclose(slope, covariance, atol=3e-7)
 
 
 @quick
@@ -64,12 +71,18 @@ def test_backward_is_the_difference_of_marginals_in_float64():
 
 @quick
 def test_draws_have_the_law_of_every_subset():
-    for k in (2, 4):
-        hot, law = written_out(LOGITS, k)
+    """Also where halves of the tree are uneven, and where there is nothing to split."""
+    for n, k in ((6, 2), (6, 4), (5, 2), (3, 2), (2, 1), (1, 1), (5, 5)):
+        hot, law = written_out(LOGITS[:n], k)
         draws = np.asarray(
-            jax.jit(lambda key, k=k: rj.simple_top_k(key, jnp.float32(LOGITS), k, shape=(200_000,)))(KEY)
+            jax.jit(lambda key, n=n, k=k: rj.simple_top_k(key, jnp.float32(LOGITS[:n]), k, shape=(200_000,)))(
+                KEY
+            )
         )
-        powers = 2.0 ** np.arange(6)
+        if len(law) == 1:
+            np.testing.assert_array_equal(draws, np.broadcast_to(hot, draws.shape))
+            continue
+        powers = 2.0 ** np.arange(n)
         order = np.argsort(hot @ powers)
         assert chi_square(np.searchsorted((hot @ powers)[order], draws @ powers), law[order]) > P_VALUE
 
@@ -125,8 +138,30 @@ def test_large_problems_are_right_in_float32_and_small_in_memory():
 
 
 @quick
+@pytest.mark.parametrize("row", range(4))
+def test_large_problems_are_right_by_the_tree_of_accelerators(row):
+    n, k = 5000, 500
+    logits = spread(n)[row]
+    weights = np.cos(np.arange(n))
+
+    def both(logits):
+        back = jax.vjp(functools.partial(_simple._slope_of_marginals, k), logits)[1]
+        return _simple._marginals(k, logits), back(jnp.asarray(weights, logits.dtype))[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *args, default, **platforms: default(*args))
+        jax.clear_caches()
+        by_tree = jax.jit(both)(jnp.asarray(logits))
+        jax.clear_caches()
+    with jax.enable_x64(True):
+        exact = jax.jit(both)(jnp.asarray(logits, jnp.float64))
+    for found, expected in zip(by_tree, exact, strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@quick
 def test_a_shape_does_not_multiply_the_table():
-    """Draws share the table of ratios of their logits, as its size says."""
+    """Draws share the tables of their logits, as their size says."""
     n, k, draws = 200, 50, 500
     sample = jax.jit(lambda logits: rj.simple_top_k(KEY, logits, k, shape=(draws,)))
     memory = sample.lower(jnp.zeros(n)).compile().memory_analysis()

@@ -1,14 +1,14 @@
 """Subsets of fixed size by independent bits given their sum: exact draws with the gradient of marginals.
 
-Everything is made of one table of log-ratios. With ``e_j`` the elementary symmetric polynomials of
-exp(logits) of the first i elements, ``D_ij = log(e_j / e_(j-1))``: a softened list of the i logits,
-sorted, into which the next is inserted. The terms e_j themselves reach k times the largest logit,
-where float32 has lost the differences that decide; D stays within the range of the logits, and an
-insertion never amplifies an error.
+There are two forms of the same mathematics. A balanced tree takes log2(n) steps: a node has the elementary
+symmetric polynomials ``e_j`` of exp(logits) of the elements below it, and a draw goes down from the root,
+where every node splits its count between its two halves. All devices draw by the tree. Marginals on CPUs come
+from a visit of one element after another, n steps of less work; accelerators take them from the tree too.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,9 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
 
     Returns:
       Zeros and k ones, shape ``shape + (n,)``, in the dtype of ``logits``; NaN where fewer than k
-      elements are possible and a trace hid it. Time is O(n k), in n steps one after another; memory
-      beside the draws is one array of n (k + 1) numbers, and five with the backward pass, for each
-      element of the batch of ``logits`` (not of ``shape``).
+      elements are possible and a trace hid it. Time is O(n k). A draw takes log2(n) steps one after
+      another; the backward pass takes as many on accelerators and n on CPUs. Memory beside the draws is
+      a few arrays of n (k + 1) numbers, for each element of the batch of ``logits`` (not of ``shape``).
 
     Raises:
       ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a dtype that is not
@@ -59,7 +59,7 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
     shape = arg.batch_shape(shape, logits=logits.shape[:-1])
     n = logits.shape[-1]
     logits = _with_axes(logits, len(shape))
-    chosen = _chosen(k, jax.lax.stop_gradient(logits), rng.logistic(key, (*shape, n), logits))
+    chosen = _chosen(k, shape, key, jax.lax.stop_gradient(logits))
     soft = jnp.broadcast_to(_slope_of_marginals(k, logits), (*shape, n))
     return gr.straight_through(chosen, soft).astype(dtype)
 
@@ -133,27 +133,38 @@ def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     return lm.show_nan(law, event=(given, logits))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _chosen(k, logits, noise):
-    """From the last element to the first, whether it is chosen."""
-
-    def draw(left, element):
-        log_odds, noise = element
-        chosen = _at(log_odds, left, 0) + noise > 0
-        return left - chosen.astype(jnp.int32), chosen
-
-    elements = _log_odds(logits, k), jnp.moveaxis(noise, -1, 0)
-    left = pl.placed(jnp.full(noise.shape[:-1], k, jnp.int32), noise[..., 0], logits[..., 0])
-    return jnp.moveaxis(jax.lax.scan(draw, left, elements, reverse=True)[1], 0, -1)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _chosen(k, shape, key, logits):
+    """Whether each element is chosen: from the root down, every node draws how many its left half takes."""
+    tree = _tree(k, logits)
+    nodes = [len(both.high) for *_, both in tree]
+    noise = jnp.moveaxis(rng.tail_uniform(key, (*shape, sum(nodes)), logits), -1, 0)
+    count = pl.placed(jnp.full((1, *shape), k, jnp.int32), noise[:1], logits[None, ..., 0])
+    for (left, right, both), size in zip(reversed(tree), reversed(nodes), strict=True):
+        u, noise = noise[:size, None], noise[size:]
+        count = count[:size, None]
+        share = _shares_of(count, left, right, both)
+        # Counts are unimodal, so rare ones lie at the ends: U is compared with sums from the left, 1 - U with
+        # sums from the right.
+        at_most = jnp.cumsum(share, 1)
+        more = jax.lax.cumsum(share[:, 1:], 1, reverse=True)
+        more = jnp.concatenate([more, jnp.zeros_like(share[:, :1])], 1)
+        taken = jnp.sum(where(u > 0, at_most < u, more > -u), 1, dtype=jnp.int32)
+        count = jnp.concatenate([taken, count[:, 0] - taken])
+    return jnp.moveaxis(count[: logits.shape[-1]] == 1, 0, -1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
 def _log_prob(k, value, logits):
-    value = jnp.moveaxis(value, -1, 0)
-    left = jnp.cumsum(value, 0).astype(jnp.int32)  # to be chosen among the first i
-    log_odds = _at(_log_odds(logits, k), left, 1)
-    return jnp.sum(jax.nn.log_sigmoid(where(value == 1, log_odds, -log_odds)), 0)
+    """From the elements up, how likely each node is to split its count as this value does."""
+    count, law = jnp.moveaxis(value, -1, 0).astype(jnp.int32), 0
+    for left, right, both in _tree(k, logits):
+        one, other = _halves(count, jnp.zeros_like(count[:1]))
+        count = one + other
+        splits = left.at(one[:, None]), right.at(other[:, None]), both.at(count[:, None])
+        law += jnp.sum(_log_share(*splits), (0, 1))
+    return law
 
 
 @_log_prob.defjvp
@@ -174,9 +185,169 @@ def _with_axes(logits, ndim):
     return logits.reshape((1,) * (ndim + 1 - logits.ndim) + logits.shape)
 
 
-def _at(log_odds, left, axis):
-    """The log-odds that belong to so many elements left to choose."""
-    return jnp.take_along_axis(log_odds, jnp.expand_dims(left, axis), axis).squeeze(axis)
+class _Nodes(NamedTuple):
+    """log e_j of the nodes of one level, shape (nodes, j, ...), each the sum of two numbers.
+
+    They reach k times the largest logit. There one float32 has lost the differences that decide.
+    """
+
+    high: Array
+    low: Array
+
+    def at(self, count):
+        return _Nodes(*(jnp.take_along_axis(x, count, 1) for x in self))
+
+    def over(self, axis):
+        return _Nodes(*(jnp.expand_dims(x, axis) for x in self))
+
+    def of_the_rest(self, k):
+        return _Nodes(_of_the_rest(self.high, k, -jnp.inf), _of_the_rest(self.low, k, 0))
+
+
+def _of_the_rest(x, k, outside):
+    """x_(m-i) at (node, m, i, ...) for m = 0..k: a row, repeated and then cut one place later each time."""
+    nodes, width, *batch = x.shape
+    length = k + width
+    padding = jnp.broadcast_to(jnp.full_like(x[:, :1], outside), (nodes, k + 1, *batch))
+    rows = jnp.broadcast_to(jnp.concatenate([x, padding], 1)[:, None], (nodes, width, length + 1, *batch))
+    places = rows.reshape(nodes, width * (length + 1), *batch)[:, : width * length]
+    return jnp.swapaxes(places.reshape(nodes, width, length, *batch)[:, :, : k + 1], 1, 2)
+
+
+def _tree(k, logits):
+    """(left halves, right halves, both) of the nodes of each level, from the elements to the root."""
+    logits = jnp.moveaxis(logits, -1, 0)[:, None]
+    both = _Nodes(
+        *(jnp.concatenate([jnp.zeros_like(logits), x], 1) for x in (logits, jnp.zeros_like(logits)))
+    )
+    tree = []
+    while len(both.high) > 1:
+        nothing = jnp.zeros_like(both.low[:1])  # e_0 = 1, and e_j = 0
+        impossible = jnp.concatenate([nothing[:, :1], jnp.full_like(nothing[:, 1:], -jnp.inf)], 1)
+        halves = _halves(both.high, impossible), _halves(both.low, nothing)
+        left, right = map(_Nodes, *halves)
+        both = _merged(k, left, right)
+        tree.append((left, right, both))
+    return tree
+
+
+def _halves(nodes, nothing):
+    """The first half of the nodes and the second, which ends with `nothing` where their number is odd."""
+    half = -(-len(nodes) // 2)
+    second = nodes[half:]
+    return nodes[:half], jnp.concatenate([second, nothing]) if len(nodes) % 2 else second
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _merged(k, left, right):
+    """The nodes above these: log e_m = log sum_i exp(log e_i + log e_(m-i)), for m up to k."""
+    left, right = left.over(1), right.of_the_rest(_most(k, left))
+    total, lost = lm.two_sum(left.high, right.high)
+    largest = jnp.max(total, 2, keepdims=True)
+    largest = where(largest == -jnp.inf, 0, largest)
+    terms = jnp.exp((total - largest) + (lost + left.low + right.low))
+    log_sum = jnp.log(jnp.sum(where(total == -jnp.inf, 0, terms), 2))
+    high, low = lm.two_sum(largest.squeeze(2), log_sum)
+    return _Nodes(high, where(jnp.isinf(high), 0, low))
+
+
+@_merged.defjvp
+def _merged_jvp(k, primals, tangents):
+    (left, right), (left_dot, right_dot) = primals, tangents
+    both = _merged(k, left, right)
+    slope = left_dot.high[:, None] + _of_the_rest(right_dot.high, _most(k, left), 0)
+    slope = jnp.sum(_all_shares(left, right, both) * slope, 2)
+    return both, _Nodes(slope, jnp.zeros_like(slope))  # what rounding took has no slope
+
+
+def _most(k, half):
+    """The largest count of a node with two halves like this one."""
+    return min(2 * half.high.shape[1] - 2, k)
+
+
+def _log_share(left, right, both):
+    """log(e_i e_j / e_m), how likely m is to be split into i and j."""
+    total, lost = lm.two_sum(left.high, right.high)
+    impossible = total == -jnp.inf
+    gap = where(impossible, 0, total) - where(impossible, 0, both.high)
+    return where(impossible, -jnp.inf, gap + (lost + left.low + right.low - both.low))
+
+
+@jax.custom_jvp
+def _share(left, right, both):
+    return jnp.exp(_log_share(left, right, both))
+
+
+@_share.defjvp
+def _share_jvp(primals, tangents):
+    share = _share(*primals)
+    left, right, both = tangents
+    return share, share * (left.high + right.high - both.high)
+
+
+def _all_shares(left, right, both):
+    """At (node, m, i, ...) how likely m is to be split into i for the left half and m - i for the right."""
+    return _share(left.over(1), right.of_the_rest(both.high.shape[1] - 1), both.over(2))
+
+
+def _shares_of(count, left, right, both):
+    """At (node, i, ...) the same for one count of each node."""
+    width = left.high.shape[1]
+    rest = count - jnp.arange(width, dtype=count.dtype).reshape(1, width, *[1] * (count.ndim - 2))
+    possible = (rest >= 0) & (rest < width)
+    return where(possible, _share(left, right.at(where(possible, rest, 0)), both.at(count)), 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _marginals(k, logits):
+    in_sequence, by_tree = (
+        functools.partial(form, k) for form in (_marginals_in_sequence, _marginals_by_tree)
+    )
+    return jax.lax.platform_dependent(logits, cpu=in_sequence, default=by_tree)
+
+
+def _marginals_by_tree(k, logits):
+    """From the root down, how likely each count of each node is."""
+    count = jnp.zeros((1, k + 1, *logits.shape[:-1]), logits.dtype).at[:, k].set(1)
+    count = pl.placed(count, logits[..., 0])
+    for left, right, both in reversed(_tree(k, logits)):
+        count = count[: len(both.high), : both.high.shape[1], None]
+        shares = _all_shares(left, right, both), _all_shares(right, left, both)
+        count = jnp.concatenate([jnp.sum(count * share, 1) for share in shares])
+    return jnp.moveaxis(count[: logits.shape[-1], 1], 0, -1)
+
+
+def _marginals_in_sequence(k, logits):
+    """From the last element to the first, how likely how many are left to choose."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def visit(left, log_odds):
+        chosen = left * jax.nn.sigmoid(log_odds)
+        passed = left * jax.nn.sigmoid(-log_odds)
+        return passed + jnp.concatenate([chosen[1:], jnp.zeros_like(chosen[:1])]), jnp.sum(chosen, 0)
+
+    log_odds = _log_odds(logits, k)
+    start = pl.placed(jnp.zeros((k + 1, *logits.shape[:-1]), logits.dtype).at[-1].set(1), log_odds[0])
+    _, marginals = jax.lax.scan(visit, start, log_odds, reverse=True)
+    return jnp.moveaxis(marginals, 0, -1)
+
+
+def _log_odds(logits, k):
+    """Of each element to be chosen, by how many are left to choose among it and those before it.
+
+    Made of the ratios ``D_j = log(e_j / e_(j-1))`` of the elements so far, a softened list of their sorted
+    logits. It stays within the range of the logits, and inserting an element never amplifies an error. Shape
+    (n, k + 1, ...): vectors go along the batch, and what shifts a count moves whole ones.
+    """
+    start = jnp.full((k + 1, *logits.shape[:-1]), -jnp.inf, logits.dtype).at[0].set(jnp.inf)
+    start = pl.placed(start, logits[..., 0])
+    insert = jax.checkpoint(_insert, prevent_cse=False)
+    scanned = jax.lax.scan(
+        lambda ratios, logit: insert(ratios, logit)[::-1],
+        (start, jnp.zeros_like(start)),
+        jnp.moveaxis(logits, -1, 0),
+    )
+    return scanned[1]
 
 
 @jax.custom_jvp
@@ -216,38 +387,6 @@ def _insert_jvp(primals, tangents):
     return (log_odds, ratios), (logit_dot - ratios_dot, (slope, jnp.zeros_like(slope)))
 
 
-def _log_odds(logits, k):
-    """Of each element to be chosen, by how many are left to choose among it and those before it.
-
-    Shape (n, k + 1, ...): vectors go along the batch, and what shifts a count moves whole ones.
-    """
-    start = jnp.full((k + 1, *logits.shape[:-1]), -jnp.inf, logits.dtype).at[0].set(jnp.inf)
-    start = pl.placed(start, logits[..., 0])
-    insert = jax.checkpoint(_insert, prevent_cse=False)
-    scanned = jax.lax.scan(
-        lambda ratios, logit: insert(ratios, logit)[::-1],
-        (start, jnp.zeros_like(start)),
-        jnp.moveaxis(logits, -1, 0),
-    )
-    return scanned[1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _marginals(k, logits):
-    """From the last element to the first, how likely how many are left to choose."""
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def visit(left, log_odds):
-        chosen = left * jax.nn.sigmoid(log_odds)
-        passed = left * jax.nn.sigmoid(-log_odds)
-        return passed + jnp.concatenate([chosen[1:], jnp.zeros_like(chosen[:1])]), jnp.sum(chosen, 0)
-
-    log_odds = _log_odds(logits, k)
-    start = pl.placed(jnp.zeros((k + 1, *logits.shape[:-1]), logits.dtype).at[-1].set(1), log_odds[0])
-    _, marginals = jax.lax.scan(visit, start, log_odds, reverse=True)
-    return jnp.moveaxis(marginals, 0, -1)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _slope_of_marginals(k, logits):
     """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
@@ -257,5 +396,7 @@ def _slope_of_marginals(k, logits):
 
 @_slope_of_marginals.defjvp
 def _slope_of_marginals_jvp(k, primals, tangents):
-    slope = jax.jvp(functools.partial(_marginals, k), primals, tangents)[1]
+    mean, slope = jax.jvp(functools.partial(_marginals, k), primals, tangents)
+    # the slopes sum to zero: what rounding made of that is taken off, also of the gradients that come back
+    slope -= mean * (jnp.sum(slope, -1, keepdims=True) / k)
     return _slope_of_marginals(k, *primals), slope
