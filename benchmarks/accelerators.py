@@ -2,9 +2,13 @@
 
 XLA compiles ahead of time for a device that is only described: one H100, or one chip of a TPU v5e. Of the
 compiled program this counts what its kernels read and write, in arrays of the size of the logits, and how
-many kernels there are, beside the same of hand-written JAX; then the collectives of the program for four
-devices, with the batch sharded. Nothing runs: these are bytes, not times. A loop counts as often as it turns,
-where the compiler knows how often, else once. A copy ahead of time into the fast memory of a TPU is left out.
+many kernels there are, beside the same of hand-written JAX and, where there are any, of fused kernels.
+Nothing runs: these are bytes, not times. A loop counts as often as it turns, where the compiler knows how
+often, else once. A copy ahead of time into the fast memory of a TPU is left out.
+
+Then it looks for collectives in the programs for eight GPUs or for the 2 x 2 chips of a TPU, with the batch
+sharded: by the shardings of a jitted function's arguments, by jax.shard_map with its default checks, and on
+an explicit mesh.
 
 It needs the compilers, as packages: for `gpu` jax-cuda12-plugin and jax-cuda12-pjrt of JAX's own version,
 nvidia-cuda-nvcc-cu12 and nvidia-nvjitlink-cu12; for `tpu` jax[tpu]. `nox --session accelerators` installs
@@ -14,6 +18,7 @@ Writes results/accelerators.json, in which the results of other devices and dtyp
 results/accelerators.png.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -32,6 +37,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+import relaxit_jax as rj
 from records import RESULTS, out_option, write
 from rows import ROWS
 
@@ -55,7 +61,13 @@ NAMES = {"gpu": "H100", "tpu": "TPU v5e"}
 ROWS_OF_LOGITS = {"gpu": 131_072, "tpu": 65_536}  # more than the fast memory of a TPU holds
 SMALLER = {"simple_top_k": 8, "gumbel_top_k": 8, "relaxed_top_k": 8}  # these store many such arrays
 SHAPES = {"correlated_bernoulli": (128,), "logistic_normal_full": (128,), "gumbel_sinkhorn": (64, 64)}
+SHARDED = {"gpu": 8, "tpu": 4}  # devices of the programs that are looked through for collectives
+WAYS = ("jit", "shard_map", "explicit")
 PASSES = ("forward", "forward + backward")
+FUSED = {  # have kernels inside of `fused_kernels(True)`
+    "gumbel_softmax", "gumbel_softmax_hard", "straight_through_categorical", "decoupled_gumbel_softmax",
+    "gapped_straight_through", "reinmax", "gumbel_rao", "reinmax_rao",
+}  # fmt: skip
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
 AHEAD = ("copy-start", "copy-done", "slice-start", "slice-done")
 COLLECTIVE = re.compile(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -120,7 +132,7 @@ def kernels(program):
     return list(visit(entry, 1))
 
 
-def compiled(draw, shape, dtype, backward, mesh, spec):
+def compiled(draw, shape, dtype, backward, mesh, spec, way="jit"):
     """The program of a draw, or of a draw and the gradient of a weighted sum of its values."""
     place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
     logits = jax.ShapeDtypeStruct(shape, dtype)
@@ -131,8 +143,11 @@ def compiled(draw, shape, dtype, backward, mesh, spec):
         value, pull = jax.vjp(lambda logits: draw(jax.random.wrap_key_data(key), logits), logits)
         return (value, *pull(weights)) if backward else value
 
+    if way == "shard_map":
+        both = jax.shard_map(both, mesh=mesh, in_specs=(PartitionSpec(), spec, spec), out_specs=spec)
     given = [place(logits, spec), place(weights, spec)] if backward else [place(logits, spec), weights]
-    return jax.jit(both, keep_unused=False).lower(key, *given).compile()
+    with jax.set_mesh(mesh) if way == "explicit" else contextlib.nullcontext():
+        return jax.jit(both, keep_unused=False).lower(key, *given).compile()
 
 
 def measured(kind, draw, shape, dtype, backward):
@@ -146,10 +161,11 @@ def measured(kind, draw, shape, dtype, backward):
     }
 
 
-def collectives(kind, draw, shape, dtype):
-    """Which collectives the program of both passes holds on four devices, with the batch sharded."""
-    mesh = Mesh(np.array(devices(kind, 4)), "x", axis_types=(AxisType.Auto,))
-    program = compiled(draw, shape, dtype, True, mesh, PartitionSpec("x"))
+def collectives(kind, draw, shape, dtype, way):
+    """Which collectives the program of both passes holds on several devices, with the batch sharded."""
+    axis_type = AxisType.Explicit if way == "explicit" else AxisType.Auto
+    mesh = Mesh(np.array(devices(kind, SHARDED[kind])), "x", axis_types=(axis_type,))
+    program = compiled(draw, shape, dtype, True, mesh, PartitionSpec("x"), way)
     return sorted(set(COLLECTIVE.findall(program.as_text())))
 
 
@@ -160,7 +176,8 @@ def shape_of(name, kind):
 
 def of_row(name, kind, dtype):
     shape, row = shape_of(name, kind), ROWS[name]
-    found = {"shape": shape, "collectives": collectives(kind, row.ours, shape, dtype)}
+    found = {"shape": shape}
+    found["collectives"] = {way: collectives(kind, row.ours, shape, dtype, way) for way in WAYS}
     for title in PASSES:
         ours, hand = (measured(kind, f, shape, dtype, title != PASSES[0]) for f in (row.ours, row.by_hand))
         found[title] = {
@@ -168,6 +185,10 @@ def of_row(name, kind, dtype):
             "hand-written": hand,
             "ratio": round(ours["arrays"] / hand["arrays"], 3),
         }
+        if name in FUSED:
+            with rj.fused_kernels(True):
+                fused = measured(kind, row.ours, shape, dtype, title != PASSES[0])
+            found[title] |= {"fused": fused, "fused ratio": round(fused["arrays"] / hand["arrays"], 3)}
     return found
 
 
@@ -200,7 +221,7 @@ def picture(results):
 @out_option
 def main(kind, dtype, only, out):
     try:
-        devices(kind, 4)
+        devices(kind, SHARDED[kind])
     except Exception as error:  # whatever a missing compiler says
         raise click.ClickException(f"no compiler for {NAMES[kind]}: see --help ({error})") from error
     path, title = (out or RESULTS) / "accelerators.json", f"{NAMES[kind]}, {dtype}"
@@ -214,8 +235,14 @@ def main(kind, dtype, only, out):
                 f"{name}, {which}: {ours['arrays']:.2f} arrays, hand-written {hand['arrays']:.2f} "
                 f"({found[which]['ratio']:.2f}), kernels {ours['kernels']} to {hand['kernels']}"
             )
-        if found["collectives"]:
-            tqdm.write(f"{name}, on four devices: {', '.join(found['collectives'])}")
+            if name in FUSED:
+                fused = found[which]["fused"]
+                tqdm.write(
+                    f"{name}, {which}, fused: {fused['arrays']:.2f} arrays, kernels {fused['kernels']}"
+                )
+        for way, held in found["collectives"].items():
+            if held:
+                tqdm.write(f"{name}, sharded by {way}: {', '.join(held)}")
     results[title] = {name: rows[name] for name in ROWS if name in rows}
     write("accelerators", {"results": results}, out, picture(results))
 

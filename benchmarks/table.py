@@ -13,7 +13,9 @@ from records import RESULTS
 from versions import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
-PASS, HAND, NONE = "forward + backward", "to the line by hand", "-"
+PASSES = "forward", "forward + backward"
+PASS = PASSES[1]
+HAND, NONE = "to the line by hand", "-"
 SHOWN = {  # in README, at one size
     "relaxed_bernoulli", "gumbel_softmax", "straight_through_categorical", "gumbel_rao", "simple_top_k",
     "relaxed_top_k",
@@ -31,7 +33,7 @@ def table(head, rows):
 
 def ratio(results, versus):
     found = results.get(versus, {}).get("ratio")
-    return NONE if found is None else f"{found:.2f}"
+    return NONE if found is None else f"{found:.2f}" if found > 0.005 else f"{found:.1g}"
 
 
 def cells(by_size):
@@ -50,21 +52,57 @@ def written(name):
     return f"`{sampler}`" + (f", {asked}" if asked else "")
 
 
-def samplers(shown=lambda name: True, wanted=lambda size: True):
-    """A row for each sampler that is shown, at the sizes that are wanted."""
+def samplers():
+    """A row for each sampler, at all sizes."""
     memory, rows = read("memory")["samplers"], []
     for name, by_size in read("speed")["rows"].items():
-        if shown(name):
-            hand, half, peer = cells([found for size, found in by_size.items() if wanted(size)])
-            rows.append((written(name), hand, half, f"{memory[name]['ratio']:.2f}", peer))
+        hand, half, peer = cells(list(by_size.values()))
+        rows.append((written(name), hand, half, f"{memory[name]['ratio']:.2f}", peer))
     return table(("sampler", "float32", "bfloat16", "memory", "to PyTorch"), rows)
 
 
 def short():
     """README's table, and under it what it was recorded with."""
-    speed = read("speed")
+    speed, compiled, memory = read("speed"), read("accelerators")["results"], read("memory")["samplers"]
+    rows = []
+    for name, by_size in speed["rows"].items():
+        if name in SHOWN:
+            hand, _, peer = cells([by_size[SIZE]])
+            on_gpu = ratio(compiled["H100, float32"][name], PASS)
+            rows.append((written(name), hand, f"{memory[name]['ratio']:.2f}", peer, on_gpu))
     peers = ", ".join(f"{name} {speed['peers'][name]}" for name in ("PyTorch", "relaxit"))
-    return f"{samplers(SHOWN.__contains__, SIZE.__eq__)}\n\n{sentence(speed['versions'])} Peers: {peers}."
+    text = table(("sampler", "time", "memory", "time to PyTorch", "H100 bytes"), rows)
+    return f"{text}\n\n{sentence(speed['versions'])} Peers: {peers}."
+
+
+def accelerators():
+    """Forward and with the gradient, one column for each device and dtype that was compiled for."""
+    results = read("accelerators")["results"]
+    names = [name for name in read("speed")["rows"] if any(name in rows for rows in results.values())]
+
+    def cell(found):
+        return NONE if found is None else ",\N{NO-BREAK SPACE}".join(ratio(found, one) for one in PASSES)
+
+    rows = [(written(name), *(cell(rows.get(name)) for rows in results.values())) for name in names]
+    return table(("sampler", *results), rows)
+
+
+def fused():
+    """Arrays that are moved by hand-written JAX, by the plain form and by fused kernels, on an H100."""
+    results = read("accelerators")["results"]
+    head = ["sampler"]
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        head += [f"{dtype}: hand-written, plain", "fused"]
+        for name, found in results[f"H100, {dtype}"].items():
+            if "fused" in found[PASS]:
+                both = [
+                    [f"{found[one][which]['arrays']:.1f}" for one in PASSES]
+                    for which in ("hand-written", "ours", "fused")
+                ]
+                hand, plain, kernels = (",\N{NO-BREAK SPACE}".join(pair) for pair in both)
+                rows.setdefault(written(name), []).extend((f"{hand}; {plain}", kernels))
+    return table(head, [(name, *cells) for name, cells in rows.items()])
 
 
 def epochs():
@@ -79,7 +117,12 @@ def epochs():
 
 TABLES = {
     "README.md": {"speed": short},
-    "docs/performance.md": {"speed": samplers, "epochs": epochs},
+    "docs/performance.md": {
+        "speed": samplers,
+        "epochs": epochs,
+        "accelerators": accelerators,
+        "fused": fused,
+    },
 }
 
 

@@ -10,6 +10,7 @@ import importlib
 import typing
 from types import ModuleType
 
+from relaxit_jax._fused import fused_kernels
 from relaxit_jax._gradients import straight_through
 from relaxit_jax.samplers import *  # noqa: F403
 from relaxit_jax.samplers import __all__ as _samplers
@@ -24,6 +25,7 @@ __all__ = [
     "distributions",
     "elbo",
     "estimators",
+    "fused_kernels",
     "handlers",
     "laplace_bridge",
     "straight_through",

@@ -113,20 +113,21 @@ def _below_largest(x, tau):
 def _softmax_jvp(is_value, primals, tangents):
     value = p = _softmax(is_value, *primals)
     if is_value:
-        p = jax.lax.platform_dependent(p, cpu=lambda p: p, default=_read_once)
+        p = jax.lax.platform_dependent(p, cuda=read_once, rocm=read_once, default=lambda p: p)
     return value, pl.placed(softmax_tangent(p, lm.tempered_tangent(p > 0, *primals, *tangents)), value)
 
 
 _softmax.defjvp(_softmax_jvp, symbolic_zeros=True)
 
 
-def _read_once(p):
+def read_once(p, dtype=None):
     """Return the same probabilities, in a form that lets a GPU compute `softmax_tangent` in one kernel.
 
     XLA fuses a reduction with the code after it if both start from the same array. Dividing by the sum, which
-    is 1, gives `softmax_tangent` that form. The barrier keeps it out of the kernel that computes p.
+    is 1, gives `softmax_tangent` that form. The barrier keeps it out of the kernel that computes p. It comes
+    before a change to another dtype, so that the narrow numbers are the ones that are kept and read.
     """
-    p = jax.lax.optimization_barrier(p)
+    p = jax.lax.optimization_barrier(p).astype(dtype or p.dtype)
     return p / jnp.sum(p, -1, keepdims=True)
 
 

@@ -36,17 +36,22 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _threefry(key, shape, spec):
-    """The exclusive or of both words of Threefry-2x32, with 20 rounds, of the count of each number.
+    """Threefry of the count of each number, whose high word is 0."""
+    place = jnp.zeros(shape, jnp.uint32, out_sharding=spec)
+    for axis in range(len(shape)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=spec)
+        place += index * jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+    return threefry(*jax.random.key_data(key), place)
+
+
+def threefry(k0, k1, place):
+    """The exclusive or of both words of Threefry-2x32, with 20 rounds.
 
     J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw (2011), Parallel Random Numbers: As Easy as 1, 2, 3.
     """
-    u32, (k0, k1) = jnp.uint32, jax.random.key_data(key)
+    u32 = jnp.uint32
     keys = k0, k1, k0 ^ k1 ^ u32(0x1BD11BDA)
-    place = jnp.zeros(shape, u32, out_sharding=spec)
-    for axis in range(len(shape)):
-        index = jax.lax.broadcasted_iota(u32, shape, axis, out_sharding=spec)
-        place += index * u32(math.prod(shape[axis + 1 :]) % 2**32)
-    x, y = jnp.zeros_like(place) + k0, place + k1  # the high word of the count is 0
+    x, y = jnp.zeros_like(place) + k0, place + k1
     for four in range(5):
         for r in ROTATIONS[four % 2]:
             x += y
@@ -64,9 +69,14 @@ def tail_uniform(key, shape, like):
 
     The noise has the dtype of the array `like`. On an explicit mesh it has the sharding of `like` too.
     """
-    width = 8 * like.dtype.itemsize
-    signed = jax.lax.bitcast_convert_type(random_bits(key, shape, width, (like,)), jnp.dtype(f"int{width}"))
-    return (signed.astype(like.dtype) + 0.5) * 2.0**-width
+    bits = random_bits(key, shape, 8 * like.dtype.itemsize, (like,))
+    return _signed_uniform(bits, like.dtype)
+
+
+def _signed_uniform(bits, dtype):
+    width = 8 * bits.dtype.itemsize
+    signed = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"int{width}"))
+    return (signed.astype(dtype) + 0.5) * 2.0**-width
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -81,7 +91,15 @@ def logistic(key, shape, like):
 @functools.partial(jax.jit, static_argnums=1)
 def exponential(key, shape, like):
     """Exponential(1) noise, -log U."""
-    r = tail_uniform(key, shape, like)
+    return _exponential(tail_uniform(key, shape, like))
+
+
+def exponential_of(bits):
+    """The same in float32 of given bits."""
+    return _exponential(_signed_uniform(bits, jnp.float32))
+
+
+def _exponential(r):
     v = jnp.abs(r)
     u = where(r < 0, 1 - v, v)
     # In the upper half -log U is -log1p(-v). Kahan's form of it costs no second logarithm: the

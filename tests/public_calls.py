@@ -256,6 +256,7 @@ def calls():
             rd.to_dirichlet, kinds={"logistic_normal": no_families},
             logistic_normal=rd.LogisticNormalSoftmax(loc=logits, scale=1 + logits),
         ),
+        "fused_kernels": Call(rj.fused_kernels, kinds={"enabled": no_flags}, enabled=False),
         "straight_through": Call(
             rj.straight_through, kinds={"hard": no_reals, "soft": no_floats}, hard=ones, soft=ones
         ),

@@ -12,13 +12,15 @@ from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers
 
 PACKAGE = pathlib.Path(relaxit_jax.__file__).parent
 # of the package and of other libraries: what each module may import
-FOUNDATIONS = {"_arguments", "_gradients", "_math", "_placement", "_random"}
+FOUNDATIONS = {"_arguments", "_fused", "_gradients", "_math", "_placement", "_random"}
 MODULES = {
     "_arguments": set(),
     "_placement": set(),
     "_math": {"_placement"},
     "_random": {"_math", "_placement"},
     "_gradients": {"_arguments", "_math", "_placement"},
+    "_fused": {"_arguments", "_gradients", "_kernels", "_math", "_placement", "_random"},
+    "_kernels": {"_fused", "_random"},
     "_numpyro": set(),
     "laplace_bridge": FOUNDATIONS,
     "samplers": FOUNDATIONS | {"samplers"},

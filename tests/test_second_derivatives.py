@@ -14,7 +14,7 @@ from relaxit_jax import estimators as es
 
 KEY = jax.random.key(11)
 
-pytestmark = [quick, pytest.mark.whole]
+pytestmark = quick
 WEIGHT = 0.7
 # a batch of one; one of these bits has a logit of 0, where the law of an antithetic pair has a kink
 LOGITS = {family: logits[1:] for family, (_, logits) in FAMILIES.items()}
@@ -54,6 +54,7 @@ def every_draw(name, family):
     return chance, outcomes
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "family"),
     [pair for pair in PAIRS if pair[0] in ("reinforce", "baseline", "rloo", "arm", "disarm")],
@@ -99,6 +100,7 @@ def agrees(found, exact):
 BLOCKS = [np.s_[..., :-1, :-1], np.s_[..., :-1, -1:], np.s_[..., -1:, :-1]]  # in the logits, and both mixed
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_mean_hessian_is_exact(name, family):
     found, exact = hessians(METHODS[name], family, 60_000)
@@ -116,6 +118,7 @@ def with_kinks(weight, event_ndims):
     return f
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["rebar", "relax"])
 def test_neither_f_nor_the_control_variate_has_to_be_smooth(name, family):
@@ -127,6 +130,7 @@ def test_neither_f_nor_the_control_variate_has_to_be_smooth(name, family):
     assert min(np.abs(exact[block]).max() for block in BLOCKS) > 0.02
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "family"), [p for p in PAIRS if p[0] not in ("rebar_tuned", "rloo_5")])
 def test_a_gradient_goes_through_a_training_step(name, family):
     """The gradient of y^T M y / 2, y after one step of SGD; each y by draws of its own."""
@@ -150,6 +154,7 @@ def test_a_gradient_goes_through_a_training_step(name, family):
     assert not agrees(found, exactly(jax.lax.stop_gradient))  # what a Hessian of 0 gives
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "family"), [("rloo", "classes"), ("disarm", "bits"), ("rebar", "classes")])
 def test_transformations_agree(name, family):
     estimate = lambda x, key: total(functools.partial(METHODS[name], key), family, x)
@@ -162,6 +167,7 @@ def test_transformations_agree(name, family):
         np.testing.assert_allclose(scanned, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "family"), [(n, f) for n, f in PAIRS if n in ("reinforce", "rloo", "disarm", "rebar")]
 )

@@ -10,6 +10,7 @@ from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _fused as fused
 from relaxit_jax import _gradients as gr
 from relaxit_jax import _math as lm
 from relaxit_jax import _placement as pl
@@ -63,18 +64,27 @@ def gumbel_softmax(
     tau = arg.as_tau(tau, logits.dtype)
     shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
     tau = tau[..., None]
-    noise = rng.gumbel(key, (*shape, logits.shape[-1]), logits)
     if hard:
-        return one_hot_of_noisy(logits, tau, noise).astype(dtype)
-    perturbed = lm.centre(logits) + noise
+        return one_hot_of_noisy(key, logits, tau, shape, dtype)
+    if fused.fits(key, logits, shape):
+        return fused.noisy_softmax(log_space, dtype, logits.dtype if log_space else dtype, key, logits, tau)
+    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, logits.shape[-1]), logits)
     return gr.log_softmax(perturbed, tau) if log_space else gr.softmax(perturbed, tau).astype(dtype)
 
 
-def one_hot_of_noisy(logits, tau, noise):
-    """The one-hot vector of argmax(logits + noise), with the gradient of softmax((logits + noise) / tau)."""
+def one_hot_of_noisy(key, logits, tau, shape, dtype):
+    """The one-hot vector of argmax(logits + G), with the gradient of softmax((logits + G) / tau)."""
+    if fused.fits(key, logits, shape):
+        index = fused.index(False, dtype, key, logits)
+
+        def soft(logits, tau, key):
+            return fused.noisy_softmax(False, dtype, dtype, key, logits, tau).astype(logits.dtype)
+
+        return gr.one_hot(soft, index, logits, tau, key).astype(dtype)
+    noise = rng.gumbel(key, (*shape, logits.shape[-1]), logits)
     index = lm.index_of_largest(lm.centre(logits, for_index=True) + noise)
     soft = lambda logits, tau, noise: gr.slope_of_softmax(lm.centre(logits) + noise, tau)
-    return gr.one_hot(soft, index, logits, tau, noise)
+    return gr.one_hot(soft, index, logits, tau, noise).astype(dtype)
 
 
 def gumbel_softmax_log_prob(

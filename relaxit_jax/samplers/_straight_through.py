@@ -1,6 +1,7 @@
 """One-hot vectors drawn exactly, each with another estimate of the gradient."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,6 +11,7 @@ from jax.nn import log_softmax, softmax
 from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _fused as fused
 from relaxit_jax import _gradients as gr
 from relaxit_jax import _math as lm
 from relaxit_jax import _placement as pl
@@ -48,7 +50,7 @@ def straight_through_categorical(
     Array([0., 1., 0.], dtype=float32)
     """
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
-    index = rng.categorical(key, logits, logits.shape[:-1])
+    index = fused.categorical(key, logits, logits.shape[:-1], dtype)
     return gr.one_hot(gr.slope_of_softmax, index, logits, tau).astype(dtype)
 
 
@@ -129,13 +131,13 @@ def decoupled_gumbel_softmax(
     arg.require_flags(hard=hard)
     taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
     dtype, logits, tau_forward, tau_backward = _arguments(key, logits, shape, **taus)
-    noise = rng.gumbel(key, logits.shape, logits)
     if not hard:
-        perturbed = lm.centre(logits) + noise
+        perturbed = lm.centre(logits) + rng.gumbel(key, logits.shape, logits)
         value, soft = (gr.softmax(perturbed, tau) for tau in (tau_forward, tau_backward))
         return gr.straight_through(value, soft).astype(dtype)
     # exact draws do not depend on tau_forward, but a NaN of it is shown as everywhere
-    return one_hot_of_noisy(logits, lm.show_nan(tau_backward, tau_forward), noise).astype(dtype)
+    tau = lm.show_nan(tau_backward, tau_forward)
+    return one_hot_of_noisy(key, logits, tau, logits.shape[:-1], dtype)
 
 
 def gapped_straight_through(
@@ -170,7 +172,7 @@ def gapped_straight_through(
     Array([0., 1., 0.], dtype=float32)
     """
     dtype, logits, tau, gap = _arguments(key, logits, shape, tau=tau, gap=gap)
-    index = rng.categorical(key, logits, logits.shape[:-1])
+    index = fused.categorical(key, logits, logits.shape[:-1], dtype)
 
     def soft(logits, tau, index, gap):
         below = jax.lax.stop_gradient(lm.centre(logits))  # logits - max logits, 0 or less
@@ -218,7 +220,7 @@ def reinmax(
     Array([0., 1., 0.], dtype=float32)
     """
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
-    index = rng.categorical(key, logits, logits.shape[:-1])
+    index = fused.categorical(key, logits, logits.shape[:-1], dtype)
 
     def soft(logits, tau, index):
         winner = lm.is_class(index, logits).astype(logits.dtype)
@@ -268,11 +270,10 @@ def gumbel_rao(
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
     num_samples = arg.as_num_samples(num_samples)
     draw_key, noise_key = jax.random.split(key)
-    index = rng.categorical(draw_key, logits, logits.shape[:-1])
+    index = fused.categorical(draw_key, logits, logits.shape[:-1], dtype)
 
     def soft(logits, tau, index, key):
-        log_p = jax.lax.stop_gradient(log_softmax(logits))
-        return _mean_softmax(num_samples, key, index, log_p, logits, tau)
+        return _mean_of_softmaxes(num_samples, 0.0, dtype, key, index, logits, tau)
 
     return gr.one_hot(soft, index, logits, tau, index, noise_key).astype(dtype)
 
@@ -316,12 +317,11 @@ def reinmax_rao(
     dtype, logits, tau = _arguments(key, logits, shape, tau=tau)
     num_samples = arg.as_num_samples(num_samples)
     draw_key, noise_key = jax.random.split(key)
-    index = rng.categorical(draw_key, logits, logits.shape[:-1])
+    index = fused.categorical(draw_key, logits, logits.shape[:-1], dtype)
 
     def soft(logits, tau, index, key):
         # right for the classes that lose; the winner's theta does not matter, since it wins
-        theta = jax.lax.stop_gradient(log_softmax(logits) - jnp.log(2))
-        mean = _mean_softmax(num_samples, key, index, theta, logits, tau)
+        mean = _mean_of_softmaxes(num_samples, -math.log(2), dtype, key, index, logits, tau)
         return 2 * mean - softmax(logits) / 2
 
     return gr.one_hot(soft, index, logits, jax.lax.stop_gradient(tau), index, noise_key).astype(dtype)
@@ -337,6 +337,17 @@ def _arguments(key, logits, shape, **temperatures):
     shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event=shapes)
     logits = jnp.broadcast_to(logits, (*shape, logits.shape[-1]))
     return dtype, logits, *(tau[..., None] for tau in taus.values())
+
+
+def _mean_of_softmaxes(num_samples, shift, given, key, index, logits, tau):
+    """The mean derivative of softmax((logits + sg(G)) / tau), given that theta + G is largest at the index.
+
+    theta is ``log_softmax(logits) + shift``, and ``given`` the dtype of the logits before they were widened.
+    """
+    if fused.fits(key, logits, logits.shape[:-1]) and logits.shape[-1] <= fused.PIECE:
+        return fused.mean_softmax(_mean_slope, num_samples, shift, given, key, index, logits, tau)
+    log_p = jax.lax.stop_gradient(log_softmax(logits)) + shift
+    return _mean_softmax(num_samples, key, index, log_p, logits, tau)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,0 +1,184 @@
+"""Draws by fused kernels where `fused_kernels` chooses them, and their derivatives."""
+
+import contextlib
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_softmax
+
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _gradients as gr
+from relaxit_jax import _math as lm
+from relaxit_jax import _placement as pl
+from relaxit_jax import _random as rng
+
+_chosen = jax.make_user_context(False)
+_interpreted = None  # tests set "cuda" or "tpu", whose kernels Pallas then interprets
+PIECE = 4096  # classes of a row that a program of a GPU holds at a time
+LONGEST = 16_384  # classes of a row of which a TPU holds all that a kernel needs in its fast memory
+
+
+def fused_kernels(enabled: bool) -> contextlib.AbstractContextManager[None]:
+    """Choose kernels that hash, perturb and normalize a row of logits in one pass, on GPUs and TPUs.
+
+    Inside of ``with fused_kernels(True):`` these samplers have such kernels: `gumbel_softmax`,
+    `straight_through_categorical`, `decoupled_gumbel_softmax`, `gapped_straight_through`, `reinmax`,
+    `gumbel_rao` and `reinmax_rao`. Draws and gradients are those of the plain form up to rounding, with the
+    same random numbers. The plain form is still used on CPUs, in float64, on explicit meshes, for keys of
+    other kinds than Threefry, where ``shape`` repeats the logits, for more than 16,384 classes on a TPU, and
+    for the gradients of `gumbel_rao` and `reinmax_rao` of more than 4,096 classes.
+
+    Off by default: the kernels were compiled for an H100 and a TPU v5e and run by an interpreter, but they
+    were not timed on a device. A compiler cannot partition a kernel. Where arrays are sharded, call the
+    sampler inside of `jax.shard_map`. Forward-mode derivatives of `gumbel_rao` and `reinmax_rao` are an error
+    inside.
+
+    Args:
+      enabled: True or False.
+
+    Returns:
+      A context manager. `jax.jit` compiles a function once for the inside and once for the outside.
+
+    Raises:
+      ValueError: for anything but a Boolean.
+
+    References:
+      P. Tillet, H. T. Kung, D. Cox (2019), Triton: An Intermediate Language and Compiler for Tiled Neural
+      Network Computations; the kernels are written in JAX's Pallas.
+
+    >>> import relaxit_jax as rj
+    >>> with rj.fused_kernels(True):
+    ...     draw = jax.jit(rj.gumbel_softmax)(jax.random.key(0), jnp.zeros(2), 0.5)
+    >>> print(f"{draw.sum():.4f}")
+    1.0000
+    """
+    arg.require_flags(enabled=enabled)
+    return _chosen(bool(enabled))
+
+
+def fits(key, logits, shape):
+    """Whether the kernels are chosen and can make a draw of this batch shape."""
+    if not _chosen.value or (*shape, logits.shape[-1]) != logits.shape or logits.dtype == jnp.float64:
+        return False
+    return (
+        all(isinstance(size, int) for size in logits.shape)
+        and 0 < math.prod(logits.shape) < 2**31
+        and jax.random.key_impl(key) == "threefry2x32"
+        and pl.spec_of(logits.shape, logits) is None
+    )
+
+
+def categorical(key, logits, shape, given):
+    """The index of an exact draw, as `_random.categorical`. ``given`` is the dtype before it was widened."""
+    if fits(key, logits, shape):
+        return index(True, given, key, logits)
+    return rng.categorical(key, logits, shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def index(is_race, given, key, logits):
+    """The index of an exact draw, by a race of exponentials or as argmax(logits + G)."""
+
+    def plain(key, logits, _):
+        if is_race:
+            return rng.categorical(key, logits, logits.shape[:-1])
+        return lm.index_of_largest(lm.centre(logits, for_index=True) + rng.gumbel(key, logits.shape, logits))
+
+    logits = jax.lax.stop_gradient(logits)
+    score, out = "race" if is_race else "gumbel", [_out((*logits.shape[:-1], 1), jnp.int32, logits)]
+    kernel = "draw", score, out, given
+    return _by_platform(plain, kernel, logits.shape[-1], key, logits, jnp.ones((1, 1)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def noisy_softmax(log_space, given, dtype, key, logits, tau):
+    """softmax((logits + G) / tau) in a dtype, or its logarithm. tau has an axis for the classes."""
+
+    def plain(key, logits, tau):
+        perturbed = lm.centre(logits) + rng.gumbel(key, logits.shape, logits)
+        return (gr.log_softmax if log_space else gr.softmax)(perturbed, tau).astype(dtype)
+
+    out = [_out(logits.shape, dtype, logits, tau)]
+    # one temperature for all rows, or one for each
+    taus = (
+        tau.reshape((1,) * logits.ndim) if tau.size == 1 else jnp.broadcast_to(tau, (*logits.shape[:-1], 1))
+    )
+    kernel = "draw", "log" if log_space else "softmax", out, given
+    return _by_platform(plain, kernel, logits.shape[-1], key, logits, taus)
+
+
+def _noisy_softmax_jvp(log_space, given, dtype, primals, tangents):
+    """log z is (logits + G) / tau up to what all classes share, which changes no derivative."""
+    (key, logits, tau), (_, logits_dot, tau_dot) = primals, tangents
+    value = noisy_softmax(log_space, given, dtype, key, logits, tau)
+    wide = value.astype(logits.dtype)
+    if log_space:
+        possible = wide != -jnp.inf
+        slope = lm.tempered_tangent(possible, wide * tau, tau, logits_dot, tau_dot)
+        slope = pl.where(possible, slope, 0)
+        slope = pl.where(possible, slope - jnp.sum(jnp.exp(wide) * slope, -1, keepdims=True), 0)
+    else:  # in a narrow dtype the sum of z is 1 only after read_once
+        slope = lm.tempered_tangent(wide > 0, jnp.log(wide) * tau, tau, logits_dot, tau_dot)
+        slope = gr.softmax_tangent(gr.read_once(value, logits.dtype), slope)
+    return value, pl.placed(slope.astype(value.dtype), value)
+
+
+noisy_softmax.defjvp(_noisy_softmax_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def mean_softmax(plain_slope, num_samples, shift, given, key, index, logits, tau):
+    """A value that nobody looks at, with the mean derivative of softmax((logits + sg(G)) / tau).
+
+    G is Gumbel noise given that ``log_softmax(logits) + shift + G`` is largest at the index. ``plain_slope``
+    is the derivative in plain form, `_straight_through._mean_slope`.
+    """
+    return pl.placed(jnp.zeros_like(logits), index, tau)
+
+
+def _mean_softmax_fwd(plain_slope, num_samples, shift, given, *arguments):
+    return mean_softmax(plain_slope, num_samples, shift, given, *arguments), arguments
+
+
+def _mean_softmax_bwd(plain_slope, num_samples, shift, given, arguments, cotangent):
+    key, index, logits, tau = arguments
+
+    def plain(key, index, logits, tau, cotangent):
+        log_p = log_softmax(logits) + shift
+        slope = functools.partial(plain_slope, num_samples, logits, key, index, log_p, logits, tau)
+        of_logits, of_tau = jax.linear_transpose(slope, logits, tau)(cotangent)
+        return [of_logits.astype(given), of_tau]
+
+    like = logits, tau, index, cotangent
+    out = [_out(logits.shape, given, *like), _out((*logits.shape[:-1], 1), tau.dtype, *like)]
+    kernel = "mean_slope", num_samples, shift, out, given
+    vary = lambda x, shape: pl.vary_as(jnp.broadcast_to(x, shape), *like)
+    arrays = (vary(index, index.shape), vary(logits, logits.shape), vary(tau, out[1].shape), cotangent)
+    of_logits, of_tau = _by_platform(plain, kernel, logits.shape[-1], key, *arrays)
+    back = lambda x, shape, ct: jax.linear_transpose(lambda x: vary(x, shape), x)(ct)[0]
+    of_logits = back(logits, logits.shape, of_logits.astype(logits.dtype))
+    return None, None, of_logits, back(tau, out[1].shape, of_tau)
+
+
+mean_softmax.defvjp(_mean_softmax_fwd, _mean_softmax_bwd)
+
+
+def _out(shape, dtype, *like):
+    varying = jax.typeof(pl.vary_as(*like)).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+
+
+def _by_platform(plain, kernel, classes, *arguments):
+    """A kernel, as its name and static arguments, where it can run; Pallas is imported only here."""
+    from relaxit_jax import _kernels
+
+    name, *static = kernel
+    run = functools.partial(getattr(_kernels, name), *static, bool(_interpreted))
+    if _interpreted:
+        return run(_interpreted, *arguments)
+    devices = ("cuda", "tpu") if classes <= LONGEST else ("cuda",)
+    forms = {device: functools.partial(run, device) for device in devices}
+    return jax.lax.platform_dependent(*arguments, **forms, default=plain)
