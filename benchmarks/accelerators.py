@@ -227,24 +227,27 @@ def main(kind, dtype, only, out):
     path, title = (out or RESULTS) / "accelerators.json", f"{NAMES[kind]}, {dtype}"
     results = json.loads(path.read_text())["results"] if path.exists() else {}
     rows = results.setdefault(title, {})
-    for name in tqdm(only or ROWS, unit="sampler"):
-        rows[name] = found = of_row(name, kind, jnp.dtype(dtype))
-        for which in PASSES:
-            ours, hand = found[which]["ours"], found[which]["hand-written"]
-            tqdm.write(
-                f"{name}, {which}: {ours['arrays']:.2f} arrays, hand-written {hand['arrays']:.2f} "
-                f"({found[which]['ratio']:.2f}), kernels {ours['kernels']} to {hand['kernels']}"
-            )
-            if name in FUSED:
-                fused = found[which]["fused"]
+    try:
+        for name in tqdm(only or ROWS, unit="sampler"):
+            rows[name] = found = of_row(name, kind, jnp.dtype(dtype))
+            for which in PASSES:
+                ours, hand = found[which]["ours"], found[which]["hand-written"]
                 tqdm.write(
-                    f"{name}, {which}, fused: {fused['arrays']:.2f} arrays, kernels {fused['kernels']}"
+                    f"{name}, {which}: {ours['arrays']:.2f} arrays, hand-written {hand['arrays']:.2f} "
+                    f"({found[which]['ratio']:.2f}), kernels {ours['kernels']} to {hand['kernels']}"
                 )
-        for way, held in found["collectives"].items():
-            if held:
-                tqdm.write(f"{name}, sharded by {way}: {', '.join(held)}")
-    results[title] = {name: rows[name] for name in ROWS if name in rows}
-    write("accelerators", {"results": results}, out, picture(results))
+                if name in FUSED:
+                    fused = found[which]["fused"]
+                    tqdm.write(
+                        f"{name}, {which}, fused: {fused['arrays']:.2f} arrays, kernels {fused['kernels']}"
+                    )
+            for way, held in found["collectives"].items():
+                if held:
+                    tqdm.write(f"{name}, sharded by {way}: {', '.join(held)}")
+    finally:  # what was measured is kept, whatever stops the rest
+        results[title] = {name: rows[name] for name in ROWS if name in rows}
+        if rows:
+            write("accelerators", {"results": results}, out, picture(results))
 
 
 if __name__ == "__main__":

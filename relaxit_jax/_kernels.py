@@ -152,7 +152,10 @@ class _Rows:
     def _part(self, ref, c):
         rows = pallas.ds(self.first, self.height)
         if ref.shape[1] == self.classes:
-            return ref.at[rows, pallas.ds(c * self.width, self.width)], self.inside(c)
+            start = (
+                c * self.width + 0 * self.first
+            )  # not static: a static slice has to lie inside of the array
+            return ref.at[rows, pallas.ds(start, self.width)], self.inside(c)
         return ref.at[rows, pallas.ds(0, 1)], self.row(1) < self.count
 
     def read(self, ref, c=0, other=0):
