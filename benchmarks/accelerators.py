@@ -198,13 +198,14 @@ def of_row(name, kind, dtype):
 def picture(results):
     figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 7.5), layout="constrained",
                                 squeeze=False)  # fmt: skip
+    names = [name for name in ROWS if any(name in rows for rows in results.values())][::-1]
     for axis, (title, rows) in zip(axes[0], results.items(), strict=True):
-        names = list(rows)[::-1]
         for offset, which, colour in ((0.2, PASSES[0], "tab:blue"), (-0.2, PASSES[1], "tab:orange")):
-            ratios = [rows[name][which]["ratio"] for name in names]
+            ratios = [rows[name][which]["ratio"] if name in rows else np.nan for name in names]
             axis.barh(np.arange(len(names)) + offset, ratios, 0.4, label=which, color=colour)
         axis.axvline(1, color="k", linewidth=1)
         axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [])
+        axis.set_ylim(-0.8, len(names) - 0.2)
         axis.set(xscale="log", title=title, xlabel="bytes, to hand-written JAX")
         axis.set_xticks([0.1, 0.5, 1, 2], ["0.1", "0.5", "1", "2"], minor=False)
         axis.minorticks_off()
