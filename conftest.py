@@ -195,3 +195,24 @@ def as_users_compile(fast_compilation, _defaults, monkeypatch, pytestconfig):
     """
     if pytestconfig.option.all:
         monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=_defaults))
+
+
+@pytest.fixture
+def for_accelerators(monkeypatch):
+    """Compile and run a function in its form for GPUs, which this machine runs too."""
+
+    def traced(function):
+        def other(*args, default, **platforms):
+            return platforms.get("cuda", default)(*args)
+
+        def call(*args):
+            with monkeypatch.context() as patch:
+                patch.setattr(jax.lax, "platform_dependent", other)
+                jax.clear_caches()  # of functions that were traced in their form for CPUs
+                result = jax.jit(function)(*args)
+                jax.clear_caches()
+            return result
+
+        return call
+
+    return traced

@@ -72,27 +72,6 @@ def test_support(case):
         assert set(np.unique(z)) == {0, 1}  # exactly, not 0.99999994
 
 
-@pytest.fixture
-def for_accelerators(monkeypatch):
-    """A function in its form for GPUs and TPUs, which this machine runs too."""
-
-    def traced(function):
-        def other(*args, default, **platforms):
-            return default(*args)
-
-        def call(*args):
-            with monkeypatch.context() as patch:
-                patch.setattr(jax.lax, "platform_dependent", other)
-                jax.clear_caches()  # of functions that were traced in their form for CPUs
-                result = jax.jit(function)(*args)
-                jax.clear_caches()
-            return result
-
-        return call
-
-    return traced
-
-
 @pytest.mark.few(3)
 @quick
 @rows(CASES)
