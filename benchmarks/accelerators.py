@@ -245,7 +245,7 @@ def main(kind, dtype, only, out):
             for way, held in found["collectives"].items():
                 if held:
                     tqdm.write(f"{name}, sharded by {way}: {', '.join(held)}")
-    finally:  # what was measured is kept, whatever stops the rest
+    finally:  # keep the measured rows when a later one fails
         results[title] = {name: rows[name] for name in ROWS if name in rows}
         if rows:
             write("accelerators", {"results": results}, out, picture(results))

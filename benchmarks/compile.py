@@ -103,7 +103,7 @@ def first_numbers(rounds, bar):
         seconds = {which: np.array(x) for which, x in seconds.items()}
         table[name] = {
             which: {"seconds": round(float(np.median(seconds[f"ours, {which}"])), 3)}
-            | {"to the line by hand": ratio(seconds, f"ours, {which}", f"by hand, {which}")}
+            | {"to hand-written JAX": ratio(seconds, f"ours, {which}", f"by hand, {which}")}
             for which in ("first draw", "first gradient")
         }
     return table
@@ -123,7 +123,7 @@ def compilation(rounds, bar):
                 seconds[who].append(time.perf_counter() - start)
         seconds = {who: np.array(x) for who, x in seconds.items()}
         table[name] = {"seconds": round(float(np.median(seconds["ours"])), 3)}
-        table[name]["to the line by hand"] = ratio(seconds, "ours", "by hand")
+        table[name]["to hand-written JAX"] = ratio(seconds, "ours", "by hand")
         bar.update()
     return table
 
@@ -183,7 +183,7 @@ def picture(table, compiled):
     left.barh(list(bars)[::-1], list(bars.values())[::-1])
     left.set(xlabel="seconds", title="imports, and from the start to the first numbers")
     names = list(compiled)[::-1]
-    right.barh(names, [compiled[name]["to the line by hand"]["ratio"] for name in names])
+    right.barh(names, [compiled[name]["to hand-written JAX"]["ratio"] for name in names])
     right.axvline(1, color="black", lw=0.8)
     right.set(xlabel="time to compile value and gradient, over the line by hand", title="compilation")
     for axis in (left, right):
@@ -204,7 +204,7 @@ def main(rounds, out):
         for name, row in part.items():
             click.echo(f"{name:28} {row}")
     for name, row in compiled.items():
-        click.echo(f"compile {name:28} {row['seconds']:.2f} s, {row['to the line by hand']}")
+        click.echo(f"compile {name:28} {row['seconds']:.2f} s, {row['to hand-written JAX']}")
     click.echo(f"compilations while 200 steps anneal the temperature: {counts}")
     content = {"goal": 1.05, **table, "compilation": compiled, "compilations of an annealed training": counts}
     write("compile", content, out, picture(table, compiled))

@@ -23,7 +23,7 @@ from rows import ROWS, logits_of, size_name
 from timing import interleaved, milliseconds, ratio
 
 GOALS = {
-    "to the line by hand": 1.15,
+    "to hand-written JAX": 1.15,
     "to random bits": 1.5,
     "to TensorFlow Probability": 1.0,
     "to PyTorch": 0.2,
@@ -117,7 +117,7 @@ def summary(table):
 def picture(table):
     """A panel a size, a line a sampler, a mark for each comparison of the forward and backward pass."""
     marks = {
-        "to the line by hand": ("o", "tab:blue"), "to random bits": ("|", "tab:gray"),
+        "to hand-written JAX": ("o", "tab:blue"), "to random bits": ("|", "tab:gray"),
         "to TensorFlow Probability": ("s", "tab:green"), "to PyTorch": ("^", "tab:red"),
         "to relaxit": ("v", "tab:orange"),
     }  # fmt: skip
@@ -141,7 +141,7 @@ def picture(table):
                                  facecolors=fill, edgecolors=None if mark == "|" else colour,
                                  alpha=1 if filled else 0.6)  # fmt: skip
         axis.axvline(1, color="black", lw=0.8)
-        axis.axvline(GOALS["to the line by hand"], color="tab:blue", lw=0.8, ls=":")
+        axis.axvline(GOALS["to hand-written JAX"], color="tab:blue", lw=0.8, ls=":")
         axis.set(xscale="log", title=panel_title(table, index), xlabel="time of this library / of the other")
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)

@@ -15,7 +15,7 @@ from versions import sentence
 ROOT = pathlib.Path(__file__).parents[1]
 PASSES = "forward", "forward + backward"
 PASS = PASSES[1]
-HAND, NONE = "to the line by hand", "-"
+HAND, NONE = "to hand-written JAX", "-"
 SHOWN = {  # in README, at one size
     "relaxed_bernoulli", "gumbel_softmax", "straight_through_categorical", "gumbel_rao", "simple_top_k",
     "relaxed_top_k",

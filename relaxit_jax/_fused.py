@@ -23,17 +23,17 @@ LONGEST = 16_384  # classes of a row of which a TPU holds all that a kernel need
 def fused_kernels(enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Choose kernels that hash, perturb and normalize a row of logits in one pass, on GPUs and TPUs.
 
-    Inside of ``with fused_kernels(True):`` these samplers have such kernels: `gumbel_softmax`,
+    Inside ``with fused_kernels(True):`` these samplers have such kernels: `gumbel_softmax`,
     `straight_through_categorical`, `decoupled_gumbel_softmax`, `gapped_straight_through`, `reinmax`,
-    `gumbel_rao` and `reinmax_rao`. Draws and gradients are those of the plain form up to rounding, with the
-    same random numbers. The plain form is still used on CPUs, in float64, on explicit meshes, for keys of
-    other kinds than Threefry, where ``shape`` repeats the logits, for more than 16,384 classes on a TPU, and
-    for the gradients of `gumbel_rao` and `reinmax_rao` of more than 4,096 classes.
+    `gumbel_rao` and `reinmax_rao`. The kernels use the same random numbers as the plain form, and draws and
+    gradients agree with it up to rounding. The plain form is still used on CPUs, in float64, on explicit
+    meshes, for keys of other kinds than Threefry, where ``shape`` repeats the logits, for more than 16,384
+    classes on a TPU, and for the gradients of `gumbel_rao` and `reinmax_rao` with more than 4,096 classes.
 
-    Off by default: the kernels were compiled for an H100 and a TPU v5e and run by an interpreter, but they
-    were not timed on a device. A compiler cannot partition a kernel. Where arrays are sharded, call the
-    sampler inside of `jax.shard_map`. Forward-mode derivatives of `gumbel_rao` and `reinmax_rao` are an error
-    inside.
+    The kernels are off by default: they have been compiled for an H100 and a TPU v5e and run by an
+    interpreter, but not timed on a device. A compiler cannot partition a kernel. If arrays are sharded, call
+    the sampler inside `jax.shard_map`: otherwise a GPU program gathers all rows, and a TPU program does not
+    compile. Forward-mode derivatives of `gumbel_rao` and `reinmax_rao` are an error inside.
 
     Args:
       enabled: True or False.
@@ -77,6 +77,17 @@ def categorical(key, logits, shape, given):
     return rng.categorical(key, logits, shape)
 
 
+def index_of_noisy(logits, noise):
+    """The index of argmax(logits + noise), in plain form."""
+    return lm.index_of_largest(lm.centre(logits, for_index=True) + noise)
+
+
+def plain_softmax(log_space, dtype, shape, key, logits, tau):
+    """softmax((logits + G) / tau) of this batch shape, or its logarithm, in plain form."""
+    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, logits.shape[-1]), logits)
+    return (gr.log_softmax if log_space else gr.softmax)(perturbed, tau).astype(dtype)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def index(is_race, given, key, logits):
     """The index of an exact draw, by a race of exponentials or as argmax(logits + G)."""
@@ -84,7 +95,7 @@ def index(is_race, given, key, logits):
     def plain(key, logits, _):
         if is_race:
             return rng.categorical(key, logits, logits.shape[:-1])
-        return lm.index_of_largest(lm.centre(logits, for_index=True) + rng.gumbel(key, logits.shape, logits))
+        return index_of_noisy(logits, rng.gumbel(key, logits.shape, logits))
 
     logits = jax.lax.stop_gradient(logits)
     score, out = "race" if is_race else "gumbel", [_out((*logits.shape[:-1], 1), jnp.int32, logits)]
@@ -96,11 +107,7 @@ def index(is_race, given, key, logits):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def noisy_softmax(log_space, given, dtype, key, logits, tau):
     """softmax((logits + G) / tau) in a dtype, or its logarithm. tau has an axis for the classes."""
-
-    def plain(key, logits, tau):
-        perturbed = lm.centre(logits) + rng.gumbel(key, logits.shape, logits)
-        return (gr.log_softmax if log_space else gr.softmax)(perturbed, tau).astype(dtype)
-
+    plain = functools.partial(plain_softmax, log_space, dtype, logits.shape[:-1])
     out = [_out(logits.shape, dtype, logits, tau)]
     # one temperature for all rows, or one for each
     taus = (
@@ -111,16 +118,13 @@ def noisy_softmax(log_space, given, dtype, key, logits, tau):
 
 
 def _noisy_softmax_jvp(log_space, given, dtype, primals, tangents):
-    """log z is (logits + G) / tau up to what all classes share, which changes no derivative."""
+    """log z is (logits + G) / tau minus a constant of its row, which changes no derivative."""
     (key, logits, tau), (_, logits_dot, tau_dot) = primals, tangents
     value = noisy_softmax(log_space, given, dtype, key, logits, tau)
-    wide = value.astype(logits.dtype)
     if log_space:
-        possible = wide != -jnp.inf
-        slope = lm.tempered_tangent(possible, wide * tau, tau, logits_dot, tau_dot)
-        slope = pl.where(possible, slope, 0)
-        slope = pl.where(possible, slope - jnp.sum(jnp.exp(wide) * slope, -1, keepdims=True), 0)
+        slope = gr.log_softmax_tangent(value, value * tau, tau, logits_dot, tau_dot)
     else:  # in a narrow dtype the sum of z is 1 only after read_once
+        wide = value.astype(logits.dtype)
         slope = lm.tempered_tangent(wide > 0, jnp.log(wide) * tau, tau, logits_dot, tau_dot)
         slope = gr.softmax_tangent(gr.read_once(value, logits.dtype), slope)
     return value, pl.placed(slope.astype(value.dtype), value)
@@ -131,7 +135,7 @@ noisy_softmax.defjvp(_noisy_softmax_jvp, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def mean_softmax(plain_slope, num_samples, shift, given, key, index, logits, tau):
-    """A value that nobody looks at, with the mean derivative of softmax((logits + sg(G)) / tau).
+    """An unused value with the mean derivative of softmax((logits + sg(G)) / tau).
 
     G is Gumbel noise given that ``log_softmax(logits) + shift + G`` is largest at the index. ``plain_slope``
     is the derivative in plain form, `_straight_through._mean_slope`.

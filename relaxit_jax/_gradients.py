@@ -140,10 +140,14 @@ def log_softmax(x, tau):
 
 def _log_softmax_jvp(primals, tangents):
     log_p = log_softmax(*primals)
+    return log_p, pl.placed(log_softmax_tangent(log_p, *primals, *tangents), log_p)
+
+
+def log_softmax_tangent(log_p, x, tau, x_dot, tau_dot):
+    """The tangent of log_p = log softmax(x / tau), 0 where log_p is -inf."""
     possible = log_p != -jnp.inf
-    slope = where(possible, lm.tempered_tangent(possible, *primals, *tangents), 0)
-    mean = jnp.sum(jnp.exp(log_p) * slope, -1, keepdims=True)
-    return log_p, pl.placed(where(possible, slope - mean, 0), log_p)
+    slope = where(possible, lm.tempered_tangent(possible, x, tau, x_dot, tau_dot), 0)
+    return where(possible, slope - jnp.sum(jnp.exp(log_p) * slope, -1, keepdims=True), 0)
 
 
 log_softmax.defjvp(_log_softmax_jvp, symbolic_zeros=True)

@@ -135,7 +135,7 @@ def centre(logits, *, for_index=False):
 
 
 def two_sum(x, y):
-    """x + y, and what rounding took from it (D. E. Knuth, The Art of Computer Programming, volume 2)."""
+    """The sum x + y and its rounding error (D. E. Knuth, The Art of Computer Programming, volume 2)."""
     total = x + y
     of_y = total - x
     return total, (x - (total - of_y)) + (y - of_y)

@@ -156,10 +156,10 @@ def test_speed_from_flags_to_files(tmp_path):
     for dtype in ("float32", "bfloat16"):
         for which in ("forward", "forward + backward"):
             result = size[dtype][which]
-            low, high = result["to the line by hand"]["quartiles"]
-            assert 0 < low <= result["to the line by hand"]["ratio"] <= high
+            low, high = result["to hand-written JAX"]["quartiles"]
+            assert 0 < low <= result["to hand-written JAX"]["ratio"] <= high
             assert result["milliseconds"]["random bits"] > 0
-    goal = content["goals"]["to the line by hand"]
+    goal = content["goals"]["to hand-written JAX"]
     assert goal["of"] == 4 and goal["met"] + len(goal["missed"]) == 4
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 

@@ -117,7 +117,7 @@ def test_a_nan_is_shown_in_its_row_alone(name, fused):
 
 
 def transformed(name):
-    """Values and gradients under what users put around a draw."""
+    """Values and gradients under the transformations that users apply."""
     keys, logits = jax.random.split(KEY, 3), jax.random.normal(KEY, (3, 8, 6))
     half = jnp.float32(0.5)
     draw = lambda key, l, tau=half: loss_and_draw(name, key)(l, tau)
@@ -130,7 +130,7 @@ def transformed(name):
         "tau": lambda: jax.vmap(lambda tau: draw(KEY, logits[0], tau))(jnp.array([0.3, 0.5, 2.0])),
         "scan": lambda: jax.lax.scan(lambda c, x: (c, draw(*x)), 0, (keys, logits))[1],
         "checkpoint": lambda: jax.checkpoint(lambda l: draw(KEY, l))(logits),
-        # the interpreter alone has no types of what varies over devices
+        # Pallas' interpreter has no types for values that vary over devices
         "shard_map": lambda: jax.shard_map(
             lambda l: draw(KEY, l), mesh=mesh, in_specs=rows, out_specs=((rows, PartitionSpec()), rows),
             check_vma=False,

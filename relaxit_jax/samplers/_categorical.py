@@ -66,10 +66,10 @@ def gumbel_softmax(
     tau = tau[..., None]
     if hard:
         return one_hot_of_noisy(key, logits, tau, shape, dtype)
+    returned = logits.dtype if log_space else dtype
     if fused.fits(key, logits, shape):
-        return fused.noisy_softmax(log_space, dtype, logits.dtype if log_space else dtype, key, logits, tau)
-    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, logits.shape[-1]), logits)
-    return gr.log_softmax(perturbed, tau) if log_space else gr.softmax(perturbed, tau).astype(dtype)
+        return fused.noisy_softmax(log_space, dtype, returned, key, logits, tau)
+    return fused.plain_softmax(log_space, returned, shape, key, logits, tau)
 
 
 def one_hot_of_noisy(key, logits, tau, shape, dtype):
@@ -82,7 +82,7 @@ def one_hot_of_noisy(key, logits, tau, shape, dtype):
 
         return gr.one_hot(soft, index, logits, tau, key).astype(dtype)
     noise = rng.gumbel(key, (*shape, logits.shape[-1]), logits)
-    index = lm.index_of_largest(lm.centre(logits, for_index=True) + noise)
+    index = fused.index_of_noisy(logits, noise)
     soft = lambda logits, tau, noise: gr.slope_of_softmax(lm.centre(logits) + noise, tau)
     return gr.one_hot(soft, index, logits, tau, noise).astype(dtype)
 

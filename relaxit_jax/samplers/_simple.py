@@ -257,7 +257,7 @@ def _merged_jvp(k, primals, tangents):
     both = _merged(k, left, right)
     slope = left_dot.high[:, None] + _of_the_rest(right_dot.high, _most(k, left), 0)
     slope = jnp.sum(_all_shares(left, right, both) * slope, 2)
-    return both, _Nodes(slope, jnp.zeros_like(slope))  # what rounding took has no slope
+    return both, _Nodes(slope, jnp.zeros_like(slope))  # the rounding error has no slope
 
 
 def _most(k, half):
@@ -378,7 +378,7 @@ def _insert(ratios, logit):
 @_insert.defjvp
 def _insert_jvp(primals, tangents):
     _, logit = primals
-    (ratios_dot, _), logit_dot = tangents  # what rounding took has no slope
+    (ratios_dot, _), logit_dot = tangents  # the rounding error has no slope
     log_odds, ratios = _insert(*primals)
     keep, push = jax.nn.sigmoid(-log_odds[1:]), jax.nn.sigmoid(log_odds[:-1])
     logit_dot = where(logit == -jnp.inf, 0, logit_dot)
@@ -397,6 +397,6 @@ def _slope_of_marginals(k, logits):
 @_slope_of_marginals.defjvp
 def _slope_of_marginals_jvp(k, primals, tangents):
     mean, slope = jax.jvp(functools.partial(_marginals, k), primals, tangents)
-    # the slopes sum to zero: what rounding made of that is taken off, also of the gradients that come back
+    # the exact slopes sum to zero; without their rounding errors, gradients that come back have less, too
     slope -= mean * (jnp.sum(slope, -1, keepdims=True) / k)
     return _slope_of_marginals(k, *primals), slope
