@@ -32,13 +32,13 @@ NAMES = (
 
 
 def measure(name, shape, dtype, copied, rounds, budget):
-    """Milliseconds of a pass of ours and of the line by hand, and the share of each."""
+    """Milliseconds of a pass of ours and of hand-written JAX, and the share of each."""
     row, logits = ROWS[name], logits_of(shape, dtype)
     weights = logits_of(shape, dtype, seed=1)
     seconds = interleaved(
         {
             "ours": jax_pass(row.ours, logits, weights, backward=True),
-            "the line by hand": jax_pass(row.by_hand, logits, weights, backward=True),
+            "hand-written JAX": jax_pass(row.by_hand, logits, weights, backward=True),
             "a copy": functools.partial(jax.jit(lambda x: x + 1), copied),
         },
         rounds,
@@ -46,7 +46,7 @@ def measure(name, shape, dtype, copied, rounds, budget):
     )
     limit = 2 * copied.nbytes / np.median(seconds["a copy"])  # bytes a second
     result = {"copy, gigabytes a second": round(limit / 1e9, 1)}
-    for whom in ("ours", "the line by hand"):
+    for whom in ("ours", "hand-written JAX"):
         share = 4 * logits.nbytes / np.median(seconds[whom]) / limit
         result[whom] = {"milliseconds": milliseconds(seconds[whom]), "share": round(float(share), 3)}
     return result
@@ -58,7 +58,7 @@ def picture(table):
     results = [result for sizes in table.values() for dtypes in sizes.values() for result in dtypes.values()]
     figure, axis = plt.subplots(figsize=(10, 0.34 * len(labels) + 1.6), layout="constrained")
     places = np.arange(len(labels))[::-1]
-    for whom, shift, colour in (("ours", 0.2, "tab:blue"), ("the line by hand", -0.2, "tab:gray")):
+    for whom, shift, colour in (("ours", 0.2, "tab:blue"), ("hand-written JAX", -0.2, "tab:gray")):
         axis.barh(places + shift, [r[whom]["share"] for r in results], 0.4, label=whom, color=colour)
     axis.axvline(AIM, color="tab:red", ls=":", label="aim, on an accelerator")
     axis.set_yticks(places, labels)
@@ -85,7 +85,7 @@ def main(batch, classes, copy_megabytes, rounds, budget, out):
         result = measure(name, shape, dtype, copied, rounds, budget)
         table.setdefault(name, {}).setdefault(size_name(shape), {})[dtype] = result
         jax.clear_caches()
-        shares = ", ".join(f"{whom} {result[whom]['share']:.1%}" for whom in ("ours", "the line by hand"))
+        shares = ", ".join(f"{whom} {result[whom]['share']:.1%}" for whom in ("ours", "hand-written JAX"))
         tqdm.write(f"{name:30} {size_name(shape):14} {dtype:8} {shares}")
     write("bandwidth", {"aim": AIM, "rows": table}, out, picture(table))
 

@@ -3,7 +3,7 @@
 Each import is timed in a process of its own, in turns: `import relaxit_jax` over `import jax`, at most 1.05.
 Then, in a process of its own for each sampler of the most used ones, the seconds from its start to the
 first draw and to the first gradient, beside the line written by hand. Then, for every sampler in this
-process, the time to compile its value and gradient over that of the line by hand. And how often JAX
+process, the time to compile its value and gradient over that of hand-written JAX. And how often JAX
 compiles while 200 steps train and anneal the temperature: once.
 
 Writes results/compile.json and results/compile.png, and takes some minutes.
@@ -110,7 +110,7 @@ def first_numbers(rounds, bar):
 
 
 def compilation(rounds, bar):
-    """Seconds to trace and compile the value and gradient of each sampler, over that of the line by hand."""
+    """Seconds to trace and compile the value and gradient of each sampler, over that of hand-written JAX."""
     table = {}
     for name, row in ROWS.items():
         logits, seconds = jnp.zeros(row.sizes[0]), {"ours": [], "by hand": []}
@@ -185,7 +185,7 @@ def picture(table, compiled):
     names = list(compiled)[::-1]
     right.barh(names, [compiled[name]["to hand-written JAX"]["ratio"] for name in names])
     right.axvline(1, color="black", lw=0.8)
-    right.set(xlabel="time to compile value and gradient, over the line by hand", title="compilation")
+    right.set(xlabel="time to compile value and gradient, over hand-written JAX", title="compilation")
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.3)
     return figure

@@ -2,7 +2,7 @@
 
 Forward, and forward with the gradient in the logits, at three sizes and in two dtypes. All that is compared
 runs in one process in turns; a ratio is the time of this library over that of the other, the median over
-the turns with its quartiles. Goals: at most 1.15 of the line by hand, 1.5 of jax.random.bits, 0.2 of
+the turns with its quartiles. Goals: at most 1.15 of hand-written JAX, 1.5 of jax.random.bits, 0.2 of
 PyTorch and its relaxit, 1 of TensorFlow Probability. What is not installed is left out with a line.
 
 Writes results/speed.json and results/speed.png, a table to the terminal, and takes half an hour.
@@ -59,7 +59,7 @@ def competitors(name, shape, dtype, backward, others):
     weights = logits_of(out.shape, out.dtype, seed=1)
     found = {
         "ours": jax_pass(row.ours, logits, weights, backward),
-        "the line by hand": jax_pass(
+        "hand-written JAX": jax_pass(
             row.by_hand, logits, weights.astype(by_hand_dtype(row, logits)), backward
         ),
         "random bits": random_bits(row, shape),
@@ -84,7 +84,7 @@ def measure(name, shape, dtype, backward, others, rounds, budget):
             jax.block_until_ready(f())
             functions[whom] = f
         except (RuntimeError, ValueError) as reason:  # some others have nothing in half precision
-            if whom in ("ours", "the line by hand") or dtype == jnp.float32:
+            if whom in ("ours", "hand-written JAX") or dtype == jnp.float32:
                 raise
             refused[whom] = str(reason).splitlines()[0]
     seconds = interleaved(functions, rounds, budget=budget)
