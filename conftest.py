@@ -71,8 +71,10 @@ def pytest_collection_modifyitems(config, items):
     kept = set()
     for cases in tests.values():
         few = cases[0].get_closest_marker("few")
-        number = min(*few.args, len(cases)) if few else len(cases)
+        number, *texts = few.args if few else [len(cases)]
+        number = min(number, len(cases))
         kept.update(cases[i * len(cases) // number] for i in range(number))  # evenly spread
+        kept.update(case for case in cases if any(text in case.name for text in texts))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

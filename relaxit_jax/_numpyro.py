@@ -51,6 +51,11 @@ def wrap_scan_body(msg: dict[str, Any], around: Callable[[Any], Any]) -> None:
     msg["args"] = (around(body), *rest)
 
 
+def is_reverse(scan: dict[str, Any]) -> bool:
+    """Whether a scan begins at the end of its arrays: the fifth argument of its wrapper."""
+    return bool(scan["args"][4])
+
+
 def comes_from_flow(msg: dict[str, Any]) -> bool:
     """Whether a site comes out of a control flow that has run, whose sites go through the handlers again."""
     return bool(msg.get("_control_flow_done"))
@@ -68,6 +73,20 @@ def require_same_rows(msg: dict[str, Any], subsampled: set[str]) -> None:
         raise ValueError(
             f"The site '{msg['name']}' is in a subsampled plate inside of a scan, where NumPyro draws other "
             "indices for the model than for the guide. Subsample before the scan."
+        )
+
+
+def require_right_order(msg: dict[str, Any], scan: dict[str, Any] | None) -> None:
+    """Refuse a latent site of a scan of the model that runs backwards.
+
+    `replay` hands the guide's first value to the step that runs first, which is the one of the last element.
+    """
+    latent = msg["type"] == "sample" and not msg["is_observed"] and comes_from_flow(msg)
+    replayed = any(isinstance(handler, replay) for handler in active_handlers())
+    if latent and replayed and scan is not None and runs_scan(scan["fn"]) and is_reverse(scan):
+        raise ValueError(
+            f"The site '{msg['name']}' is in a scan of the model with reverse=True, where NumPyro hands the "
+            "guide's values to the steps in the wrong order. Reverse the arrays and scan forward."
         )
 
 

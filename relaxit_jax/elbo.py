@@ -1,9 +1,10 @@
 """`RLOO_ELBO`: SVI whose discrete sites stay discrete, by scores with a leave-one-out baseline."""
 
 import copy
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -40,8 +41,12 @@ class RLOO_ELBO(ELBO):
     a cost and a baseline of its own. A plate declares that its elements are independent; a model
     in which they reach each other by a deterministic sum has to draw z outside of the plate (or as
     ``to_event``). Where they do so by a guide's site outside of the plate, it is seen, and the
-    credit is shared by the whole plate. It is also shared along batch axes without a plate and
-    along `scan`, where z of one step meets the costs of all steps: unbiased, with more variance.
+    credit is shared by the whole plate. It is also shared along batch axes without a plate.
+
+    In a `scan` of the model, the draw of a step pays for that step and the steps that follow, with a
+    baseline of its own, because the steps before it cannot depend on it. The guide may draw such a site in a
+    `scan` or all at once, as `AutoMeanField` does. Where the guide scans backwards, or draws another site
+    from the finished scan, all steps share the costs: unbiased, with more variance.
 
     A subsampled plate has one minibatch for all particles, so that the baseline of an element is
     made of the same data point. Scales and masks belong to the cost, not to the score: a scaled or
@@ -159,11 +164,12 @@ def _particle(model, guide, args, kwargs, params, key):
     """The bound with its pathwise gradient, each scored site's pair (log q, cost), the sites of probability
     0 in the model, and the mutable values."""
     model_key, guide_key = jax.random.split(key)
-    with _Draws(guide=True):  # outside of the trace, which then sees what it has done
+    guide_flows, model_flows = _Draws(guide=True), _Draws()
+    with guide_flows:  # outside of the trace, which then sees what it has done
         guide_trace = trace(substitute(seed(guide, guide_key), params)).get_trace(*args, **kwargs)
     mutable = _values(guide_trace, "mutable")
     replayed = replay(seed(model, model_key), guide_trace)
-    with _Draws():
+    with model_flows:
         model_trace = trace(substitute(replayed, params | mutable)).get_trace(*args, **kwargs)
     mutable |= _values(model_trace, "mutable")
     check_model_guide_match(model_trace, guide_trace)
@@ -176,31 +182,83 @@ def _particle(model, guide, args, kwargs, params, key):
         get_nonreparam_deps(model, guide, args, kwargs, params, latents) if scored else ({}, {})
     )
 
-    terms = []  # (plates, log p or -log q, the scored sites upstream)
-    for sign, sites, deps in ((1, model_trace, model_deps), (-1, guide_trace, guide_deps)):
+    terms = []
+    for sign, sites, deps, flows in (
+        (1, model_trace, model_deps, model_flows),
+        (-1, guide_trace, guide_deps, guide_flows),
+    ):
         for name, s in sites.items():
             if s["type"] == "sample":
                 log_prob = _log_prob(s)
                 if sign < 0 and name in scored:  # a score has mean 0: only the costs get its gradient
                     log_prob = stop_gradient(log_prob)
                 log_prob = log_prob if s["scale"] is None else s["scale"] * log_prob
-                terms.append((_plates(s), sign * log_prob, deps.get(name, ())))
-    elbo = sum((jnp.sum(term) for _, term, _ in terms), start=jnp.array(0.0))
+                flow = flows.scanned.get(name)
+                terms.append(_Term(name, sign < 0, _plates(s), sign * log_prob, deps.get(name, ()), flow))
+    elbo = sum((jnp.sum(term.value) for term in terms), start=jnp.array(0.0))
     impossible = {
         name: jnp.any(_log_prob(s) == -jnp.inf) for name, s in model_trace.items() if s["type"] == "sample"
     }
 
     pairs = {}
     for name, s in scored.items():
+        below = {other for other in drawn if other != name and name in guide_deps[other]}
         own = _plates(s)
-        for other, below in drawn.items():
-            if other != name and name in guide_deps[other]:  # what leaves a plate may come back anywhere
-                own &= _plates(below)
-        law = s | {"fn": _unmasked(s["fn"])}
-        log_q = _sum_to(own, _log_prob(law))
-        cost = sum(_sum_to(own & plates, term) for plates, term, deps in terms if name in deps)
-        pairs[name] = jnp.broadcast_arrays(log_q, cost)
+        for other in below:  # what leaves a plate may come back anywhere
+            own &= _plates(drawn[other])
+        log_q = _log_prob(s | {"fn": _unmasked(s["fn"])})
+        downstream = [term for term in terms if name in term.upstream]
+        scans = _scans_of(name, below, guide_flows.scanned, model_flows.scanned)
+        if scans is None or not jnp.ndim(log_q) or len(log_q) != len(model_trace[name]["value"]):
+            cost = sum(_sum_to(own & term.plates, term.value) for term in downstream)
+            pairs[name] = jnp.broadcast_arrays(_sum_to(own, log_q), cost)
+        else:
+            pairs[name] = _from_each_step_on(name, log_q, own, downstream, *scans)
     return elbo, pairs, impossible, mutable
+
+
+@dataclasses.dataclass(frozen=True)
+class _Term:
+    """A term of the bound: log p or -log q of a site."""
+
+    site: str
+    of_guide: bool
+    plates: frozenset[Any]
+    value: Array
+    upstream: Collection[str]  # the scored sites that it depends on
+    scan: dict[str, Any] | None  # the message of the scan that it comes from
+
+
+def _scans_of(name, below, in_guide, in_model):
+    """The scans of the model and the guide in which this site is drawn step by step, if no step reaches
+    an earlier one; None for the guide's where it draws all steps at once, independently."""
+    own, model = in_guide.get(name), in_model.get(name)
+    if model is None or any(own is None or in_guide.get(other) is not own for other in below):
+        return None
+    return None if own and npr.is_reverse(own) else (model, own)
+
+
+def _from_each_step_on(name, log_q, own, downstream, model_scan, guide_scan):
+    """log q of the draw of each step, and the costs of this step and of all that follow."""
+    own = frozenset(frame for frame in own if frame.dim != -log_q.ndim)  # a plate of the steps
+    ndim = max(log_q.ndim, *(term.value.ndim for term in downstream))
+    cost = jnp.zeros(())
+    for term in downstream:
+        itself = term.of_guide and term.site == name and guide_scan is None
+        scan = guide_scan if term.of_guide else model_scan
+        stepwise = itself or (scan is not None and term.scan is scan)
+        if not stepwise or term.value.shape[:1] != log_q.shape[:1]:
+            cost += _sum_to(own & term.plates, term.value)
+            continue
+        steps = _sum_steps(own & term.plates, term.value, ndim)
+        cost += steps if itself else jax.lax.cumsum(steps, 0, reverse=True)
+    return jnp.broadcast_arrays(_sum_steps(own, log_q, ndim), cost)
+
+
+def _sum_steps(plates, x, ndim):
+    """As `_sum_to`, of each step: the first axis stays the first of ndim axes."""
+    x = jax.vmap(functools.partial(_sum_to, plates))(x)
+    return jnp.reshape(x, (len(x), *(1,) * (ndim - x.ndim), *x.shape[1:]))
 
 
 def _values(sites, kind):
@@ -242,17 +300,21 @@ class _Draws(Messenger):
     def __init__(self, fn=None, guide=False, in_scan=False):
         super().__init__(fn)
         self.guide, self.in_scan = guide, in_scan
-        self.flow, self.subsampled = None, set()
+        self.flow, self.subsampled = None, set()  # the last control flow; plates
+        self.scanned = {}  # the scans of the sites
 
     def process_message(self, msg):
         if msg["type"] == "control_flow":
-            self.flow = msg["fn"]
-            if npr.runs_scan(self.flow):
+            self.flow = msg
+            if npr.runs_scan(msg["fn"]):
                 npr.wrap_scan_body(msg, lambda body: _Draws(body, self.guide, in_scan=True))
         elif msg["type"] == "plate" and self.in_scan and npr.is_subsampled(msg):
             self.subsampled.add(msg["name"])
 
     def postprocess_message(self, msg):
+        npr.require_right_order(msg, self.flow)
+        if msg["type"] == "sample" and npr.comes_from_flow(msg) and npr.runs_scan(self.flow["fn"]):
+            self.scanned[msg["name"]] = self.flow
         if msg["type"] != "sample" or msg["is_observed"]:
             return
         name = f"the site '{msg['name']}'"
@@ -260,7 +322,7 @@ class _Draws(Messenger):
             raise ValueError(
                 f"{name} is enumerated, and RLOO_ELBO draws: use TraceEnum_ELBO, or take the enumeration away"
             )
-        if npr.comes_from_flow(msg) and npr.runs_cond(self.flow):
+        if npr.comes_from_flow(msg) and npr.runs_cond(self.flow["fn"]):
             raise ValueError(
                 f"{name} is inside of a cond, where NumPyro does not give the model the guide's draw: "
                 "draw it before the cond"

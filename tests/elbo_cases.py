@@ -1,6 +1,7 @@
 """Models small enough to enumerate, and the exact loss of their guides, for test_elbo.py."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -227,6 +228,46 @@ SCAN = Case(
 )
 
 
+def ordered_model(p, whole=False, shift=0.0):
+    """A chain whose last state reaches a site after the scan."""
+
+    def step(before, y):
+        z = numpyro.sample("z", dist.Categorical(logits=take(p["moves"], before)))
+        numpyro.sample("y", dist.Normal(take(p["loc"], z) + 0.3 * before + shift, 1), obs=y)
+        return z, None
+
+    last, _ = scan(step, 0, CHAIN)
+    numpyro.sample("end", dist.Normal(take(p["loc"], last), 1), obs=0.9)
+
+
+def at_once_guide(p, whole=False, plain=False):
+    numpyro.sample("z", dist.Categorical(logits=p["z"]))
+
+
+def ordered_guide(p, whole=False, plain=False, reverse=False, more=False):
+    def step(before, logits):
+        z = numpyro.sample("z", dist.Categorical(logits=logits + p["slope"] * before * jnp.arange(3)))
+        return z, z
+
+    _, z = scan(step, 1, p["z"], reverse=reverse)
+    if more:
+        numpyro.sample("w", dist.Bernoulli(logits=p["w"] * (jnp.sum(z) - 3)))
+
+
+def summed_model(p, whole=False):
+    """In the guide every state reaches w, and with it the observations of all steps."""
+    ordered_model(p, shift=2 * numpyro.sample("w", dist.Bernoulli(0.3)))
+
+
+CHAIN_PARAMS = {
+    "z": jnp.linspace(-1, 0.8, 9).reshape(3, 3),
+    "moves": jnp.array([[0.5, -0.5, 0.2], [0.1, 0.9, -0.4], [-0.7, 0.0, 0.6]]),
+    "loc": jnp.array(LOC),
+}
+SLOPE = CHAIN_PARAMS | {"slope": jnp.array(0.7)}
+PATHS = {"z": all_values([0, 1, 2], 3)}
+
+
 def poisson_model(p, whole=False):
     z = numpyro.sample("z", dist.Poisson(p["prior"]))
     numpyro.sample("y", dist.Normal(z, 2), obs=6.5)
@@ -360,6 +401,17 @@ CASES = {
     "subsampled": SUBSAMPLED,
     "leaving": LEAVING,
     "scan": SCAN,
+    "scan, all at once": Case(ordered_model, at_once_guide, CHAIN_PARAMS, PATHS),
+    "scan, with a site below": Case(ordered_model, ordered_guide, SLOPE, PATHS),
+    "scan, guide backwards": Case(
+        ordered_model, functools.partial(ordered_guide, reverse=True), SLOPE, PATHS
+    ),
+    "scan, a site of all steps": Case(
+        summed_model,
+        functools.partial(ordered_guide, more=True),
+        SLOPE | {"w": jnp.array(1.3)},
+        PATHS | {"w": np.arange(2)},
+    ),
     "poisson": POISSON,
     "walk": WALK,
     "partly": PARTLY,

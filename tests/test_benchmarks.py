@@ -267,13 +267,3 @@ def test_no_program_for_a_gpu_asks_whether_numbers_are_finite(name):
         program = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
         assert "stablehlo" in program
         assert not re.search(r"is_finite.*tensor<\d+x", program)
-
-
-@pytest.mark.parametrize("hard", [True, False])
-def test_an_exact_draw_makes_no_softmax_where_no_gradient_is_asked_for(hard):
-    """So it reads the logits twice, for their largest and for that of their noise, and stores neither."""
-    names = ["gumbel_softmax_hard", "straight_through_categorical", "reinmax", "gumbel_rao"]
-    for name in names if hard else ["gumbel_softmax"]:
-        lowered = jax.jit(ROWS[name].ours).trace(jax.random.key(0), jnp.zeros((5, 3)))
-        program = lowered.lower(lowering_platforms=("cuda",)).as_text()
-        assert ("applies stablehlo.add across" in program) != hard, name

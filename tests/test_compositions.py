@@ -43,7 +43,7 @@ KEY = jax.random.key(20261129)
 PARTICLES, DRAWS = 2, 3000
 Y, FAR = 0.8, 3.0  # what is observed; for NUTS far enough from the prior to count
 pytestmark = [
-    pytest.mark.whole,
+    pytest.mark.few(0),
     pytest.mark.usefixtures("fast_compilation"),
     pytest.mark.filterwarnings("ignore:.*does not support models with discrete:UserWarning"),
 ]
@@ -246,6 +246,7 @@ def z_scores(gradients, expected, error=0.0):
     return np.abs(mean - flat(expected, 1)[0]) / (np.hypot(spread, error) + 1e-5)
 
 
+@pytest.mark.few(0, "[straight_through_categorical]", "[gaussian_bernoulli]", "[simple_top_k]")
 @rows(*(set(OWED) - {"no density", "own atom"}))
 def test_gradients_of_the_bounds(case):
     """In a plate, in a scan, and in a minibatch with a scale and a mask."""

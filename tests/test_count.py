@@ -139,7 +139,7 @@ def test_totals_beyond_what_is_kept():
     np.testing.assert_array_equal(certain, [0.0])
 
 
-@pytest.mark.whole
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_density_integrates_to_one_and_is_that_of_the_draws(case):
         assert st.chisquare(counts[kept], expected).pvalue > P_VALUE
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(2, "[hard_concrete]")
 @quick
 @rows(cases(lambda case: case.atoms is not None))
 def test_atoms_and_density_sum_to_one_and_are_those_of_the_draws(case):

@@ -40,7 +40,7 @@ def z_scores(draws, mean):
     return np.abs(draws.mean(0) - mean) / (draws.std(0) / np.sqrt(len(draws)) + 1e-5)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(2, "scan, all at once")
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_is_the_exact_loss_and_gradient(name):
     case = CASES[name]
@@ -107,6 +107,34 @@ def test_an_element_of_a_plate_pays_for_itself():
         return gradients_of(RLOO_ELBO(4), lambda: model(n, noise), lambda: guide(n), params, 4000)[:, :1]
 
     (alone, alone_error), (among, among_error) = map(spread, (first(1, 1.0), first(20, 0.05)))
+    assert abs(alone - among) / np.hypot(alone_error, among_error) < 4.5
+
+
+@pytest.mark.parametrize("markov", [False, True], ids=["all at once", "scan"])
+def test_a_step_of_a_scan_pays_for_itself_and_what_follows(markov):
+    """Steps that do not reach each other: the last one's gradient has the variance of a scan of one step."""
+
+    def model(n):
+        def step(before, _):
+            z = numpyro.sample("z", dist.Bernoulli(0.3))
+            numpyro.sample("y", dist.Normal(2 * z, 0.5), obs=1.3)
+            return z, None
+
+        scan(step, 0, None, length=n)
+
+    def guide(n):
+        logits = numpyro.param("logits", jnp.zeros(n))
+        if markov:
+            step = lambda before, logit: (numpyro.sample("z", dist.Bernoulli(logits=logit)), None)
+            scan(step, 0, logits)
+        else:
+            numpyro.sample("z", dist.Bernoulli(logits=logits))
+
+    def last(n):
+        params = {"logits": jnp.full(n, 0.4)}
+        return gradients_of(RLOO_ELBO(4), lambda: model(n), lambda: guide(n), params, 4000)[:, -1:]
+
+    (alone, alone_error), (among, among_error) = map(spread, (last(1), last(20)))
     assert abs(alone - among) / np.hypot(alone_error, among_error) < 4.5
 
 
@@ -246,7 +274,6 @@ def test_partly_observed_sites_under_relax(name, elbo):
         np.testing.assert_array_equal(moves.reshape(len(known), -1).any(-1), ~known)
 
 
-@pytest.mark.whole
 def test_what_is_observed_stays_where_it_is():
     """All particles have the same cost there: the gradient is 0, no rounding that Adam would walk along."""
     case = CASES["partly"]
@@ -310,11 +337,20 @@ def in_subsampled_scan():
     scan(step, 0.0, None, length=3)
 
 
+def backwards():
+    scan(lambda carry, _: (bit(), None), 0, None, length=3, reverse=True)
+
+
 REFUSED = {
     "enumerated in the guide": (bit, lambda: bit(enumerate="parallel"), "'z' is enumerated"),
     "marginalised": (lambda: bit(enumerate="parallel"), lambda: None, "'z' is enumerated"),
     "cond": (bit, lambda: cond(True, lambda _: bit(), lambda _: bit(), None), "'z' is inside of a cond"),
     "cond in the model": (lambda: cond(True, lambda _: bit(), lambda _: bit(), None), bit, "of a cond"),
+    "backwards": (
+        backwards,
+        lambda: numpyro.sample("z", dist.Bernoulli(jnp.full(3, 0.5))),
+        "with reverse=True",
+    ),
     "scan": (in_subsampled_scan, in_subsampled_scan, "'z' is in a subsampled plate inside of a scan"),
 }
 

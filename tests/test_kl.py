@@ -71,7 +71,7 @@ def batch_of(p, q):
     return jnp.broadcast_shapes(p.batch_shape, q.batch_shape)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(1, "diagonal, diagonal", "concretes of two")
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_continuous_rules(name):
     """E [log p - log q] over draws of p, to four standard errors of the mean; zero of p and itself."""

@@ -136,7 +136,7 @@ def one_of_two(log_odds):
     return rj.simple_top_k(KEY, jnp.stack([log_odds, jnp.zeros_like(log_odds)], -1), 1)
 
 
-@pytest.mark.whole
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_tails_are_right_to_the_last_bit(dtype, with_bits):
@@ -284,7 +284,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(4, "logit_to_probit(-36, 36)-float64", "log_min_gumbel_cdf(-80, 6)-float64")
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(

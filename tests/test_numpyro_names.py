@@ -106,6 +106,19 @@ def test_the_body_of_a_scan_is_its_first_argument():
     assert () in shapes, f"{CHANGED} the arguments of a scan"
 
 
+def test_replay_hands_values_to_a_reversed_scan_in_the_wrong_order():
+    """Read by `is_reverse` and `require_right_order`, which may go where this fails."""
+    flows = []
+    for reverse in (False, True):
+        model = lambda reverse=reverse: scan(step, 0.0, jnp.arange(3.0), reverse=reverse)[1]
+        guide = handlers.trace(handlers.seed(model, KEY)).get_trace()
+        replayed = handlers.seed(handlers.replay(model, trace=guide), KEY)()
+        drawn = np.asarray(guide["z"]["value"])
+        np.testing.assert_array_equal(replayed, drawn[::-1] if reverse else drawn, err_msg=CHANGED)
+        flows += seen(model, lambda msg: msg["type"] == "control_flow" and npr.is_reverse(msg))
+    assert set(flows) == {False, True}, f"{CHANGED} the arguments of a scan"
+
+
 def test_a_step_of_a_scan_is_told_its_index_under_replay():
     """Read by `scan_index`."""
     model = lambda: scan(step, 0.0, jnp.arange(3.0))

@@ -333,7 +333,7 @@ def test_one_hot_sites_start_at_0():
         handlers.seed(below, 0)()
 
 
-@pytest.mark.whole
+@pytest.mark.few(1)
 @pytest.mark.parametrize("certain", [0.0, 1.0])
 def test_bits_that_are_certain(certain):
     """The automatic guide leaves the other value out; the law of one that rounds to 0 or 1 is finite."""

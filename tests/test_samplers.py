@@ -174,7 +174,7 @@ def test_gradient_is_the_derivative_of_the_draw(case):
             np.testing.assert_allclose((up - down) / 2e-6, slope, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(4, "[gumbel_rao]", "gapped")
 @quick
 @rows(cases(has_soft_draw))
 def test_straight_through_has_the_gradient_of_the_soft_draw(case):
@@ -481,7 +481,6 @@ def test_options_that_contradict_each_other(case):
         case.sampler(KEY, **case.arguments({"hard": True, "log_space": True}))
 
 
-@pytest.mark.whole
 def test_half_precision_makes_no_atoms():
     """A gate's atoms have their probabilities in bfloat16 too, where 0.9999 would round to 1."""
     for case in cases(lambda case: case.atoms is not None):

@@ -54,7 +54,7 @@ def every_draw(name, family):
     return chance, outcomes
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(3, "disarm-bits")
 @pytest.mark.parametrize(
     ("name", "family"),
     [pair for pair in PAIRS if pair[0] in ("reinforce", "baseline", "rloo", "arm", "disarm")],

@@ -297,3 +297,18 @@ def test_classes_that_are_hardly_ever_drawn_count_at_a_high_temperature(sampler)
     expected = of_tempered(None, np.array(logits) + shift, 1e3) @ np.array(weights)
     expected = 2 * expected if sampler is rj.reinmax_rao else expected  # J0 is nothing here
     np.testing.assert_allclose(gradient, expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_an_exact_draw_makes_no_softmax_where_no_gradient_is_asked_for(hard):
+    """So it reads the logits twice, for their largest and for that of their noise, and stores neither."""
+    draws = [
+        functools.partial(rj.gumbel_softmax, hard=True),
+        lambda key, logits, tau: rj.straight_through_categorical(key, logits),
+        rj.reinmax,
+        functools.partial(rj.gumbel_rao, num_samples=2),
+    ]
+    for draw in draws if hard else [rj.gumbel_softmax]:
+        lowered = jax.jit(draw).trace(jax.random.key(0), jnp.zeros((5, 3)), 0.5)
+        program = lowered.lower(lowering_platforms=("cuda",)).as_text()
+        assert ("applies stablehlo.add across" in program) != hard, draw

@@ -104,7 +104,6 @@ class relax(unrounded):
     def _reset(self):
         self._relaxed = set()  # messages whose site was relaxed here
         self._vectors = {}  # names of relaxed Categorical sites, in order
-        self._flow = None  # the last control flow that was met
         self._met = set()  # names of sites
         self._partly = {}  # names of partly observed sites whose values are vectors, and their length
 
@@ -129,9 +128,7 @@ class relax(unrounded):
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample":
             self._met.add(msg["name"])
-        if msg["type"] == "control_flow":
-            self._flow = msg["fn"]
-        elif msg["type"] == "deterministic" and msg["name"] in self._partly:
+        if msg["type"] == "deterministic" and msg["name"] in self._partly:
             self._met.add(msg["name"])
             msg["value"] = jnp.moveaxis(msg["value"], 0, -1)
         elif msg["type"] == "sample" and msg["is_observed"]:
@@ -154,7 +151,7 @@ class relax(unrounded):
             msg["fn"] = wr.rewrap(msg["fn"], lambda _: relaxed)
             msg["infer"] = npr.OnReplay(msg["infer"], _require_relaxed_model)
             self._relaxed.add(id(msg))
-        elif npr.comes_from_flow(msg) and npr.runs_cond(self._flow):
+        elif npr.comes_from_flow(msg) and npr.runs_cond(self._flow["fn"]):
             raise ValueError(
                 f"the site '{name}' is inside of a cond, where NumPyro replays nothing: draw it before the "
                 "cond, or leave it as it is by config"

@@ -56,6 +56,7 @@ class unrounded(Messenger):
         self._infer = {}  # by message: what its `infer` was when it came in
         self._in_scan = False  # whether it is around the body of a scan
         self._subsampled = set()  # names of the plates that are subsampled there
+        self._flow = None  # the message of the last control flow
 
     def __enter__(self) -> None:
         self._infer = {}
@@ -63,6 +64,7 @@ class unrounded(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "control_flow":
+            self._flow = msg
             if npr.runs_scan(msg["fn"]):
                 npr.wrap_scan_body(msg, self._inside)
         elif msg["type"] == "plate" and self._in_scan and npr.is_subsampled(msg):
@@ -75,6 +77,7 @@ class unrounded(Messenger):
                     msg["fn"] = wr.Masked(wr.rewrap(msg["fn"], lambda d: d), True)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
+        npr.require_right_order(msg, self._flow)
         # in place: a `trace` further out has already taken its copy of the message
         infer = self._infer.pop(id(msg), None)
         if infer is None or not isinstance(msg["intermediates"], list) or msg["intermediates"]:
