@@ -189,29 +189,29 @@ def _particle(model, guide, args, kwargs, params, key):
     ):
         for name, s in sites.items():
             if s["type"] == "sample":
-                log_prob = _log_prob(s)
+                log_prob = log_prob_of(s)
                 if sign < 0 and name in scored:  # a score has mean 0: only the costs get its gradient
                     log_prob = stop_gradient(log_prob)
                 log_prob = log_prob if s["scale"] is None else s["scale"] * log_prob
                 flow = flows.scanned.get(name)
-                terms.append(_Term(name, sign < 0, _plates(s), sign * log_prob, deps.get(name, ()), flow))
+                terms.append(_Term(name, sign < 0, plates_of(s), sign * log_prob, deps.get(name, ()), flow))
     elbo = sum((jnp.sum(term.value) for term in terms), start=jnp.array(0.0))
     impossible = {
-        name: jnp.any(_log_prob(s) == -jnp.inf) for name, s in model_trace.items() if s["type"] == "sample"
+        name: jnp.any(log_prob_of(s) == -jnp.inf) for name, s in model_trace.items() if s["type"] == "sample"
     }
 
     pairs = {}
     for name, s in scored.items():
         below = {other for other in drawn if other != name and name in guide_deps[other]}
-        own = _plates(s)
+        own = plates_of(s)
         for other in below:  # what leaves a plate may come back anywhere
-            own &= _plates(drawn[other])
-        log_q = _log_prob(s | {"fn": _unmasked(s["fn"])})
+            own &= plates_of(drawn[other])
+        log_q = log_prob_of(s | {"fn": _unmasked(s["fn"])})
         downstream = [term for term in terms if name in term.upstream]
         scans = _scans_of(name, below, guide_flows.scanned, model_flows.scanned)
         if scans is None or not jnp.ndim(log_q) or len(log_q) != len(model_trace[name]["value"]):
-            cost = sum(_sum_to(own & term.plates, term.value) for term in downstream)
-            pairs[name] = jnp.broadcast_arrays(_sum_to(own, log_q), cost)
+            cost = sum(sum_to(own & term.plates, term.value) for term in downstream)
+            pairs[name] = jnp.broadcast_arrays(sum_to(own, log_q), cost)
         else:
             pairs[name] = _from_each_step_on(name, log_q, own, downstream, *scans)
     return elbo, pairs, impossible, mutable
@@ -248,7 +248,7 @@ def _from_each_step_on(name, log_q, own, downstream, model_scan, guide_scan):
         scan = guide_scan if term.of_guide else model_scan
         stepwise = itself or (scan is not None and term.scan is scan)
         if not stepwise or term.value.shape[:1] != log_q.shape[:1]:
-            cost += _sum_to(own & term.plates, term.value)
+            cost += sum_to(own & term.plates, term.value)
             continue
         steps = _sum_steps(own & term.plates, term.value, ndim)
         cost += steps if itself else jax.lax.cumsum(steps, 0, reverse=True)
@@ -256,8 +256,8 @@ def _from_each_step_on(name, log_q, own, downstream, model_scan, guide_scan):
 
 
 def _sum_steps(plates, x, ndim):
-    """As `_sum_to`, of each step: the first axis stays the first of ndim axes."""
-    x = jax.vmap(functools.partial(_sum_to, plates))(x)
+    """As `sum_to`, of each step: the first axis stays the first of ndim axes."""
+    x = jax.vmap(functools.partial(sum_to, plates))(x)
     return jnp.reshape(x, (len(x), *(1,) * (ndim - x.ndim), *x.shape[1:]))
 
 
@@ -265,16 +265,16 @@ def _values(sites, kind):
     return {name: s["value"] for name, s in sites.items() if s["type"] == kind}
 
 
-def _plates(s):
+def plates_of(s):
     return frozenset(s["cond_indep_stack"])
 
 
-def _log_prob(s):
+def log_prob_of(s):
     extra = (s["intermediates"],) if s["intermediates"] else ()
     return s["fn"].log_prob(s["value"], *extra)
 
 
-def _sum_to(plates, x):
+def sum_to(plates, x):
     """The sum over all axes but those of these plates; axes that no plate has declared are summed."""
     dims = {frame.dim for frame in plates}
     return jnp.sum(x, [axis for axis in range(-jnp.ndim(x), 0) if axis not in dims], keepdims=True)

@@ -14,7 +14,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.infer.util import compute_log_probs
 
-from relaxit_jax.handlers import take
+from relaxit_jax.handlers import AutoStructured, take
 
 # model(p) and guide(p), with all parameters in p. `whole` leaves subsampling out, `plain` (of the guide)
 # also scale and mask: what is drawn does not know of them.
@@ -394,6 +394,34 @@ PARTLY_SCAN = Case(
     {"first": np.arange(3), "z_unobserved": of_unknown([0, 1, 2], KNOWN)},
 )
 
+
+def structured(model, discrete, scale=1.0, **more):
+    """A guide made from a model, at parameters at random, and its case."""
+    made = AutoStructured(lambda: model(more), init="prior")
+    trace = handlers.trace(handlers.seed(made, 0)).get_trace()
+    first = {name: s["value"] for name, s in trace.items() if s["type"] == "param"}
+    keys = jax.random.split(jax.random.key(8), len(first))
+    params = {
+        n: scale * jax.random.normal(k, jnp.shape(x)) for k, (n, x) in zip(keys, first.items(), strict=True)
+    }
+
+    def guide(p, whole=False, plain=False):
+        handlers.substitute(made, {n: p[n] for n in params})()
+
+    return Case(model, guide, params | more, discrete)
+
+
+def two_kinds_model(p, whole=False):
+    """Bits that meet in a sum outside of their plate, and classes of the same elements of another."""
+    with numpyro.plate("bits", 2):
+        b = numpyro.sample("b", dist.Bernoulli(np.array([0.3, 0.6], np.float32)))
+    with numpyro.plate("points", 2):
+        a = numpyro.sample("a", dist.Bernoulli(0.4))
+        z = numpyro.sample("z", dist.Categorical(logits=jnp.array([0.3, 0.0, -0.5])))
+        numpyro.sample("y", dist.Normal(take(p["loc"], z) * (1 + a), 1), obs=POINTS)
+    numpyro.sample("total", dist.Normal(p["w"] * jnp.sum(b) + jnp.sum(a), 1), obs=1.4)
+
+
 CASES = {
     "bits": BITS,
     "loose": LOOSE,
@@ -411,6 +439,13 @@ CASES = {
         functools.partial(ordered_guide, more=True),
         SLOPE | {"w": jnp.array(1.3)},
         PATHS | {"w": np.arange(2)},
+    ),
+    "scan, structured": structured(chain_model, SCAN.discrete, w=jnp.array(1.4)),
+    "autoregressive": structured(
+        two_kinds_model,
+        {"b": all_values([0, 1], 2), "a": all_values([0, 1], 2), "z": all_values(range(3), 2)},
+        w=jnp.array(1.3),
+        loc=jnp.array(LOC),
     ),
     "poisson": POISSON,
     "walk": WALK,

@@ -159,6 +159,12 @@ KINDS = {
 }
 OPTIONAL = ("shape", "num_values", "end", "reference_samples")  # None is their default
 
+KINDS_OF_MARGINALS = {
+    "params": lambda good: ["a", [], 3, np.ones(2), SUM],
+    "num_values": no_counts,
+    "rng_key": lambda good: [key for key in no_keys(good) if key is not None],
+}
+
 # --- every public function, and good arguments ------------------------------------------------
 
 
@@ -275,6 +281,8 @@ def calls():
         ),
         "gradient_report": Call(dg.gradient_report, **given, estimators={"rloo": es.rloo}, **report),
         "from_sampler": Call(dg.from_sampler, sampler=rj.reinmax),
+        "marginals": Call(hd.marginals, kinds=KINDS_OF_MARGINALS, guide=count_model, params={}, num_samples=2,
+                          rng_key=KEY, num_values=3),
         "relax": Call(relaxed, kinds={"fn": no_functions_but_none, "num_values": no_counts}, fn=count_model,
                       tau=np.float32(0.5), method="relaxed", kl="discrete", config={}, num_values=20),
         "unrounded": Call(hd.unrounded, kinds={"fn": no_functions_but_none}, fn=count_model),

@@ -27,7 +27,7 @@ MODULES = {
     "estimators": FOUNDATIONS | {"estimators"},
     "diagnostics": {"_arguments", "estimators", "diagnostics"},
     "distributions": FOUNDATIONS | {"samplers", "laplace_bridge", "distributions"},
-    "handlers": FOUNDATIONS | {"_numpyro", "samplers", "distributions", "handlers"},
+    "handlers": FOUNDATIONS | {"_numpyro", "samplers", "distributions", "elbo", "handlers"},
     "elbo": {"_arguments", "_numpyro"},
 }
 STANDARD = {"collections", "contextlib", "contextvars", "copy", "dataclasses", "functools", "inspect"}

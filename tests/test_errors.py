@@ -34,7 +34,8 @@ from relaxit_jax import elbo
 from relaxit_jax import estimators as es
 from relaxit_jax import handlers as hd
 
-NOT_HERE = {"GradientReport", "AutoMeanField"}  # made by gradient_report; in test_auto_mean_field.py
+# made by gradient_report; in test_auto_mean_field.py and test_auto_structured.py
+NOT_HERE = {"GradientReport", "AutoMeanField", "AutoStructured"}
 
 
 @pytest.fixture

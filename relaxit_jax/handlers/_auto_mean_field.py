@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
-from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.initialization import init_to_uniform, init_to_value
 from numpyro.infer.inspect import get_dependencies
 from numpyro.primitives import Messenger
 
@@ -25,6 +25,7 @@ from relaxit_jax import _numpyro as npr
 from relaxit_jax import distributions as rd
 from relaxit_jax.handlers import _relaxation as rl
 from relaxit_jax.handlers import _site as site
+from relaxit_jax.handlers import _start as start
 from relaxit_jax.handlers import _wrappers as wr
 
 
@@ -54,6 +55,15 @@ class AutoMeanField(AutoGuide):
       continuous: makes the guide of the continuous sites from a model: an `AutoGuide` class, or a class
         with options, ``functools.partial(AutoNormal, init_scale=0.01)``. A joint guide, such as
         `AutoMultivariateNormal`, is made once, for all continuous sites.
+      init: where the discrete sites start. "prior": at the prior, as said above. "data": by coordinate
+        ascent on their log-joint and on a point of the continuous sites, from eight random points, of which
+        the best is kept and the continuous sites start there too. With an ``init_loc_fn`` these stay where it
+        puts them, and the discrete sites start at their laws given that.
+        The logits of every element become the log-joint of its values: the exact posterior, for mixtures
+        and other models whose elements do not meet. It takes some seconds, in the first call.
+      init_logits: logits to start from, by name of the site: an array, or a function of the model's
+        arguments that returns one. Log-odds, of the shape of the site, for bits; with a last axis for the
+        values for others. With ``init="data"`` the ascent starts from them.
       num_values: how many values a count takes, as in `relax`. It must be given for counts whose
         parameters are draws of other sites, because one draw does not tell how many are enough.
 
@@ -84,6 +94,8 @@ class AutoMeanField(AutoGuide):
         init_loc_fn: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
         continuous: Callable[..., Any] = AutoNormal,
+        init: Literal["prior", "data"] = "prior",
+        init_logits: Mapping[str, ArrayLike | Callable[..., Any]] | None = None,
         num_values: int | dict[str, int] | None = None,
     ) -> None:
         arg.require(callable(model), "model", "a function that calls numpyro.sample", arg.shown(model))
@@ -93,15 +105,27 @@ class AutoMeanField(AutoGuide):
             arg.require(good, name, "a function", arg.shown(function))
         arg.require(callable(continuous), "continuous", "a class of NumPyro's guides", arg.shown(continuous))
         site.check_num_values(num_values)
+        arg.require_choice("init", init, ("prior", "data"))
+        need = "a dictionary from names of sites to arrays or functions"
+        arg.require(
+            init_logits is None or isinstance(init_logits, Mapping),
+            "init_logits",
+            need,
+            arg.shown(init_logits),
+        )
         twice = init_loc_fn is not None and "init_loc_fn" in getattr(continuous, "keywords", {})
         arg.require(not twice, "init_loc_fn", "given once", "one here and one in continuous")
-        start = init_to_uniform if init_loc_fn is None else init_loc_fn
-        super().__init__(model, prefix=prefix, init_loc_fn=start, create_plates=create_plates)
+        first = init_to_uniform if init_loc_fn is None else init_loc_fn
+        super().__init__(model, prefix=prefix, init_loc_fn=first, create_plates=create_plates)
         self.continuous: Callable[..., Any] = continuous
         self.num_values: int | dict[str, int] | None = num_values
+        self.init: str = init
+        self.init_logits: Mapping[str, Any] = {} if init_logits is None else init_logits
         self._start = {} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}
-        self._sites: dict[str, _DiscreteSite] = {}
-        self._parts: list[_DiscreteSite | AutoGuide] = []  # in the order of the model
+        self._sites: dict[str, DiscreteSite] = {}
+        self._parts: list[DiscreteSite | AutoGuide] = []  # in the order of the model
+
+    _sure: float = np.inf  # the log-odds that elements which meet start with at most
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         if self.prototype_trace is None:
@@ -114,10 +138,10 @@ class AutoMeanField(AutoGuide):
             masks = self._masks(rows, args, kwargs)
         values = {}
         for part in self._parts:
-            if isinstance(part, _DiscreteSite):
-                values[part.name] = part.draw(self._param(part.name), self._plates, masks.get(part.name))
-            else:
+            if isinstance(part, AutoGuide):
                 values.update(part(*args, **kwargs))
+            else:
+                values.update(part.draw(self.prefix, self._plates, masks, values))
         return values
 
     def sample_posterior(
@@ -132,8 +156,8 @@ class AutoMeanField(AutoGuide):
         self._require_called()
         values = {}
         for part, key in zip(self._parts, jax.random.split(rng_key, len(self._parts)), strict=True):
-            if isinstance(part, _DiscreteSite):
-                law = part.law(params[self._param(part.name)])
+            if isinstance(part, DiscreteSite):
+                law = part.law(params[part.param(self.prefix)])
                 values[part.name] = law.sample(key, sample_shape)
             else:
                 drawn = part.sample_posterior(key, params, *args, sample_shape=sample_shape, **kwargs)
@@ -143,7 +167,7 @@ class AutoMeanField(AutoGuide):
     def probs(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The probabilities of the discrete sites, by name: of a one for bits, else of every value."""
         self._require_called()
-        return {name: s.probs(params[self._param(name)]) for name, s in self._sites.items()}
+        return {name: s.probs(params[s.param(self.prefix)]) for name, s in self._sites.items()}
 
     def median(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """The medians of continuous sites, bits and counts, by name. Classes have no order: see `probs`."""
@@ -180,11 +204,8 @@ class AutoMeanField(AutoGuide):
                 "learns the model's sites in its first call."
             )
 
-    def _param(self, name):
-        return f"{name}_{self.prefix}_logits"
-
     def _continuous_parts(self):
-        return [part for part in self._parts if not isinstance(part, _DiscreteSite)]
+        return [part for part in self._parts if isinstance(part, AutoGuide)]
 
     def _own(self, part, values):
         """Drop the model's deterministic sites: NumPyro computes them from other draws than the guide's."""
@@ -194,7 +215,7 @@ class AutoMeanField(AutoGuide):
 
     def _quantiles_of_discrete(self, params, levels):
         ordered = ((name, s) for name, s in self._sites.items() if s.kind != "class")
-        return {name: s.quantiles(params[self._param(name)], levels) for name, s in ordered}
+        return {name: s.quantiles(params[s.param(self.prefix)], levels) for name, s in ordered}
 
     def _setup_prototype(self, *args, **kwargs):
         with handlers.block():
@@ -220,14 +241,30 @@ class AutoMeanField(AutoGuide):
         # The plates inside of a scan are not the guide's: the trace has their sites in their whole shape.
         self._prototype_frames = {name: frame for name, frame in frames.items() if name in trace}
         self._prototype_frame_full_sizes = {name: sizes[name] for name in self._prototype_frames}
-        self._parts, self._sites = [], {}
-        joint = None
-        # in the order of the model, so that NumPyro can see that the guide is mean-field
+        self._sites = {
+            s["name"]: self._discrete(s, len(upstream.get(s["name"], ())) > 1)
+            for s in latent
+            if wr.is_discrete(s["fn"])
+        }
+        rl.check_names("num_values", self.num_values, self._sites)
+        rl.check_names("init_logits", self.init_logits, self._sites)
+        for name, given in self.init_logits.items():
+            self._sites[name] = self._sites[name].starting_at(
+                given(*args, **kwargs) if callable(given) else given
+            )
+        if self.init == "data":
+            self._start_from_data(latent, args, kwargs)
+        with handlers.block():
+            self._parts = self._make_parts(trace, latent, args, kwargs)
+        # Of a trace NumPyro asks a guide for its deterministic sites; the values may be tracers.
+        self.prototype_trace: Any = {name: {"type": s["type"]} for name, s in trace.items()}
+
+    def _make_parts(self, trace, latent, args, kwargs):
+        """Of every site its guide, in the order of the model, so that NumPyro sees that it is mean-field."""
+        parts, joint = [], None
         for discrete, group in itertools.groupby(latent, lambda s: wr.is_discrete(s["fn"])):
             if discrete:
-                for s in group:
-                    self._sites[s["name"]] = self._discrete(s, len(upstream.get(s["name"], ())) > 1)
-                    self._parts.append(self._sites[s["name"]])
+                parts += [self._sites[s["name"]] for s in group]
             elif joint is None:
                 everything = {s["name"] for s in latent if not wr.is_discrete(s["fn"])}
                 guide = self._continuous(everything)
@@ -235,10 +272,51 @@ class AutoMeanField(AutoGuide):
                     joint = guide
                 else:
                     guide = self._continuous({s["name"] for s in group})
-                self._parts.append(guide)
-        rl.check_names("num_values", self.num_values, self._sites)
-        # Of a trace NumPyro asks a guide for its deterministic sites; the values may be tracers.
-        self.prototype_trace: Any = {name: {"type": s["type"]} for name, s in trace.items()}
+                parts.append(guide)
+        return parts
+
+    def _first_place(self):
+        """The strategy by which continuous sites start; it may be bound to the class of their guide."""
+        own = self._start.get("init_loc_fn", self.init_loc_fn)
+        return getattr(self.continuous, "keywords", {}).get("init_loc_fn", own)
+
+    def _why_not_from_data(self, latent, args, kwargs):
+        for frame in self._prototype_frames.values():
+            if frame.size != (whole := self._prototype_frame_full_sizes[frame.name]):
+                return (
+                    f"init='data' reads all rows, and the plate '{frame.name}' shows {frame.size} of "
+                    f"{whole}. Call the guide once with the whole plate, or give init_logits."
+                )
+        seen = jax.tree.leaves((args, kwargs, [s["value"] for s in latent]))
+        if any(isinstance(x, jax.core.Tracer) for x in seen):
+            return "init='data' needs values: call the guide once outside of jax.jit, as svi.init does."
+        return None
+
+    def _start_from_data(self, latent, args, kwargs):
+        """The starts of the discrete sites, and of the continuous ones if nothing else says where."""
+        if reason := self._why_not_from_data(latent, args, kwargs):
+            raise ValueError(reason)
+        names = [s["name"] for s in latent if s["name"] not in self._sites]
+
+        def points(key):
+            started = handlers.substitute(handlers.seed(self.model, key), substitute_fn=self._first_place())
+            with handlers.block():
+                trace = handlers.trace(started).get_trace(*args, **kwargs)
+            return {name: trace[name]["value"] for name in names}
+
+        key = numpyro.prng_key()
+        key = jax.random.key(0) if key is None else key
+        fixed = bool(self._start) or "init_loc_fn" in getattr(self.continuous, "keywords", {})
+        given = bool(self.init_logits)
+        sites = list(self._sites.values())
+        logits, point = start.from_data(
+            key, self.model, args, kwargs, sites, given, fixed, self._sure, points
+        )
+        for name, x in logits.items():
+            s = self._sites[name]
+            self._sites[name] = s.starting_at(x[..., 1] - x[..., 0] if s.kind == "bit" else x)
+        if names:
+            self._start = {"init_loc_fn": init_to_value(values=point)}
 
     def _continuous(self, names):
         others = functools.partial(_is_other_latent, names)
@@ -275,17 +353,18 @@ class AutoMeanField(AutoGuide):
                 possible = np.ones_like(possible)
             law = dataclasses.replace(law, log_pmf=np.where(possible, 0.0, -np.inf))
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
-        start, possible = self._start_of(law, possible, shape, len(fn.batch_shape), stack)
+        first, possible = self._start_of(law, possible, shape, len(fn.batch_shape), stack)
         mask, outside = _mask(fn)
-        return _DiscreteSite(
+        return DiscreteSite(
             name=name,
             kind=law.kind,
+            vector=law.kind == "class" and d.event_dim > 0,
             values=law.values,
-            start=start,
+            start=first,
             possible=possible,
             like=functools.partial(_like, d, law),
             frames=[frame.name for frame in stack],
-            param_dim=start.ndim - len(fn.batch_shape),
+            param_dim=first.ndim - len(fn.batch_shape),
             inside=len(shape) - len(fn.batch_shape) - outside,
             outside=outside,
             masked=mask is not None,
@@ -312,12 +391,13 @@ class AutoMeanField(AutoGuide):
 CERTAIN = 1e4
 
 
-@dataclasses.dataclass(frozen=True)
-class _DiscreteSite:
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiscreteSite:
     """The guide of one discrete site: independent elements, each with logits of its own."""
 
     name: str
     kind: str  # bit, class or count
+    vector: bool  # whether a value is a one-hot vector
     values: np.ndarray | None  # of a count
     start: np.ndarray  # where the parameters start
     possible: np.ndarray  # of the parameters' shape, with an axis for the values
@@ -328,16 +408,77 @@ class _DiscreteSite:
     outside: int  # and outside
     masked: bool
 
-    def draw(self, param, plates, mask):
+    def starting_at(self, logits):
+        logits = np.asarray(logits, np.float32)
+        need = f"finite, of shape {self.start.shape}"
+        fits = logits.shape == self.start.shape and np.isfinite(logits[self.possible.all(-1)]).all()
+        arg.require(fits, f"init_logits['{self.name}']", need, f"shape {logits.shape}")
+        return dataclasses.replace(self, start=np.where(np.isfinite(logits), logits, -30))
+
+    @property
+    def elements(self):
+        """The shape of the elements, of the whole of a subsampled plate."""
+        return self.first_logits.shape[:-1]
+
+    @property
+    def batch_ndim(self):
+        return self.start.ndim - self.param_dim
+
+    @property
+    def first_logits(self):
+        """The logits at the start, with an axis for the values; -inf where a value is impossible."""
+        logits = np.stack([np.zeros_like(self.start), self.start], -1) if self.kind == "bit" else self.start
+        return np.where(self.possible, logits, -np.inf)
+
+    @property
+    def size(self):
+        return self.possible.shape[-1]
+
+    def value(self, index):
+        """The value of the site, from an index for each element."""
+        if self.vector:
+            return jax.nn.one_hot(index, self.size, dtype=jnp.int32)
+        return index if self.values is None else index + int(self.values[0])
+
+    def weights(self, value):
+        """Of each value of the site one number: a one-hot vector, or what stands for it in a relaxed draw."""
+        if self.kind == "bit":
+            return jnp.stack([1.0 - value, 1.0 * value], -1)
+        if self.kind == "count":
+            return jnp.maximum(1 - jnp.abs(value[..., None] - self.values), 0)
+        if self.vector or jnp.issubdtype(value.dtype, jnp.inexact):
+            return jnp.asarray(value, jnp.result_type(float))
+        return jax.nn.one_hot(value, self.size)
+
+    def param(self, prefix):
+        return f"{self.name}_{prefix}_logits"
+
+    def draw(self, prefix, plates, masks, values):
         with contextlib.ExitStack() as opened:
             for frame in self.frames:
                 opened.enter_context(plates[frame])
-            law = self.law(numpyro.param(param, self.start, event_dim=self.param_dim)).to_event(self.inside)
-            law = law if mask is None else law.mask(mask)
-            return numpyro.sample(self.name, law.to_event(self.outside))
+            law = self.law(numpyro.param(self.param(prefix), self.start, event_dim=self.param_dim))
+            return {self.name: numpyro.sample(self.name, self.as_event(law, masks.get(self.name)))}
+
+    def as_event(self, law, mask):
+        """A law of all elements in the event axes and the mask of the model's."""
+        law = law.to_event(self.inside)
+        return (law if mask is None else law.mask(mask)).to_event(self.outside)
 
     def law(self, parameters):
         return self.like(self.logits(parameters))
+
+    def law_of(self, logits):
+        """The law of logits that have an axis for the values, bits as well, from `without_impossible`."""
+        if self.kind == "bit":
+            return self.like(jnp.clip(logits[..., 1] - logits[..., 0], -CERTAIN, CERTAIN))
+        return self.like(jnp.where(logits < -CERTAIN / 2, -jnp.inf, logits))
+
+    def without_impossible(self, logits):
+        """Logits with an axis for the values, and any axes before it, finite: they may be multiplied by 0."""
+        between = logits.ndim - self.possible.ndim
+        possible = np.expand_dims(self.possible, [self.possible.ndim - 1 + i for i in range(between)])
+        return jnp.where(possible, logits, -CERTAIN)
 
     def logits(self, parameters):
         """The logits of the site, in which impossible values are left out."""

@@ -19,6 +19,7 @@ from relaxit_jax._placement import where
 from relaxit_jax.distributions import _constraints as ct
 from relaxit_jax.distributions import _kl
 from relaxit_jax.distributions import _sampler_distribution as sd
+from relaxit_jax.handlers._autoregressive import Autoregressive
 from relaxit_jax.samplers import _count as counts
 
 # --- a relaxed site ---------------------------------------------------------------------------
@@ -185,6 +186,11 @@ def law_of(name, d, num_values=None):
             f"site '{name}'", "a Multinomial with one trial to be relaxed", f"{d.total_count} trials",
         )  # fmt: skip
         return Law("class", _kl.log_pmf_of_classes(d.logits))
+    if isinstance(d, Autoregressive):
+        raise ValueError(
+            f"The site '{name}' is autoregressive in the guide, which relax cannot score. "
+            f"Train it by RLOO_ELBO, or pass independent=['{name}'] to AutoStructured."
+        )
     if isinstance(d, FiniteDiscrete):
         low, k = d.low, d.logits.shape[-1]
         return Law("count", _kl.log_pmf_of_classes(d.logits), np.arange(low, low + k, dtype=np.float32))

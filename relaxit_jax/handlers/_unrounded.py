@@ -121,6 +121,8 @@ def _handed_on(source, fn):
     guide, model = wr.innermost(source["fn"]), wr.innermost(fn)
     if isinstance(guide, Relaxed) or isinstance(model, Relaxed):
         return carried if type(guide) is type(model) else None
+    if not isinstance(carried, Carried):  # of a transformed distribution of NumPyro's
+        return None
     unrounded, atoms = carried
     if getattr(guide, "_log_space", None) != getattr(model, "_log_space", None):
         unrounded = None

@@ -1,0 +1,92 @@
+"""`marginals`: the probabilities of the discrete sites of any guide."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro import handlers
+
+from relaxit_jax import _arguments as arg
+from relaxit_jax.handlers import _relaxation as rl
+from relaxit_jax.handlers import _site as site
+from relaxit_jax.handlers import _wrappers as wr
+from relaxit_jax.handlers._autoregressive import Autoregressive
+
+
+def marginals(
+    guide: Callable[..., Any],
+    params: Mapping[str, Array],
+    *args: Any,
+    num_samples: int = 1000,
+    rng_key: Array | None = None,
+    num_values: int | dict[str, int] | None = None,
+    **kwargs: Any,
+) -> dict[str, Array]:
+    """The marginal probabilities of the discrete latent sites of a guide.
+
+    The mean, over draws of the guide, of the law of each site given the draws before it:
+    ``q(z) = E q(z | sites before)``. It is exact for a site that depends on no other draw, and has less noise
+    than frequencies for any other, such as the states of a chain in a `scan`.
+
+    Args:
+      guide: a guide, not relaxed; also one written by hand.
+      params: its trained parameters.
+      args, kwargs: the arguments of the guide.
+      num_samples: number of draws, at least 1.
+      rng_key: key of the draws. Default: ``jax.random.key(0)``.
+      num_values: how many values a count takes, as in `relax`.
+
+    Returns:
+      By name of the site: the probability of a one for bits, of the site's shape; for others the
+      probabilities of all values, on a last axis. Of a subsampled plate, the rows that the guide draws.
+
+    Raises:
+      ValueError: for a guide that is relaxed, and for arguments that are not as above.
+
+    References:
+      D. M. Blei, A. Kucukelbir, J. D. McAuliffe (2017), Variational Inference: A Review for
+      Statisticians, arXiv:1601.00670.
+
+    >>> import numpyro, numpyro.distributions as dist
+    >>> def guide():
+    ...     a = numpyro.sample("a", dist.Bernoulli(0.5))
+    ...     numpyro.sample("b", dist.Bernoulli(jnp.where(a == 1, 0.9, 0.1)))
+    >>> print({name: f"{p:.1f}" for name, p in marginals(guide, {}).items()})
+    {'a': '0.5', 'b': '0.5'}
+    """
+    arg.require(callable(guide), "guide", "a function", arg.shown(guide))
+    arg.require(isinstance(params, Mapping), "params", "a dictionary from names to arrays", arg.shown(params))
+    num_samples = arg.as_static_int("num_samples", num_samples, 1, 10_000_000)
+    site.check_num_values(num_values)
+    key = jax.random.key(0) if rng_key is None else rng_key
+    arg.check_key(key, "rng_key")
+
+    def laws(key):
+        with handlers.block():
+            trace = handlers.trace(handlers.substitute(handlers.seed(guide, key), dict(params))).get_trace(
+                *args, **kwargs
+            )
+        sites = {
+            name: s
+            for name, s in trace.items()
+            if s["type"] == "sample" and not s["is_observed"] and wr.is_discrete(s["fn"])
+        }
+        rl.check_names("num_values", num_values, sites)
+        return {name: probabilities(name, s["fn"], s["value"], num_values) for name, s in sites.items()}
+
+    drawn = jax.lax.map(laws, jax.random.split(key, num_samples), batch_size=min(num_samples, 100))
+    return {name: jnp.mean(p, 0) for name, p in drawn.items()}
+
+
+def probabilities(name, fn, value, num_values=None):
+    """Of a site of a guide, given the draws before it: of a one for bits, else of all values."""
+    d = wr.innermost(fn)
+    if isinstance(d, Autoregressive):
+        p, kind = jnp.exp(d.log_pmf(value)), d.site.kind
+    else:
+        law = site.law_of(name, d, rl.num_values_of(num_values, name))
+        p, kind = jnp.exp(law.log_pmf), law.kind
+        p = jnp.broadcast_to(p, (*jnp.shape(value)[: jnp.ndim(value) - d.event_dim], p.shape[-1]))
+    return p[..., 1] if kind == "bit" else p
