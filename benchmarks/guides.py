@@ -150,7 +150,7 @@ def spike_and_slab():
     numpyro.sample("y", dist.Normal(X @ (on * slope), 1).to_event(1), obs=Y)
 
 
-def spike_and_slab_answer(sweeps=20_000):
+def spike_and_slab_answer(sweeps=8000):
     """Gibbs over the bits, with the slopes integrated out; the mean of the conditional probabilities."""
     x, y = X.astype(float), Y.astype(float)
     gram, cross = x.T @ x, x.T @ y
@@ -459,7 +459,7 @@ PROBLEMS = {
     "clusters": Problem(clusters, lambda: bound_without(clusters_summed, seeds=8)),
     "latent classes": Problem(latent_classes, latent_classes_answer),
 }
-COLUMNS = {
+GUIDES = {
     "mean field, relax": (AutoMeanField, {}, 0.1),
     "mean field, RLOO": (AutoMeanField, {}, None),
     "mean field from data, RLOO": (AutoMeanField, {"init": "data"}, None),
@@ -479,7 +479,7 @@ def train(model, guide, tau, steps, seed=0, particles=10, rate=0.05):
 
 def measure(problem, answer, column, steps, seed):
     """The largest error of a probability, None where the answer is a bound; and minus the bound."""
-    cls, options, tau = COLUMNS[column]
+    cls, options, tau = GUIDES[column]
     guide = cls(problem.model, **options)
     params = train(problem.model, guide, tau, steps, seed)
     loss = jax.jit(lambda p: Trace_ELBO(num_particles=500).loss(jax.random.key(1), p, problem.model, guide))
@@ -505,7 +505,7 @@ def main(steps, seeds, only, out):
         answer = problem.answer()
         known = isinstance(answer, dict)
         table[name] = {} if known else {"best bound": answer}
-        for column in COLUMNS:
+        for column in GUIDES:
             start = time.perf_counter()
             try:
                 with warnings.catch_warnings():
@@ -525,7 +525,7 @@ def main(steps, seeds, only, out):
             click.echo(f"{name:16} {column:28} {shown}  {mean['bound']:9.2f}  ({seconds:.0f} s)")
         if not known:
             click.echo(f"{name:16} {'best bound':28}        {answer:9.2f}")
-    write("guides", {"steps": steps, "seeds": seeds, "models": table}, out)
+        write("guides", {"steps": steps, "seeds": seeds, "models": table}, out)
 
 
 if __name__ == "__main__":

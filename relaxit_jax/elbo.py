@@ -274,6 +274,10 @@ def log_prob_of(s):
     return s["fn"].log_prob(s["value"], *extra)
 
 
+def scaled_log_prob(s):
+    return log_prob_of(s) if s["scale"] is None else s["scale"] * log_prob_of(s)
+
+
 def sum_to(plates, x):
     """The sum over all axes but those of these plates; axes that no plate has declared are summed."""
     dims = {frame.dim for frame in plates}

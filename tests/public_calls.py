@@ -151,7 +151,7 @@ KINDS = {
     "estimators": no_estimators,
     "start": lambda good: no_integers(good)[1:],  # all of these but -1, which a model may mean
     **dict.fromkeys(INTEGERS, no_integers),
-    **dict.fromkeys(("hard", "log_space", "ordered"), no_flags),
+    **dict.fromkeys(("hard", "log_space", "ordered", "rival"), no_flags),
     **dict.fromkeys(FUNCTIONS, no_functions),
     **dict.fromkeys(("reference", "kl", "method"), no_choices),
     **dict.fromkeys(("bit", "z", "t", "s", "sample"), no_reals),
@@ -281,6 +281,9 @@ def calls():
         ),
         "gradient_report": Call(dg.gradient_report, **given, estimators={"rloo": es.rloo}, **report),
         "from_sampler": Call(dg.from_sampler, sampler=rj.reinmax),
+        "check": Call(hd.check, kinds=KINDS_OF_MARGINALS | {"losses": lambda good: ["a", [1.0], np.ones(9)]},
+                      model=count_model, guide=count_model, params={}, tau=0.5, losses=np.ones(50),
+                      rival=False, num_samples=100, num_values=20, rng_key=KEY),
         "marginals": Call(hd.marginals, kinds=KINDS_OF_MARGINALS, guide=count_model, params={}, num_samples=2,
                           rng_key=KEY, num_values=3),
         "relax": Call(relaxed, kinds={"fn": no_functions_but_none, "num_values": no_counts}, fn=count_model,

@@ -222,6 +222,28 @@ def test_a_hidden_chain_gets_its_exact_posterior():
 
 
 @pytest.mark.whole
+def test_a_chain_of_two_hundred_steps_trains():
+    """To within a nat of the evidence: each step pays for itself and for what follows."""
+    rng = np.random.default_rng(1)
+    y = guides.LEVELS[guides.walk(rng, guides.MOVES, 200)] + rng.normal(size=200)
+
+    def model():
+        def step(before, y):
+            z = numpyro.sample("z", dist.Categorical(logits=take(np.log(guides.MOVES), before)))
+            numpyro.sample("y", dist.Normal(take(guides.LEVELS, z), 1), obs=y)
+            return z, None
+
+        scan(step, numpyro.sample("first", dist.Categorical(np.full(3, 1 / 3, np.float32))), jnp.asarray(y))
+
+    guide = AutoStructured(model, init="prior")
+    params = trained(model, guide, 3000)
+    seen = np.concatenate([np.zeros((1, 3)), st.norm(guides.LEVELS, 1).logpdf(y[:, None])])
+    _, evidence = guides.forward_backward(seen, guides.MOVES.astype(float), np.full(3, 1 / 3))
+    loss = jax.jit(lambda p: Trace_ELBO(1000).loss(KEY, p, model, guide))(params)
+    assert -0.3 < loss + evidence < 1
+
+
+@pytest.mark.whole
 def test_twelve_causes():
     guide = AutoStructured(guides.causes, init="data")
     found = guide.probs(trained(guides.causes, guide, 3000))

@@ -34,8 +34,8 @@ from relaxit_jax import elbo
 from relaxit_jax import estimators as es
 from relaxit_jax import handlers as hd
 
-# made by gradient_report; in test_auto_mean_field.py and test_auto_structured.py
-NOT_HERE = {"GradientReport", "AutoMeanField", "AutoStructured"}
+# results of gradient_report and check; guides are in test_auto_mean_field.py and test_auto_structured.py
+NOT_HERE = {"GradientReport", "Check", "SiteCheck", "AutoMeanField", "AutoStructured"}
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_every_argument_is_here_and_right(name):
     function = hd.relax if name == "relax" else call.function
     left_out = {"probs", "validate_args", "args", "kwargs", "scale", "scale_tril"}
     assert set(inspect.signature(function).parameters) - left_out <= set(call.arguments)
-    if name == "gradient_report":  # it measures, and cannot be traced
+    if name in ("gradient_report", "check"):  # they measure, and cannot be traced
         call.function(**call.arguments)
     else:
         jax.eval_shape(call.in_trace)

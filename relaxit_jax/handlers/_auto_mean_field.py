@@ -220,11 +220,17 @@ class AutoMeanField(AutoGuide):
     def _setup_prototype(self, *args, **kwargs):
         with handlers.block():
             sizes: dict[str, int] = {}
-            model = _PlateSizes(handlers.seed(self.model, numpyro.prng_key()), sizes)
+            given: set[str] = set()
+            model = _Noted(handlers.seed(self.model, numpyro.prng_key()), sizes, given)
             trace = handlers.trace(model).get_trace(*args, **kwargs)
             upstream = get_dependencies(self.model, args, kwargs)["prior_dependencies"]
         latent = [s for s in trace.values() if s["type"] == "sample" and not s["is_observed"]]
         for s in latent:
+            if s["name"] in given and wr.is_discrete(s["fn"]):
+                raise ValueError(
+                    f"The site '{s['name']}' has a value from handlers.substitute, and is latent to NumPyro "
+                    "all the same. Use handlers.condition to fix it."
+                )
             if not wr.is_latent(s):
                 raise ValueError(
                     f"The site '{s['name']}' has infer={{'enumerate': 'parallel'}}: TraceEnum_ELBO sums over "
@@ -280,6 +286,18 @@ class AutoMeanField(AutoGuide):
         own = self._start.get("init_loc_fn", self.init_loc_fn)
         return getattr(self.continuous, "keywords", {}).get("init_loc_fn", own)
 
+    def _points(self, args, kwargs):
+        """A function of a key: where the continuous sites start, by name."""
+
+        def points(key):
+            started = handlers.substitute(handlers.seed(self.model, key), substitute_fn=self._first_place())
+            with handlers.block():
+                trace = handlers.trace(started).get_trace(*args, **kwargs)
+            latent = {name: s for name, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
+            return {name: s["value"] for name, s in latent.items() if name not in self._sites}
+
+        return points
+
     def _why_not_from_data(self, latent, args, kwargs):
         for frame in self._prototype_frames.values():
             if frame.size != (whole := self._prototype_frame_full_sizes[frame.name]):
@@ -296,14 +314,7 @@ class AutoMeanField(AutoGuide):
         """The starts of the discrete sites, and of the continuous ones if nothing else says where."""
         if reason := self._why_not_from_data(latent, args, kwargs):
             raise ValueError(reason)
-        names = [s["name"] for s in latent if s["name"] not in self._sites]
-
-        def points(key):
-            started = handlers.substitute(handlers.seed(self.model, key), substitute_fn=self._first_place())
-            with handlers.block():
-                trace = handlers.trace(started).get_trace(*args, **kwargs)
-            return {name: trace[name]["value"] for name in names}
-
+        points = self._points(args, kwargs)
         key = numpyro.prng_key()
         key = jax.random.key(0) if key is None else key
         fixed = bool(self._start) or "init_loc_fn" in getattr(self.continuous, "keywords", {})
@@ -315,7 +326,7 @@ class AutoMeanField(AutoGuide):
         for name, x in logits.items():
             s = self._sites[name]
             self._sites[name] = s.starting_at(x[..., 1] - x[..., 0] if s.kind == "bit" else x)
-        if names:
+        if point:
             self._start = {"init_loc_fn": init_to_value(values=point)}
 
     def _continuous(self, names):
@@ -500,18 +511,20 @@ class DiscreteSite:
         return index if self.kind == "bit" else index + int(self.values[0])
 
 
-class _PlateSizes(Messenger):
-    """Notes the full size of every plate, those inside of scans too."""
+class _Noted(Messenger):
+    """Notes the full size of every plate, and the sites whose values are substituted, in scans too."""
 
-    def __init__(self, fn, sizes):
-        self.sizes = sizes
+    def __init__(self, fn, sizes, given):
+        self.sizes, self.given = sizes, given
         super().__init__(fn)
 
     def process_message(self, msg):
         if msg["type"] == "plate":
             self.sizes[msg["name"]] = msg["args"][0]
         elif msg["type"] == "control_flow" and npr.runs_scan(msg["fn"]):
-            npr.wrap_scan_body(msg, functools.partial(_PlateSizes, sizes=self.sizes))
+            npr.wrap_scan_body(msg, functools.partial(_Noted, sizes=self.sizes, given=self.given))
+        elif msg["type"] == "sample" and msg["value"] is not None and not npr.comes_from_flow(msg):
+            self.given.add(msg["name"])
 
 
 def _is_other_latent(names, msg):

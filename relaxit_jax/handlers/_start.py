@@ -14,7 +14,7 @@ from numpyro import handlers, optim
 from numpyro.distributions import biject_to
 from numpyro.infer.inspect import get_dependencies
 
-from relaxit_jax.elbo import log_prob_of, plates_of, sum_to
+from relaxit_jax.elbo import plates_of, scaled_log_prob, sum_to
 
 STARTS, STARTS_IF_COUPLED = 8, 4  # each with other draws, and another point of the continuous sites
 PASSES = 6  # where there are discrete sites alone
@@ -60,14 +60,7 @@ def from_data(
     ascent = _Ascent(model, args, kwargs, sites, points(key))
     coupled = any(site.visits > 1 for site in ascent.sites)
     starts = STARTS_IF_COUPLED if coupled else STARTS if ascent.transforms else 1
-    keys = jax.random.split(key, starts)
-    first = [ascent.unconstrain(points(k)) for k in keys]
-    first = jax.tree.map(lambda *x: jnp.stack(x), *first)
-    found, logits, free = jax.jit(lambda *pair: jax.lax.map(lambda x: ascent.run(*x, given, fixed), pair))(
-        keys, first
-    )
-    best = int(np.argmax(np.where(np.isnan(found), -np.inf, found)))
-    logits, free = jax.tree.map(lambda x: x[best], (logits, free))
+    logits, free = ascent.best(key, starts, points, given, fixed)
     bounds = {s.site.name: -sure if s.visits > 1 else -np.inf for s in ascent.sites}
     return {name: _at_least(x, bounds[name]) for name, x in logits.items()}, ascent.constrain(free)
 
@@ -119,6 +112,16 @@ class _Ascent:
         self.sites = [self.site(s, trace, depends) for s in sites]
         self.transforms = {name: biject_to(trace[name]["fn"].support) for name in point}
 
+    def best(self, key, starts, points, given, fixed):
+        """The logits and free continuous sites of the best of several runs."""
+        keys = jax.random.split(key, starts)
+        first = [self.unconstrain(points(k)) for k in keys]
+        first = jax.tree.map(lambda *x: jnp.stack(x), *first)
+        runs = jax.jit(lambda *pair: jax.lax.map(lambda x: self.run(*x, given, fixed), pair))
+        found, logits, free = runs(keys, first)
+        best = int(np.argmax(np.where(np.isnan(found), -np.inf, found)))
+        return jax.tree.map(lambda x: x[best], (logits, free))
+
     def site(self, s, trace, depends):
         terms, plates = terms_and_plates(s.name, trace, depends)
         return _Site(s, s.first_logits, terms, plates, tuple(s.batch_ndim + frame.dim for frame in plates))
@@ -137,18 +140,14 @@ class _Ascent:
             )
 
     def terms(self, values):
-        """The log-probabilities of all sites, with the plates that they are in."""
-        found = {}
-        for name, s in self.trace(values).items():
-            if s["type"] == "sample":
-                log_prob = log_prob_of(s) if s["scale"] is None else s["scale"] * log_prob_of(s)
-                found[name] = (plates_of(s), jnp.where(jnp.isnan(log_prob), -jnp.inf, log_prob))
-        return found
+        """The log-probabilities of all sites, by name; one that is not a number is of no use here."""
+        found = {n: scaled_log_prob(s) for n, s in self.trace(values).items() if s["type"] == "sample"}
+        return {name: jnp.where(jnp.isnan(x), -jnp.inf, x) for name, x in found.items()}
 
     def log_joint(self, indices, free):
         """In the unconstrained space, where a density has a largest value more often."""
         values = {s.site.name: s.site.value(indices[s.site.name]) for s in self.sites}
-        total = sum(jnp.sum(x) for _, x in self.terms(values | self.constrain(free)).values())
+        total = sum(jnp.sum(x) for x in self.terms(values | self.constrain(free)).values())
         for name, x in free.items():
             total += jnp.sum(self.transforms[name].log_abs_det_jacobian(x, self.transforms[name](x)))
         return total
@@ -173,6 +172,7 @@ class _Ascent:
 
             def step(free_state, key):
                 gradient = jax.grad(loss)(optimizer.get_params(free_state), key)
+                # a draw that the model rules out says nothing of where to go
                 finite = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), gradient)
                 return optimizer.update(finite, free_state), None
 
@@ -225,7 +225,7 @@ class _Ascent:
             indices[name] = jnp.where(here, value, indices[name])
             values = {t.site.name: t.site.value(indices[t.site.name]) for t in self.sites}
             found = self.terms(values | self.constrain(free))
-            return sum(sum_to(s.plates, found[term][1]) for term in s.terms)
+            return sum(sum_to(s.plates, found[term]) for term in s.terms)
 
         draws = 1 if alone else others
         keys = jax.random.split(key, draws)  # the same draws of the others for each value

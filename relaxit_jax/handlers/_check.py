@@ -1,0 +1,474 @@
+"""`check`: what a trained guide has found, what it has not, and what to do."""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from numpyro import handlers, optim
+from numpyro.infer import SVI, Trace_ELBO, psis_diagnostic
+
+from relaxit_jax import _arguments as arg
+from relaxit_jax.elbo import RLOO_ELBO, log_prob_of, scaled_log_prob, sum_to
+from relaxit_jax.handlers import _relaxation as rl
+from relaxit_jax.handlers import _start as start
+from relaxit_jax.handlers import _wrappers as wr
+from relaxit_jax.handlers._auto_structured import AutoStructured
+from relaxit_jax.handlers._marginals import probabilities
+from relaxit_jax.handlers._relax import relax
+
+PARTICLES, GRADIENTS = 10, 100  # of one estimate of a gradient; estimates
+INNER = 200  # draws of the discrete sites beside one draw of the others
+RIVAL_STEPS, RIVAL_RATE = 1500, 0.05
+GAP, BETTER, TREND = 1.5, 1.0, 1.0  # in nats: what is worth a word
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SiteCheck:
+    """What `check` found of one discrete site.
+
+    Args:
+      probs: the guide's marginal probabilities: of a one for bits, else of all values on a last axis.
+      weighted: the same with draws weighted by ``p / q``; None where these weights cannot be trusted.
+      gradient: the norm of the mean gradient of the loss in the parameters of this site, by `RLOO_ELBO`.
+      noise: the standard deviation of one such estimate of ten particles, as the root of the sum of squares.
+      relaxed_bias: the norm of the difference of the mean gradient under `relax`, beyond what noise explains;
+        None where `relax` refuses the model.
+      relaxed_noise: the standard deviation under `relax`.
+      swallowed: whether no draw has a slope under `relax`, because of a comparison, say.
+      moved: the largest change of a probability since the start.
+    """
+
+    probs: np.ndarray
+    weighted: np.ndarray | None
+    gradient: float
+    noise: float
+    relaxed_bias: float | None
+    relaxed_noise: float | None
+    swallowed: bool | None
+    moved: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Check:
+    """What `check` returns. ``str`` of it is what it prints.
+
+    Args:
+      bound: the evidence lower bound of the discrete model, in nats.
+      bound_error: its standard error.
+      relaxed_bound: the mean of the relaxed objective, which is no bound; None where `relax` refuses the
+        model.
+      gap: how far the guide's discrete sites are from their posterior at least, in nats: so much does the
+        bound rise if 200 weighted draws stand for one. Sites whose elements are independent are drawn anew
+        element by element, given the others; else all sites are.
+      gap_error: its standard error.
+      rival: the bound of an `AutoStructured` guide that was trained beside it, and its standard error; None
+        if it was not tried, or could not be made.
+      pareto_k: the shape of the tail of the importance weights, by NumPyro's `psis_diagnostic`.
+      trend: the change of the loss over its last quarter and the standard error, None without losses.
+      impossible: by site of the model, the share of draws that have probability 0 there.
+      sites: a `SiteCheck` by name of the discrete site.
+      advice: sentences that say what to do; empty if nothing was found.
+    """
+
+    bound: float
+    bound_error: float
+    relaxed_bound: float | None
+    gap: float
+    gap_error: float
+    rival: tuple[float, float] | None
+    pareto_k: float
+    trend: tuple[float, float] | None
+    impossible: dict[str, float]
+    sites: dict[str, SiteCheck]
+    advice: tuple[str, ...]
+
+    def __str__(self) -> str:
+        number = lambda x, form=".2f": "refused" if x is None else format(x, form)
+        lines = [
+            f"bound of the discrete model {self.bound:12.2f} nats (error {self.bound_error:.2f})",
+            f"mean relaxed objective      {number(self.relaxed_bound, '12.2f')}",
+            f"gap of the discrete sites   {self.gap:12.2f} nats at least (error {self.gap_error:.2f})",
+            f"Pareto k of the weights     {self.pareto_k:12.2f}",
+        ]
+        if self.rival is not None:
+            lines.append(
+                f"bound of AutoStructured     {self.rival[0]:12.2f} nats (error {self.rival[1]:.2f})"
+            )
+        if self.trend is not None:
+            lines.append(
+                f"change of the loss          {self.trend[0]:12.2f} nats (error {self.trend[1]:.2f})"
+            )
+        head = f"{'gradient':>9} {'noise':>9} {'relax: bias':>12} {'noise':>9} {'moved':>7} {'off by':>7}"
+        width = max([4, *map(len, self.sites)])
+        lines.append(f"{'site':{width}} {head}")
+        for name, s in self.sites.items():
+            off = math.nan if s.weighted is None else np.abs(s.weighted - s.probs).max()
+            lines.append(
+                f"{name:{width}} {s.gradient:9.3g} {s.noise:9.3g} {number(s.relaxed_bias, '12.3g'):>12} "
+                f"{number(s.relaxed_noise, '9.3g'):>9} {s.moved:7.3f} {off:7.3f}"
+            )
+        return "\n".join([*lines, *(self.advice or ["Nothing was found that is wrong."])])
+
+
+def check(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    params: Mapping[str, Array],
+    *args: Any,
+    tau: ArrayLike = 0.1,
+    losses: ArrayLike | None = None,
+    rival: bool = True,
+    num_samples: int = 1000,
+    num_values: int | dict[str, int] | None = None,
+    rng_key: Array | None = None,
+    **kwargs: Any,
+) -> Check:
+    """Tell whether a trained guide has found the posterior, and what to do if it has not.
+
+    It prints a table and advice, and returns the same numbers:
+
+    - the bound of the discrete model, beside the mean relaxed objective;
+    - for each discrete site the size of the gradient, its noise under `RLOO_ELBO`, its bias and noise under
+      `relax`, whether a comparison swallows it there, how far the probabilities moved from their start, and
+      how far they are from those of importance-weighted draws, where these can be trusted;
+    - draws of probability 0, by the site of the model that makes them so;
+    - whether the guide's family holds the posterior: the gap, and Pareto k of the importance weights;
+    - whether another guide, trained here from the data, reaches a better bound;
+    - whether the loss still falls.
+
+    Args:
+      model: the model, not relaxed.
+      guide: its guide, not relaxed; also one written by hand.
+      params: its trained parameters.
+      args, kwargs: the arguments of model and guide.
+      tau: the temperature under `relax`, positive.
+      losses: of the training, one for each step, to tell whether it has come to an end.
+      rival: whether to train an `AutoStructured` guide beside it, which takes most of the time.
+      num_samples: number of draws for the bound and the weights, at least 100.
+      num_values: how many values a count takes, as in `relax`.
+      rng_key: key of the draws. Default: ``jax.random.key(0)``.
+
+    Returns:
+      A `Check`.
+
+    Raises:
+      ValueError: for arguments that are not as above, and a guide without discrete sites.
+
+    References:
+      Y. Yao, A. Vehtari, D. Simpson, A. Gelman (2018), Yes, but Did It Work?: Evaluating Variational
+      Inference, arXiv:1802.02538.
+      Y. Burda, R. Grosse, R. Salakhutdinov (2016), Importance Weighted Autoencoders, arXiv:1509.00519,
+      for the gap.
+
+    >>> import numpyro, numpyro.distributions as dist
+    >>> def model():
+    ...     z = numpyro.sample("z", dist.Bernoulli(0.5))
+    ...     numpyro.sample("y", dist.Normal(z, 0.5), obs=1.0)
+    >>> guide = lambda: numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.0)))
+    >>> found = check(model, guide, {"logits": jnp.array(2.0)}, rival=False)  # doctest: +ELLIPSIS
+    bound of the discrete model        -0.79 nats (error 0.00)
+    ...
+    Nothing was found that is wrong.
+    """
+    for name, f in {"model": model, "guide": guide}.items():
+        arg.require(callable(f), name, "a function", arg.shown(f))
+    arg.require(isinstance(params, Mapping), "params", "a dictionary from names to arrays", arg.shown(params))
+    arg.require_flags(rival=rival)
+    num_samples = arg.as_static_int("num_samples", num_samples, 100, 10_000_000)
+    key = jax.random.key(0) if rng_key is None else rng_key
+    arg.check_key(key, "rng_key")
+    soft = functools.partial(relax, tau=tau, num_values=num_values)
+    soft()  # what is wrong with these two is said before anything is drawn
+    run = _Run(model, guide, dict(params), args, kwargs, num_values)
+    keys = jax.random.split(key, 8)
+    trend = None if losses is None else _trend(losses)
+
+    names, drawn, weights, impossible = run.draws(keys[0], num_samples)
+    arg.require(bool(names), "guide", "one with discrete latent sites", "none")
+    rl.check_names("num_values", num_values, names)
+    with np.errstate(invalid="ignore"):
+        bound, error = float(np.mean(weights)), float(np.std(weights) / math.sqrt(num_samples))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        k = psis_diagnostic(
+            keys[1], run.params, model, guide, *args, num_particles=num_samples, chunk_size=100, **kwargs
+        )
+    largest = np.sort(weights)[-num_samples // 5 :]
+    if k == math.inf and largest[-1] - largest[0] < 600:  # the largest are all alike: there is no tail
+        k = -math.inf
+    gap, gap_error, coupled = run.gap(keys[2], names)
+    means, spreads = run.gradients(keys[3], RLOO_ELBO(PARTICLES), model, guide)
+    try:
+        relaxed = run.gradients(keys[3], Trace_ELBO(PARTICLES), soft(model), soft(guide))
+        relaxed_bound = -run.loss(keys[4], Trace_ELBO(num_samples), soft(model), soft(guide))
+        slopes = run.slopes(keys[5], soft(model), soft(guide), names)
+    except (ValueError, TypeError):  # a relaxation that the model or the guide does not have
+        relaxed, relaxed_bound, slopes = None, None, {}
+    own = run.parameters_of(keys[6], names)
+    first = run.marginals(keys[6], {})
+    trusted = k < 0.7
+    share = np.exp(weights - weights.max())
+    share /= share.sum()
+
+    sites = {}
+    for name in names:
+        probs = np.mean(drawn[name]["probs"], 0)
+        weighted = np.tensordot(share, drawn[name]["values"], 1) if trusted else None
+        norm = lambda tree, name=name: math.sqrt(sum(float(np.sum(tree[p] ** 2)) for p in own[name]))
+        bias = None
+        if relaxed is not None:
+            both = {p: relaxed[0][p] - means[p] for p in means}
+            expected = (norm(spreads) ** 2 + norm(relaxed[1]) ** 2) / GRADIENTS  # of noise alone
+            bias = math.sqrt(max(norm(both) ** 2 - expected, 0))
+        sites[name] = SiteCheck(
+            probs=probs, weighted=weighted, gradient=norm(means), noise=norm(spreads), relaxed_bias=bias,
+            relaxed_noise=None if relaxed is None else norm(relaxed[1]),
+            swallowed=None if relaxed is None else not slopes[name],
+            moved=float(np.abs(probs - first[name]).max()),
+        )  # fmt: skip
+    other = run.rival(keys[7]) if rival else None
+    found = Check(bound, error, relaxed_bound, gap, gap_error, other, k, trend, impossible, sites, ())
+    found = dataclasses.replace(found, advice=tuple(_advice(found, coupled)))
+    print(found)
+    return found
+
+
+def _trend(losses):
+    """The change of the loss over its last quarter by least squares, and its standard error from blocks."""
+    losses = np.asarray(losses, np.float64)
+    arg.require(
+        losses.ndim == 1 and losses.size >= 40, "losses", "one for each of 40 steps or more", losses.shape
+    )
+    last = losses[-(losses.size // 4) :]
+    blocks = np.array([block.mean() for block in np.array_split(last, 10)])
+    x = np.linspace(-0.45, 0.45, 10)  # the middles of the blocks, in quarters
+    slope = x @ blocks / (x @ x)
+    rest = blocks - blocks.mean() - slope * x
+    return float(slope), float(math.sqrt(rest @ rest / 8 / (x @ x)))
+
+
+def _advice(found, coupled):
+    """What is wrong, and what to do, a sentence or two each."""
+    for name, share in found.impossible.items():
+        if share:
+            yield (
+                f"The site '{name}' has probability 0 under {share:.1%} of the draws. Give the guide no mass "
+                "where the model has none: leave these values out, or start with init='data'."
+            )
+    if found.rival is not None:
+        gain = found.rival[0] - found.bound
+        if gain > BETTER + 3 * math.hypot(found.rival[1], found.bound_error if gain < math.inf else 0):
+            yield (
+                f"AutoStructured(model), trained by RLOO_ELBO for {RIVAL_STEPS:,} steps, has a bound that "
+                f"is {gain:.1f} nats better. Train it in place of this guide, or start with init='data'."
+            )
+    if found.trend is not None and found.trend[0] < -max(TREND, 3 * found.trend[1]):
+        yield f"The loss still falls, by {-found.trend[0]:.1f} nats in its last quarter: train longer."
+    if coupled and found.gap > GAP + 3 * found.gap_error:
+        yield (
+            f"The draws of this guide are at least {found.gap:.1f} nats from the posterior: its sites depend "
+            "on each other in a way that the guide cannot say, or training has not ended. See AutoStructured."
+        )
+    for name, s in found.sites.items():
+        if s.swallowed:
+            yield (
+                f"Under relax the site '{name}' has no gradient: a comparison, a cond or a cast swallows it. "
+                "Write it by select, take or less, or train by RLOO_ELBO."
+            )
+        if s.moved < 1e-3 and s.gradient > 0.5 * s.noise:
+            yield f"The site '{name}' has not moved from its start, and has a gradient: train longer."
+
+
+class _Run:
+    """A model and its trained guide, with their arguments."""
+
+    def __init__(self, model, guide, params, args, kwargs, num_values):
+        self.model, self.guide, self.params = model, guide, params
+        self.args, self.kwargs, self.num_values = args, kwargs, num_values
+
+    def guide_trace(self, key, params=None):
+        params = self.params if params is None else params
+        with handlers.block():
+            fixed = handlers.substitute(handlers.seed(self.guide, key), params)
+            return handlers.trace(fixed).get_trace(*self.args, **self.kwargs)
+
+    def model_trace(self, key, guide_trace, values=None):
+        with handlers.block():
+            seeded = handlers.substitute(handlers.seed(self.model, key), self.params)
+            replayed = handlers.replay(seeded, guide_trace)
+            fixed = handlers.substitute(replayed, values) if values else replayed
+            return handlers.trace(fixed).get_trace(*self.args, **self.kwargs)
+
+    def discrete(self, trace):
+        return {
+            name: s
+            for name, s in trace.items()
+            if s["type"] == "sample" and not s["is_observed"] and wr.is_discrete(s["fn"])
+        }
+
+    def laws(self, trace):
+        return {
+            name: probabilities(name, s["fn"], s["value"], rl.num_values_of(self.num_values, name))
+            for name, s in self.discrete(trace).items()
+        }
+
+    def marginals(self, key, params, number=200):
+        laws = lambda k: self.laws(self.guide_trace(k, params))
+        found = jax.lax.map(laws, jax.random.split(key, number), batch_size=20)
+        return {name: np.asarray(jnp.mean(p, 0)) for name, p in found.items()}
+
+    def draws(self, key, number):
+        """Names of the discrete sites; laws and values of them, log-weights, shares of impossible draws."""
+
+        def draw(key):
+            first, second = jax.random.split(key)
+            guide = self.guide_trace(first)
+            model = self.model_trace(second, guide)
+            laws = self.laws(guide)
+            sites = {
+                name: {"probs": laws[name], "values": _one_hot(s["value"], laws[name], s["fn"])}
+                for name, s in self.discrete(guide).items()
+            }
+            impossible = {
+                name: jnp.any(log_prob_of(s) == -jnp.inf)
+                for name, s in model.items()
+                if s["type"] == "sample"
+            }
+            return sites, _total(model) - _total(guide), impossible
+
+        sites, weights, impossible = jax.lax.map(draw, jax.random.split(key, number), batch_size=20)
+        shares = {name: float(jnp.mean(x)) for name, x in impossible.items()}
+        return list(sites), jax.tree.map(np.asarray, sites), np.asarray(weights, np.float64), shares
+
+    def gap(self, key, names):
+        """The rise of the bound if weighted draws stand for one, by elements where they are independent."""
+        trace = self.guide_trace(key)
+        model = self.model_trace(key, trace)
+        with handlers.block():
+            depends = start.get_dependencies(self.model, self.args, self.kwargs)["prior_dependencies"]
+        alone = {}
+        meets = {name: start.terms_and_plates(name, model, depends) for name in names if name in model}
+        for name, (terms, plates) in meets.items():
+            s = trace[name]
+            shape = jnp.shape(s["value"])[: jnp.ndim(s["value"]) - wr.innermost(s["fn"]).event_dim]
+            independent = math.prod(shape) == math.prod(shape[f.dim] for f in plates if -f.dim <= len(shape))
+            others = [meets[other][0] for other in meets if other != name]
+            if independent and not any(terms & other for other in others):
+                alone[name] = (terms, plates)
+        together = set(names) - set(alone)
+
+        def weights(trace, key):
+            model = self.model_trace(key, trace)
+            each = {}
+            for name, (terms, plates) in alone.items():
+                log_p = sum(sum_to(plates, scaled_log_prob(model[term])) for term in terms)
+                each[name] = log_p - sum_to(plates, scaled_log_prob(trace[name]))
+            return each, _total(model) - _total(trace)
+
+        def outer(key):
+            first, rest = jax.random.split(key)
+            base = self.guide_trace(first)
+            fixed = {n: s["value"] for n, s in base.items() if s["type"] == "sample" and n not in alone}
+
+            def inner(key):
+                if together:  # all sites anew: they may depend on each other in any way
+                    return weights(self.guide_trace(key), key)
+                again = self.guide_trace(key, self.params | fixed)
+                return weights(again, key)
+
+            each, total = jax.lax.map(inner, jax.random.split(rest, INNER), batch_size=20)
+            rise = lambda x: jnp.sum(jax.nn.logsumexp(x, 0) - math.log(INNER) - jnp.mean(x, 0))
+            return rise(total) if together else sum(rise(x) for x in each.values())
+
+        found = np.asarray(jax.lax.map(outer, jax.random.split(key, 20)))
+        with np.errstate(invalid="ignore"):  # infinite where draws have probability 0
+            error = found.std(ddof=1) / math.sqrt(len(found))
+        return float(found.mean()), float(error), bool(together)
+
+    def loss(self, key, elbo, model, guide):
+        return float(
+            jax.jit(lambda p: elbo.loss(key, p, model, guide, *self.args, **self.kwargs))(self.params)
+        )
+
+    def gradients(self, key, elbo, model, guide):
+        """Means and standard deviations of the gradients in the parameters, by name."""
+        loss = lambda p, k: elbo.loss(k, p, model, guide, *self.args, **self.kwargs)
+        floats = {n: x for n, x in self.params.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+        rest = {n: x for n, x in self.params.items() if n not in floats}
+        gradient = jax.grad(lambda p, k: loss(p | rest, k))
+        found = jax.jit(lambda p: jax.lax.map(lambda k: gradient(p, k), jax.random.split(key, GRADIENTS)))(
+            floats
+        )
+        found = {n: np.asarray(g, np.float64) for n, g in found.items()}
+        return {n: g.mean(0) for n, g in found.items()}, {n: g.std(0, ddof=1) for n, g in found.items()}
+
+    def slopes(self, key, model, guide, names):
+        """Of each site whether the log-probability of the model has a slope in any of its relaxed draws."""
+        run = _Run(model, guide, self.params, self.args, self.kwargs, self.num_values)
+
+        def slope(key):
+            trace = run.guide_trace(key)
+
+            def total(values):
+                moved = {n: s | {"value": values[n]} if n in values else s for n, s in trace.items()}
+                return _total(run.model_trace(key, moved))
+
+            floats = {
+                n: trace[n]["value"] for n in names if jnp.issubdtype(trace[n]["value"].dtype, jnp.inexact)
+            }
+            return {n: jnp.any(g != 0) for n, g in jax.grad(total)(floats).items()}
+
+        found = jax.lax.map(slope, jax.random.split(key, 10))
+        return {n: bool(jnp.any(found[n])) if n in found else True for n in names}
+
+    def parameters_of(self, key, names):
+        """The parameters that the law of each site depends on, its draws and those before it given."""
+        trace = self.guide_trace(key)
+        values = {n: s["value"] for n, s in trace.items() if s["type"] == "sample"}
+
+        def log_q(params):
+            with handlers.block():
+                seeded = handlers.substitute(handlers.seed(self.guide, key), params | values)
+                again = handlers.trace(seeded).get_trace(*self.args, **self.kwargs)
+            return {n: jnp.sum(log_prob_of(again[n])) for n in names}
+
+        floats = {n: x for n, x in self.params.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+        rest = {n: x for n, x in self.params.items() if n not in floats}
+        slopes = jax.jacrev(lambda p: log_q(p | rest))(floats)
+        return {n: [p for p, x in slopes[n].items() if bool(jnp.any(x != 0))] for n in names}
+
+    def rival(self, key):
+        """The bound of a new guide that is trained here, and its standard error; None where it cannot be."""
+        guide = AutoStructured(self.model, num_values=self.num_values)
+        optimizer = optim.Adam(lambda i: RIVAL_RATE * (1 + jnp.cos(math.pi * i / RIVAL_STEPS)) / 2)
+        svi = SVI(self.model, guide, optimizer, RLOO_ELBO(PARTICLES))
+        try:
+            result = svi.run(key, RIVAL_STEPS, *self.args, progress_bar=False, **self.kwargs)
+        except (ValueError, TypeError):
+            return None
+        run = _Run(self.model, guide, result.params, self.args, self.kwargs, self.num_values)
+        weights = run.draws(key, 500)[2]
+        with np.errstate(invalid="ignore"):
+            return float(weights.mean()), float(weights.std() / len(weights) ** 0.5)
+
+
+def _total(trace):
+    return sum(jnp.sum(scaled_log_prob(s)) for s in trace.values() if s["type"] == "sample")
+
+
+def _one_hot(value, probs, fn):
+    """The value as probabilities: of a one for bits, else of all values."""
+    value = jnp.asarray(value)
+    if value.ndim == probs.ndim:  # bits, one-hot vectors
+        return value.astype(probs.dtype)
+    low = wr.innermost(fn)
+    low = getattr(low, "low", 0) if isinstance(getattr(low, "low", 0), int) else 0
+    return jax.nn.one_hot(value - low, probs.shape[-1])

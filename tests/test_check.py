@@ -1,0 +1,156 @@
+"""`check`: its numbers against exact ones, and every sentence of its advice by a model that deserves it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import scipy.special as sp
+import scipy.stats as st
+from numpyro import handlers
+
+from relaxit_jax.handlers import AutoMeanField, AutoStructured, check, select, take
+
+KEY = jax.random.key(20261130)
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
+P, Y = 0.3, 0.9
+
+
+def bit(mean=lambda z: z, y=Y):
+    z = numpyro.sample("z", dist.Bernoulli(P))
+    numpyro.sample("y", dist.Normal(mean(z), 1.0), obs=y)
+
+
+def bit_guide():
+    numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.0)))
+
+
+def test_the_numbers_of_a_bit():
+    """At a logit of 1: the bound, the gradient of it and the weighted probability are sums over 0 and 1."""
+    q = sp.expit(1.0)
+    log_joint = np.log([1 - P, P]) + st.norm([0, 1], 1).logpdf(Y)
+    bound = (1 - q) * (log_joint[0] - np.log(1 - q)) + q * (log_joint[1] - np.log(q))
+    slope = q * (1 - q) * (log_joint[1] - log_joint[0] - 1.0)
+    found = check(bit, bit_guide, {"logits": jnp.array(1.0)}, rival=False, num_samples=4000)
+    assert abs(found.bound - bound) < 4.5 * found.bound_error and found.bound_error < 0.03
+    site = found.sites["z"]
+    np.testing.assert_allclose(site.probs, q, rtol=1e-5)
+    np.testing.assert_allclose(site.weighted, sp.softmax(log_joint)[1], atol=0.03)
+    assert abs(site.gradient - abs(slope)) < 4.5 * site.noise / 100**0.5
+    evidence = sp.logsumexp(log_joint)
+    assert abs(found.gap - (evidence - bound)) < 4.5 * found.gap_error + 0.02
+    assert site.moved == pytest.approx(q - 0.5, abs=1e-5) and site.swallowed is False
+
+
+def test_nothing_is_wrong_with_an_exact_guide(capsys):
+    """All weights are alike, the gap is 0, and what is printed is what is returned."""
+    posterior = np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y)
+    found = check(bit, bit_guide, {"logits": jnp.array(posterior)}, losses=np.ones(100))
+    assert found.advice == () and abs(found.gap) < 1e-4 and found.trend == pytest.approx((0, 0), abs=1e-9)
+    assert abs(found.rival[0] - found.bound) < 4.5 * found.rival[1] + 0.01
+    assert capsys.readouterr().out == f"{found}\n" and str(found).endswith("Nothing was found that is wrong.")
+
+
+def said(words, *args, **options):
+    found = check(*args, num_samples=200, **({"rival": False} | options))
+    assert any(words in sentence for sentence in found.advice), found.advice
+    return found
+
+
+def test_a_swallowed_gradient():
+    swallowing = lambda: bit(lambda z: jnp.where(z, 1.0, 0.0))
+    said("Under relax the site 'z' has no gradient", swallowing, bit_guide, {"logits": jnp.array(1.0)})
+    kept = check(
+        lambda: bit(lambda z: select(z, 1.0, 0.0)), bit_guide, {"logits": jnp.array(1.0)}, rival=False
+    )
+    assert not any("no gradient" in sentence for sentence in kept.advice)
+
+
+def test_draws_of_probability_0():
+    def model():
+        n = numpyro.sample("n", dist.Poisson(4.0))
+        numpyro.sample("y", dist.Binomial(n, 0.5), obs=jnp.array(3))
+
+    guide = lambda: numpyro.sample("n", dist.Poisson(numpyro.param("rate", 4.0)))
+    found = said("'y' has probability 0 under", model, guide, {"rate": jnp.array(4.0)}, num_values=20)
+    share = st.poisson(4).cdf(2)
+    assert abs(found.impossible["y"] - share) < 4.5 * (share * (1 - share) / 200) ** 0.5
+    assert found.bound == -np.inf
+
+
+def exactly_one():
+    z = numpyro.sample("z", dist.Bernoulli(0.5).expand([4]).to_event(1))
+    numpyro.sample("y", dist.Normal(z.sum(), 0.1), obs=1.0)
+
+
+def test_a_family_that_does_not_hold_the_posterior():
+    """Independent bits at 1/4: more than a nat away. The exact law, bit after bit, is not."""
+    guide = AutoMeanField(exactly_one)
+    handlers.seed(guide, 0)()
+    params = {"z_auto_logits": jnp.full(4, float(sp.logit(0.25)))}
+    found = said("See AutoStructured.", exactly_one, guide, params)
+    assert found.gap > 2
+    guide = AutoStructured(exactly_one)
+    handlers.seed(guide, 0)()
+    off = np.zeros((4, 4, 2, 2), np.float32)
+    off[:, :, 1, 1], off[:, :, 0, 1] = -20, 0  # after a one, no other
+    first = np.stack([np.zeros(4), [sp.logit(1 / (4 - i)) if i < 3 else 20.0 for i in range(4)]], -1)
+    exact = {"z_auto_logits": jnp.asarray(first, jnp.float32), "z_auto_weights": jnp.asarray(off)}
+    exact["z_auto_weights"] = exact["z_auto_weights"].at[:, 3, 1, 1].set(-40)
+    found = check(exactly_one, guide, exact, rival=False)
+    np.testing.assert_allclose(found.sites["z"].probs, 0.25, atol=0.01)
+    assert found.advice == () and found.gap < 0.05 and found.relaxed_bound is None
+
+
+POINTS = np.concatenate([np.linspace(-4, -3, 10), np.linspace(3, 4, 10)]).astype(np.float32)
+
+
+def mixture():
+    with numpyro.plate("parts", 2):
+        loc = numpyro.sample("loc", dist.Normal(0, 3))
+    with numpyro.plate("points", 20):
+        z = numpyro.sample("z", dist.Categorical(np.full(2, 0.5, np.float32)))
+        numpyro.sample("x", dist.Normal(take(loc, z), 1), obs=POINTS)
+
+
+def test_a_start_that_is_not_the_best():
+    """All points in one part, the other one empty: a mode of its own, far below."""
+    guide = AutoMeanField(mixture)
+    handlers.seed(guide, 0)()
+    one = np.tile(np.array([8.0, -8.0], np.float32), (20, 1))
+    params = {
+        "z_auto_logits": one,
+        "loc_auto_loc": jnp.array([0.0, 20.0]),
+        "loc_auto_scale": jnp.full(2, 0.1),
+    }
+    found = said("nats better. Train it in place of this guide", mixture, guide, params, rival=True)
+    assert found.rival[0] > found.bound + 30
+    two = one * np.where(POINTS < 0, 1, -1)[:, None]
+    params = {
+        "z_auto_logits": two,
+        "loc_auto_loc": jnp.array([-3.5, 3.5]),
+        "loc_auto_scale": jnp.full(2, 0.3),
+    }
+    assert check(mixture, guide, params).advice == ()
+
+
+def test_a_loss_that_still_falls():
+    rng = np.random.default_rng(0)
+    falling = 100 - 0.1 * np.arange(400) + rng.normal(size=400)
+    found = said("The loss still falls, by", bit, bit_guide, {"logits": jnp.array(0.0)}, losses=falling)
+    assert abs(found.trend[0] + 10) < 4.5 * found.trend[1]
+    at_rest = check(bit, bit_guide, {"logits": jnp.array(0.0)}, losses=rng.normal(size=400), rival=False)
+    assert not any("still falls" in sentence for sentence in at_rest.advice)
+
+
+def test_a_site_that_has_not_moved():
+    far = lambda: bit(lambda z: 3.0 * z, y=3.0)
+    said("The site 'z' has not moved from its start", far, bit_guide, {"logits": jnp.array(0.0)})
+
+
+def test_a_guide_without_discrete_sites_is_refused():
+    with pytest.raises(ValueError, match="guide must be one with discrete latent sites"):
+        check(
+            lambda: numpyro.sample("x", dist.Normal(0, 1)), lambda: numpyro.sample("x", dist.Normal(0, 1)), {}
+        )

@@ -1,0 +1,139 @@
+"""Models inside of NumPyro's own handlers, and in plates of both orders: the right answer by each guide."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+import scipy.special as sp
+import scipy.stats as st
+from numpyro import handlers
+from numpyro.contrib.funsor import config_enumerate, infer_discrete
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from numpyro.infer.reparam import LocScaleReparam
+
+from relaxit_jax.elbo import RLOO_ELBO
+from relaxit_jax.handlers import AutoMeanField, AutoStructured, marginals, relax
+
+KEY = jax.random.key(20261130)
+pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
+GUIDES = pytest.mark.parametrize("guide", [AutoMeanField, AutoStructured])
+
+
+def toy(y=1.5):
+    """The bit and the level hardly depend on each other: the level is known to .05."""
+    level = numpyro.sample("level", dist.Normal(0.2, 0.05))
+    z = numpyro.sample("z", dist.Bernoulli(0.3))
+    numpyro.sample("y", dist.Normal(level + z, 0.5), obs=y)
+
+
+def posterior(y, level=0.2):
+    odds = st.norm(level + np.arange(2), 0.5).logpdf(y) + np.log([0.7, 0.3])
+    return sp.softmax(odds)[1]
+
+
+def train(model, guide, tau=None, steps=800):
+    handled = (lambda f: f) if tau is None else functools.partial(relax, tau=tau)
+    loss = RLOO_ELBO(10) if tau is None else Trace_ELBO(10)
+    adam = optax.adam(optax.cosine_decay_schedule(0.05, steps))
+    return SVI(handled(model), handled(guide), adam, loss).run(KEY, steps, progress_bar=False).params
+
+
+def lifted():
+    """The level is a parameter of the model that `lift` makes a site."""
+    level = numpyro.param("level", 0.0)
+    z = numpyro.sample("z", dist.Bernoulli(0.3))
+    numpyro.sample("y", dist.Normal(level + z, 0.5), obs=1.5)
+
+
+SAME = {
+    "reparam": handlers.reparam(toy, config={"level": LocScaleReparam(0)}),
+    "lift": handlers.lift(lifted, prior={"level": dist.Normal(0.2, 0.05)}),
+    "scale of 1": handlers.scale(toy, scale=1.0),
+}
+
+
+@GUIDES
+@pytest.mark.parametrize("name", SAME)
+def test_the_posterior_stays_the_same(name, guide):
+    made = guide(SAME[name])
+    for tau in (None, 0.1):
+        found = marginals(made, train(SAME[name], made, tau))["z"]
+        assert abs(found - posterior(1.5)) < (0.02 if tau is None else 0.05)
+
+
+@GUIDES
+def test_a_site_that_is_conditioned_is_not_in_the_guide(guide):
+    model = handlers.condition(toy, data={"z": jnp.array(1)})
+    made = guide(model)
+    params = train(model, made)
+    assert "z_auto_logits" not in params
+    precision = 1 / 0.05**2 + 1 / 0.5**2
+    np.testing.assert_allclose(
+        params["level_auto_loc"], (0.2 / 0.05**2 + 0.5 / 0.5**2) / precision, atol=0.01
+    )
+
+
+@GUIDES
+def test_a_site_that_is_substituted_is_refused(guide):
+    """NumPyro takes it for latent: the guide would draw what the model does not take."""
+    with pytest.raises(ValueError, match=r"Use handlers\.condition to fix it"):
+        train(
+            handlers.substitute(toy, data={"z": jnp.array(1)}), guide(handlers.substitute(toy, data={"z": 1}))
+        )
+
+
+@GUIDES
+def test_an_intervention_leaves_the_prior(guide):
+    """`do` cuts the bit off what follows: y says nothing of it any more."""
+    model = handlers.do(toy, data={"z": jnp.array(1)})
+    made = guide(model)
+    assert abs(marginals(made, train(model, made))["z"] - 0.3) < 0.02
+
+
+@GUIDES
+@pytest.mark.parametrize("rows_outside", [True, False])
+def test_plates_in_either_order(rows_outside, guide):
+    y = np.array([[0.1, 1.2, 0.6], [1.4, -0.2, 0.9]], np.float32)
+
+    def model():
+        rows, columns = numpyro.plate("rows", 2, dim=-2), numpyro.plate("columns", 3, dim=-1)
+        outer, inner = (rows, columns) if rows_outside else (columns, rows)
+        with outer, inner:
+            z = numpyro.sample("z", dist.Bernoulli(0.3))
+            numpyro.sample("y", dist.Normal(0.2 + z, 0.5), obs=y)
+
+    made = guide(model)
+    params = train(model, made)
+    np.testing.assert_allclose(marginals(made, params)["z"], np.vectorize(posterior)(y), atol=0.02)
+
+
+def test_one_site_is_relaxed_and_another_is_summed_and_found_again():
+    """`TraceEnum_ELBO` sums b, the guide has z; then `infer_discrete` draws b given z."""
+
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        b = numpyro.sample("b", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+        numpyro.sample("y", dist.Normal(z + 1.5 * b, 0.7), obs=1.3)
+
+    made = AutoMeanField(handlers.block(model, hide=["b"]))
+    soft = [relax(f, tau=0.05) for f in (model, made)]
+    svi = SVI(*soft, optax.adam(0.02), TraceEnum_ELBO(num_particles=20, max_plate_nesting=0))
+    params = svi.run(KEY, 1000, progress_bar=False).params
+    joint = np.array([[0.7 * 0.6, 0.7 * 0.4], [0.3 * 0.6, 0.3 * 0.4]])
+    joint *= st.norm(np.array([[0, 1.5], [1, 2.5]]), 0.7).pdf(1.3)
+    assert abs(made.probs(params)["z"] - joint[1].sum() / joint.sum()) < 0.03
+
+    def b_given(z, key):
+        fixed = handlers.condition(handlers.seed(model, key), data={"z": z})
+        drawn = infer_discrete(config_enumerate(fixed), first_available_dim=-1, rng_key=key)
+        return handlers.trace(drawn).get_trace()["b"]["value"]
+
+    for z in (0, 1):
+        drawn = [int(b_given(jnp.array(z), key)) for key in jax.random.split(KEY, 100)]
+        p = joint[z, 1] / joint[z].sum()
+        assert abs(np.mean(drawn) - p) < 4.5 * (p * (1 - p) / 100) ** 0.5
