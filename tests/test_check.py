@@ -146,7 +146,8 @@ def test_a_loss_that_still_falls():
 
 def test_a_site_that_has_not_moved():
     far = lambda: bit(lambda z: 3.0 * z, y=3.0)
-    said("The site 'z' has not moved from its start", far, bit_guide, {"logits": jnp.array(0.0)})
+    found = said("The site 'z' has not moved from its start", far, bit_guide, {"logits": jnp.array(0.0)})
+    assert found.sites["z"].moved < 1e-6 < found.sites["z"].gradient
 
 
 def test_a_guide_without_discrete_sites_is_refused():

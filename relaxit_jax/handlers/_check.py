@@ -157,7 +157,12 @@ def check(
       rng_key: key of the draws. Default: ``jax.random.key(0)``.
 
     Returns:
-      A `Check`.
+      What was printed, as an object with these attributes: ``bound`` and ``bound_error``; ``relaxed_bound``;
+      ``gap`` and ``gap_error``; ``rival``, a bound and its error; ``pareto_k``; ``trend``, the change of the
+      loss over its last quarter and its error; ``impossible``, shares of draws by site of the model;
+      ``advice``, a tuple of sentences, empty if nothing is wrong; and ``sites``, by name: ``probs`` and
+      ``weighted`` probabilities, ``gradient``, ``noise``, ``relaxed_bias``, ``relaxed_noise``, ``swallowed``
+      and ``moved``. Bounds are in nats, gradients in nats for a unit of the parameters.
 
     Raises:
       ValueError: for arguments that are not as above, and a guide without discrete sites.
@@ -243,10 +248,10 @@ def check(
 
 def _trend(losses):
     """The change of the loss over its last quarter by least squares, and its standard error from blocks."""
-    losses = np.asarray(losses, np.float64)
-    arg.require(
-        losses.ndim == 1 and losses.size >= 40, "losses", "one for each of 40 steps or more", losses.shape
-    )
+    arg.require(not isinstance(losses, jax.core.Tracer), "losses", "known before tracing", "a traced array")
+    losses = np.asarray(losses)
+    good = losses.dtype.kind in "if" and losses.ndim == 1 and losses.size >= 40
+    arg.require(good, "losses", "numbers, one for each of 40 steps or more", arg.shown(losses))
     last = losses[-(losses.size // 4) :]
     blocks = np.array([block.mean() for block in np.array_split(last, 10)])
     x = np.linspace(-0.45, 0.45, 10)  # the middles of the blocks, in quarters
@@ -402,6 +407,8 @@ class _Run:
         """Means and standard deviations of the gradients in the parameters, by name."""
         loss = lambda p, k: elbo.loss(k, p, model, guide, *self.args, **self.kwargs)
         floats = {n: x for n, x in self.params.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+        if not floats:
+            return {}, {}
         rest = {n: x for n, x in self.params.items() if n not in floats}
         gradient = jax.grad(lambda p, k: loss(p | rest, k))
         found = jax.jit(lambda p: jax.lax.map(lambda k: gradient(p, k), jax.random.split(key, GRADIENTS)))(
@@ -441,6 +448,8 @@ class _Run:
             return {n: jnp.sum(log_prob_of(again[n])) for n in names}
 
         floats = {n: x for n, x in self.params.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+        if not floats:
+            return {name: [] for name in names}
         rest = {n: x for n, x in self.params.items() if n not in floats}
         slopes = jax.jacrev(lambda p: log_q(p | rest))(floats)
         return {n: [p for p, x in slopes[n].items() if bool(jnp.any(x != 0))] for n in names}
