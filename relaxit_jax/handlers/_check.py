@@ -196,9 +196,10 @@ def check(
     keys = jax.random.split(key, 8)
     trend = None if losses is None else _trend(losses)
 
-    names, drawn, weights, impossible = run.draws(keys[0], num_samples)
+    names = list(run.discrete(run.guide_trace(key)))
     arg.require(bool(names), "guide", "one with discrete latent sites", "none")
     rl.check_names("num_values", num_values, names)
+    drawn, weights, impossible = run.draws(keys[0], num_samples)
     with np.errstate(invalid="ignore"):
         bound, error = float(np.mean(weights)), float(np.std(weights) / math.sqrt(num_samples))
     with warnings.catch_warnings():
@@ -331,7 +332,7 @@ class _Run:
         return {name: np.asarray(jnp.mean(p, 0)) for name, p in found.items()}
 
     def draws(self, key, number):
-        """Names of the discrete sites; laws and values of them, log-weights, shares of impossible draws."""
+        """Laws and values of the discrete sites, log-weights, and shares of impossible draws."""
 
         def draw(key):
             first, second = jax.random.split(key)
@@ -351,7 +352,7 @@ class _Run:
 
         sites, weights, impossible = jax.lax.map(draw, jax.random.split(key, number), batch_size=20)
         shares = {name: float(jnp.mean(x)) for name, x in impossible.items()}
-        return list(sites), jax.tree.map(np.asarray, sites), np.asarray(weights, np.float64), shares
+        return jax.tree.map(np.asarray, sites), np.asarray(weights, np.float64), shares
 
     def gap(self, key, names):
         """The rise of the bound if weighted draws stand for one, by elements where they are independent."""
@@ -464,7 +465,7 @@ class _Run:
         except (ValueError, TypeError):
             return None
         run = _Run(self.model, guide, result.params, self.args, self.kwargs, self.num_values)
-        weights = run.draws(key, 500)[2]
+        weights = run.draws(key, 500)[1]
         with np.errstate(invalid="ignore"):
             return float(weights.mean()), float(weights.std() / len(weights) ** 0.5)
 
