@@ -29,7 +29,7 @@ from relaxit_jax.handlers._autoregressive import Autoregressive
 from relaxit_jax.handlers._marginals import marginals
 
 MOST_ROWS = 64  # of a table with a row for every combination of the parents' values; then one for each value
-# Of elements that meet, in one autoregressive site: 15 bits. Thirty bits, with 3,600 weights, ended at a bound
+# Of elements that meet, in one autoregressive site: 15 bits. Thirty, with 3,600 weights, ended at a bound
 # worse than that of independent ones.
 MOST_WEIGHTS = 1000
 DRAWS = 1000  # for medians and quantiles
