@@ -40,7 +40,7 @@ def started(model, *args, cls=AutoMeanField, **options):
     return guide, svi.get_params(svi.init(KEY, *args))
 
 
-@pytest.mark.few(1)
+@pytest.mark.whole
 @pytest.mark.parametrize("vector", [False, True])
 def test_a_mixture_starts_at_its_exact_posterior(vector):
     """The responsibilities at the values of the continuous sites, which have found the three clusters."""
@@ -129,6 +129,12 @@ def subsampled():
         numpyro.sample("y", dist.Normal(4 * z, 1), obs=jnp.array([0.0, 4, 0, 4, 0, 4])[i])
 
 
+@pytest.mark.whole
+def test_a_part_of_the_rows_is_refused():
+    with pytest.raises(ValueError, match="the plate 'points' shows 3 of 6"):
+        started(subsampled, init="data")
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="init must be 'prior' or 'data', got 'datum'"):
         AutoMeanField(mixture, init="datum")
@@ -139,8 +145,6 @@ def test_refusals():
     for wrong in (np.zeros(3), np.full((36, 3), np.nan)):
         with pytest.raises(ValueError, match=r"init_logits\['z'\] must be finite, of shape \(36, 3\)"):
             started(mixture, init_logits={"z": wrong})
-    with pytest.raises(ValueError, match="the plate 'points' shows 3 of 6"):
-        started(subsampled, init="data")
     with pytest.raises(ValueError, match=r"outside of jax\.jit"):
         jax.jit(lambda key: handlers.seed(AutoMeanField(mixture, init="data"), key)()["loc"])(KEY)
 
