@@ -20,6 +20,7 @@ from numpyro.util import check_model_guide_match
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax import _numpyro as npr
+from relaxit_jax._terms import log_prob_of, plates_of, scaled_log_prob, sum_to
 
 __all__ = ["RLOO_ELBO"]
 
@@ -189,10 +190,9 @@ def _particle(model, guide, args, kwargs, params, key):
     ):
         for name, s in sites.items():
             if s["type"] == "sample":
-                log_prob = log_prob_of(s)
+                log_prob = scaled_log_prob(s)
                 if sign < 0 and name in scored:  # a score has mean 0: only the costs get its gradient
                     log_prob = stop_gradient(log_prob)
-                log_prob = log_prob if s["scale"] is None else s["scale"] * log_prob
                 flow = flows.scanned.get(name)
                 terms.append(_Term(name, sign < 0, plates_of(s), sign * log_prob, deps.get(name, ()), flow))
     elbo = sum((jnp.sum(term.value) for term in terms), start=jnp.array(0.0))
@@ -263,25 +263,6 @@ def _sum_steps(plates, x, ndim):
 
 def _values(sites, kind):
     return {name: s["value"] for name, s in sites.items() if s["type"] == kind}
-
-
-def plates_of(s):
-    return frozenset(s["cond_indep_stack"])
-
-
-def log_prob_of(s):
-    extra = (s["intermediates"],) if s["intermediates"] else ()
-    return s["fn"].log_prob(s["value"], *extra)
-
-
-def scaled_log_prob(s):
-    return log_prob_of(s) if s["scale"] is None else s["scale"] * log_prob_of(s)
-
-
-def sum_to(plates, x):
-    """The sum over all axes but those of these plates; axes that no plate has declared are summed."""
-    dims = {frame.dim for frame in plates}
-    return jnp.sum(x, [axis for axis in range(-jnp.ndim(x), 0) if axis not in dims], keepdims=True)
 
 
 def _unmasked(fn):

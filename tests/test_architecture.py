@@ -22,13 +22,14 @@ MODULES = {
     "_fused": {"_arguments", "_gradients", "_kernels", "_math", "_placement", "_random"},
     "_kernels": {"_fused", "_random"},
     "_numpyro": set(),
+    "_terms": set(),
     "laplace_bridge": FOUNDATIONS,
     "samplers": FOUNDATIONS | {"samplers"},
     "estimators": FOUNDATIONS | {"estimators"},
     "diagnostics": {"_arguments", "estimators", "diagnostics"},
     "distributions": FOUNDATIONS | {"samplers", "laplace_bridge", "distributions"},
-    "handlers": FOUNDATIONS | {"_numpyro", "samplers", "distributions", "elbo", "handlers"},
-    "elbo": {"_arguments", "_numpyro"},
+    "handlers": FOUNDATIONS | {"_numpyro", "_terms", "samplers", "distributions", "elbo", "handlers"},
+    "elbo": {"_arguments", "_numpyro", "_terms"},
 }
 STANDARD = {"collections", "contextlib", "contextvars", "copy", "dataclasses", "functools", "inspect"}
 STANDARD |= {"itertools", "math", "operator", "os", "re", "time", "typing", "warnings"}

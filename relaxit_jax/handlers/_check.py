@@ -16,7 +16,8 @@ from numpyro import handlers, optim
 from numpyro.infer import SVI, Trace_ELBO, psis_diagnostic
 
 from relaxit_jax import _arguments as arg
-from relaxit_jax.elbo import RLOO_ELBO, log_prob_of, scaled_log_prob, sum_to
+from relaxit_jax._terms import log_prob_of, scaled_log_prob, sum_to
+from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import _relaxation as rl
 from relaxit_jax.handlers import _start as start
 from relaxit_jax.handlers import _wrappers as wr

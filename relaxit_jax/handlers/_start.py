@@ -14,7 +14,7 @@ from numpyro import handlers, optim
 from numpyro.distributions import biject_to
 from numpyro.infer.inspect import get_dependencies
 
-from relaxit_jax.elbo import plates_of, scaled_log_prob, sum_to
+from relaxit_jax._terms import plates_of, scaled_log_prob, sum_to
 
 STARTS, STARTS_IF_COUPLED = 8, 4  # each with other draws, and another point of the continuous sites
 PASSES = 6  # where there are discrete sites alone
