@@ -122,7 +122,7 @@ def enumerated(name):
     return points, np.exp(np.asarray(log_q, np.float64))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(0, "rows")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_law_sums_to_one_and_is_that_of_the_draws(name):
     guide, params = untrained(name)
@@ -147,7 +147,7 @@ def test_the_law_sums_to_one_and_is_that_of_the_draws(name):
     assert st.chisquare(counts, expected).pvalue > P_VALUE
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0, "rows")
 @pytest.mark.parametrize("name", MODELS)
 def test_marginals_are_those_of_the_enumerated_law(name):
     guide, params = untrained(name)
@@ -161,7 +161,7 @@ def test_marginals_are_those_of_the_enumerated_law(name):
         assert np.abs(np.asarray(p) - np.mean(exact)).max() > 0.03
 
 
-@pytest.mark.few(1, "chain")
+@pytest.mark.few(0, "rows")
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_given_what(name):
     _, params = untrained(name)

@@ -62,6 +62,7 @@ def coupled():
     numpyro.sample("x", dist.Normal(n, 0.3).to_event(1), obs=np.array([0.0, 3.0]))
 
 
+@pytest.mark.whole
 def test_coupled_elements_are_visited_one_after_another():
     guide, params = started(coupled, init="data")
     found = guide.probs(params)
