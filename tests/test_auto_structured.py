@@ -316,11 +316,15 @@ def test_a_subsampled_plate_has_parameters_for_all_rows():
     np.testing.assert_array_equal(params["z_auto_logits"] > 0, y > 2)
 
 
+@pytest.mark.whole
+def test_an_unknown_independent_site_is_named():
+    with pytest.raises(ValueError, match="independent must be names of the sites"):
+        handlers.seed(AutoStructured(causes, independent=["w"]), 0)()
+
+
 def test_errors():
     for wrong in ("z", [1]):
         with pytest.raises(ValueError, match="independent must be a list of names of sites"):
             AutoStructured(causes, independent=wrong)
-    with pytest.raises(ValueError, match="independent must be names of the sites"):
-        handlers.seed(AutoStructured(causes, independent=["w"]), 0)()
     with pytest.raises(ValueError, match="before reading it"):
         AutoStructured(causes).median({})

@@ -136,7 +136,7 @@ def one_of_two(log_odds):
     return rj.simple_top_k(KEY, jnp.stack([log_odds, jnp.zeros_like(log_odds)], -1), 1)
 
 
-@pytest.mark.few(1)
+@pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_tails_are_right_to_the_last_bit(dtype, with_bits):

@@ -137,6 +137,7 @@ def test_large_problems_are_right_in_float32_and_small_in_memory():
             np.testing.assert_allclose(slope, exact(jnp.asarray(row, jnp.float64)), atol=2e-6)
 
 
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize("row", range(4))
 def test_large_problems_are_right_by_the_tree_of_accelerators(row, for_accelerators):
