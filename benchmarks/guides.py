@@ -330,7 +330,7 @@ def populations():
     missed = np.maximum(sizes - SEEN[..., None], 0)
     with numpyro.plate("sites", SITES):
         n = numpyro.sample("n", dist.Categorical(logits=log_pmf))
-        # the law of n is that of the truncated Poisson; its normalizer is paid back
+        # Categorical normalizes the truncated Poisson: this adds the normalizer again
         numpyro.factor("beyond", jax.nn.logsumexp(log_pmf, -1))
         seen = jnp.sum(ways + SEEN[..., None] * jnp.log(found) + missed * jnp.log1p(-found), 1)
         numpyro.factor(

@@ -82,12 +82,16 @@ def require_right_order(msg: dict[str, Any], scan: dict[str, Any] | None) -> Non
     `replay` hands the guide's first value to the step that runs first, which is the one of the last element.
     """
     latent = msg["type"] == "sample" and not msg["is_observed"] and comes_from_flow(msg)
-    replayed = any(isinstance(handler, replay) for handler in active_handlers())
-    if latent and replayed and scan is not None and runs_scan(scan["fn"]) and is_reverse(scan):
+    if latent and scan is not None and runs_scan(scan["fn"]) and is_reverse(scan):
         raise ValueError(
             f"The site '{msg['name']}' is in a scan of the model with reverse=True, where NumPyro hands the "
             "guide's values to the steps in the wrong order. Reverse the arrays and scan forward."
         )
+
+
+def is_replaying() -> bool:
+    """Whether the code that runs is a model's, under `replay`; a guide may scan backwards."""
+    return any(isinstance(handler, replay) for handler in active_handlers())
 
 
 def scan_index(infer: dict[str, Any]) -> Any:

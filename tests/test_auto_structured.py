@@ -201,6 +201,13 @@ def test_relax_refuses_an_autoregressive_site():
     assert jnp.isfinite(svi.run(KEY, 2, progress_bar=False).losses).all()
 
 
+@pytest.mark.whole
+def test_marginals_refuse_a_relaxed_guide():
+    guide, params = untrained("pairs")
+    with pytest.raises(ValueError, match="guide must be one that is not relaxed"):
+        marginals(relax(guide, tau=0.5), params)
+
+
 def trained(model, guide, steps, particles=10, rate=0.05, seed=0):
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     svi = SVI(model, guide, optimizer, RLOO_ELBO(particles))

@@ -11,6 +11,7 @@ import scipy.stats as st
 from numpyro import handlers
 
 from relaxit_jax.handlers import AutoMeanField, AutoStructured, check, select, take
+from relaxit_jax.handlers._site import FiniteDiscrete
 
 KEY = jax.random.key(20261130)
 pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
@@ -41,6 +42,54 @@ def test_the_numbers_of_a_bit():
     evidence = sp.logsumexp(log_joint)
     assert abs(found.gap - (evidence - bound)) < 4.5 * found.gap_error + 0.02
     assert site.moved == pytest.approx(q - 0.5, abs=1e-5) and site.swallowed is False
+
+
+def test_the_bias_under_relax():
+    """The difference of the mean gradients, for a likelihood that is far from linear between 0 and 1."""
+    model = lambda: bit(lambda z: 4.0 * z, y=2.0)
+    logit, tau = 1.0, 0.7
+    u = (np.arange(200_000) + 0.5) / 200_000
+    z = sp.expit((logit + sp.logit(u)) / tau)
+    slope_in_z = -(4 * z - 2.0) * 4
+    q = sp.expit(logit)
+    kl = q * (1 - q) * (logit - sp.logit(P))
+    relaxed = np.mean(slope_in_z * z * (1 - z) / tau) - kl
+    exact = q * (1 - q) * (st.norm(4, 1).logpdf(2) - st.norm(0, 1).logpdf(2)) - kl
+    site = check(model, bit_guide, {"logits": jnp.array(logit)}, tau=tau, rival=False).sites["z"]
+    error = np.hypot(site.noise, site.relaxed_noise) / 10
+    assert abs(relaxed - exact) > 6 * error
+    assert abs(site.relaxed_bias - abs(relaxed - exact)) < 4.5 * error
+
+
+def test_counts_that_do_not_begin_at_zero_and_sites_below():
+    """Weighted draws of 3 to 7; and a site that the guide draws given another one is not taken for fixed."""
+    y = 5.6
+
+    def model():
+        n = numpyro.sample("n", dist.DiscreteUniform(3, 7))
+        x = numpyro.sample("x", dist.Normal(n, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    log_pmf = st.norm(np.arange(3, 8), 2**0.5).logpdf(y)
+    exact = sp.softmax(log_pmf)
+
+    def guide():  # the posterior of n, then that of x given n
+        n = numpyro.sample("n", FiniteDiscrete(numpyro.param("logits", jnp.zeros(5)), 3))
+        numpyro.sample("x", dist.Normal((n + y) / 2, 0.5**0.5))
+
+    found = check(model, guide, {"logits": jnp.log(exact)}, rival=False)
+    np.testing.assert_allclose(found.sites["n"].weighted, exact, atol=4.5 * 0.5 / 1000**0.5)
+    assert abs(found.gap) < 1e-3 and found.advice == ()
+    assert set(found.refused) == set()
+
+
+def test_refusals_are_said(capsys):
+    guide = AutoStructured(exactly_one)
+    handlers.seed(guide, 0)()
+    params = {"z_auto_logits": jnp.zeros((4, 2)), "z_auto_weights": jnp.zeros((4, 4, 2, 2))}
+    found = check(exactly_one, guide, params, num_samples=100, rival=False)
+    assert "autoregressive in the guide" in found.refused["relax"]
+    assert "refused by relax: The site 'z'" in capsys.readouterr().out
 
 
 def test_nothing_is_wrong_with_an_exact_guide(capsys):

@@ -9,6 +9,7 @@ import pytest
 import scipy.special as sp
 import scipy.stats as st
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.initialization import init_to_value
 
@@ -128,6 +129,37 @@ def subsampled():
     with numpyro.plate("points", 6, subsample_size=3) as i:
         z = numpyro.sample("z", dist.Bernoulli(0.5))
         numpyro.sample("y", dist.Normal(4 * z, 1), obs=jnp.array([0.0, 4, 0, 4, 0, 4])[i])
+
+
+@pytest.mark.whole
+def test_a_first_call_inside_of_jit():
+    """Nothing can be seen there: all start at zero, the site given its bit as well, and nothing leaks."""
+
+    def model():
+        with numpyro.plate("points", 3):
+            z = numpyro.sample("z", dist.Bernoulli(0.3))
+            x = numpyro.sample("x", dist.HalfNormal(1.0))
+            numpyro.sample("y", dist.Normal(z * x, 1), obs=jnp.ones(3))
+
+    guide = AutoStructured(model)
+    drawn = jax.jit(lambda key: handlers.seed(guide, key)())(KEY)
+    assert (drawn["x"] > 0).all()
+    params = handlers.trace(handlers.seed(guide, KEY)).get_trace()
+    for name in ("z_auto_logits", "x_auto_loc"):
+        np.testing.assert_array_equal(params[name]["value"], 0)
+
+
+@pytest.mark.whole
+def test_a_reversed_scan_has_no_guide():
+    """Refused when the guide is made, before any ascent on values in the wrong order."""
+
+    def model():
+        step = lambda before, _: (numpyro.sample("z", dist.Bernoulli(0.3 + 0.4 * before)), None)
+        scan(step, 0, None, length=3, reverse=True)
+
+    for cls in (AutoMeanField, AutoStructured):
+        with pytest.raises(ValueError, match="'z' is in a scan of the model with reverse=True"):
+            handlers.seed(cls(model), 0)()
 
 
 @pytest.mark.whole

@@ -183,8 +183,7 @@ class AutoMeanField(AutoGuide):
         A quantile of a bit or a count is the least value whose cumulative probability reaches it.
         """
         self._require_called()
-        levels = np.atleast_1d(quantiles)
-        arg.require(np.all((levels >= 0) & (levels <= 1)), "quantiles", "in [0, 1]", quantiles)
+        levels = as_levels(quantiles)
         values = self._quantiles_of_discrete(params, levels)
         for part in self._continuous_parts():
             values |= self._own(part, part.quantiles(params, levels))
@@ -254,10 +253,9 @@ class AutoMeanField(AutoGuide):
         }
         rl.check_names("num_values", self.num_values, self._sites)
         rl.check_names("init_logits", self.init_logits, self._sites)
-        for name, given in self.init_logits.items():
-            self._sites[name] = self._sites[name].starting_at(
-                given(*args, **kwargs) if callable(given) else given
-            )
+        for name, first in self.init_logits.items():
+            logits = first(*args, **kwargs) if callable(first) else first
+            self._sites[name] = self._sites[name].starting_at(logits)
         if self.init == "data":
             self._start_from_data(latent, args, kwargs)
         with handlers.block():
@@ -283,8 +281,8 @@ class AutoMeanField(AutoGuide):
 
     def _first_place(self):
         """The strategy by which continuous sites start; it may be bound to the class of their guide."""
-        own = self._start.get("init_loc_fn", self.init_loc_fn)
-        return getattr(self.continuous, "keywords", {}).get("init_loc_fn", own)
+        bound = getattr(self.continuous, "keywords", {}).get("init_loc_fn", self.init_loc_fn)
+        return self._start.get("init_loc_fn", bound)
 
     def _points(self, args, kwargs):
         """A function of a key: where the continuous sites start, by name."""
@@ -453,13 +451,10 @@ class DiscreteSite:
 
     def weights(self, value):
         """Of each value of the site one number: a one-hot vector, or what stands for it in a relaxed draw."""
-        if self.kind == "bit":
-            return jnp.stack([1.0 - value, 1.0 * value], -1)
-        if self.kind == "count":
-            return jnp.maximum(1 - jnp.abs(value[..., None] - self.values), 0)
-        if self.vector or jnp.issubdtype(value.dtype, jnp.inexact):
-            return jnp.asarray(value, jnp.result_type(float))
-        return jax.nn.one_hot(value, self.size)
+        if self.kind == "class" and not (self.vector or jnp.issubdtype(value.dtype, jnp.inexact)):
+            return jax.nn.one_hot(value, self.size)
+        value = jnp.asarray(value, jnp.result_type(float))
+        return value if self.kind == "class" else site.weights_of_number(value, self.values)
 
     def param(self, prefix):
         return f"{self.name}_{prefix}_logits"
@@ -511,19 +506,32 @@ class DiscreteSite:
         return index if self.kind == "bit" else index + int(self.values[0])
 
 
+def as_levels(quantiles):
+    levels = np.atleast_1d(quantiles)
+    arg.require(np.all((levels >= 0) & (levels <= 1)), "quantiles", "in [0, 1]", quantiles)
+    return levels
+
+
 class _Noted(Messenger):
-    """Notes the full size of every plate, and the sites whose values are substituted, in scans too."""
+    """Notes the full size of every plate, and the sites whose values are substituted, in scans too.
+
+    It refuses a model that no guide could be replayed into.
+    """
 
     def __init__(self, fn, sizes, given):
-        self.sizes, self.given = sizes, given
+        self.sizes, self.given, self.flow = sizes, given, None
         super().__init__(fn)
 
     def process_message(self, msg):
         if msg["type"] == "plate":
             self.sizes[msg["name"]] = msg["args"][0]
-        elif msg["type"] == "control_flow" and npr.runs_scan(msg["fn"]):
-            npr.wrap_scan_body(msg, functools.partial(_Noted, sizes=self.sizes, given=self.given))
-        elif msg["type"] == "sample" and msg["value"] is not None and not npr.comes_from_flow(msg):
+        elif msg["type"] == "control_flow":
+            self.flow = msg
+            if npr.runs_scan(msg["fn"]):
+                npr.wrap_scan_body(msg, functools.partial(_Noted, sizes=self.sizes, given=self.given))
+        elif msg["type"] == "sample" and npr.comes_from_flow(msg):
+            npr.require_right_order(msg, self.flow)
+        elif msg["type"] == "sample" and msg["value"] is not None:
             self.given.add(msg["name"])
 
 

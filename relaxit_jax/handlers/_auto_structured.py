@@ -24,7 +24,7 @@ from relaxit_jax import _arguments as arg
 from relaxit_jax import _numpyro as npr
 from relaxit_jax.handlers import _relaxation as rl
 from relaxit_jax.handlers import _start as start
-from relaxit_jax.handlers._auto_mean_field import AutoMeanField, DiscreteSite
+from relaxit_jax.handlers._auto_mean_field import AutoMeanField, DiscreteSite, as_levels
 from relaxit_jax.handlers._autoregressive import Autoregressive
 from relaxit_jax.handlers._marginals import marginals
 
@@ -57,9 +57,9 @@ class AutoStructured(AutoMeanField):
     Args:
       model: the model, not relaxed.
       independent: names of sites that are to have independent elements, as in `AutoMeanField`.
-      init: as for `AutoMeanField`. Default: "data", and "prior" where the first call sees only some rows of a
-        plate or is inside of a jitted function. With "data", chains and autoregressive
-        sites start less sure of the values that the ascent found than other sites do.
+      init: as for `AutoMeanField`. Default: "data", or "prior" where the first call sees only some rows of a
+        plate or is inside of a jitted function. With "data", chains and autoregressive sites start with
+        log-odds of at most 2, because the ascent has seen only one of their modes.
       prefix, init_loc_fn, create_plates, continuous, init_logits, num_values: as for `AutoMeanField`.
         ``continuous`` makes the guide of the continuous sites that are not conditioned on a discrete one.
 
@@ -144,8 +144,7 @@ class AutoStructured(AutoMeanField):
     ) -> dict[str, Array]:
         """Quantiles of 1,000 draws of continuous sites, bits and counts, with an axis for them in front."""
         self._require_called()
-        levels = np.atleast_1d(quantiles)
-        arg.require(np.all((levels >= 0) & (levels <= 1)), "quantiles", "in [0, 1]", quantiles)
+        levels = as_levels(quantiles)
         drawn = self.sample_posterior(jax.random.key(0), params, *args, sample_shape=(DRAWS,), **kwargs)
         ordered = {
             name: x
@@ -233,13 +232,11 @@ class AutoStructured(AutoMeanField):
         ]  # fmt: skip
         if not parents:
             return None
-        with handlers.block():
-            model = handlers.substitute(
-                handlers.seed(self.model, jax.random.key(1)), substitute_fn=self._first_place()
-            )
-            value = handlers.trace(model).get_trace(*args, **kwargs)[name]["value"]
         transform = biject_to(fn.support)
-        free = np.asarray(transform.inv(value), np.float32)
+        free = transform.inv(self._points(args, kwargs)(jax.random.key(1))[name])
+        if isinstance(free, jax.core.Tracer):  # a first call inside of jit, as for logits
+            free = np.zeros(free.shape)
+        free = np.asarray(free, np.float32)
         for frame in message["cond_indep_stack"]:  # a subsampled plate starts with the rows that were seen
             axis, size = len(batch) + frame.dim, batch[frame.dim]
             free = np.take(free, np.arange(size) % free.shape[axis], axis)
@@ -294,14 +291,6 @@ class _TableSite:
     @property
     def name(self):
         return self.site.name
-
-    @property
-    def frames(self):
-        return self.site.frames
-
-    @property
-    def elements(self):
-        return self.site.elements
 
     def draw(self, prefix, plates, masks, values):
         s, sizes = self.site, [p.size for p in self.parents]

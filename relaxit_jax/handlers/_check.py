@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro import handlers, optim
 from numpyro.infer import SVI, Trace_ELBO, psis_diagnostic
+from numpyro.infer.inspect import get_dependencies
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax._terms import log_prob_of, scaled_log_prob, sum_to
@@ -22,7 +23,7 @@ from relaxit_jax.handlers import _relaxation as rl
 from relaxit_jax.handlers import _start as start
 from relaxit_jax.handlers import _wrappers as wr
 from relaxit_jax.handlers._auto_structured import AutoStructured
-from relaxit_jax.handlers._marginals import probabilities
+from relaxit_jax.handlers._marginals import discrete_latents, law_and_value, marginals
 from relaxit_jax.handlers._relax import relax
 
 PARTICLES, GRADIENTS = 10, 100  # of one estimate of a gradient; estimates
@@ -76,6 +77,7 @@ class Check:
       trend: the change of the loss over its last quarter and the standard error, None without losses.
       impossible: by site of the model, the share of draws that have probability 0 there.
       sites: a `SiteCheck` by name of the discrete site.
+      refused: why `relax` or `AutoStructured` could not take this model and guide, by their names.
       advice: sentences that say what to do; empty if nothing was found.
     """
 
@@ -89,6 +91,7 @@ class Check:
     trend: tuple[float, float] | None
     impossible: dict[str, float]
     sites: dict[str, SiteCheck]
+    refused: dict[str, str]
     advice: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -116,6 +119,7 @@ class Check:
                 f"{name:{width}} {s.gradient:9.3g} {s.noise:9.3g} {number(s.relaxed_bias, '12.3g'):>12} "
                 f"{number(s.relaxed_noise, '9.3g'):>9} {s.moved:7.3f} {off:7.3f}"
             )
+        lines += [f"refused by {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join([*lines, *(self.advice or ["Nothing was found that is wrong."])])
 
 
@@ -147,7 +151,7 @@ def check(
 
     Args:
       model: the model, not relaxed.
-      guide: its guide, not relaxed; also one written by hand.
+      guide: its guide, not relaxed. It may be hand-written.
       params: its trained parameters.
       args, kwargs: the arguments of model and guide.
       tau: the temperature under `relax`, positive.
@@ -161,7 +165,8 @@ def check(
       What was printed, as an object with these attributes: ``bound`` and ``bound_error``; ``relaxed_bound``;
       ``gap`` and ``gap_error``; ``rival``, a bound and its error; ``pareto_k``; ``trend``, the change of the
       loss over its last quarter and its error; ``impossible``, shares of draws by site of the model;
-      ``advice``, a tuple of sentences, empty if nothing is wrong; and ``sites``, by name: ``probs`` and
+      ``refused``, reasons by ``"relax"`` and ``"AutoStructured"``; ``advice``, a tuple of sentences, empty if
+      nothing is wrong; and ``sites``, by name: ``probs`` and
       ``weighted`` probabilities, ``gradient``, ``noise``, ``relaxed_bias``, ``relaxed_noise``, ``swallowed``
       and ``moved``. Bounds are in nats, gradients in nats for a unit of the parameters.
 
@@ -197,7 +202,7 @@ def check(
     keys = jax.random.split(key, 8)
     trend = None if losses is None else _trend(losses)
 
-    names = list(run.discrete(run.guide_trace(key)))
+    names = list(discrete_latents(run.guide_trace(key)))
     arg.require(bool(names), "guide", "one with discrete latent sites", "none")
     rl.check_names("num_values", num_values, names)
     drawn, weights, impossible = run.draws(keys[0], num_samples)
@@ -212,23 +217,25 @@ def check(
     if k == math.inf and largest[-1] - largest[0] < 600:  # the largest are all alike: there is no tail
         k = -math.inf
     gap, gap_error, coupled = run.gap(keys[2], names)
-    means, spreads = run.gradients(keys[3], RLOO_ELBO(PARTICLES), model, guide)
+    _, means, spreads = run.gradients(keys[3], RLOO_ELBO(PARTICLES), model, guide)
+    refused = {}
     try:
-        relaxed = run.gradients(keys[3], Trace_ELBO(PARTICLES), soft(model), soft(guide))
-        relaxed_bound = -run.loss(keys[4], Trace_ELBO(num_samples), soft(model), soft(guide))
+        loss, *relaxed = run.gradients(keys[4], Trace_ELBO(PARTICLES), soft(model), soft(guide))
         slopes = run.slopes(keys[5], soft(model), soft(guide), names)
-    except (ValueError, TypeError):  # a relaxation that the model or the guide does not have
-        relaxed, relaxed_bound, slopes = None, None, {}
+    except (ValueError, TypeError) as reason:  # a relaxation that the model or the guide does not have
+        loss, relaxed, slopes = None, None, {}
+        refused["relax"] = str(reason).splitlines()[0]
     own = run.parameters_of(keys[6], names)
-    first = run.marginals(keys[6], {})
+    first = marginals(guide, {}, *args, num_values=num_values, rng_key=keys[6], **kwargs)
     trusted = k < 0.7
     share = np.exp(weights - weights.max())
     share /= share.sum()
 
     sites = {}
     for name in names:
-        probs = np.mean(drawn[name]["probs"], 0)
-        weighted = np.tensordot(share, drawn[name]["values"], 1) if trusted else None
+        laws, values = drawn[name]
+        probs = np.mean(laws, 0)
+        weighted = np.tensordot(share, values, 1) if trusted else None
         norm = lambda tree, name=name: math.sqrt(sum(float(np.sum(tree[p] ** 2)) for p in own[name]))
         bias = None
         if relaxed is not None:
@@ -239,10 +246,19 @@ def check(
             probs=probs, weighted=weighted, gradient=norm(means), noise=norm(spreads), relaxed_bias=bias,
             relaxed_noise=None if relaxed is None else norm(relaxed[1]),
             swallowed=None if relaxed is None else not slopes[name],
-            moved=float(np.abs(probs - first[name]).max()),
+            moved=float(np.abs(probs - np.asarray(first[name])).max()),
         )  # fmt: skip
-    other = run.rival(keys[7]) if rival else None
-    found = Check(bound, error, relaxed_bound, gap, gap_error, other, k, trend, impossible, sites, ())
+    other = None
+    if rival:
+        try:
+            other = run.rival(keys[7])
+        except (ValueError, TypeError) as reason:  # a model that AutoStructured has no guide for
+            refused["AutoStructured"] = str(reason).splitlines()[0]
+    found = Check(
+        bound=bound, bound_error=error, relaxed_bound=None if loss is None else -loss, gap=gap,
+        gap_error=gap_error, rival=other, pareto_k=k, trend=trend, impossible=impossible, sites=sites,
+        refused=refused, advice=(),
+    )  # fmt: skip
     found = dataclasses.replace(found, advice=tuple(_advice(found, coupled)))
     print(found)
     return found
@@ -307,30 +323,10 @@ class _Run:
             fixed = handlers.substitute(handlers.seed(self.guide, key), params)
             return handlers.trace(fixed).get_trace(*self.args, **self.kwargs)
 
-    def model_trace(self, key, guide_trace, values=None):
+    def model_trace(self, key, guide_trace):
         with handlers.block():
             seeded = handlers.substitute(handlers.seed(self.model, key), self.params)
-            replayed = handlers.replay(seeded, guide_trace)
-            fixed = handlers.substitute(replayed, values) if values else replayed
-            return handlers.trace(fixed).get_trace(*self.args, **self.kwargs)
-
-    def discrete(self, trace):
-        return {
-            name: s
-            for name, s in trace.items()
-            if s["type"] == "sample" and not s["is_observed"] and wr.is_discrete(s["fn"])
-        }
-
-    def laws(self, trace):
-        return {
-            name: probabilities(name, s["fn"], s["value"], rl.num_values_of(self.num_values, name))
-            for name, s in self.discrete(trace).items()
-        }
-
-    def marginals(self, key, params, number=200):
-        laws = lambda k: self.laws(self.guide_trace(k, params))
-        found = jax.lax.map(laws, jax.random.split(key, number), batch_size=20)
-        return {name: np.asarray(jnp.mean(p, 0)) for name, p in found.items()}
+            return handlers.trace(handlers.replay(seeded, guide_trace)).get_trace(*self.args, **self.kwargs)
 
     def draws(self, key, number):
         """Laws and values of the discrete sites, log-weights, and shares of impossible draws."""
@@ -339,11 +335,7 @@ class _Run:
             first, second = jax.random.split(key)
             guide = self.guide_trace(first)
             model = self.model_trace(second, guide)
-            laws = self.laws(guide)
-            sites = {
-                name: {"probs": laws[name], "values": _one_hot(s["value"], laws[name], s["fn"])}
-                for name, s in self.discrete(guide).items()
-            }
+            sites = {n: law_and_value(n, s, self.num_values) for n, s in discrete_latents(guide).items()}
             impossible = {
                 name: jnp.any(log_prob_of(s) == -jnp.inf)
                 for name, s in model.items()
@@ -360,15 +352,17 @@ class _Run:
         trace = self.guide_trace(key)
         model = self.model_trace(key, trace)
         with handlers.block():
-            depends = start.get_dependencies(self.model, self.args, self.kwargs)["prior_dependencies"]
+            depends = get_dependencies(self.model, self.args, self.kwargs)["prior_dependencies"]
+            in_guide = get_dependencies(self.guide, self.args, self.kwargs)["prior_dependencies"]
         alone = {}
         meets = {name: start.terms_and_plates(name, model, depends) for name in names if name in model}
         for name, (terms, plates) in meets.items():
-            s = trace[name]
-            shape = jnp.shape(s["value"])[: jnp.ndim(s["value"]) - wr.innermost(s["fn"]).event_dim]
-            independent = math.prod(shape) == math.prod(shape[f.dim] for f in plates if -f.dim <= len(shape))
+            fn, value = trace[name]["fn"], trace[name]["value"]
+            elements = jnp.size(value) // math.prod(wr.innermost(fn).event_shape)
+            independent = elements == math.prod(fn.batch_shape[frame.dim] for frame in plates)
             others = [meets[other][0] for other in meets if other != name]
-            if independent and not any(terms & other for other in others):
+            below = any(name in above for other, above in in_guide.items() if other != name)
+            if independent and not below and not any(terms & other for other in others):
                 alone[name] = (terms, plates)
         together = set(names) - set(alone)
 
@@ -400,24 +394,23 @@ class _Run:
             error = found.std(ddof=1) / math.sqrt(len(found))
         return float(found.mean()), float(error), bool(together)
 
-    def loss(self, key, elbo, model, guide):
-        return float(
-            jax.jit(lambda p: elbo.loss(key, p, model, guide, *self.args, **self.kwargs))(self.params)
-        )
+    @functools.cached_property
+    def floats(self):
+        """The parameters that have gradients."""
+        return {n: x for n, x in self.params.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
 
     def gradients(self, key, elbo, model, guide):
-        """Means and standard deviations of the gradients in the parameters, by name."""
-        loss = lambda p, k: elbo.loss(k, p, model, guide, *self.args, **self.kwargs)
-        floats = {n: x for n, x in self.params.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
-        if not floats:
-            return {}, {}
-        rest = {n: x for n, x in self.params.items() if n not in floats}
-        gradient = jax.grad(lambda p, k: loss(p | rest, k))
-        found = jax.jit(lambda p: jax.lax.map(lambda k: gradient(p, k), jax.random.split(key, GRADIENTS)))(
-            floats
-        )
+        """The mean loss; means and standard deviations of the gradients in the parameters, by name."""
+
+        def loss(floats, key):
+            return elbo.loss(key, self.params | floats, model, guide, *self.args, **self.kwargs)
+
+        keys = jax.random.split(key, GRADIENTS)
+        both = jax.jit(lambda p: jax.lax.map(lambda k: jax.value_and_grad(loss)(p, k), keys))
+        losses, found = both(self.floats)
         found = {n: np.asarray(g, np.float64) for n, g in found.items()}
-        return {n: g.mean(0) for n, g in found.items()}, {n: g.std(0, ddof=1) for n, g in found.items()}
+        spreads = {n: g.std(0, ddof=1) for n, g in found.items()}
+        return float(jnp.mean(losses)), {n: g.mean(0) for n, g in found.items()}, spreads
 
     def slopes(self, key, model, guide, names):
         """Of each site whether the log-probability of the model has a slope in any of its relaxed draws."""
@@ -449,22 +442,17 @@ class _Run:
                 again = handlers.trace(seeded).get_trace(*self.args, **self.kwargs)
             return {n: jnp.sum(log_prob_of(again[n])) for n in names}
 
-        floats = {n: x for n, x in self.params.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
-        if not floats:
+        if not self.floats:
             return {name: [] for name in names}
-        rest = {n: x for n, x in self.params.items() if n not in floats}
-        slopes = jax.jacrev(lambda p: log_q(p | rest))(floats)
+        slopes = jax.jacrev(lambda floats: log_q(self.params | floats))(self.floats)
         return {n: [p for p, x in slopes[n].items() if bool(jnp.any(x != 0))] for n in names}
 
     def rival(self, key):
-        """The bound of a new guide that is trained here, and its standard error; None where it cannot be."""
+        """The bound of a new guide that is trained here, and its standard error."""
         guide = AutoStructured(self.model, num_values=self.num_values)
         optimizer = optim.Adam(lambda i: RIVAL_RATE * (1 + jnp.cos(math.pi * i / RIVAL_STEPS)) / 2)
         svi = SVI(self.model, guide, optimizer, RLOO_ELBO(PARTICLES))
-        try:
-            result = svi.run(key, RIVAL_STEPS, *self.args, progress_bar=False, **self.kwargs)
-        except (ValueError, TypeError):
-            return None
+        result = svi.run(key, RIVAL_STEPS, *self.args, progress_bar=False, **self.kwargs)
         run = _Run(self.model, guide, result.params, self.args, self.kwargs, self.num_values)
         weights = run.draws(key, 500)[1]
         with np.errstate(invalid="ignore"):
@@ -473,13 +461,3 @@ class _Run:
 
 def _total(trace):
     return sum(jnp.sum(scaled_log_prob(s)) for s in trace.values() if s["type"] == "sample")
-
-
-def _one_hot(value, probs, fn):
-    """The value as probabilities: of a one for bits, else of all values."""
-    value = jnp.asarray(value)
-    if value.ndim == probs.ndim:  # bits, one-hot vectors
-        return value.astype(probs.dtype)
-    low = wr.innermost(fn)
-    low = getattr(low, "low", 0) if isinstance(getattr(low, "low", 0), int) else 0
-    return jax.nn.one_hot(value - low, probs.shape[-1])

@@ -31,7 +31,7 @@ def marginals(
     than frequencies for any other, such as the states of a chain in a `scan`.
 
     Args:
-      guide: a guide, not relaxed; also one written by hand.
+      guide: a guide, not relaxed. It may be hand-written.
       params: its trained parameters.
       args, kwargs: the arguments of the guide.
       num_samples: number of draws, at least 1.
@@ -68,25 +68,37 @@ def marginals(
             trace = handlers.trace(handlers.substitute(handlers.seed(guide, key), dict(params))).get_trace(
                 *args, **kwargs
             )
-        sites = {
-            name: s
-            for name, s in trace.items()
-            if s["type"] == "sample" and not s["is_observed"] and wr.is_discrete(s["fn"])
-        }
+        sites = discrete_latents(trace)
+        relaxed = [name for name, s in trace.items() if isinstance(wr.innermost(s.get("fn")), site.Relaxed)]
+        arg.require(not relaxed, "guide", "one that is not relaxed", f"the relaxed sites {relaxed}")
         rl.check_names("num_values", num_values, sites)
-        return {name: probabilities(name, s["fn"], s["value"], num_values) for name, s in sites.items()}
+        return {name: law_and_value(name, s, num_values)[0] for name, s in sites.items()}
 
     drawn = jax.lax.map(laws, jax.random.split(key, num_samples), batch_size=min(num_samples, 100))
     return {name: jnp.mean(p, 0) for name, p in drawn.items()}
 
 
-def probabilities(name, fn, value, num_values=None):
-    """Of a site of a guide, given the draws before it: of a one for bits, else of all values."""
-    d = wr.innermost(fn)
+def discrete_latents(trace):
+    return {
+        name: s
+        for name, s in trace.items()
+        if s["type"] == "sample" and not s["is_observed"] and wr.is_discrete(s["fn"])
+    }
+
+
+def law_and_value(name, message, num_values=None):
+    """The law of a site given the draws before it, and its draw in the same form.
+
+    Both are the probability of a one for bits, else probabilities of all values on a last axis.
+    """
+    d, value = wr.innermost(message["fn"]), jnp.asarray(message["value"])
     if isinstance(d, Autoregressive):
-        p, kind = jnp.exp(d.log_pmf(value)), d.site.kind
+        p, kind, weights = jnp.exp(d.log_pmf(value)), d.site.kind, d.site.weights(value)
     else:
         law = site.law_of(name, d, rl.num_values_of(num_values, name))
-        p, kind = jnp.exp(law.log_pmf), law.kind
-        p = jnp.broadcast_to(p, (*jnp.shape(value)[: jnp.ndim(value) - d.event_dim], p.shape[-1]))
-    return p[..., 1] if kind == "bit" else p
+        p, kind, size = jnp.exp(law.log_pmf), law.kind, law.log_pmf.shape[-1]
+        low = 0 if law.values is None else int(law.values[0])
+        # what is beyond the last value of a count is folded into it
+        weights = value if d.event_dim else jax.nn.one_hot(jnp.minimum(value - low, size - 1), size)
+        p = jnp.broadcast_to(p, weights.shape)
+    return (p[..., 1], weights[..., 1]) if kind == "bit" else (p, weights)

@@ -62,12 +62,7 @@ class Relaxed(dist.Distribution):
             check_same_values(intermediates[0], self.log_pmf)
             return _kl.expected_log_pmf(intermediates[0], self.log_pmf)
         value = jnp.asarray(value)
-        if self.event_dim:
-            weights = value
-        elif self.values is None:
-            weights = jnp.stack([1 - value, value], -1)
-        else:
-            weights = jnp.maximum(1 - jnp.abs(value[..., None] - self.values), 0)
+        weights = value if self.event_dim else weights_of_number(value, self.values)
         possible = self.log_pmf > -jnp.inf
         law = jnp.sum(weights * where(possible, self.log_pmf, 0), -1)
         return where(jnp.any(~possible & (weights > 0), -1), -jnp.inf, law)
@@ -77,6 +72,13 @@ class Relaxed(dist.Distribution):
 def _kl_of_relaxed_sites(p, q):
     check_same_values(p.log_pmf, q.log_pmf)
     return _kl.discrete_kl(p.log_pmf, q.log_pmf)
+
+
+def weights_of_number(value, values=None):
+    """Weights of the values of a count, or of 0 and 1, from a number that may lie between two of them."""
+    if values is None:
+        return jnp.stack([1 - value, value], -1)
+    return jnp.maximum(1 - jnp.abs(value[..., None] - values), 0)
 
 
 def check_num_values(num_values):

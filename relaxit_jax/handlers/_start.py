@@ -15,6 +15,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer.inspect import get_dependencies
 
 from relaxit_jax._terms import plates_of, scaled_log_prob, sum_to
+from relaxit_jax.distributions import _kl
 
 STARTS, STARTS_IF_COUPLED = 8, 4  # each with other draws, and another point of the continuous sites
 PASSES = 6  # where there are discrete sites alone
@@ -245,5 +246,5 @@ class _Ascent:
 
 
 def _entropy(logits):
-    p, log_p = jax.nn.softmax(logits, -1), jax.nn.log_softmax(logits, -1)
-    return -jnp.sum(jnp.where(p > 0, p * log_p, 0), -1)
+    log_q = _kl.log_pmf_of_classes(logits)
+    return -_kl.expected_log_pmf(log_q, log_q)
