@@ -17,6 +17,7 @@ import guides
 from relaxit_jax import distributions as rd
 from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import AutoMeanField, AutoStructured, relax, take
+from relaxit_jax.handlers import _start as start
 
 KEY = jax.random.key(20261130)
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -51,6 +52,29 @@ def test_a_mixture_starts_at_its_exact_posterior(vector):
     shares = guide.median(params)["shares"]
     exact = sp.softmax(np.log(shares) + st.norm(loc, 0.7).logpdf(POINTS[:, None]), -1)
     np.testing.assert_allclose(guide.probs(params)["z"], exact, atol=0.003)
+
+
+@pytest.mark.whole
+def test_starts_are_ranked_by_their_bound():
+    """The expected log-joint and the entropy, in the unconstrained space of a positive site."""
+
+    def model():
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Categorical(np.array([0.2, 0.5, 0.3], np.float32)))
+        numpyro.sample("y", dist.Normal(z, scale), obs=1.2)
+
+    guide = AutoMeanField(model, init_logits={"z": np.array([0.0, 0.4, -0.3])})
+    handlers.seed(guide, 0)()
+    point = {"scale": jnp.array(0.8)}
+    ascent = start._Ascent(model, (), {}, guide._sites.values(), point)
+    logits = {"z": jnp.array([0.0, 0.4, -0.3])}
+    bounds = jax.lax.map(
+        lambda key: ascent.bound(key, logits, ascent.unconstrain(point)), jax.random.split(KEY, 400)
+    )
+    q = sp.softmax([0.0, 0.4, -0.3])
+    log_joint = np.log([0.2, 0.5, 0.3]) + st.norm(np.arange(3), 0.8).logpdf(1.2) + st.norm.logpdf(np.log(0.8))
+    exact = q @ (log_joint - np.log(q))
+    assert abs(bounds.mean() - exact) < 4.5 * bounds.std() / 20 < 0.05
 
 
 def coupled():
