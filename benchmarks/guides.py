@@ -7,6 +7,7 @@ and results/guides.json.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 import warnings
@@ -385,42 +386,46 @@ def clusters_summed():
     numpyro.factor("x", jnp.sum(jax.nn.logsumexp(each, -1)))
 
 
-def digits(n=400):
+@functools.cache
+def pixels(n=400):
+    """Digits of 64 black or white pixels, by scikit-learn: no other model needs it."""
     from sklearn.datasets import load_digits
 
     return (load_digits().data[:n] > 7).astype(int)
 
 
-PIXELS = digits()
 KINDS = 10
 
 
 def latent_classes():
+    x = pixels()
     shares = numpyro.sample("shares", dist.Dirichlet(np.ones(KINDS, np.float32)))
-    with numpyro.plate("pixels", PIXELS.shape[1], dim=-1), numpyro.plate("kinds", KINDS, dim=-2):
+    with numpyro.plate("pixels", x.shape[1], dim=-1), numpyro.plate("kinds", KINDS, dim=-2):
         ink = numpyro.sample("ink", dist.Beta(1.0, 1.0))
-    with numpyro.plate("images", len(PIXELS)):
+    with numpyro.plate("images", len(x)):
         z = numpyro.sample("z", dist.Categorical(shares))
-        numpyro.sample("x", dist.Bernoulli(probs=take(ink, z)).to_event(1), obs=PIXELS)
+        numpyro.sample("x", dist.Bernoulli(probs=take(ink, z)).to_event(1), obs=x)
 
 
 def bound_of_latent_classes(q):
     """Minus the bound of q(z) with the best q(shares) and q(ink), which have a closed form."""
-    alpha, a, b = 1 + q.sum(0), 1 + q.T @ PIXELS, 1 + q.T @ (1 - PIXELS)
+    x = pixels()
+    alpha, a, b = 1 + q.sum(0), 1 + q.T @ x, 1 + q.T @ (1 - x)
     evidence = sp.gammaln(KINDS) - sp.gammaln(alpha.sum()) + sp.gammaln(alpha).sum()
     return -(evidence + sp.betaln(a, b).sum() - np.sum(sp.xlogy(q, q)))
 
 
 def latent_classes_answer(starts=20):
     """The least of coordinate ascent from random starts."""
+    x = pixels()
     best = np.inf
     for seed in range(starts):
-        q = sp.softmax(4 * np.random.default_rng(seed).normal(size=(len(PIXELS), KINDS)), -1)
+        q = sp.softmax(4 * np.random.default_rng(seed).normal(size=(len(x), KINDS)), -1)
         for _ in range(200):
-            a, b, alpha = 1 + q.T @ PIXELS, 1 + q.T @ (1 - PIXELS), 1 + q.sum(0)
+            a, b, alpha = 1 + q.T @ x, 1 + q.T @ (1 - x), 1 + q.sum(0)
             on, off = sp.digamma(a) - sp.digamma(a + b), sp.digamma(b) - sp.digamma(a + b)
             share = sp.digamma(alpha) - sp.digamma(alpha.sum())
-            q = sp.softmax(share + PIXELS @ on.T + (1 - PIXELS) @ off.T, -1)
+            q = sp.softmax(share + x @ on.T + (1 - x) @ off.T, -1)
         best = min(best, bound_of_latent_classes(q))
     return best
 

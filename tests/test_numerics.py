@@ -247,7 +247,8 @@ def mills(x):
 
 
 def log_odds_of_ndtr(v):
-    return sp.log_ndtr(v) - sp.log_ndtr(-v)
+    near = 2 * np.arctanh(sp.erf(np.clip(v, -1, 1) / np.sqrt(2)))  # where the difference has lost digits
+    return np.where(np.abs(v) < 1, near, sp.log_ndtr(v) - sp.log_ndtr(-v))
 
 
 def probit_of_logit(x):
