@@ -6,8 +6,10 @@ the best one that was found for the model with its discrete sites summed out. Wr
 and results/guides.json.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import time
 import warnings
@@ -28,7 +30,7 @@ from numpyro.infer.autoguide import AutoNormal
 
 from records import out_option, write
 from relaxit_jax.elbo import RLOO_ELBO
-from relaxit_jax.handlers import AutoMeanField, AutoStructured, marginals, relax, select, take
+from relaxit_jax.handlers import AutoMeanField, AutoStructured, check, marginals, relax, select, take
 
 # --- a change point of yearly counts ----------------------------------------------------------
 
@@ -474,35 +476,41 @@ GUIDES = {
 
 
 def train(model, guide, tau, steps, seed=0, particles=10, rate=0.05):
-    """Trained parameters; without a tau, of the discrete model itself."""
+    """Trained parameters and losses; without a tau, of the discrete model itself."""
     handled = lambda f: f if tau is None else relax(f, tau=tau)
     loss = RLOO_ELBO(particles) if tau is None else Trace_ELBO(particles)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     svi = SVI(handled(model), handled(guide), optimizer, loss)
-    return svi.run(jax.random.key(seed), steps, progress_bar=False).params
+    result = svi.run(jax.random.key(seed), steps, progress_bar=False)
+    return result.params, result.losses
 
 
-def measure(problem, answer, column, steps, seed):
-    """The largest error of a probability, None where the answer is a bound; and minus the bound."""
+def measure(problem, answer, column, steps, seed, ask):
+    """The largest error of a probability, None where the answer is a bound; minus the bound; advice."""
     cls, options, tau = GUIDES[column]
     guide = cls(problem.model, **options)
-    params = train(problem.model, guide, tau, steps, seed)
+    params, losses = train(problem.model, guide, tau, steps, seed)
     loss = jax.jit(lambda p: Trace_ELBO(num_particles=500).loss(jax.random.key(1), p, problem.model, guide))
     bound = float(loss(params))
+    advice = None
+    if ask:
+        with contextlib.redirect_stdout(io.StringIO()):
+            advice = check(problem.model, guide, params, losses=losses if tau is None else None).advice
     if not isinstance(answer, dict):
-        return None, bound
+        return None, bound, advice
     found = marginals(guide, params)
     # a law may have fewer values than the other: the missing ones have no probability to speak of
     errors = [np.abs(p - np.asarray(found[name])[..., : p.shape[-1]]).max() for name, p in answer.items()]
-    return float(max(errors)), bound
+    return float(max(errors)), bound, advice
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.option("--steps", default=3000, help="Steps of Adam.")
 @click.option("--seeds", default=2, help="Runs of each; the table has the mean.")
 @click.option("--only", multiple=True, type=click.Choice(list(PROBLEMS)), help="One model; may be repeated.")
+@click.option("--check/--no-check", "ask", default=False, help="Call check after the first run of each.")
 @out_option
-def main(steps, seeds, only, out):
+def main(steps, seeds, only, ask, out):
     table = {}
     click.echo("largest error of a posterior probability, and minus the bound (seconds of one run)")
     for name in only or PROBLEMS:
@@ -515,19 +523,26 @@ def main(steps, seeds, only, out):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of NumPyro, on discrete latents
-                    runs = [measure(problem, answer, column, steps, seed) for seed in range(seeds)]
+                    runs = [
+                        measure(problem, answer, column, steps, seed, ask and seed == 0)
+                        for seed in range(seeds)
+                    ]
             except ValueError as reason:
                 table[name][column] = {"refused": str(reason).splitlines()[0]}
                 click.echo(f"{name:16} {column:28} refused: {reason}")
                 continue
             seconds = (time.perf_counter() - start) / seeds
-            errors, bounds = zip(*runs, strict=True)
+            errors, bounds, advices = zip(*runs, strict=True)
             mean = {"bound": float(np.mean(bounds)), "bounds": bounds, "seconds": seconds}
             if known:
                 mean |= {"error": float(np.mean(errors)), "errors": errors}
+            if ask:
+                mean["advice"] = advices[0]
             table[name][column] = mean
             shown = f"{mean['error']:.3f}" if known else "     "
             click.echo(f"{name:16} {column:28} {shown}  {mean['bound']:9.2f}  ({seconds:.0f} s)")
+            for sentence in advices[0] or ():
+                click.echo(f"{'':16} {sentence}")
         if not known:
             click.echo(f"{name:16} {'best bound':28}        {answer:9.2f}")
         write("guides", {"steps": steps, "seeds": seeds, "models": table}, out)

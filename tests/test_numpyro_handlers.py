@@ -12,8 +12,10 @@ import pytest
 import scipy.special as sp
 import scipy.stats as st
 from numpyro import handlers
+from numpyro.contrib.einstein import RBFKernel, SteinVI
 from numpyro.contrib.funsor import config_enumerate, infer_discrete
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 from numpyro.infer.reparam import LocScaleReparam
 
 from relaxit_jax.elbo import RLOO_ELBO
@@ -93,6 +95,56 @@ def test_an_intervention_leaves_the_prior(guide):
     model = handlers.do(toy, data={"z": jnp.array(1)})
     made = guide(model)
     assert abs(marginals(made, train(model, made))["z"] - 0.3) < 0.02
+
+
+@GUIDES
+@pytest.mark.parametrize("bit_first", [True, False])
+def test_it_is_a_part_of_a_list_of_guides(bit_first, guide):
+    made = AutoGuideList(
+        handlers.block(toy, hide=["z"])
+    )  # NumPyro refuses them in a list's model
+    parts = [guide(handlers.block(toy, hide=["level"])), AutoNormal(handlers.block(toy, hide=["z"]))]
+    for part in parts if bit_first else parts[::-1]:
+        made.append(part)
+    for tau in (None, 0.1):
+        found = marginals(made, train(toy, made, tau))["z"]
+        assert abs(found - posterior(1.5)) < (0.02 if tau is None else 0.05)
+
+
+@GUIDES
+def test_a_blocked_site_keeps_its_prior(guide):
+    """Neither model nor guide shows the level: each particle draws it anew."""
+    model = handlers.block(toy, hide=["level"])
+    made = guide(model)
+    params = train(model, made)
+    assert set(params) == {"z_auto_logits"}
+    level = 0.2 + 0.05 * np.random.default_rng(0).normal(size=100_000)  # the bound averages the log-odds
+    odds = np.log(3 / 7) + np.mean(st.norm(level + 1, 0.5).logpdf(1.5) - st.norm(level, 0.5).logpdf(1.5))
+    assert abs(marginals(made, params)["z"] - sp.expit(odds)) < 0.02
+
+
+@pytest.mark.parametrize("tau", [None, 0.1])
+def test_a_hand_written_guide_with_an_auxiliary_site(tau):
+    """A fair coin that only the guide has, given which the bit has one of two laws: their mean is right."""
+
+    def guide():
+        coin = numpyro.sample("coin", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
+        level = numpyro.param("loc", 0.2)
+        numpyro.sample("level", dist.Normal(level, 0.05))
+        logits = numpyro.param("logits", jnp.array([-1.0, 2.0]))
+        numpyro.sample("z", dist.Bernoulli(logits=(1 - coin) * logits[0] + coin * logits[1]))
+
+    found = marginals(guide, train(toy, guide, tau, steps=1500))
+    assert abs(found["z"] - posterior(1.5)) < (0.03 if tau is None else 0.06)
+    assert abs(found["coin"] - 0.5) < 0.02
+
+
+def test_stein_mixtures_of_discrete_sites_are_refused():
+    """By NumPyro, in its own words."""
+    made = AutoMeanField(toy)
+    svi = SteinVI(toy, made, numpyro.optim.Adam(0.05), RBFKernel(), num_stein_particles=3)
+    with pytest.raises(Exception, match="Cannot enumerate model with discrete variables"):
+        svi.run(KEY, 2, progress_bar=False)
 
 
 @GUIDES

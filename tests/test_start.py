@@ -199,9 +199,13 @@ def test_refusals():
         AutoMeanField(mixture, init_logits=np.zeros(3))
     with pytest.raises(ValueError, match="init_logits must be names of the sites"):
         started(mixture, init_logits={"w": np.zeros(3)})
-    for wrong in (np.zeros(3), np.full((36, 3), np.nan)):
-        with pytest.raises(ValueError, match=r"init_logits\['z'\] must be finite, of shape \(36, 3\)"):
-            started(mixture, init_logits={"z": wrong})
+    with pytest.raises(ValueError, match=r"init_logits\['z'\] must be of shape \(36, 3\), got shape \(3,\)"):
+        started(mixture, init_logits={"z": np.zeros(3)})
+    for wrong in (np.nan, np.inf, -np.inf):  # minus infinity for every value of an element
+        with pytest.raises(ValueError, match=r"init_logits\['z'\] must be finite, or -inf for some values"):
+            started(mixture, init_logits={"z": np.full((36, 3), wrong)})
+    with pytest.raises(ValueError, match=r"init_logits\['z'\] must be finite, got \[-inf\]"):
+        started(lambda: numpyro.sample("z", dist.Bernoulli(0.3)), init_logits={"z": -np.inf})
     with pytest.raises(ValueError, match=r"outside of jax\.jit"):
         jax.jit(lambda key: handlers.seed(AutoMeanField(mixture, init="data"), key)()["loc"])(KEY)
 

@@ -63,7 +63,8 @@ class AutoMeanField(AutoGuide):
         and other models whose elements do not meet. It takes some seconds, in the first call.
       init_logits: logits to start from, by name of the site: an array, or a function of the model's
         arguments that returns one. Log-odds, of the shape of the site, for bits; with a last axis for the
-        values for others. With ``init="data"`` the ascent starts from them.
+        values for others, where ``-inf`` leaves a value out of the guide, as for a count that the data bound
+        below. With ``init="data"`` the ascent starts from them.
       num_values: how many values a count takes, as in `relax`. It must be given for counts whose
         parameters are draws of other sites, because one draw does not tell how many are enough.
 
@@ -418,11 +419,20 @@ class DiscreteSite:
     masked: bool
 
     def starting_at(self, logits):
-        logits = np.asarray(logits, np.float32)
-        need = f"finite, of shape {self.start.shape}"
-        fits = logits.shape == self.start.shape and np.isfinite(logits[self.possible.all(-1)]).all()
-        arg.require(fits, f"init_logits['{self.name}']", need, f"shape {logits.shape}")
-        return dataclasses.replace(self, start=np.where(np.isfinite(logits), logits, -30))
+        """The same with these logits; of classes and counts, -inf leaves a value out for good."""
+        name, logits = f"init_logits['{self.name}']", np.asarray(logits, np.float32)
+        shape = self.start.shape
+        arg.require(logits.shape == shape, name, f"of shape {shape}", f"shape {logits.shape}")
+        if self.kind == "bit":
+            possible, wrong = self.possible, ~np.isfinite(logits) & self.possible.all(-1)
+            need = "finite"
+        else:
+            possible = self.possible & (logits > -np.inf)
+            wrong = self.possible & (np.isnan(logits) | (logits == np.inf)) | ~possible.any(-1, keepdims=True)
+            need = "finite, or -inf for some values of an element"
+        arg.require(not wrong.any(), name, need, str(logits[np.broadcast_to(wrong, shape)][:1]))
+        start = np.where(np.isfinite(logits), logits, -30)
+        return dataclasses.replace(self, start=start, possible=possible)
 
     @property
     def elements(self):
