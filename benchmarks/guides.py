@@ -519,6 +519,7 @@ def main(steps, seeds, only, ask, out):
         known = isinstance(answer, dict)
         table[name] = {} if known else {"best bound": answer}
         for column in GUIDES:
+            jax.clear_caches()  # hundreds of programs, whose memory one process has not
             start = time.perf_counter()
             try:
                 with warnings.catch_warnings():

@@ -100,9 +100,7 @@ def test_an_intervention_leaves_the_prior(guide):
 @GUIDES
 @pytest.mark.parametrize("bit_first", [True, False])
 def test_it_is_a_part_of_a_list_of_guides(bit_first, guide):
-    made = AutoGuideList(
-        handlers.block(toy, hide=["z"])
-    )  # NumPyro refuses them in a list's model
+    made = AutoGuideList(handlers.block(toy, hide=["z"]))  # NumPyro refuses them in a list's model
     parts = [guide(handlers.block(toy, hide=["level"])), AutoNormal(handlers.block(toy, hide=["z"]))]
     for part in parts if bit_first else parts[::-1]:
         made.append(part)

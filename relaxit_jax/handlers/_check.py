@@ -30,6 +30,8 @@ PARTICLES, GRADIENTS = 10, 100  # of one estimate of a gradient; estimates
 INNER = 200  # draws of the discrete sites beside one draw of the others
 RIVAL_STEPS, RIVAL_RATE = 1500, 0.05
 GAP, BETTER, TREND = 1.5, 1.0, 1.0  # in nats: what is worth a word
+OFF, CLOSER = 0.05, 0.15  # of a probability; and of a bound in nats, where such a probability differs
+TRUSTED = 0.7  # the Pareto k above which importance weights tell nothing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +41,7 @@ class SiteCheck:
     Args:
       probs: the guide's marginal probabilities: of a one for bits, else of all values on a last axis.
       weighted: the same with draws weighted by ``p / q``; None where these weights cannot be trusted.
+      weighted_error: the standard errors of ``weighted - probs``; None where that is.
       gradient: the norm of the mean gradient of the loss in the parameters of this site, by `RLOO_ELBO`.
       noise: the standard deviation of one such estimate of ten particles, as the root of the sum of squares.
       relaxed_bias: the norm of the difference of the mean gradient under `relax`, beyond what noise explains;
@@ -46,16 +49,19 @@ class SiteCheck:
       relaxed_noise: the standard deviation under `relax`.
       swallowed: whether no draw has a slope under `relax`, because of a comparison, say.
       moved: the largest change of a probability since the start.
+      rival: the marginal probabilities of the `AutoStructured` guide that was trained beside; None without.
     """
 
     probs: np.ndarray
     weighted: np.ndarray | None
+    weighted_error: np.ndarray | None
     gradient: float
     noise: float
     relaxed_bias: float | None
     relaxed_noise: float | None
     swallowed: bool | None
     moved: float
+    rival: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,8 +77,8 @@ class Check:
         bound rise if 200 weighted draws stand for one. Sites whose elements are independent are drawn anew
         element by element, given the others; else all sites are.
       gap_error: its standard error.
-      rival: the bound of an `AutoStructured` guide that was trained beside it, and its standard error; None
-        if it was not tried, or could not be made.
+      rival: the bound of an `AutoStructured` guide that was trained beside it, its standard error and its
+        Pareto k; None if it was not tried, or could not be made.
       pareto_k: the shape of the tail of the importance weights, by NumPyro's `psis_diagnostic`.
       trend: the change of the loss over its last quarter and the standard error, None without losses.
       impossible: by site of the model, the share of draws that have probability 0 there.
@@ -86,7 +92,7 @@ class Check:
     relaxed_bound: float | None
     gap: float
     gap_error: float
-    rival: tuple[float, float] | None
+    rival: tuple[float, float, float] | None
     pareto_k: float
     trend: tuple[float, float] | None
     impossible: dict[str, float]
@@ -162,13 +168,14 @@ def check(
       rng_key: key of the draws. Default: ``jax.random.key(0)``.
 
     Returns:
-      What was printed, as an object with these attributes: ``bound`` and ``bound_error``; ``relaxed_bound``;
-      ``gap`` and ``gap_error``; ``rival``, a bound and its error; ``pareto_k``; ``trend``, the change of the
-      loss over its last quarter and its error; ``impossible``, shares of draws by site of the model;
-      ``refused``, reasons by ``"relax"`` and ``"AutoStructured"``; ``advice``, a tuple of sentences, empty if
-      nothing is wrong; and ``sites``, by name: ``probs`` and
-      ``weighted`` probabilities, ``gradient``, ``noise``, ``relaxed_bias``, ``relaxed_noise``, ``swallowed``
-      and ``moved``. Bounds are in nats, gradients in nats for a unit of the parameters.
+      What was printed, as an object with these attributes. Bounds are in nats, gradients in nats for a unit
+      of the parameters. ``bound`` and ``bound_error``; ``relaxed_bound``; ``gap`` and ``gap_error``;
+      ``rival``, a bound, its error and Pareto k; ``pareto_k``; ``trend``, the change of the loss over its
+      last quarter and its error; ``impossible``, shares of draws by site of the model; ``refused``, reasons
+      by ``"relax"`` and ``"AutoStructured"``; ``advice``, a tuple of sentences, empty if nothing is wrong;
+      and ``sites``, by name: ``probs``, ``weighted`` probabilities and their ``weighted_error``,
+      ``gradient``, ``noise``, ``relaxed_bias``, ``relaxed_noise``, ``swallowed``, ``moved`` and the
+      probabilities of the ``rival``.
 
     Raises:
       ValueError: for arguments that are not as above, and a guide without discrete sites.
@@ -208,14 +215,7 @@ def check(
     drawn, weights, impossible = run.draws(keys[0], num_samples)
     with np.errstate(invalid="ignore"):
         bound, error = float(np.mean(weights)), float(np.std(weights) / math.sqrt(num_samples))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        k = psis_diagnostic(
-            keys[1], run.params, model, guide, *args, num_particles=num_samples, chunk_size=100, **kwargs
-        )
-    largest = np.sort(weights)[-num_samples // 5 :]
-    if k == math.inf and largest[-1] - largest[0] < 600:  # the largest are all alike: there is no tail
-        k = -math.inf
+    k = run.pareto_k(keys[1], weights)
     gap, gap_error, coupled = run.gap(keys[2], names)
     _, means, spreads = run.gradients(keys[3], RLOO_ELBO(PARTICLES), model, guide)
     refused = {}
@@ -227,15 +227,22 @@ def check(
         refused["relax"] = str(reason).splitlines()[0]
     own = run.parameters_of(keys[6], names)
     first = marginals(guide, {}, *args, num_values=num_values, rng_key=keys[6], **kwargs)
-    trusted = k < 0.7
+    trusted = k < TRUSTED
     share = np.exp(weights - weights.max())
     share /= share.sum()
 
+    other, probs_of_other = None, {}
+    if rival:
+        try:
+            *other, probs_of_other = run.rival(keys[7], names)
+        except (ValueError, TypeError) as reason:  # a model that AutoStructured has no guide for
+            refused["AutoStructured"] = str(reason).splitlines()[0]
     sites = {}
     for name in names:
         laws, values = drawn[name]
         probs = np.mean(laws, 0)
         weighted = np.tensordot(share, values, 1) if trusted else None
+        of_share = np.tensordot(share**2, (values - weighted) ** 2, 1) ** 0.5 if trusted else None
         norm = lambda tree, name=name: math.sqrt(sum(float(np.sum(tree[p] ** 2)) for p in own[name]))
         bias = None
         if relaxed is not None:
@@ -243,21 +250,16 @@ def check(
             expected = (norm(spreads) ** 2 + norm(relaxed[1]) ** 2) / GRADIENTS  # of noise alone
             bias = math.sqrt(max(norm(both) ** 2 - expected, 0))
         sites[name] = SiteCheck(
-            probs=probs, weighted=weighted, gradient=norm(means), noise=norm(spreads), relaxed_bias=bias,
+            probs=probs, weighted=weighted, weighted_error=of_share, gradient=norm(means),
+            noise=norm(spreads), relaxed_bias=bias,
             relaxed_noise=None if relaxed is None else norm(relaxed[1]),
             swallowed=None if relaxed is None else not slopes[name],
-            moved=float(np.abs(probs - np.asarray(first[name])).max()),
+            moved=float(np.abs(probs - np.asarray(first[name])).max()), rival=probs_of_other.get(name),
         )  # fmt: skip
-    other = None
-    if rival:
-        try:
-            other = run.rival(keys[7])
-        except (ValueError, TypeError) as reason:  # a model that AutoStructured has no guide for
-            refused["AutoStructured"] = str(reason).splitlines()[0]
     found = Check(
         bound=bound, bound_error=error, relaxed_bound=None if loss is None else -loss, gap=gap,
-        gap_error=gap_error, rival=other, pareto_k=k, trend=trend, impossible=impossible, sites=sites,
-        refused=refused, advice=(),
+        gap_error=gap_error, rival=other and tuple(other), pareto_k=k, trend=trend, impossible=impossible,
+        sites=sites, refused=refused, advice=(),
     )  # fmt: skip
     found = dataclasses.replace(found, advice=tuple(_advice(found, coupled)))
     print(found)
@@ -287,8 +289,12 @@ def _advice(found, coupled):
                 "where the model has none: leave these values out, or start with init='data'."
             )
     if found.rival is not None:
-        gain = found.rival[0] - found.bound
-        if gain > BETTER + 3 * math.hypot(found.rival[1], found.bound_error if gain < math.inf else 0):
+        gain, noise = found.rival[0] - found.bound, found.rival[1]
+        noise = 3 * math.hypot(noise, found.bound_error if gain < math.inf else 0)
+        differs = found.rival[2] < TRUSTED and any(
+            s.rival is not None and np.abs(s.rival - s.probs).max() > OFF for s in found.sites.values()
+        )
+        if gain > (CLOSER if differs else BETTER) + noise:
             yield (
                 f"AutoStructured(model), trained by RLOO_ELBO for {RIVAL_STEPS:,} steps, has a bound that "
                 f"is {gain:.1f} nats better. Train it in place of this guide, or start with init='data'."
@@ -306,8 +312,19 @@ def _advice(found, coupled):
                 f"Under relax the site '{name}' has no gradient: a comparison, a cond or a cast swallows it. "
                 "Write it by select, take or less, or train by RLOO_ELBO."
             )
+        if s.weighted is not None and (off := _off(s)) > OFF:
+            yield (
+                f"A probability of the site '{name}' is off by {off:.2f} at least, by weighted draws: the "
+                "guide cannot say it better, or training has not ended. Train longer, start with "
+                "init='data', or take the weighted ones."
+            )
         if s.moved < 1e-3 and s.gradient > 0.5 * s.noise:
             yield f"The site '{name}' has not moved from its start, and has a gradient: train longer."
+
+
+def _off(s):
+    """How far a probability is from that of weighted draws, less what noise explains."""
+    return float(np.max(np.abs(s.weighted - s.probs) - 4.5 * s.weighted_error))
 
 
 class _Run:
@@ -447,16 +464,30 @@ class _Run:
         slopes = jax.jacrev(lambda floats: log_q(self.params | floats))(self.floats)
         return {n: [p for p, x in slopes[n].items() if bool(jnp.any(x != 0))] for n in names}
 
-    def rival(self, key):
-        """The bound of a new guide that is trained here, and its standard error."""
+    def pareto_k(self, key, weights):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = psis_diagnostic(
+                key, self.params, self.model, self.guide, *self.args, num_particles=len(weights),
+                chunk_size=100, **self.kwargs,
+            )  # fmt: skip
+        largest = np.sort(weights)[-len(weights) // 5 :]
+        # the largest are all alike: there is no tail
+        return -math.inf if found == math.inf and largest[-1] - largest[0] < 600 else found
+
+    def rival(self, key, names):
+        """Of a new guide that is trained here: the bound, its standard error, Pareto k and the marginals."""
         guide = AutoStructured(self.model, num_values=self.num_values)
         optimizer = optim.Adam(lambda i: RIVAL_RATE * (1 + jnp.cos(math.pi * i / RIVAL_STEPS)) / 2)
         svi = SVI(self.model, guide, optimizer, RLOO_ELBO(PARTICLES))
         result = svi.run(key, RIVAL_STEPS, *self.args, progress_bar=False, **self.kwargs)
         run = _Run(self.model, guide, result.params, self.args, self.kwargs, self.num_values)
-        weights = run.draws(key, 500)[1]
+        drawn, weights, _ = run.draws(key, 500)
+        # a hand-written guide may have discrete sites that the model has not
+        probs = {name: np.mean(drawn[name][0], 0) for name in names if name in drawn}
         with np.errstate(invalid="ignore"):
-            return float(weights.mean()), float(weights.std() / len(weights) ** 0.5)
+            bound, error = float(weights.mean()), float(weights.std() / len(weights) ** 0.5)
+        return bound, error, run.pareto_k(key, weights), probs
 
 
 def _total(trace):
