@@ -157,6 +157,25 @@ def log_sum_exp(x):
     return where(nothing, -jnp.inf, jax.nn.logsumexp(where(nothing[..., None], 0, x), -1))
 
 
+def sum_of_others(x):
+    """Along the first axis, the sum of all but one, for each: of what is before it and of what is after."""
+    return _others(x, jnp.cumsum, jnp.add, 0)
+
+
+def log_sum_of_others(x):
+    """The logarithm of the same for exp(x)."""
+    never = -1e30  # for -inf, whose running sums have no gradient
+    total = _others(where(x > never, x, never), jax.lax.cumlogsumexp, jnp.logaddexp, never)
+    return where(total > never / 2, total, -jnp.inf)
+
+
+def _others(x, accumulate, add, nothing):
+    nothing = jnp.full_like(x[:1], nothing)
+    before = jnp.concatenate([nothing, accumulate(x, axis=0)[:-1]])
+    after = jnp.concatenate([accumulate(x[::-1], axis=0)[-2::-1], nothing]) if len(x) > 1 else nothing
+    return add(before, after)
+
+
 @jax.custom_jvp
 def log_min_gumbel_cdf(x):
     """log(1 - exp(-exp(x))), which is x for very negative x and 0 for large x."""

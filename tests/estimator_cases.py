@@ -19,7 +19,22 @@ CLASSES = FORMS.normal(size=(2, 2, 3)).astype(np.float32)
 COUPLING = {4: FORMS.normal(size=(4, 4)), 6: FORMS.normal(size=(6, 6))}
 
 
-FAMILIES = {"bits": (es.Bernoulli, BITS), "classes": (es.OneHotCategorical, CLASSES)}
+COUPLING[5] = FORMS.normal(size=(5, 5))
+ONE_CLASS = FORMS.normal(size=(2, 5)).astype(np.float32)
+
+
+class OneVariable(es.OneHotCategorical):
+    """One variable for each call of f."""
+
+    def __init__(self, logits, event_ndims=1):
+        super().__init__(logits, event_ndims)
+
+
+FAMILIES = {
+    "bits": (es.Bernoulli, BITS),
+    "classes": (es.OneHotCategorical, CLASSES),
+    "one class": (OneVariable, ONE_CLASS),
+}
 
 
 def interacting(weight, event_ndims):
@@ -44,10 +59,24 @@ ESTIMATORS = {
     "rloo_5": functools.partial(es.rloo, num_samples=5),
     "arm": es.arm,
     "disarm": es.disarm,
+    "arms": es.arms,
+    "arms_9": functools.partial(es.arms, num_samples=9),
     "rebar": es.rebar,
     "rebar_tuned": functools.partial(es.rebar, tau=1.3, eta=0.6),
     "relax": functools.partial(es.relax, control_variate=network),
+    "unordered_set": es.unordered_set,
+    "unordered_set_4": functools.partial(es.unordered_set, num_samples=4),
 }
 
 
-PAIRS = [(e, f) for e in ESTIMATORS for f in FAMILIES if f == "bits" or e not in ("arm", "disarm")]
+OF_BITS = ("arm", "disarm", "arms", "arms_9")
+OF_ONE = ("unordered_set", "unordered_set_4")
+
+
+def takes(name, family):
+    if name in OF_ONE:
+        return family == "one class"
+    return family == "bits" or (family == "classes" and name not in OF_BITS)
+
+
+PAIRS = [(e, f) for e in ESTIMATORS for f in FAMILIES if takes(e, f)]

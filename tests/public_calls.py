@@ -151,7 +151,7 @@ KINDS = {
     "estimators": no_estimators,
     "start": lambda good: no_integers(good)[1:],  # all of these but -1, which a model may mean
     **dict.fromkeys(INTEGERS, no_integers),
-    **dict.fromkeys(("hard", "log_space", "ordered", "rival"), no_flags),
+    **dict.fromkeys(("has_aux", "hard", "log_space", "ordered", "rival"), no_flags),
     **dict.fromkeys(FUNCTIONS, no_functions),
     **dict.fromkeys(("reference", "kl", "method"), no_choices),
     **dict.fromkeys(("bit", "z", "t", "s", "sample"), no_reals),
@@ -268,13 +268,19 @@ def calls():
         ),
         "Bernoulli": Call(es.Bernoulli, logits=logits, event_ndims=1),
         "OneHotCategorical of estimators": Call(es.OneHotCategorical, logits=logits, event_ndims=1),
-        "reinforce": Call(es.reinforce, **given, baseline=np.float32(0)),
-        "rloo": Call(es.rloo, **given, num_samples=2),
-        "arm": Call(es.arm, **given),
-        "disarm": Call(es.disarm, **given),
-        "rebar": Call(es.rebar, **given, tau=np.float32(0.5), eta=np.float32(1)),
-        "relax of estimators": Call(es.relax, **given, control_variate=SUM),
-        "exact": Call(es.exact, f=SUM, q=BITS),
+        "reinforce": Call(es.reinforce, **given, baseline=np.float32(0), has_aux=False),
+        "rloo": Call(es.rloo, **given, num_samples=2, has_aux=False),
+        "arm": Call(es.arm, **given, has_aux=False),
+        "disarm": Call(es.disarm, **given, has_aux=False),
+        "arms": Call(es.arms, **given, num_samples=2, has_aux=False),
+        "unordered_set": Call(
+            es.unordered_set, key=KEY, f=SUM, q=es.OneHotCategorical(logits, 1), num_samples=2, has_aux=False
+        ),
+        "from_set": Call(es.from_set, values=ones, log_prob=-ones),
+        "vimco": Call(es.vimco, key=KEY, log_joint=SUM, q=BITS, num_samples=2, has_aux=False),
+        "rebar": Call(es.rebar, **given, tau=np.float32(0.5), eta=np.float32(1), has_aux=False),
+        "relax of estimators": Call(es.relax, **given, control_variate=SUM, has_aux=False),
+        "exact": Call(es.exact, f=SUM, q=BITS, has_aux=False),
         "value_and_grads": Call(
             es.value_and_grads, kinds={"params": no_params, "variate": no_params}, loss=lambda p, v: p * v,
             params=np.float32(1), variate=np.float32(1),
@@ -294,10 +300,13 @@ def calls():
         "less": Call(hd.less, t=np.float32(1), s=weights),
         "greater": Call(hd.greater, t=np.float32(1), s=weights),
         "equal": Call(hd.equal, t=np.float32(1), s=weights),
-        "RLOO_ELBO": Call(
-            elbo.RLOO_ELBO, kinds={"vectorize_particles": lambda good: [None, "vmap", 3, np.ones(2)]},
-            num_particles=2, vectorize_particles=True,
-        ),
+        **{
+            bound.__name__: Call(
+                bound, kinds={"vectorize_particles": lambda good: [None, "vmap", 3, np.ones(2)]},
+                num_particles=2, vectorize_particles=True,
+            )
+            for bound in (elbo.RLOO_ELBO, elbo.VIMCO_ELBO)
+        },
     }  # fmt: skip
 
 

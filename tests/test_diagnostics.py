@@ -42,10 +42,11 @@ UNBIASED = {
     "rloo_5": functools.partial(es.rloo, num_samples=5),
     "arm": es.arm,
     "disarm": es.disarm,
+    "arms": es.arms,
     "rebar": es.rebar,
     "relax": functools.partial(es.relax, control_variate=network),
 }
-CALLS = {"reinforce": 1, "rloo": 2, "rloo_5": 5, "arm": 2, "disarm": 2, "rebar": 3, "relax": 1}
+CALLS = {"reinforce": 1, "rloo": 2, "rloo_5": 5, "arm": 2, "disarm": 2, "arms": 4, "rebar": 3, "relax": 1}
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def bits_report():
 
 @functools.cache
 def classes_report(reference):
-    methods = {name: e for name, e in UNBIASED.items() if name not in ("arm", "disarm", "relax")}
+    methods = {name: e for name, e in UNBIASED.items() if name not in ("arm", "disarm", "arms", "relax")}
     methods["straight_through"] = dg.from_sampler(rj.straight_through_categorical)
     methods["reinmax"] = dg.from_sampler(rj.reinmax)
     q = es.OneHotCategorical(CLASSES)

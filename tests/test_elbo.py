@@ -1,4 +1,4 @@
-"""`RLOO_ELBO`: its mean is the enumerated gradient, its variance below that without a baseline."""
+"""`RLOO_ELBO`, `VIMCO_ELBO`: their mean is the enumerated gradient, with less variance by a baseline."""
 
 import functools
 
@@ -10,11 +10,11 @@ import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import cond, scan
-from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 import posteriors
-from elbo_cases import BITS, CASES, KNOWN, LOC, exact_loss
-from relaxit_jax.elbo import RLOO_ELBO
+from elbo_cases import BITS, CASES, KNOWN, LOC, all_points, exact_loss, exact_loss_of_two
+from relaxit_jax.elbo import RLOO_ELBO, VIMCO_ELBO
 from relaxit_jax.handlers import relax, take
 
 KEY = jax.random.key(20261122)
@@ -50,6 +50,126 @@ def test_the_mean_is_the_exact_loss_and_gradient(name):
     assert z_scores(gradients, flat(gradient)[0]).max() < 4.5
     # so that a wrong factor would show
     assert z_scores(gradients, 0.8 * flat(gradient)[0]).max() > 6
+
+
+# --- the bound of several particles -----------------------------------------------------------
+
+
+@pytest.mark.few(1, "classes", "partly")
+@pytest.mark.parametrize("name", [name for name in CASES if name != "subsampled"])
+def test_the_bound_of_two_is_exact(name):
+    """Its mean is the sum over all pairs, and the value that of NumPyro at the same key."""
+    case = CASES[name]
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: exact_loss_of_two(case, p)))(case.params)
+    losses, gradients = estimates(name, VIMCO_ELBO, particles=2, draws=6000)
+    assert z_scores(losses, loss) < 4.5
+    assert z_scores(gradients, flat(gradient)[0]).max() < 4.5
+    assert z_scores(gradients, 0.8 * flat(gradient)[0]).max() > 6
+    if "scan" not in name:  # which does not know plates inside of a scan
+        model, guide = (lambda p, f=f: f(p) for f in (case.model, case.guide))
+        theirs = jax.jit(lambda p: RenyiELBO(0, 2).loss(KEY, {}, model, guide, p))(case.params)
+        ours = jax.jit(lambda p: VIMCO_ELBO(2).loss(KEY, {}, model, guide, p))(case.params)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def rows_of_digits(size):
+    """A plate around the whole model, subsampled, with a mask and a scale."""
+    y = jnp.array([0.3, 1.9, -0.6, 1.1])
+
+    def model(p):
+        with numpyro.plate("rows", 4, subsample_size=size) as i, handlers.scale(scale=0.7):
+            z = numpyro.sample("z", dist.Bernoulli(0.3).mask(jnp.array([True, True, True, False])[i]))
+            numpyro.sample("y", dist.Normal(2 * z, 1), obs=y[i])
+
+    def guide(p):
+        with numpyro.plate("rows", 4, subsample_size=size) as i:
+            numpyro.sample("z", dist.Bernoulli(logits=p["z"][i]))
+
+    return model, guide
+
+
+@pytest.mark.whole
+def test_minibatches_have_the_mean_of_the_whole():
+    p = {"z": jnp.array([0.4, -0.3, 0.1, 0.8])}
+    found = {}
+    for size in (4, 2):
+        pair = rows_of_digits(size)
+        loss = lambda p, key, pair=pair: VIMCO_ELBO(3).loss(key, {}, *pair, p)
+        losses, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))(
+            p, jax.random.split(KEY, 20_000)
+        )
+        found[size] = np.concatenate([np.asarray(losses, float)[:, None], flat(gradients, 20_000)], 1)
+        ours, theirs = (e.loss(KEY, {}, *pair, p) for e in (VIMCO_ELBO(3), RenyiELBO(0, 3)))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    difference = found[2].mean(0) - found[4].mean(0)
+    noise = np.hypot(*(x.std(0) for x in found.values())) / 20_000**0.5
+    assert (np.abs(difference) < 4.5 * noise).all()
+    assert (np.abs(found[4].mean(0)) > 10 * noise).any()
+
+
+@pytest.mark.whole
+def test_vimco_has_less_variance_than_the_score_of_the_bound():
+    """By NumPyro's bound with the score of all sites, which has no baseline."""
+    case = CASES["bits"]
+    model, guide = (lambda p, f=f: f(p) for f in (case.model, case.guide))
+
+    def score(p, key):
+        value = RenyiELBO(0, 5).loss(key, {}, model, guide, p)
+        keys = jax.random.split(jax.random.split(key)[1], 5)
+
+        def log_q(key):
+            seeded = handlers.seed(guide, jax.random.split(key)[1])
+            s = handlers.trace(seeded).get_trace(p)["z"]
+            return jnp.sum(s["fn"].log_prob(jax.lax.stop_gradient(s["value"])))
+
+        return value + jax.lax.stop_gradient(value) * jnp.sum(jax.vmap(log_q)(keys))
+
+    keys = jax.random.split(KEY, 4000)
+    ours = lambda p, key: VIMCO_ELBO(5).loss(key, {}, model, guide, p)
+    both = [flat(jax.jit(jax.vmap(jax.grad(f), (None, 0)))(case.params, keys), 4000) for f in (ours, score)]
+    (mine, _), (theirs, _) = map(spread, both)
+    assert 10 * mine < theirs
+    noise = np.hypot(*(x.std(0) for x in both)) / 4000**0.5 + 1e-5
+    assert (np.abs(both[0].mean(0) - both[1].mean(0)) < 4.5 * noise).all()
+
+
+@pytest.mark.whole
+def test_a_particle_of_probability_0_has_no_weight():
+    """The bound stays finite while one particle is possible, and so do its gradients."""
+
+    def model(logits):
+        n = numpyro.sample("n", dist.Poisson(4.0))
+        numpyro.sample("y", dist.Binomial(n, 0.5), obs=jnp.array(3))
+
+    guide = lambda rate: numpyro.sample("n", dist.Poisson(rate))
+    loss = lambda rate, key: VIMCO_ELBO(10).loss(key, {}, model, guide, rate)
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))(4.0, jax.random.split(KEY, 2000))
+    assert jnp.isfinite(value).all() and jnp.isfinite(slope).all()
+    # -log p(y), which no guide can be below; y is Poisson(2), as the counted ones are
+    truth = -float(dist.Poisson(2.0).log_prob(3))
+    assert value.mean() > truth - 4.5 * value.std() / 2000**0.5
+
+
+@pytest.mark.whole
+def test_more_particles_come_nearer_to_the_evidence():
+    """In the mean, and below it: NumPyro's exact sum over the bits."""
+    case = CASES["bits"]
+    model, guide = (lambda p, f=f: f(p) for f in (case.model, case.guide))
+    bounds = []
+    for particles in (2, 10, 100):
+        loss = lambda key, k=particles: VIMCO_ELBO(k).loss(key, {}, model, guide, case.params)
+        bounds.append(np.asarray(jax.jit(jax.vmap(loss))(jax.random.split(KEY, 2000)), float))
+    means = [x.mean() for x in bounds]
+    mass, log_w = all_points(case, case.params)
+    evidence = -float(jnp.log(jnp.sum(mass * jnp.exp(log_w))))
+    assert means[0] > means[1] > means[2] > evidence - 4.5 * bounds[2].std() / 2000**0.5
+    assert means[2] - evidence < 0.1 * (means[0] - evidence)
+
+
+def test_a_subsampled_plate_beside_other_sites_is_refused():
+    case = CASES["subsampled"]
+    with pytest.raises(ValueError, match="the plate 'rows' shows 3 of 4 rows and does not enclose all sites"):
+        VIMCO_ELBO(2).loss(KEY, {}, lambda p: case.model(p), lambda p: case.guide(p), case.params)
 
 
 # --- variance ---------------------------------------------------------------------------------
@@ -314,9 +434,10 @@ def test_a_draw_of_probability_0_is_named_and_stays_where_it_is():
 
 
 @pytest.mark.parametrize("number", [1, 0, 2.0, True, "2", None])
-def test_a_baseline_needs_another_particle(number):
+@pytest.mark.parametrize("elbo", [RLOO_ELBO, VIMCO_ELBO])
+def test_a_baseline_needs_another_particle(elbo, number):
     with pytest.raises(ValueError, match="num_particles must be an integer in"):
-        RLOO_ELBO(number)
+        elbo(number)
 
 
 def test_vectorize_particles_is_checked():

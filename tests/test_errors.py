@@ -146,6 +146,7 @@ ESTIMATORS = {
     "rloo": es.rloo,
     "arm": es.arm,
     "disarm": es.disarm,
+    "arms": es.arms,
     "rebar": es.rebar,
     "relax": lambda key, f, q: es.relax(key, f, q, control_variate=SUM),
     "exact": lambda key, f, q: es.exact(f, q),

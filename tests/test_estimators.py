@@ -1,6 +1,7 @@
 """Unbiased estimators against enumeration, their known orders of variance, and where they are used."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -10,7 +11,18 @@ import pytest
 import scipy.special as sp
 import scipy.stats as st
 
-from estimator_cases import BITS, CLASSES, COUPLING, ESTIMATORS, FAMILIES, PAIRS, interacting
+import relaxit_jax as rj
+from estimator_cases import (
+    BITS,
+    CLASSES,
+    COUPLING,
+    ESTIMATORS,
+    FAMILIES,
+    ONE_CLASS,
+    PAIRS,
+    OneVariable,
+    interacting,
+)
 from relaxit_jax import estimators as es
 
 KEY = jax.random.key(11)
@@ -92,6 +104,8 @@ def total_variance(name, family):
         ("disarm", "arm", "bits"), ("rloo", "reinforce", "bits"), ("rloo", "reinforce", "classes"),
         ("baseline", "reinforce", "bits"), ("baseline", "reinforce", "classes"),
         ("rloo_5", "rloo", "bits"), ("rloo_5", "rloo", "classes"), ("rebar", "reinforce", "bits"),
+        ("arms", "disarm", "bits"), ("arms_9", "arms", "bits"),
+        ("unordered_set_4", "unordered_set", "one class"),
     ],
 )  # fmt: skip
 def test_known_orders_of_variance(less, more, family):
@@ -114,6 +128,41 @@ def test_disarm_never_has_more_variance_than_arm():
         excess = (arm - arm.mean(0)) ** 2 - (disarm - disarm.mean(0)) ** 2
         assert (excess.mean(0) > -4.5 * excess.std(0) / len(arm) ** 0.5).all()
         assert excess.sum((1, 2)).mean() > 0
+
+
+@pytest.mark.whole
+@quick
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 8, 16])
+def test_arms_has_less_variance_than_rloo_at_equal_calls(n):
+    for scale, weight in ((0.3, 0.2), (1.0, 0.7), (3.0, 0.7)):
+        spreads = {}
+        for estimator in (es.arms, es.rloo):
+            f = interacting(weight, 1)
+            total = lambda l, key, e=estimator, f=f: jnp.sum(e(key, f, es.Bernoulli(l), num_samples=n))
+            slopes = jax.jit(jax.vmap(jax.grad(total), (None, 0)))(
+                scale * BITS, jax.random.split(KEY, 20_000)
+            )
+            squares = np.sum((np.asarray(slopes, float) - np.mean(slopes, 0)) ** 2, (1, 2))
+            spreads[estimator] = squares.mean(), squares.std() / len(squares) ** 0.5
+        (less, a), (more, b) = spreads[es.arms], spreads[es.rloo]
+        assert more - less > 4.5 * np.hypot(a, b)
+
+
+@pytest.mark.whole
+@quick
+@pytest.mark.parametrize("n", [2, 5, 16])
+@pytest.mark.parametrize("p", [1e-6, 1e-3, 0.2, 0.5, 0.9, 1 - 1e-6])
+def test_antithetic_groups_have_their_marginal_law_and_correlation(n, p):
+    """How often the bit is on, and E sum_i b_i (b_i - mean b) / ((n - 1)(1 - rho)) = p (1 - p)."""
+    logit = np.log(p) - np.log1p(-p)
+    q = es.Bernoulli(jnp.full(3_000_000 // n, logit, jnp.float32))
+    bits, gains = map(np.asarray, jax.jit(lambda key: q.antithetic_group(key, n))(KEY))
+    rare = (1 - bits if p > 0.5 else bits).sum()
+    r = min(p, 1 - p)
+    # of one group the number of rarer values has a variance below that of independent draws
+    assert abs(rare - r * bits.size) < 4.8 * np.sqrt(r * bits.size) + 1
+    each = np.sum(np.asarray(bits, float) * gains, 0)
+    assert abs(each.mean() - p * (1 - p)) < 4.8 * each.std() / len(each) ** 0.5 + 1e-6 * r
 
 
 @pytest.mark.whole
@@ -141,7 +190,11 @@ def test_noisy_logits_drawn_again_have_the_law_of_the_first_given_the_draw():
 # --- the formulas of the docstrings, draw by draw ---------------------------------------------
 
 # the second row has probabilities near 0 and 1
-STEEP = {"bits": BITS * [[1], [6]], "classes": CLASSES * np.array([1, 6])[:, None, None]}
+STEEP = {
+    "bits": BITS * [[1], [6]],
+    "classes": CLASSES * np.array([1, 6])[:, None, None],
+    "one class": ONE_CLASS * np.array([[1], [4]]),
+}
 
 
 def f_by_hand(x, weight):
@@ -223,6 +276,52 @@ def relax_by_hand(draws, logits, family, weight, control_variate):
     return coupled_by_hand(draws, logits, family, weight, variate)
 
 
+def arms_by_hand(draws, logits, family, weight, num_samples=4):
+    b, n = draws[f"group_{num_samples}"], num_samples
+    values, _, weights = zip(*(f_by_hand(x, weight) for x in b), strict=True)
+    values = np.stack(values)
+    r = np.minimum(sp.expit(logits), sp.expit(-logits))
+    both = np.maximum(2 * r ** (1 / (n - 1)) - 1, 0) ** (n - 1)  # two of the draws have the rarer value
+    rho = (both - r**2) / (r * (1 - r))
+    gains = (values - values.mean(0))[..., None] * (b - b.mean(0)) / ((n - 1) * (1 - rho))
+    return values.mean(0), gains.sum(0), np.mean(weights, 0)
+
+
+def chance_of_set(p, items):
+    """That these are the first, in any order: the sum over all orders."""
+    total = 0.0
+    for order in itertools.permutations(items):
+        chance, left = 1.0, p.sum()
+        for item in order:
+            chance *= p[item] / left
+            left -= p[item]
+        total += chance
+    return total
+
+
+def set_by_hand(draws, logits, family, weight, num_samples=2):
+    """By the sum over all orders, for each row of the batch."""
+    value, slope, weights = np.zeros(len(logits)), np.zeros_like(logits), np.zeros(len(logits))
+    for row, l in enumerate(logits):
+        p, n = sp.softmax(l), len(l)
+        each_class = f_by_hand(np.eye(n), weight)
+        items = [int(i) for i in draws[f"set_{num_samples}"][row]]
+
+        def chance(left_out, p=p, items=items):
+            without = np.where(np.isin(np.arange(len(p)), left_out), 0, p)
+            return chance_of_set(without, [i for i in items if i not in left_out])
+
+        for s in items:
+            ratio = p[s] * chance([s]) / chance([])
+            baseline = sum(
+                p[t] * (1 if s == t else chance([s, t]) / chance([s])) * each_class[0][t] for t in items
+            )
+            value[row] += ratio * each_class[0][s]
+            weights[row] += ratio * each_class[2][s]
+            slope[row] += ratio * (each_class[0][s] - baseline) * (np.eye(n)[s] - p)
+    return value, slope, weights
+
+
 BY_HAND = {
     es.reinforce: reinforce_by_hand,
     es.rloo: rloo_by_hand,
@@ -230,8 +329,10 @@ BY_HAND = {
     es.disarm: antithetic_by_hand(
         lambda b, other, u, l: (-1) ** other * (b != other) * sp.expit(np.abs(l)) / 2
     ),
+    es.arms: arms_by_hand,
     es.rebar: rebar_by_hand,
     es.relax: relax_by_hand,
+    es.unordered_set: set_by_hand,
 }
 
 
@@ -250,6 +351,9 @@ def test_value_and_gradient_are_the_formula_at_every_draw(name, family, dtype, t
         draws |= {f"samples_{k}": q.sample(key, (k,)) for k in (2, 5)}
         if family == "bits":
             draws |= zip(("one", "other", "centred"), q.antithetic(key), strict=True)
+            draws |= {f"group_{n}": q.antithetic_group(key, n)[0] for n in (4, 9)}
+        if family == "one class":
+            draws |= {f"set_{k}": rj.gumbel_top_k(key, q.logits, k)[0].astype(dtype) for k in (2, 4)}
         (slope, weight), values = value_of(estimator, family)(q.logits, dtype(0.7), key)
         return draws, (values, slope, weight)
 
@@ -272,9 +376,10 @@ def test_equal_variables_and_equal_rows_are_uncorrelated(name, family):
     """Each a call of f of its own, so that nothing but shared noise can correlate them."""
     if family == "bits":
         q, f, variate = es.Bernoulli(jnp.full((2, 2), 0.4), 0), lambda b: jnp.exp(0.7 * b), jnp.tanh
-    else:
-        q = es.OneHotCategorical(jnp.broadcast_to(jnp.array([0.5, -0.3, 0.1]), (2, 2, 3)), 1)
-        f, variate = lambda b: jnp.exp(b @ jnp.array([0.7, -0.2, 0.4])), lambda z: jnp.tanh(z).sum(-1)
+    else:  # of one class, or of several
+        q = es.OneHotCategorical(jnp.broadcast_to(jnp.array([0.5, -0.3, 0.1, 0.2, 0.0]), (2, 2, 5)), 1)
+        slopes = jnp.array([0.7, -0.2, 0.4, 0.1, 0.3])
+        f, variate = lambda b: jnp.exp(b @ slopes), lambda z: jnp.tanh(z).sum(-1)
     options = {"control_variate": variate} if name == "relax" else {}
 
     def estimate(key):
@@ -290,13 +395,204 @@ def test_equal_variables_and_equal_rows_are_uncorrelated(name, family):
         assert np.abs(between).max() * n**0.5 < 4.5
 
 
+# --- draws without replacement ----------------------------------------------------------------
+
+STEPS, TOKENS = 3, 3
+TABLE = np.random.default_rng(3).normal(size=(2, TOKENS + 1, TOKENS)).astype(np.float32)
+
+
+def log_prob_of_sequence(logits, tokens):
+    """Each token given the last one, and whether it is the first."""
+    before = jnp.concatenate([jnp.full_like(tokens[..., :1], TOKENS), tokens[..., :-1]], -1)
+    rows = jax.nn.log_softmax(logits)[jnp.minimum(jnp.arange(STEPS), 1), before]
+    return jnp.take_along_axis(rows, tokens[..., None], -1)[..., 0].sum(-1)
+
+
+def score_of_sequence(tokens, weight):
+    return jnp.sin(weight * tokens[..., 0] + tokens[..., 1] * tokens[..., 2]) + tokens.sum(-1) / 4
+
+
+@pytest.mark.whole
+@quick
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_gradient_over_sequences_from_a_beam_of_draws(k):
+    """Of E f over 27 sequences, by k of `stochastic_beam_search`; and by all 27, where it is exact."""
+    every = jnp.stack(jnp.meshgrid(*STEPS * [jnp.arange(TOKENS)], indexing="ij"), -1).reshape(-1, STEPS)
+
+    def exact(logits, weight):
+        chances = jnp.exp(log_prob_of_sequence(logits, every))
+        return jnp.sum(chances * score_of_sequence(every, weight))
+
+    def estimate(logits, weight, key):
+        step = lambda at, token: (jax.lax.stop_gradient(logits)[jnp.minimum(at, 1), token], at + 1)
+        tokens, _, _ = rj.stochastic_beam_search(key, step, 0, k, STEPS, start=TOKENS)
+        return es.from_set(score_of_sequence(tokens, weight), log_prob_of_sequence(logits, tokens))
+
+    expected = jax.tree.leaves(jax.value_and_grad(exact, (0, 1))(TABLE, 0.7))
+    each = jax.jit(jax.vmap(jax.value_and_grad(estimate, (0, 1)), (None, None, 0)))
+    for found, true in zip(
+        jax.tree.leaves(each(TABLE, 0.7, jax.random.split(KEY, 30_000))), expected, strict=True
+    ):
+        found = np.asarray(found, float)
+        error = found.std(0) / len(found) ** 0.5
+        assert (np.abs(found.mean(0) - true) < 4.8 * error + 1e-5).all()
+    whole = lambda l, w: es.from_set(score_of_sequence(every, w), log_prob_of_sequence(l, every))
+    for found, true in zip(
+        jax.tree.leaves(jax.value_and_grad(whole, (0, 1))(TABLE, 0.7)), expected, strict=True
+    ):
+        np.testing.assert_allclose(found, true, atol=2e-6)
+
+
+@pytest.mark.whole
+@quick
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_many_classes_and_a_large_set(scale):
+    """32 of 1,000 classes: the mean along five directions, as a class by itself is seldom drawn."""
+    rng = np.random.default_rng(5)
+    logits, values = scale * rng.normal(size=1000), rng.normal(size=1000)
+    logits, values = jnp.asarray(logits, jnp.float32), jnp.asarray(values, jnp.float32)
+    f = lambda b: jnp.tanh(b @ values)
+    one = lambda l, key: es.unordered_set(key, f, es.OneHotCategorical(l, 1), num_samples=32)
+    keys = jax.random.split(KEY, 4000)
+    found = jax.jit(lambda keys: jax.lax.map(lambda k: jax.grad(one)(logits, k), keys, batch_size=50))(keys)
+    directions = rng.normal(size=(1000, 5))
+    found = np.asarray(found, float) @ directions
+    exact = jax.grad(lambda l: jnp.sum(jax.nn.softmax(l) * jnp.tanh(values)))(logits) @ directions
+    assert (np.abs(found.mean(0) - exact) < 4.8 * found.std(0) / len(found) ** 0.5).all()
+
+
+@quick
+def test_a_set_of_all_classes_is_exact():
+    slope = lambda e: jax.jit(jax.grad(lambda l: jnp.sum(e(interacting(0.7, 1), OneVariable(l)))))(ONE_CLASS)
+    by_set = slope(lambda f, q: es.unordered_set(KEY, f, q, num_samples=5))
+    np.testing.assert_allclose(by_set, slope(es.exact), atol=1e-6)
+
+
+# --- bounds of several draws ------------------------------------------------------------------
+
+
+def log_joint(weight):
+    """Of three bits, or of one class of five; one outcome is impossible."""
+
+    def f(b):
+        value = 2 * interacting(weight, 1)(jnp.pad(b, (0, 5 - b.shape[-1])))
+        return jnp.where(jnp.sum(b * jnp.arange(b.shape[-1]), -1) == 2, -jnp.inf, value)
+
+    return f
+
+
+@pytest.mark.few(1)
+@quick
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("family", ["bits", "one class"])
+def test_vimco_is_exact_over_all_draws_to_the_second_order(family, k):
+    """Of the bound of k draws, by the sum over all k-tuples, in float64."""
+    cls = es.Bernoulli if family == "bits" else OneVariable
+    with jax.enable_x64(True):
+        start = jnp.append(jnp.array([0.4, -1.0, 0.3] if family == "bits" else ONE_CLASS[0], float), 0.7)
+        q = cls(start[:-1])
+        count, events = q.outcomes()
+        outcomes = events(jnp.arange(count))
+        tuples = jnp.stack(jnp.meshgrid(*k * [jnp.arange(len(outcomes))], indexing="ij"), -1).reshape(-1, k)
+        samples = outcomes[tuples]
+
+        def exact(x):
+            q, f = cls(x[:-1]), log_joint(x[-1])
+            log_q = jax.vmap(jax.vmap(q.log_prob))(samples)
+            log_w = jax.vmap(jax.vmap(f))(samples) - log_q
+            bound = jax.nn.logsumexp(log_w, -1) - jnp.log(k)
+            return jnp.sum(jnp.exp(log_q.sum(-1)) * bound)
+
+        def estimate(x, draws):
+            class Given(cls):
+                sample = lambda self, *_: draws
+
+            return es.vimco(KEY, log_joint(x[-1]), Given(x[:-1]), num_samples=k)
+
+        # where no weight is above 0 the bound is infinite
+        samples = samples[jnp.isfinite(jax.vmap(jax.vmap(log_joint(0.7)))(samples)).any(-1)]
+        chance = jnp.exp(jax.vmap(jax.vmap(q.log_prob))(samples).sum(-1))
+        for order in range(3):
+            found = jax.jit(jax.vmap(estimate, (None, 0)))(start, samples)
+            np.testing.assert_allclose(np.tensordot(chance, found, 1), jax.jit(exact)(start), atol=1e-10)
+            step = jax.grad if order == 0 else jax.jacfwd
+            estimate, exact = step(estimate), step(exact)
+
+
+@pytest.mark.whole
+@quick
+def test_vimco_has_far_less_variance_than_the_score_of_the_bound():
+    q = lambda l: es.Bernoulli(l)
+    f = lambda b: 3 * interacting(0.7, 1)(b)
+
+    def score(l, key):
+        b = q(l).sample(key, (5,))
+        log_w = jax.vmap(f)(b) - q(l).log_prob(b)
+        bound = jax.nn.logsumexp(log_w, 0) - jnp.log(5)
+        return jnp.sum(bound + jax.lax.stop_gradient(bound) * jnp.sum(q(l).log_prob(b), 0))
+
+    ours = lambda l, key: jnp.sum(es.vimco(key, f, q(l), num_samples=5))
+    keys = jax.random.split(KEY, 20_000)
+    both = [np.asarray(jax.jit(jax.vmap(jax.grad(e), (None, 0)))(BITS, keys), float) for e in (ours, score)]
+    mine, theirs = (x.var(0).sum() for x in both)
+    assert 20 * mine < theirs
+    error = np.hypot(*(x.std(0) for x in both)) / len(keys) ** 0.5
+    assert (np.abs(both[0].mean(0) - both[1].mean(0)) < 4.8 * error).all()
+
+
+# --- what f returns beside its value ----------------------------------------------------------
+
+
+@pytest.mark.few(4)
+@quick
+@pytest.mark.parametrize(("name", "family"), [*PAIRS, ("exact", "classes"), ("vimco", "bits")])
+def test_aux_is_that_of_the_first_call(name, family):
+    """Beside the same value and gradients; it may be any pytree, and has gradients of its own."""
+    cls, logits = FAMILIES[family]
+    alone = {"exact": lambda key, f, q, **o: es.exact(f, q, **o), "vimco": es.vimco} | ESTIMATORS
+    estimator = alone[name]
+
+    def with_aux(weight):
+        def f(b):
+            value = interacting(weight, q.event_ndims)(b)
+            return value, {"draw": b, "norm": weight * jnp.sum(value), "step": 3}
+
+        return f
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def both(logits, weight, aux_too):
+        q = cls(logits)
+        value, aux = estimator(KEY, with_aux(weight), q, has_aux=True)
+        return jnp.sum(value) + aux_too * aux["norm"]
+
+    @jax.jit
+    def plain(logits, weight):
+        q = cls(logits)
+        return jnp.sum(estimator(KEY, interacting(weight, q.event_ndims), q))
+
+    q = cls(jnp.asarray(logits))
+    value, aux = jax.jit(lambda q: estimator(KEY, with_aux(0.7), q, has_aux=True))(q)
+    np.testing.assert_allclose(jnp.sum(value), plain(q.logits, 0.7), rtol=2e-6)
+    assert set(aux) == {"draw", "norm", "step"} and int(aux["step"]) == 3
+    first = interacting(0.7, q.event_ndims)(aux["draw"])
+    np.testing.assert_allclose(aux["norm"], 0.7 * jnp.sum(first), rtol=1e-5)
+
+    slopes = both(q.logits, 0.7, 0.0)
+    for mine, expected in zip(slopes, jax.grad(plain, (0, 1))(q.logits, 0.7), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
+    assert both(q.logits, 0.7, 1.0)[1] != slopes[1]
+    with pytest.raises(ValueError, match=r"must be a function that returns \(value, aux\), .*, got a"):
+        estimator(KEY, interacting(0.7, q.event_ndims), q, has_aux=True)
+
+
 # --- far from 0 -------------------------------------------------------------------------------
 
 
 @pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bits", "classes"])
 def test_score_and_log_prob_keep_their_digits_in_the_tails(family, dtype, tolerance):
     """At log odds x, P is sigmoid(x): of a bit to be what it is, of a class against all others."""
     far = np.array([-1e4, -60, -20, -3, 3, 20, 60, 1e4], dtype)
@@ -395,9 +691,20 @@ def test_the_control_variate_does_not_reach_the_loss():
 @quick
 @pytest.mark.parametrize(
     ("name", "calls"),
-    [("reinforce", 1), ("rloo", 2), ("rloo_5", 5), ("arm", 2), ("disarm", 2), ("rebar", 3), ("relax", 1)],
+    [
+        ("reinforce", 1),
+        ("rloo", 2),
+        ("rloo_5", 5),
+        ("arm", 2),
+        ("disarm", 2),
+        ("arms", 4),
+        ("rebar", 3),
+        ("relax", 1),
+        ("unordered_set_4", 4),
+    ],
 )
 def test_f_is_called_as_often_as_the_docstring_says(name, calls):
+    cls, logits = FAMILIES["one class" if name == "unordered_set_4" else "bits"]
     seen = []
 
     @jax.custom_jvp
@@ -408,29 +715,28 @@ def test_f_is_called_as_often_as_the_docstring_says(name, calls):
 
     counted.defjvp(lambda p, t: (counted(*p), jnp.sum(t[0], -1)))
     f = lambda b: counted(b) ** 2
-    total = lambda logits: jnp.sum(ESTIMATORS[name](KEY, f, es.Bernoulli(logits)))
-    jax.block_until_ready(jax.jit(jax.value_and_grad(total))(BITS))
+    total = lambda logits: jnp.sum(ESTIMATORS[name](KEY, f, cls(logits)))
+    jax.block_until_ready(jax.jit(jax.value_and_grad(total))(logits))
     assert len(seen) == calls
 
 
 @pytest.mark.few(1)
 @quick
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "disarm", "rebar", "relax"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "disarm", "arms", "rebar", "relax", "unordered_set"])
 def test_under_jit_vmap_scan_and_checkpoint(name):
     keys = jax.random.split(KEY, 3)
-    slope = jax.grad(lambda l, key: jnp.sum(ESTIMATORS[name](key, interacting(0.7, 1), es.Bernoulli(l))))
-    with_checkpoint = jax.grad(
-        jax.checkpoint(lambda l, key: jnp.sum(ESTIMATORS[name](key, interacting(0.7, 1), es.Bernoulli(l))))
-    )
-    eager = jnp.stack([slope(jnp.asarray(BITS), key) for key in keys])
+    cls, logits = FAMILIES["one class" if name == "unordered_set" else "bits"]
+    total = lambda l, key: jnp.sum(ESTIMATORS[name](key, interacting(0.7, 1), cls(l)))
+    slope, with_checkpoint = jax.grad(total), jax.grad(jax.checkpoint(total))
+    eager = jnp.stack([slope(jnp.asarray(logits), key) for key in keys])
     for other in (
-        jax.jit(jax.vmap(slope, (None, 0)))(BITS, keys),
-        jax.jit(lambda keys: jax.lax.scan(lambda _, key: (None, slope(BITS, key)), None, keys)[1])(keys),
-        jax.jit(jax.vmap(with_checkpoint, (None, 0)))(BITS, keys),
+        jax.jit(jax.vmap(slope, (None, 0)))(logits, keys),
+        jax.jit(lambda keys: jax.lax.scan(lambda _, key: (None, slope(logits, key)), None, keys)[1])(keys),
+        jax.jit(jax.vmap(with_checkpoint, (None, 0)))(logits, keys),
     ):
         np.testing.assert_allclose(other, eager, rtol=1e-4, atol=1e-5)
     # the families are pytrees
-    q = es.Bernoulli(jnp.asarray(BITS))
+    q = cls(jnp.asarray(logits))
     passed = jax.jit(lambda q, key: ESTIMATORS[name](key, interacting(0.7, 1), q))(q, KEY)
     # f is 1 + tanh: one unit in the last place of 1 is all that its smallest values are sure of
     np.testing.assert_allclose(passed, ESTIMATORS[name](KEY, interacting(0.7, 1), q), rtol=1e-5, atol=5e-7)
@@ -489,7 +795,7 @@ def test_extreme_logits_have_finite_gradients(name, family, dtype):
 @quick
 def test_bad_arguments_are_named():
     q, f = es.Bernoulli(jnp.zeros((2, 3))), lambda b: jnp.sum(b, -1)
-    for estimator in (es.reinforce, es.rloo, es.arm, es.disarm, es.rebar):
+    for estimator in (es.reinforce, es.rloo, es.arm, es.disarm, es.arms, es.rebar):
         with pytest.raises(ValueError, match=r"f must be a function .* batch shape \(2,\), got .*shape \(\)"):
             estimator(KEY, jnp.sum, q)
         with pytest.raises(ValueError, match="f must be finite for every draw"):
@@ -511,6 +817,19 @@ def test_bad_arguments_are_named():
         es.disarm(KEY, f, es.OneHotCategorical(jnp.zeros((2, 3))))
     with pytest.raises(ValueError, match="num_samples must be an integer in"):
         es.rloo(KEY, f, q, num_samples=1)
+    with pytest.raises(ValueError, match="num_samples must be an integer in"):
+        es.arms(KEY, f, q, num_samples=1)
+    one = es.OneHotCategorical(jnp.zeros((2, 3)), 1)
+    for wrong in (1, 4):
+        with pytest.raises(ValueError, match=r"num_samples must be an integer in \[2, 3\]"):
+            es.unordered_set(KEY, f, one, num_samples=wrong)
+    for several in (q, es.OneHotCategorical(jnp.zeros((2, 3)))):
+        with pytest.raises(ValueError, match="q must be OneHotCategorical of one variable for each f"):
+            es.unordered_set(KEY, f, several)
+    with pytest.raises(ValueError, match=r"values must be of the shape of log_prob, .*, got shapes \(2,\)"):
+        es.from_set(jnp.zeros(2), jnp.zeros(3))
+    with pytest.raises(ValueError, match="log_prob must be logarithms of probabilities"):
+        es.from_set(jnp.zeros(2), jnp.ones(2))
     with pytest.raises(ValueError, match="tau must be positive"):
         es.rebar(KEY, f, q, tau=0.0)
     with pytest.raises(ValueError, match="eta must be a scalar"):

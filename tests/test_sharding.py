@@ -163,6 +163,8 @@ ESTIMATORS = {
     "rloo": {},
     "arm": {},
     "disarm": {},
+    "arms": {},
+    "vimco": {},
     "rebar": {"tau": 0.5, "eta": 1.0},
     "relax": {"control_variate": lambda z: jnp.tanh(z).sum(-1)},
 }
@@ -221,11 +223,18 @@ def methods():
     for name in ESTIMATORS:
         bits = lambda key, a, name=name: of_bits(name, key, cost, a["logits"])
         yield f"{name} of bits", bits, of_four
-        if name not in ("arm", "disarm"):
+        if name not in ("arm", "disarm", "arms"):
             classes = lambda key, a, name=name: getattr(rj.estimators, name)(
                 key, cost, rj.estimators.OneHotCategorical(a["logits"], 1), **ESTIMATORS[name]
             )
             yield f"{name} of classes", classes, of_three
+    yield (
+        "unordered_set",
+        lambda key, a: rj.estimators.unordered_set(
+            key, cost, rj.estimators.OneHotCategorical(a["logits"], 1)
+        ),
+        of_three,
+    )
     yield "exact", lambda key, a: rj.estimators.exact(cost, rj.estimators.Bernoulli(a["logits"])), of_four
     unordered = lambda key, a: rj.gumbel_top_k_log_prob(
         rj.gumbel_top_k(key, a["logits"], 2)[0], a["logits"], ordered=False

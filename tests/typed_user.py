@@ -20,7 +20,7 @@ import relaxit_jax as rj
 from relaxit_jax import distributions as rd
 from relaxit_jax import estimators as es
 from relaxit_jax.diagnostics import GradientReport, from_sampler, gradient_report
-from relaxit_jax.elbo import RLOO_ELBO
+from relaxit_jax.elbo import RLOO_ELBO, VIMCO_ELBO
 from relaxit_jax.handlers import AutoMeanField, relax, take
 
 
@@ -44,8 +44,10 @@ def energy(bits: Array) -> Array:
 def estimators(key: Array, logits: Array) -> GradientReport:
     q = assert_type(es.Bernoulli(logits), es.Bernoulli)
     assert_type(q.batch_shape, tuple[int, ...])
-    assert_type(es.disarm(key, energy, q), Array)
-    assert_type(es.exact(energy, es.OneHotCategorical(jnp.zeros(3), event_ndims=1)), Array)
+    value, aux = es.arms(key, lambda b: (energy(b), b), q, num_samples=4, has_aux=True)
+    assert_type(es.from_set(jnp.stack([value, value]), jnp.log(jnp.full((2, *value.shape), 0.5))), Array)
+    assert aux.shape == logits.shape
+    assert es.exact(energy, es.OneHotCategorical(jnp.zeros(3), event_ndims=1)).shape == ()
     relaxed = partial(rj.relaxed_bernoulli, tau=0.5)
     methods = {"rloo": partial(es.rloo, num_samples=4), "relaxed": from_sampler(relaxed)}
     report = assert_type(gradient_report(key, energy, q, methods, num_samples=10), GradientReport)
@@ -73,7 +75,8 @@ def train(key: Array, x: Array) -> Array:
     adam = numpyro.optim.Adam(0.1)
     soft = SVI(relax(model, tau=0.5), relax(guide, tau=0.5, method="straight_through"), adam, Trace_ELBO(2))
     found = soft.run(key, 2, x, progress_bar=False)
-    SVI(model, guide, adam, RLOO_ELBO(num_particles=2)).run(key, 2, x, progress_bar=False)
+    for bound in (RLOO_ELBO(num_particles=2), VIMCO_ELBO(num_particles=2)):
+        SVI(model, guide, adam, bound).run(key, 2, x, progress_bar=False)
     return assert_type(guide.probs(found.params), dict[str, Array])["z"]
 
 

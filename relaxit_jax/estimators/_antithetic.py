@@ -1,17 +1,17 @@
-"""Estimators for bits from two draws of one uniform number."""
+"""Estimators for bits from draws that repel each other."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax.estimators import _estimate as es
 
 
-def arm(key: Array, f: Callable[[Array], ArrayLike], q: es.Bits) -> Array:
+def arm(key: Array, f: Callable[[Array], Any], q: es.Bits, *, has_aux: bool = False) -> Any:
     """The augment-REINFORCE-merge estimator, for bits.
 
     Gradient ``(f(b1) - f(b2)) (u - 1/2)`` with ``b1 = 1[u > sigmoid(-l)]``, ``b2 = 1[u < sigmoid(l)]``
@@ -22,9 +22,11 @@ def arm(key: Array, f: Callable[[Array], ArrayLike], q: es.Bits) -> Array:
       key: a JAX random key.
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
       q: `Bernoulli`.
+      has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      The mean of f at both draws, of shape ``q.batch_shape``, with that gradient.
+      The mean of f at both draws, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair
+      of it and the aux of the first draw.
 
     Raises:
       ValueError: for an f as in `reinforce`, or a q that is not `Bernoulli`.
@@ -45,10 +47,12 @@ def arm(key: Array, f: Callable[[Array], ArrayLike], q: es.Bits) -> Array:
     >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
     Array([-0.29, -0.13], dtype=float32)
     """
-    return _antithetic(key, f, q, lambda one, other, centred: centred)
+    _check(key, f, q, has_aux)
+    *pair, centred = q.antithetic(key)
+    return _antithetic(f, q, jnp.stack(pair), jnp.stack([centred, -centred]), has_aux)
 
 
-def disarm(key: Array, f: Callable[[Array], ArrayLike], q: es.Bits) -> Array:
+def disarm(key: Array, f: Callable[[Array], Any], q: es.Bits, *, has_aux: bool = False) -> Any:
     """DisARM, which is ARM given the two draws, for bits.
 
     Gradient ``(f(b) - f(b')) / 2 (-1)^b' 1[b != b'] sigmoid(|l|)`` with ``b = 1[1 - u < sigmoid(l)]``,
@@ -59,9 +63,11 @@ def disarm(key: Array, f: Callable[[Array], ArrayLike], q: es.Bits) -> Array:
       key: a JAX random key.
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
       q: `Bernoulli`.
+      has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      The mean of f at both draws, of shape ``q.batch_shape``, with that gradient.
+      The mean of f at both draws, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair
+      of it and the aux of the first draw.
 
     Raises:
       ValueError: for an f as in `reinforce`, or a q that is not `Bernoulli`.
@@ -82,23 +88,71 @@ def disarm(key: Array, f: Callable[[Array], ArrayLike], q: es.Bits) -> Array:
     >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
     Array([-0.29, -0.13], dtype=float32)
     """
-
-    def weight(one, other, centred):
-        larger = jax.nn.sigmoid(jnp.abs(jax.lax.stop_gradient(q.logits)).astype(centred.dtype))
-        return (one - other).astype(centred.dtype) / 2 * larger  # one - other is (-1)^other where they differ
-
-    return _antithetic(key, f, q, weight)
-
-
-def _antithetic(key, f, q, weight):
-    arg.check_key(key)
-    es.check(q, f=f)
-    arg.require(hasattr(q, "antithetic"), "q", "Bernoulli", type(q).__name__)
+    _check(key, f, q, has_aux)
     one, other, centred = q.antithetic(key)
-    samples = jnp.stack([one, other])
-    values = es.call(f, q, samples)
-    factor = weight(one, other, centred)
-    gradient = es.per_event(values[0] - values[1], q) * factor
-    # apart, as each value follows the law of its own draw; the law of the pair has a kink at a logit of 0
-    parts = jnp.stack([es.per_event(values[0], q) * factor, es.per_event(values[1], q) * -factor])
-    return es.estimate(q, samples, values, gradient, parts)
+    larger = jax.nn.sigmoid(jnp.abs(jax.lax.stop_gradient(q.logits)).astype(centred.dtype))
+    factor = (one - other).astype(centred.dtype) / 2 * larger  # one - other is (-1)^other where they differ
+    return _antithetic(f, q, jnp.stack([one, other]), jnp.stack([factor, -factor]), has_aux)
+
+
+def arms(
+    key: Array, f: Callable[[Array], Any], q: es.Bits, *, num_samples: int = 4, has_aux: bool = False
+) -> Any:
+    """ARMS: any number of antithetic draws, for bits.
+
+    Gradient ``sum_i (f(b_i) - mean f) (b_i - mean b) / ((n - 1) (1 - rho))`` of n draws that repel each
+    other, plus the mean gradient of f at all; value their mean. For each bit
+    ``u_i = 1 - (1 - d_i)^(n - 1)`` with ``d ~ Dirichlet(1, ..., 1)``: each is uniform, and two of them
+    are seldom large together. The rarer value of the bit, of probability ``r = min(p, 1 - p)``, is drawn
+    where ``u_i > 1 - r``. Two draws then have a correlation rho below 0, with
+    ``1 - rho = (1 - max(2 - r^(-1/(n - 1)), 0)^(n - 1)) / (1 - r)``; a pair has the law of `disarm`. n
+    calls of f, as one under `jax.vmap`, so that memory grows with n.
+
+    Args:
+      key: a JAX random key.
+      f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
+      q: `Bernoulli`.
+      num_samples: n, a Python integer, 2 or more.
+      has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
+
+    Returns:
+      The mean of f at all draws, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair
+      of it and the aux of the first draw.
+
+    Raises:
+      ValueError: for an f as in `reinforce`, a q that is not `Bernoulli`, or a ``num_samples`` that is not an
+        integer above 1.
+
+    References:
+      A. Dimitriev, M. Zhou (2021), ARMS: Antithetic-REINFORCE-Multi-Sample Gradient for Binary Variables,
+      arXiv:2105.14141.
+
+    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+
+    >>> from relaxit_jax.estimators import Bernoulli, exact
+    >>> f = lambda b: (b.sum(-1) - 2) ** 2
+    >>> logits = jnp.array([2.0, -2.0])
+    >>> rows = lambda l: Bernoulli(jnp.tile(l, (100_000, 1)))
+    >>> mean = lambda l: arms(jax.random.key(0), f, rows(l)).mean()
+    >>> jax.jit(jax.grad(mean))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
+    >>> jax.jit(jax.grad(lambda l: exact(f, Bernoulli(l))))(logits).round(2)
+    Array([-0.29, -0.13], dtype=float32)
+    """
+    _check(key, f, q, has_aux)
+    return _antithetic(f, q, *q.antithetic_group(key, arg.as_num_samples(num_samples, 2)), has_aux)
+
+
+def _check(key, f, q, has_aux):
+    arg.check_key(key)
+    es.check(q, has_aux=has_aux, f=f)
+    arg.require(hasattr(q, "antithetic"), "q", "Bernoulli", type(q).__name__)
+
+
+def _antithetic(f, q, samples, factors, has_aux):
+    """The estimate ``sum_i f(b_i) factor_i``: factors of a bit depend on its noise alone, and sum to 0."""
+    values, aux = es.call(f, q, samples, has_aux=has_aux)
+    gradient = jnp.sum(es.per_event(values - jnp.mean(values, 0), q) * factors, 0)
+    # apart, as each value follows the law of its own draw; the law of a pair has a kink at a logit of 0
+    parts = es.per_event(values, q) * factors
+    return es.with_aux(es.estimate(q, samples, values, gradient, parts), aux, has_aux)

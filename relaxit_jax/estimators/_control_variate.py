@@ -15,12 +15,13 @@ from relaxit_jax.estimators import _estimate as es
 
 def rebar(
     key: Array,
-    f: Callable[[Array], ArrayLike],
+    f: Callable[[Array], Any],
     q: es.Family,
     *,
     tau: ArrayLike = 0.5,
     eta: ArrayLike = 1.0,
-) -> Array:
+    has_aux: bool = False,
+) -> Any:
     """REBAR: f at a relaxed draw as control variate.
 
     Gradient ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with
@@ -36,9 +37,10 @@ def rebar(
       tau: temperature of the relaxation, a positive scalar.
       eta: scale of the control variate, a scalar. Both are trained by `value_and_grads`; the value
         has no gradient in them.
+      has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      f(b), of shape ``q.batch_shape``, with that gradient.
+      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and the aux at b.
 
     Raises:
       ValueError: for an f as in `reinforce`, a ``tau`` that is not positive, or a ``tau`` or ``eta``
@@ -61,7 +63,7 @@ def rebar(
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    es.check(q, f=f)
+    es.check(q, has_aux=has_aux, f=f)
     arg.require_positive("tau", tau)
     tau, eta = arg.as_float("tau", tau), arg.as_float("eta", eta)
     for name, x in {"tau": tau, "eta": eta}.items():
@@ -70,25 +72,27 @@ def rebar(
     # the control variate adds nothing to the mean, so derivatives in what f closes over can leave it out;
     # with it they would be wrong for an f with kinks
     def variate_at(logits):
-        frozen, closed_over = jax.closure_convert(f, logits.astype(q.logits.dtype))
+        value_of = (lambda b: f(b)[0]) if has_aux else f
+        frozen, closed_over = jax.closure_convert(value_of, logits.astype(q.logits.dtype))
         closed_over = [jax.lax.stop_gradient(x) for x in closed_over]
 
         def variate(z):
-            value = es.call(lambda b: frozen(b, *closed_over), q, q.relaxed(z, tau))
+            value, _ = es.call(lambda b: frozen(b, *closed_over), q, q.relaxed(z, tau))
             return eta.astype(value.dtype) * value
 
         return variate
 
-    return _with_variate(key, f, q, variate_at)
+    return _with_variate(key, f, q, variate_at, has_aux)
 
 
 def relax(
     key: Array,
-    f: Callable[[Array], ArrayLike],
+    f: Callable[[Array], Any],
     q: es.Family,
     *,
     control_variate: Callable[[Array], ArrayLike],
-) -> Array:
+    has_aux: bool = False,
+) -> Any:
     """RELAX: any function of the noisy logits as control variate.
 
     Gradient ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with c the control
@@ -106,9 +110,10 @@ def relax(
         differentiable. What it depends on is trained by `value_and_grads`. If it also depends on the
         logits or on parameters of f, put those behind `jax.lax.stop_gradient`: otherwise a control
         variate with kinks, such as one made of relu, biases second derivatives in them.
+      has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      f(b), of shape ``q.batch_shape``, with that gradient.
+      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and aux.
 
     Raises:
       ValueError: for an f or ``control_variate`` as in `reinforce`.
@@ -131,17 +136,17 @@ def relax(
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    es.check(q, f=f, control_variate=control_variate)
-    variate = lambda z: es.call(control_variate, q, z, "control_variate")
-    return _with_variate(key, f, q, lambda _: variate)
+    es.check(q, has_aux=has_aux, f=f, control_variate=control_variate)
+    variate = lambda z: es.call(control_variate, q, z, "control_variate")[0]
+    return _with_variate(key, f, q, lambda _: variate, has_aux)
 
 
-def _with_variate(key, f, q, variate_at):
+def _with_variate(key, f, q, variate_at, has_aux):
     """Estimate with the control variate ``variate_at(logits)``, built for noisy logits of the same type."""
     # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
     logits = jax.lax.stop_gradient(q.logits.astype(arg.wide(q.logits.dtype)))
     sample, noisy, again = q.coupled(key)
-    value = es.call(f, q, sample)
+    value, aux = es.call(f, q, sample, has_aux=has_aux)
     # inside shard_map, the derivative with respect to a replicated array would be summed over devices
     logits = pl.vary_as(logits, key, value)
     logits = pl.vary_as(logits, jax.eval_shape(variate_at(logits), logits))
@@ -156,7 +161,8 @@ def _with_variate(key, f, q, variate_at):
     gradient = es.per_event(value - again, q) * score + slopes[0] - slopes[1]
     part = es.per_event(value, q) * score
     rest = slopes[0] - slopes[1] - es.per_event(again, q) * score
-    return es.estimate(q, sample[None], value[None], gradient, part[None], rest=rest)
+    estimate = es.estimate(q, sample[None], value[None], gradient, part[None], rest=rest)
+    return es.with_aux(estimate, aux, has_aux)
 
 
 def value_and_grads(

@@ -36,17 +36,19 @@ class Family(Protocol):
 
 
 class Bits(Family, Protocol):
-    """A family with the draws of `arm` and `disarm`: `Bernoulli`."""
+    """A family with the draws of `arm`, `disarm` and `arms`: `Bernoulli`."""
 
     def antithetic(self, key: Array) -> tuple[Array, Array, Array]: ...
+    def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]: ...
 
 
 Q = TypeVar("Q", bound=Family)
 Estimator = Callable[[Array, Callable[[Array], ArrayLike], Q], ArrayLike]
 
 
-def check(q, **functions):
+def check(q, *, has_aux=False, **functions):
     """What every estimator is given: a family, and functions of its samples."""
+    arg.require_flags(has_aux=has_aux)
     need = "a family of estimators, such as estimators.Bernoulli(logits) or "
     need += "estimators.OneHotCategorical(logits)"
     arg.require(isinstance(q, Family), "q", need, arg.shown(q))
@@ -54,16 +56,37 @@ def check(q, **functions):
         arg.require(callable(f), name, f"a function of samples of shape {q.shape}", arg.shown(f))
 
 
-def call(f, q, sample, name="f"):
-    """f of a sample, or of several that are stacked on a leading axis; its shape and values checked."""
+def call(f, q, sample, name="f", *, has_aux=False, finite=True):
+    """f of a sample, or of several that are stacked on a leading axis, and the aux of the first of them.
+
+    Its shape and its values are checked; those that need not be finite may be -inf.
+    """
+
+    def checked(sample):
+        result = f(sample)
+        if not has_aux:
+            return as_result(name, result), None
+        pair = isinstance(result, tuple) and len(result) == 2
+        need = "a function that returns (value, aux), as has_aux=True says"
+        arg.require(pair, name, need, f"a {type(result).__name__}")
+        return as_result(name, result[0]), result[1]
+
     several = sample.ndim > len(q.shape)
-    values = lambda sample: as_result(name, f(sample))
-    value = (jax.vmap(values) if several else values)(sample)
+    value, aux = (jax.vmap(checked) if several else checked)(sample)
+    aux = jax.tree.map(lambda x: x[0], aux) if several else aux
     shape = value.shape[1:] if several else value.shape
     need = f"a function from samples of shape {q.shape} to values of the batch shape {q.batch_shape}"
     arg.require(shape == q.batch_shape, name, need, f"values of shape {shape}")
-    arg.require_values(name, value, "finite for every draw", np.isfinite)
-    return value
+    if finite:
+        arg.require_values(name, value, "finite for every draw", np.isfinite)
+    else:
+        arg.require_values(name, value, "finite, or -inf, for every draw", lambda x: x < np.inf)
+    return value, aux
+
+
+def with_aux(value, aux, has_aux):
+    """What an estimator returns."""
+    return (value, aux) if has_aux else value
 
 
 def as_result(name, value):

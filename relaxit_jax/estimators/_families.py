@@ -170,6 +170,24 @@ class Bernoulli(Variables):
         below = lambda r: where(r < 0, -r > q, r < p)
         return self._as_sample(below(-r)), self._as_sample(below(r)), where(r < 0, r + 0.5, r - 0.5)
 
+    def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]:
+        """n draws that repel each other, and ``(b_i - mean b) / ((n - 1) (1 - rho))`` of each, as `arms` has
+        them.
+
+        With exponential numbers e, the rarer value comes where ``1 - d_i = sum_(j != i) e_j / sum_j e_j`` is
+        below ``s = r^(1/(n - 1)) = exp(-t)``: that is, where the sum of the others is below e_i / (e^t - 1),
+        in which nothing is subtracted. And ``2 - 1/s`` is 1 less e^t - 1.
+        """
+        logits = jax.lax.stop_gradient(self._wide())
+        e = rng.exponential(key, (n, *self.shape), logits)
+        excess = jnp.expm1(jax.nn.softplus(jnp.abs(logits)) / (n - 1))  # e^t - 1
+        rare = lm.sum_of_others(e) * excess < e
+        drawn = where(logits > 0, ~rare, rare)
+        bits = drawn.astype(logits.dtype)
+        both = where(excess < 1, jnp.log1p(-where(excess < 1, excess, 0)), -jnp.inf)
+        spread = -jnp.expm1((n - 1) * both) / jax.nn.sigmoid(jnp.abs(logits))  # 1 - rho
+        return self._as_sample(drawn), (bits - jnp.mean(bits, 0)) / ((n - 1) * spread)
+
     def _probabilities(self):
         logits = jax.lax.stop_gradient(self._wide())
         return jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)

@@ -1,6 +1,7 @@
 """Score-function estimators, and the sum over all outcomes that they estimate."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,13 @@ AT_ONCE = 256  # outcomes that f sees at once
 
 
 def reinforce(
-    key: Array, f: Callable[[Array], ArrayLike], q: es.Family, *, baseline: ArrayLike = 0.0
-) -> Array:
+    key: Array,
+    f: Callable[[Array], Any],
+    q: es.Family,
+    *,
+    baseline: ArrayLike = 0.0,
+    has_aux: bool = False,
+) -> Any:
     """The score-function estimator, with an optional baseline.
 
     Gradient ``(f(b) - baseline) grad log P(b) + grad f(b)``, ``b ~ q``; value f(b). One call of f.
@@ -27,9 +33,11 @@ def reinforce(
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
       q: `Bernoulli` or `OneHotCategorical`.
       baseline: of the batch shape, near E f(b) and independent of the draw; it has no gradient.
+      has_aux: whether f returns ``(value, aux)``, where aux is any pytree of arrays: metrics, or the new
+        state of a module.
 
     Returns:
-      f(b), of shape ``q.batch_shape``, with that gradient.
+      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and aux.
 
     Raises:
       ValueError: for an f whose values are of another shape, not floating point or not finite (where
@@ -53,19 +61,21 @@ def reinforce(
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    es.check(q, f=f)
+    es.check(q, has_aux=has_aux, f=f)
     baseline = arg.as_float("baseline", baseline)
     need = f"of a shape that broadcasts to the batch shape {q.batch_shape} of q"
     fits = arg.broadcasts_to(baseline.shape, q.batch_shape)
     arg.require(fits, "baseline", need, f"shape {baseline.shape}")
     sample = q.sample(key)
-    value = es.call(f, q, sample)
+    value, aux = es.call(f, q, sample, has_aux=has_aux)
     gain = jnp.broadcast_to(value - baseline.astype(value.dtype), q.batch_shape)
     gradient = es.per_event(gain, q) * q.score(sample)
-    return es.estimate(q, sample[None], value[None], gradient, gradient[None])
+    return es.with_aux(es.estimate(q, sample[None], value[None], gradient, gradient[None]), aux, has_aux)
 
 
-def rloo(key: Array, f: Callable[[Array], ArrayLike], q: es.Family, *, num_samples: int = 2) -> Array:
+def rloo(
+    key: Array, f: Callable[[Array], Any], q: es.Family, *, num_samples: int = 2, has_aux: bool = False
+) -> Any:
     """The score-function estimator with a leave-one-out baseline.
 
     Gradient ``sum_k (f(b_k) - mean f) grad log P(b_k) / (K - 1) + mean grad f(b_k)``; value mean
@@ -76,9 +86,11 @@ def rloo(key: Array, f: Callable[[Array], ArrayLike], q: es.Family, *, num_sampl
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
       q: `Bernoulli` or `OneHotCategorical`.
       num_samples: K, a Python integer, 2 or more.
+      has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      The mean of f, of shape ``q.batch_shape``, with that gradient.
+      The mean of f, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and the
+      aux of the first draw.
 
     Raises:
       ValueError: for an f as in `reinforce`, or a ``num_samples`` that is not an integer above 1.
@@ -100,17 +112,18 @@ def rloo(key: Array, f: Callable[[Array], ArrayLike], q: es.Family, *, num_sampl
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    es.check(q, f=f)
+    es.check(q, has_aux=has_aux, f=f)
     num_samples = arg.as_num_samples(num_samples, 2)
     samples = q.sample(key, (num_samples,))
-    values = es.call(f, q, samples)
+    values, aux = es.call(f, q, samples, has_aux=has_aux)
     gains = (values - jnp.mean(values, 0)) / (num_samples - 1)
     parts = es.per_event(gains, q) * q.score(samples)
     others = (jnp.sum(values, 0) - values) / (num_samples - 1)
-    return es.estimate(q, samples, values, jnp.sum(parts, 0), parts, baselines=others)
+    value = es.estimate(q, samples, values, jnp.sum(parts, 0), parts, baselines=others)
+    return es.with_aux(value, aux, has_aux)
 
 
-def exact(f: Callable[[Array], ArrayLike], q: es.Family) -> Array:
+def exact(f: Callable[[Array], Any], q: es.Family, *, has_aux: bool = False) -> Any:
     """E f(b) itself, with its gradient, by the sum over all outcomes.
 
     ``sum_b P(b) f(b)``. As many calls of f as there are outcomes, 256 at once under `jax.vmap`.
@@ -118,9 +131,11 @@ def exact(f: Callable[[Array], ArrayLike], q: es.Family) -> Array:
     Args:
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
       q: `Bernoulli` or `OneHotCategorical`.
+      has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      The expectation, of shape ``q.batch_shape``.
+      The expectation, of shape ``q.batch_shape``; with ``has_aux`` the pair of it and the aux of the first
+      outcome, that of zeros or of the first class.
 
     Raises:
       ValueError: for an f as in `reinforce`, or a q whose events have more than 2^20 outcomes.
@@ -134,7 +149,7 @@ def exact(f: Callable[[Array], ArrayLike], q: es.Family) -> Array:
     >>> value.round(1), gradient.round(2)
     (Array(1.2, dtype=float32), Array([-0.29, -0.13], dtype=float32))
     """
-    es.check(q, f=f)
+    es.check(q, has_aux=has_aux, f=f)
     total, events = q.outcomes()
     need = f"a family whose events have at most {MOST_OUTCOMES} outcomes"
     arg.require(total <= MOST_OUTCOMES, "q", need, total)
@@ -143,10 +158,10 @@ def exact(f: Callable[[Array], ArrayLike], q: es.Family) -> Array:
     def term(index):
         sample = jnp.broadcast_to(events(index[None])[0], q.shape)
         p = jnp.exp(q.log_prob(sample))
-        value = es.call(f, q, sample)
-        return where(p > 0, p.astype(value.dtype) * value, 0)  # of what is impossible f may be anything
+        value, aux = es.call(f, q, sample, has_aux=has_aux)
+        return where(p > 0, p.astype(value.dtype) * value, 0), aux  # of what is impossible f may be anything
 
     every = jnp.arange(total)
     # outside of a jitted function a loop is compiled anew at each call
-    terms = jax.vmap(term)(every) if total <= AT_ONCE else jax.lax.map(term, every, batch_size=AT_ONCE)
-    return jnp.sum(terms, 0)
+    terms, aux = jax.vmap(term)(every) if total <= AT_ONCE else jax.lax.map(term, every, batch_size=AT_ONCE)
+    return es.with_aux(jnp.sum(terms, 0), jax.tree.map(lambda x: x[0], aux), has_aux)

@@ -76,7 +76,7 @@ def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool 
     ``P(S) = integral_0^1 prod_(i in S) (1 - u^exp(l_i - phi)) du``, with ``phi = LSE(l outside S)``.
     The integral is taken by the trapezoidal rule over ``g = phi - log(-log u)``, where the
     integrand is log-concave and entire, so that the rule converges exponentially fast; relative
-    error below 1e-5 in float32, 1e-9 in float64. It takes 150 nodes (600 in float64), each over k
+    error below 1e-5 in float32, 1e-9 in float64. It takes 100 nodes (600 in float64), each over k
     elements, in time and memory.
 
     Args:
@@ -133,14 +133,22 @@ def _ordered_log_prob(chosen, rest):
 
 @jax.jit
 def _set_log_prob(chosen, rest):
-    """The integral over t = g - phi of the log-concave integrand exp(f).
-
-    f(t) = -t - exp(-t) + sum_i log(1 - exp(-exp(l_i - phi - t))). Its mode has
-    exp(-t) = m with m = 1 + sum_i h_i in [1, k + 1], h_i in (0, 1) the slopes of the summands; its
-    width there is of the order of 1 / sqrt(m), which sets the step.
-    """
     everything = rest == -jnp.inf  # nothing else can be drawn: P(S) = 1
-    a = chosen - where(everything, 0, rest)[..., None]
+    log_density, cdfs = _integrand_of_set(chosen - where(everything, 0, rest)[..., None], 22, 60)
+    return where(everything, 0, logsumexp(log_density + jnp.sum(cdfs, -1), -1))
+
+
+def _integrand_of_set(a, stop, stop_wide):
+    """The integral over t = g - phi of the log-concave integrand exp(f), by its terms at the nodes of a sum.
+
+    f(t) = -t - exp(-t) + sum_i log(1 - exp(-exp(a_i - t))), a_i = l_i - phi. Its mode has
+    exp(-t) = m with m = 1 + sum_i h_i in [1, k + 1], h_i in (0, 1) the slopes of the summands; its
+    width there is of the order of 1 / sqrt(m), which sets the step. The nodes end `stop` widths above.
+
+    Returns:
+      -t - exp(-t) with the logarithm of the step, of the batch shape and an axis for the nodes; and the
+      summands, with a last axis for i.
+    """
     k = a.shape[-1]
     fixed = jax.lax.stop_gradient(a)
 
@@ -151,17 +159,42 @@ def _set_log_prob(chosen, rest):
         before = jnp.exp(-middle) > 1 + slopes  # still rising
         return where(before, middle, low), where(before, high, middle)
 
-    ends = jnp.full(rest.shape, -jnp.log(k + 1.0), a.dtype), jnp.zeros(rest.shape, a.dtype)
+    ends = jnp.full(a.shape[:-1], -jnp.log(k + 1.0), a.dtype), jnp.zeros(a.shape[:-1], a.dtype)
     ends = [pl.placed(end, a[..., 0]) for end in ends]
     low, high = jax.lax.fori_loop(0, 30, bisect, tuple(ends))
     mode = (low + high) / 2
-    wide = a.dtype == jnp.float64
-    start, stop, step = (-12, 60, 0.12) if wide else (-8, 22, 0.2)
-    width = jnp.exp(mode / 2)
-    t = mode[..., None] + width[..., None] * jnp.arange(start, stop, step, a.dtype)
-    cdfs = jnp.sum(lm.log_min_gumbel_cdf(a[..., None, :] - t[..., None]), -1)
-    log_p = logsumexp(-t - jnp.exp(-t) + cdfs, -1) + jnp.log(width * step)
-    return where(everything, 0, log_p)
+    start, stop, step = (-12, stop_wide, 0.12) if a.dtype == jnp.float64 else (-8, stop, 0.3)
+    width = jnp.exp(mode / 2)[..., None]
+    t = mode[..., None] + width * jnp.arange(start, stop, step, a.dtype)
+    return -t - jnp.exp(-t) + jnp.log(width * step), lm.log_min_gumbel_cdf(a[..., None, :] - t[..., None])
+
+
+@jax.jit
+def leave_out_log_probs(chosen: Array, rest: Array) -> tuple[Array, Array, Array]:
+    """log P(S) of k different items, of S without one item, and of S without two, where these are not there.
+
+    The rest keeps its mass, so all of them are one integral in which some factors are left out.
+
+    Args:
+      chosen: log-probabilities of the items, shape (..., k), finite.
+      rest: the logarithm of the mass outside of S, shape (...); -inf if there is none.
+
+    Returns:
+      Arrays of shapes (...), (..., k) and (..., k, k); on the diagonal of the last is 0.
+    """
+    everything = rest == -jnp.inf
+    log_density, cdfs = _integrand_of_set(chosen - where(everything, 0, rest)[..., None], 40, 90)
+    whole = log_density + jnp.sum(cdfs, -1)
+    one = jnp.moveaxis(whole[..., None] - cdfs, -1, -2)  # items, nodes
+    # of two: a product of matrices, whose terms are halves of the whole
+    half = jnp.moveaxis(whole[..., None] / 2 - cdfs, -1, -2)
+    top = jax.lax.stop_gradient(jnp.max(half, -1))
+    scaled = jnp.exp(half - top[..., None])
+    two = jnp.log(jnp.einsum("...im,...jm->...ij", scaled, scaled, precision="highest"))
+    two = two + top[..., :, None] + top[..., None, :]
+    mask = lambda x: where(everything.reshape(everything.shape + (1,) * (x.ndim - everything.ndim)), 0, x)
+    diagonal = jnp.eye(chosen.shape[-1], dtype=bool)
+    return mask(logsumexp(whole, -1)), mask(logsumexp(one, -1)), where(diagonal, 0, mask(two))
 
 
 def stochastic_beam_search(
