@@ -38,7 +38,7 @@ ROWS = {  # name: (flags, the number to be at or below)
     "relaxed_top_k, 10 of 20": ("--method relaxed_top_k --tau 0.5", None),
     "disarm": ("--method disarm", 131.0),
     "rebar": ("--method rebar", 132.8),
-    **{name: (f"--method {name}", None) for name in ("reinforce", "rloo", "arm", "relax")},
+    **{name: (f"--method {name}", None) for name in ("reinforce", "rloo", "arm", "arms", "vimco", "relax")},
     **{
         f"{name}, 20 of 10": (f"--method {name}_categorical", None)
         for name in ("reinforce", "rloo", "rebar", "relax")

@@ -43,8 +43,10 @@ class Bits:
         return z, self.log_ratio(z, q, g)
 
     def log_ratio(self, z, q, g):
-        law = functools.partial(rj.straight_through_bernoulli_log_prob, z)
-        return jnp.sum(law(g["prior"]) - law(q), -1)
+        return self.log_prior(z, g) - jnp.sum(rj.straight_through_bernoulli_log_prob(z, q), -1)
+
+    def log_prior(self, z, g):
+        return jnp.sum(rj.straight_through_bernoulli_log_prob(z, g["prior"]), -1)
 
     def draw_prior(self, key, g, n):
         return rj.straight_through_bernoulli(key, g["prior"], shape=(n, self.size))

@@ -1,8 +1,9 @@
 """The methods of examples/vae.py: a row of METHODS is how a family of latents.py is trained.
 
-There are two kinds. Samplers draw relaxed or straight-through latents, with a gradient of their own that
+There are three kinds. Samplers draw relaxed or straight-through latents, with a gradient of their own that
 is biased for all but the simplest decoders. Unbiased estimators draw exact ones, give the right gradient
-in the mean, and may have a control variate whose parameters are trained on the gradient's variance.
+in the mean, and may have a control variate whose parameters are trained on the gradient's variance. Bounds
+take the place of the expectation: of many exact draws, weighted.
 """
 
 from collections.abc import Callable
@@ -52,12 +53,32 @@ class Estimator(NamedTuple):
 
     about: str
     family: type
-    estimate: Callable  # (key, f, q, variate) -> E f(z), with a gradient
+    estimate: Callable  # (key, f, q, variate) -> E f(z), with a gradient; with num_samples, where it has that
     variate: Callable = lambda key, q, tau: {}  # the first parameters of the control variate
     tau: tuple[float, float] = (0.5, 0.5)
+    draws: int | None = None  # of one estimate, where that is a choice
 
     def expectation(self, family, key, f, q, g, tau, variate):
-        return self.estimate(key, f, family.variables(q), variate)
+        more = {} if self.draws is None else {"num_samples": self.draws}
+        return self.estimate(key, f, family.variables(q), variate, **more)
+
+
+class Bound(NamedTuple):
+    """The bound of many samples: of log p(x, z) and of the law that was drawn from."""
+
+    about: str
+    family: type
+    draws: int
+    tau: tuple[float, float] = (0.5, 0.5)
+
+    def variate(self, key, q, tau):
+        return {}
+
+    def expectation(self, family, key, f, q, g, tau, variate):
+        """With the KL, which the objective of all methods takes off again."""
+        log_joint = lambda z: f(z) + family.log_prior(z, g)
+        bound = estimators.vimco(key, log_joint, family.variables(q), num_samples=self.draws)
+        return bound + family.kl(key, q, g)
 
 
 def reinforce(key, f, q, variate):
@@ -65,8 +86,12 @@ def reinforce(key, f, q, variate):
     return estimators.reinforce(key, f, q, baseline=f(q.relaxed(q.logits, 1.0)))
 
 
-def rloo(key, f, q, variate):
-    return estimators.rloo(key, f, q)
+def rloo(key, f, q, variate, **options):
+    return estimators.rloo(key, f, q, **options)
+
+
+def arms(key, f, q, variate, **options):
+    return estimators.arms(key, f, q, **options)
 
 
 def rebar_variate(key, q, tau):
@@ -183,11 +208,13 @@ METHODS = {
         "relaxed negative binomial counts", NegativeBinomialCounts, counts, (0.5, 0.3)
     ),
     "reinforce": Estimator("exact bits, score function with a baseline", Bits, reinforce),
-    "rloo": Estimator("the same, of two draws", Bits, rloo),
+    "rloo": Estimator("the same, of --samples draws", Bits, rloo, draws=2),
     "arm": Estimator("the same, of two opposite draws", Bits, lambda key, f, q, _: estimators.arm(key, f, q)),
     "disarm": Estimator(
         "the same, given the two draws", Bits, lambda key, f, q, _: estimators.disarm(key, f, q)
     ),
+    "arms": Estimator("exact bits, --samples draws that repel each other", Bits, arms, draws=4),
+    "vimco": Bound("exact bits, the bound of --samples draws", Bits, 5),
     "rebar": Estimator("exact bits, with a relaxed control variate", Bits, rebar, rebar_variate),
     "relax": Estimator("the same, and a network in it", Bits, relax, relax_variate),
 }  # fmt: skip

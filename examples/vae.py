@@ -64,6 +64,8 @@ from methods import METHODS, family_of
 from networks import VAE
 from relaxit_jax.estimators import value_and_grads
 
+SAMPLES = (1, 5, 50, 100)  # of the bounds of a trained model
+
 
 class Config(NamedTuple):
     """Everything that the result depends on, besides versions and the machine."""
@@ -78,6 +80,7 @@ class Config(NamedTuple):
     subset_size: int
     largest_mean: float
     correlation: str
+    samples: int | None
     tau_start: float
     tau_end: float
     hidden: tuple[int, ...]
@@ -95,6 +98,8 @@ class Experiment:
 
     def __init__(self, config, train, test, cluster=None):
         self.config, self.family, self.method = config, family_of(config), METHODS[config.method]
+        if config.samples is not None:
+            self.method = self.method._replace(draws=config.samples)
         self.cluster = cluster = cluster or alone()
         self.shape = train.shape[1:]
         self.grey, self.test = cluster.everywhere((np.asarray(train), np.asarray(binarise(test))))
@@ -156,7 +161,11 @@ class Experiment:
 
     @functools.partial(jax.jit, static_argnums=(0, 3))
     def test_bounds(self, params, images, samples):
-        """Mean negative ELBO and negative importance-weighted bound of the test images, in nats."""
+        """Mean negative bounds of the test images, in nats, by how many of these samples each takes.
+
+        That of one is the negative ELBO, those of more are importance-weighted.
+        """
+        sizes = [k for k in SAMPLES if samples % k == 0]
         model = self.model(params)
         keys = jax.random.split(self.test_key, len(images))
 
@@ -165,10 +174,10 @@ class Experiment:
             q, g = model.encode(x)
             z, ratio = jax.vmap(lambda key: self.family.draw(key, q, g))(jax.random.split(key, samples))
             log_weights = model.log_likelihood(x, self.family.code(z)) + ratio
-            bound = jax.nn.logsumexp(log_weights) - math.log(samples)
-            return -jnp.mean(log_weights), -bound
+            each = lambda k: jax.nn.logsumexp(log_weights.reshape(-1, k), 1) - math.log(k)
+            return {k: -jnp.mean(each(k)) for k in sizes}
 
-        return [jnp.mean(x) for x in jax.lax.map(one, (images, keys), batch_size=20)]
+        return jax.tree.map(jnp.mean, jax.lax.map(one, (images, keys), batch_size=20))
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def pictures(self, params, n=32):
@@ -200,7 +209,7 @@ def train(experiment, checkpoints, resume):
             state, objective = experiment.epoch(state, experiment.grey, number)
             objective = float(objective)
             seconds = time.perf_counter() - start
-            bound = float(experiment.test_bounds(state[0], experiment.test, 1)[0])
+            bound = float(experiment.test_bounds(state[0], experiment.test, 1)[1])
             if not math.isfinite(objective + bound):
                 raise UserError(
                     f"the bound became {objective} in epoch {number + 1}; "
@@ -215,22 +224,27 @@ def train(experiment, checkpoints, resume):
 
 def results(experiment, state):
     """The final bounds, and the pictures: of all processes, as they compute together."""
-    elbo, weighted = (float(x) for x in experiment.test_bounds(state[0], experiment.test, 100))
-    return elbo, weighted, [np.asarray(x) for x in experiment.pictures(state[0])]
+    bounds = experiment.test_bounds(state[0], experiment.test, max(SAMPLES))
+    bounds = {k: float(x) for k, x in bounds.items()}
+    return bounds, [np.asarray(x) for x in experiment.pictures(state[0])]
 
 
-def report(experiment, history, elbo, weighted, pictures, out):
+def report(experiment, history, bounds, pictures, out):
     """Pictures, metrics and a line."""
+    elbo, weighted = bounds[1], bounds[max(SAMPLES)]
     originals, reconstructions, samples = pictures
     titles = ["test images", "reconstructed from one exact draw of their latents"] * 2
     lines = [originals[:16], reconstructions[:16], originals[16:], reconstructions[16:]]
     image_rows(out / "reconstructions.png", lines, titles)
     image_rows(out / "samples.png", [samples], ["decoded from exact draws of the prior"])
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, (axis, right) = plt.subplots(1, 2, figsize=(9, 4), width_ratios=(2, 1))
     numbers = np.arange(1, len(history) + 1)
     axis.plot(numbers, [row["train"] for row in history], label="training objective")
     axis.plot(numbers, [row["test"] for row in history], label="test negative ELBO, exact draws")
-    axis.axhline(weighted, ls=":", color="gray", label="test bound of 100 samples, at the end")
+    right.plot(list(bounds), list(bounds.values()), "o-", color="C1")
+    right.set(xscale="log", xlabel="samples of the bound", title="test negative bound at the end")
+    right.set_xticks(list(bounds), list(map(str, bounds)), minor=False)
+    right.minorticks_off()
     axis.set(xlabel="epoch", ylabel="nats per image", title=f"{experiment.config.method}: {elbo:.1f} nats")
     axis.legend(loc="upper right")  # the best place is searched for, with a warning if that takes long
     save_figure(figure, out / "curve.png")
@@ -238,6 +252,7 @@ def report(experiment, history, elbo, weighted, pictures, out):
     metrics = {
         "test_negative_elbo": elbo,
         "test_negative_bound_100_samples": weighted,
+        "test_negative_bounds": bounds,
         "history": [{name: row[name] for name in ("train", "test")} for row in history],
         "timing": {
             "seconds_per_epoch": float(np.median(seconds)) if seconds else None,
@@ -295,6 +310,12 @@ def report(experiment, history, elbo, weighted, pictures, out):
     type=click.Choice(["identity", "learned"]),
     default="identity",
     help="Correlation of correlated_bernoulli: none, or a Cholesky factor that is learned.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(2, 10_000),
+    show_default=False,
+    help="Draws of one estimate, by vimco, arms and rloo.  [default: 5, 4 and 2]",
 )
 @click.option(
     "--tau",
@@ -363,6 +384,9 @@ def main(out, resume, tau, tau_end, subset_size, **options):
         tau_start=tau or start,
         tau_end=tau_end or tau or end,
     )
+    if config.samples is not None and getattr(METHODS[name], "draws", None) is None:
+        several = ", ".join(other for other, row in METHODS.items() if getattr(row, "draws", None))
+        raise UserError(f"--samples {config.samples} is for {several}, not for {name}; leave it out")
     if config.subset_size > config.latents:
         raise UserError(f"--subset-size {config.subset_size} is above --latents {config.latents}; lower it")
     if resume and out is None:

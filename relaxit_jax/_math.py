@@ -176,6 +176,20 @@ def _others(x, accumulate, add, nothing):
     return add(before, after)
 
 
+def leave_one_out_bounds(log_w):
+    """``L = log mean_k w_k`` along the first axis, and each L_k, with w_k the geometric mean of the others.
+
+    Where that is 0, as all other weights are, L_k is 0: any number that does not depend on draw k will do.
+    """
+    k, possible = len(log_w), log_w > -jnp.inf
+    bound = jax.nn.logsumexp(log_w, 0) - jnp.log(k)
+    geometric = sum_of_others(where(possible, log_w, 0)) / (k - 1)
+    geometric = where(sum_of_others(~possible) > 0, -jnp.inf, geometric)
+    others = log_sum_of_others(log_w)
+    known = others > -jnp.inf
+    return bound, where(known, jnp.logaddexp(geometric, where(known, others, 0)) - jnp.log(k), 0)
+
+
 @jax.custom_jvp
 def log_min_gumbel_cdf(x):
     """log(1 - exp(-exp(x))), which is x for very negative x and 0 for large x."""

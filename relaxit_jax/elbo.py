@@ -19,9 +19,9 @@ from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
 from relaxit_jax import _numpyro as npr
 from relaxit_jax._terms import log_prob_of, plates_of, scaled_log_prob, sum_to
-from relaxit_jax.estimators import _multi_sample as es
 
 __all__ = ["RLOO_ELBO", "VIMCO_ELBO"]
 
@@ -164,7 +164,7 @@ class VIMCO_ELBO(ELBO):
     >>> guide = lambda: numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.0)))
     >>> loss = lambda bound: bound(50).loss(jax.random.key(0), {"logits": 0.0}, model, guide)
     >>> print(f"{loss(VIMCO_ELBO):.2f} {loss(RLOO_ELBO):.2f}")  # -log p(y) is 0.79
-    0.78 1.27
+    0.79 1.31
     """
 
     can_infer_discrete: bool = True
@@ -190,7 +190,7 @@ class VIMCO_ELBO(ELBO):
         particle = functools.partial(_weighted_particle, model, guide, args, kwargs, param_map)
         keys = jax.random.split(rest, self.num_particles)
         log_weights, log_q, scale, mutable = self.vectorize_particles_fn(particle, keys)
-        bound, others = es.leave_one_out_bounds(log_weights)
+        bound, others = lm.leave_one_out_bounds(log_weights)
         signal = stop_gradient(bound - others)
         total = jnp.sum(bound) + _slope(signal, log_q)
         return {"loss": -total * scale[0], "mutable_state": jax.tree.map(lambda x: x[0], mutable) or None}

@@ -43,8 +43,8 @@ def bars():
 def tiny(method, **changes):
     settings = {
         "data": "", "epochs": 12, "seed": 3, "latents": 3, "variables": 2, "classes": 3, "subset_size": 2,
-        "largest_mean": 3.0, "correlation": "identity", "tau_start": TAU, "tau_end": TAU, "hidden": (8,),
-        "activation": "tanh", "prior": "learned", "augment": False, "centre": True, "batch_size": 16,
-        "learning_rate": 0.02, "schedule": "constant",
+        "largest_mean": 3.0, "correlation": "identity", "samples": None, "tau_start": TAU,
+        "tau_end": TAU, "hidden": (8,), "activation": "tanh", "prior": "learned", "augment": False,
+        "centre": True, "batch_size": 16, "learning_rate": 0.02, "schedule": "constant",
     }  # fmt: skip
     return vae.Config(method=method, **settings | changes)

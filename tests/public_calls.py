@@ -139,7 +139,7 @@ def no_states(good):
 
 INTEGERS = ("k", "num_samples", "num_values", "num_iters", "max_length", "event_ndims", "batch_size")
 INTEGERS += ("reference_samples", "num_particles", "end")
-FUNCTIONS = ("f", "control_variate", "loss", "log_prob_fn", "sampler", "model", "guide")
+FUNCTIONS = ("log_joint", "f", "control_variate", "loss", "log_prob_fn", "sampler", "model", "guide")
 KINDS = {
     "key": no_keys,
     "rng_key": no_keys,
@@ -153,7 +153,7 @@ KINDS = {
     **dict.fromkeys(INTEGERS, no_integers),
     **dict.fromkeys(("has_aux", "hard", "log_space", "ordered", "rival"), no_flags),
     **dict.fromkeys(FUNCTIONS, no_functions),
-    **dict.fromkeys(("reference", "kl", "method"), no_choices),
+    **dict.fromkeys(("reference", "kl", "law", "method"), no_choices),
     **dict.fromkeys(("bit", "z", "t", "s", "sample"), no_reals),
     **dict.fromkeys(("table", "if_one", "if_zero"), no_complex_numbers),
 }
@@ -268,6 +268,8 @@ def calls():
         ),
         "Bernoulli": Call(es.Bernoulli, logits=logits, event_ndims=1),
         "OneHotCategorical of estimators": Call(es.OneHotCategorical, logits=logits, event_ndims=1),
+        "Subset": Call(es.Subset, logits=logits, k=2, law="simple", event_ndims=1),
+        "PlackettLuce": Call(es.PlackettLuce, logits=logits, event_ndims=1),
         "reinforce": Call(es.reinforce, **given, baseline=np.float32(0), has_aux=False),
         "rloo": Call(es.rloo, **given, num_samples=2, has_aux=False),
         "arm": Call(es.arm, **given, has_aux=False),

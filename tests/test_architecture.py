@@ -25,11 +25,11 @@ MODULES = {
     "_terms": set(),
     "laplace_bridge": FOUNDATIONS,
     "samplers": FOUNDATIONS | {"samplers"},
-    "estimators": FOUNDATIONS | {"estimators"},
+    "estimators": FOUNDATIONS | {"samplers", "estimators"},
     "diagnostics": {"_arguments", "estimators", "diagnostics"},
     "distributions": FOUNDATIONS | {"samplers", "laplace_bridge", "distributions"},
     "handlers": FOUNDATIONS | {"_numpyro", "_terms", "samplers", "distributions", "elbo", "handlers"},
-    "elbo": {"_arguments", "_numpyro", "_terms"},
+    "elbo": {"_arguments", "_math", "_numpyro", "_terms"},
 }
 STANDARD = {"collections", "contextlib", "contextvars", "copy", "dataclasses", "functools", "inspect"}
 STANDARD |= {"itertools", "math", "operator", "os", "re", "time", "typing", "warnings"}

@@ -55,7 +55,7 @@ def test_the_mean_is_the_exact_loss_and_gradient(name):
 # --- the bound of several particles -----------------------------------------------------------
 
 
-@pytest.mark.few(1, "classes", "partly")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "subsampled"])
 def test_the_bound_of_two_is_exact(name):
     """Its mean is the sum over all pairs, and the value that of NumPyro at the same key."""

@@ -672,6 +672,64 @@ def test_learned_control_variates_have_less_variance():
         assert norms[0].mean() - norms[1].mean() > 4.5 * error
 
 
+def two_layers(outer, inner, upper, key):
+    """f of the upper bits is the inner estimate of a function of the lower ones, whose logits they set."""
+    outer_key, inner_key = jax.random.split(key)
+    weights = jnp.array([[1.0, -2.0, 0.5], [-1.0, 1.5, 2.0]])
+    lower = lambda c: jnp.tanh(c @ jnp.array([1.5, -1.0, 2.0])) + c[..., 0] * c[..., 2]
+    f = lambda b: inner(inner_key, lower, es.Bernoulli(b @ weights))
+    return outer(outer_key, f, es.Bernoulli(upper))
+
+
+LAYERS = {
+    "reinforce": es.reinforce, "rloo": es.rloo, "arm": es.arm, "disarm": es.disarm, "arms": es.arms,
+    "rebar": es.rebar, "relax": functools.partial(es.relax, control_variate=lambda z: jnp.tanh(z).sum(-1)),
+    "exact": lambda key, f, q: es.exact(f, q),
+}  # fmt: skip
+
+
+@pytest.mark.whole
+@quick
+@pytest.mark.parametrize("outer", LAYERS)
+def test_an_estimator_inside_of_another_is_unbiased(outer):
+    """For every pair; of the outer logits."""
+    upper, keys = jnp.array([0.3, -0.5]), jax.random.split(KEY, 20_000)
+    every = functools.partial(two_layers, LAYERS["exact"], LAYERS["exact"])
+    exact = np.asarray(jax.jit(jax.grad(every))(upper, KEY))
+    assert np.abs(exact).max() > 0.05
+
+    @jax.jit
+    def all_inner(keys):
+        slope = lambda inner: jax.vmap(
+            jax.grad(functools.partial(two_layers, LAYERS[outer], inner)), (None, 0)
+        )
+        return {name: slope(inner)(upper, keys) for name, inner in LAYERS.items()}
+
+    for inner, found in all_inner(keys).items():
+        found = np.asarray(found, float)
+        error = found.std(0) / len(found) ** 0.5
+        assert (np.abs(found.mean(0) - exact) < 4.8 * error + 1e-6).all(), inner
+
+
+@pytest.mark.whole
+@quick
+def test_the_slope_in_eta_is_right_in_layers_too():
+    """That in tau is not, as the docstring says."""
+    upper, keys = jnp.array([0.3, -0.5]), jax.random.split(KEY, 100_000)
+
+    def loss(logits, variate, key):
+        outer = functools.partial(es.rebar, tau=jnp.exp(variate["log_tau"]), eta=variate["eta"])
+        return two_layers(outer, es.disarm, logits, key)
+
+    start = {"eta": 0.5, "log_tau": 0.0}
+    each = jax.vmap(lambda v, key: es.value_and_grads(loss, upper, v, key), (None, 0))
+    slopes = jax.jit(each)(start, keys)[2]
+    norm = jax.jit(lambda v: jnp.sum(each(v, keys)[1] ** 2, -1))
+    ends = [np.asarray(norm(start | {"eta": x}), float) for x in (0.55, 0.45)]
+    difference = (ends[0] - ends[1]) / 0.1 - np.asarray(slopes["eta"], float)  # quadratic in eta
+    assert abs(difference.mean()) < 4.5 * difference.std() / len(keys) ** 0.5 + 1e-3
+
+
 @pytest.mark.whole
 @quick
 def test_the_control_variate_does_not_reach_the_loss():

@@ -42,7 +42,7 @@ def config_of(settings):
     return vae.Config(**{k: tuple(v) if k == "hidden" else v for k, v in settings.items()})
 
 
-@pytest.mark.parametrize("method", ["relaxed_bernoulli", "poisson", "relax_categorical"])
+@pytest.mark.parametrize("method", ["relaxed_bernoulli", "poisson", "vimco", "relax_categorical"])
 def test_vae_writes_what_it_trained(method, images, tmp_path):
     """Its metrics are the bounds of the parameters in its last checkpoint; and its pictures are there."""
     out = tmp_path / "run"
@@ -56,10 +56,14 @@ def test_vae_writes_what_it_trained(method, images, tmp_path):
     checkpoints = Checkpoints(out / "checkpoints", settings)
     epoch, state, history = checkpoints.restore(experiment.state)
     assert epoch == 2 and len(history) == len(metrics["history"]) == 3
-    elbo, weighted = experiment.test_bounds(state[0], experiment.test, 100)
-    np.testing.assert_allclose(metrics["test_negative_elbo"], elbo, rtol=1e-5)
-    np.testing.assert_allclose(metrics["test_negative_bound_100_samples"], weighted, rtol=1e-5)
-    bound, _ = experiment.test_bounds(state[0], experiment.test, 1)
+    bounds = experiment.test_bounds(state[0], experiment.test, 100)
+    assert list(bounds) == list(vae.SAMPLES)
+    np.testing.assert_allclose(metrics["test_negative_elbo"], bounds[1], rtol=1e-5)
+    np.testing.assert_allclose(metrics["test_negative_bound_100_samples"], bounds[100], rtol=1e-5)
+    np.testing.assert_allclose(
+        list(metrics["test_negative_bounds"].values()), list(bounds.values()), rtol=1e-5
+    )
+    (bound,) = experiment.test_bounds(state[0], experiment.test, 1).values()
     np.testing.assert_allclose(metrics["history"][-1]["test"], bound, rtol=1e-5)
 
 
@@ -159,6 +163,7 @@ def bad_files(folder):
         ("--data digits --out {}/file/run", "choose another folder with --out"),
         ("--data digits --batch-size 100000", "is above the 1437 training images; lower it"),
         ("--data digits --latents 4 --subset-size 5", "lower it"),
+        ("--data digits --method disarm --samples 3", "--samples 3 is for rloo, arms, vimco"),
         ("--data digits --tau 0", "0.0 is not in the range 0.001<=x<=1000"),
         ("--data digits --seed -1", "-1 is not in the range 0<=x<=4294967295"),
         ("--data digits --hidden 5,x", "'5,x' is not a list such as 512,512: 'x' is not a valid"),

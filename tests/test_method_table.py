@@ -22,7 +22,7 @@ SAMPLERS = {
 REQUIRED = {"family", "draws", "value", "bias", "variance", "calls", "work"}
 OPTIONAL = {"tau", "hard", "density", "classes", "related", "sources", "benchmarks"}
 # What is no method: a family of an estimator, and the training of a control variate.
-HELPERS = {"Bernoulli", "OneHotCategorical", "value_and_grads"}
+HELPERS = {"Bernoulli", "OneHotCategorical", "PlackettLuce", "Subset", "value_and_grads"}
 
 
 def named(path):

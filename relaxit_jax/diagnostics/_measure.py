@@ -14,13 +14,13 @@ from jax.typing import ArrayLike
 from relaxit_jax import _arguments as arg
 from relaxit_jax import estimators as es
 from relaxit_jax.diagnostics._report import NUMBERS, GradientReport
-from relaxit_jax.estimators._estimate import Estimator, Family, Q, as_result, check
+from relaxit_jax.estimators._estimate import Estimator, Law, Q, as_result, check
 
 MOST_ENUMERATED = 2**14  # outcomes that "auto" sums over
 LONG_RUN = 16  # draws of one estimate of the long run
 
 
-def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Family]:
+def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Law]:
     """A relaxed or straight-through sampler, as an estimator that `gradient_report` takes.
 
     ``estimator(key, f, q) = f(sampler(key, q.logits))``, with the gradient that the draw has.
@@ -48,7 +48,7 @@ def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Family]:
     arg.require(callable(sampler), "sampler", "a function (key, logits)", arg.shown(sampler))
 
     def estimator(key, f, q):
-        check(q, f=f)
+        check(q, kind=Law, f=f)
         sample = sampler(key, q.logits)
         shape = getattr(sample, "shape", None)
         got = f"a {type(sample).__name__}" if shape is None else f"shape {shape}"
@@ -85,7 +85,7 @@ def gradient_report(
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``; differentiable, and
         defined between the outcomes, for estimators that ask for it. Gradients of its own parameters
         are not compared.
-      q: `relaxit_jax.estimators.Bernoulli` or `OneHotCategorical`.
+      q: `relaxit_jax.estimators.Bernoulli`, `OneHotCategorical`, `Subset` or `PlackettLuce`.
       estimators: a dictionary, or another mapping, from names to ``estimator(key, f, q)``, which returns
         an array of shape ``q.batch_shape`` whose gradient in the logits is the estimate; samplers through
         `from_sampler`.
@@ -116,9 +116,7 @@ def gradient_report(
     (array([False, False]), array([2, 1]), True)
     """
     arg.check_key(key)
-    check(q, f=f)
-    known = isinstance(q, (es.Bernoulli, es.OneHotCategorical))
-    arg.require(known, "q", "a family of estimators", arg.shown(q))
+    check(q, kind=Law, f=f)
     good = isinstance(estimators, Mapping) and estimators and all(map(callable, estimators.values()))
     good = good and all(isinstance(name, str) for name in estimators)
     need = "a dictionary from names to functions (key, f, q)"
@@ -167,17 +165,13 @@ def gradient_report(
     return GradientReport(tuple(estimators), words, n, truth, truth_error, **column)
 
 
-def _with_logits(q, logits):
-    return type(q)(logits, q.event_ndims)
-
-
 def _reference(key, f, q, reference, samples, size):
     """The true gradient, its standard error, and what it is in words."""
     arg.require_choice("reference", reference, ("auto", "exact", "long_run"))
     samples = arg.as_static_int("reference_samples", samples, 2, 10**9)
     outcomes = q.outcomes()[0]
     if reference == "exact" or (reference == "auto" and outcomes <= MOST_ENUMERATED):
-        slope = jax.jit(jax.grad(lambda logits: jnp.sum(es.exact(f, _with_logits(q, logits)))))
+        slope = jax.jit(jax.grad(lambda logits: jnp.sum(es.exact(f, q.with_logits(logits)))))
         truth = np.asarray(slope(q.logits), float)
         return truth, np.zeros_like(truth), f"exact, the sum over {outcomes} outcomes"
     estimator = lambda key, f, q: es.rloo(key, f, q, num_samples=LONG_RUN)
@@ -204,7 +198,7 @@ def _compile(name, estimator, key, f, q, truth, size):
     truth = jnp.asarray(truth, arg.wide(q.logits.dtype))
 
     def total(logits, key):
-        return jnp.sum(_estimate(name, estimator, key, f, _with_logits(q, logits)))
+        return jnp.sum(_estimate(name, estimator, key, f, q.with_logits(logits)))
 
     def moments(logits, key):
         keys = jax.random.split(key, size)

@@ -174,6 +174,10 @@ def value_and_grads(
     on the control variate, the last is ``grad_variate |g|^2``: an unbiased gradient of the variance
     ``E |g|^2 - |E g|^2``, summed over all parameters. Each is ready for an Optax optimiser of its own.
 
+    That holds where, at fixed noise, the gradient is a continuous function of ``variate``. It is not where f
+    calls another estimator whose logits depend on the draw: at a relaxed draw the inner bits jump with tau,
+    and the slope in tau is off (-1.0 was found for -3.2). That in eta stays right: train eta alone there.
+
     Args:
       loss: ``loss(params, variate, *args, **kwargs)`` to a scalar, by `rebar` or `relax` with what
         ``variate`` holds (eta, tau or its logarithm, the parameters of a network).

@@ -35,6 +35,23 @@ class Family(Protocol):
     def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array: ...
 
 
+@runtime_checkable
+class Law(Protocol):
+    """What the score function asks of a family, whose elements may depend on each other."""
+
+    @property
+    def logits(self) -> Array: ...
+    @property
+    def event_ndims(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def batch_shape(self) -> tuple[int, ...]: ...
+    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array: ...
+    def log_prob(self, sample: ArrayLike) -> Array: ...
+    def outcomes(self) -> tuple[int, Callable[[Array], Array]]: ...
+
+
 class Bits(Family, Protocol):
     """A family with the draws of `arm`, `disarm` and `arms`: `Bernoulli`."""
 
@@ -42,16 +59,17 @@ class Bits(Family, Protocol):
     def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]: ...
 
 
-Q = TypeVar("Q", bound=Family)
+Q = TypeVar("Q", bound=Law)
 Estimator = Callable[[Array, Callable[[Array], ArrayLike], Q], ArrayLike]
 
 
-def check(q, *, has_aux=False, **functions):
+def check(q, *, has_aux=False, kind=Family, **functions):
     """What every estimator is given: a family, and functions of its samples."""
     arg.require_flags(has_aux=has_aux)
     need = "a family of estimators, such as estimators.Bernoulli(logits) or "
     need += "estimators.OneHotCategorical(logits)"
-    arg.require(isinstance(q, Family), "q", need, arg.shown(q))
+    need += "" if kind is Law or not isinstance(q, Law) else "; subsets and orders have reinforce and rloo"
+    arg.require(isinstance(q, kind), "q", need, arg.shown(q))
     for name, f in functions.items():
         arg.require(callable(f), name, f"a function of samples of shape {q.shape}", arg.shown(f))
 
@@ -125,6 +143,17 @@ def estimate(q, samples, values, gradient, parts, *, baselines=None, rest=None):
       rest: the remaining part of the gradient, whose mean is 0 at all logits.
     """
     return _estimate(q, samples, values, gradient, parts, baselines, rest)
+
+
+def by_score(q, samples, values, baselines):
+    """The mean of the values of draws from any law, each with a baseline that does not depend on its draw.
+
+    Each draw counts with the ratio of its probabilities at parameters nearby and here, so that derivatives of
+    every order are unbiased.
+    """
+    log_p = q.log_prob(samples)
+    gains = likelihood_ratio(log_p) * (values - baselines).astype(log_p.dtype)
+    return jnp.mean(gains.astype(values.dtype) + baselines, 0)
 
 
 @jax.custom_jvp

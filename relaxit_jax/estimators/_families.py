@@ -25,13 +25,16 @@ class Variables:
     event_ndims: int
 
     def __init_subclass__(cls) -> None:
-        def unflatten(event_ndims, leaves):  # unchecked: JAX puts placeholders into pytrees
+        def flatten(q):
+            return (q.logits,), tuple((name, x) for name, x in vars(q).items() if name != "logits")
+
+        def unflatten(others, leaves):  # unchecked: JAX puts placeholders into pytrees
             q = object.__new__(cls)
-            object.__setattr__(q, "logits", leaves[0])
-            object.__setattr__(q, "event_ndims", event_ndims)
+            for name, x in (("logits", leaves[0]), *others):
+                object.__setattr__(q, name, x)
             return q
 
-        jax.tree_util.register_pytree_node(cls, lambda q: ((q.logits,), q.event_ndims), unflatten)
+        jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,6 +50,10 @@ class Variables:
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one event: all that f takes together."""
         return self.shape[len(self.shape) - self.event_ndims :]
+
+    def with_logits(self, logits: ArrayLike) -> "Variables":
+        """The same with other logits."""
+        return type(self)(logits, self.event_ndims)  # type: ignore[call-arg]
 
     def _set(self, logits, event_ndims, least):
         """Both fields, once everything about them that can be known is checked."""

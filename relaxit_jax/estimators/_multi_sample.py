@@ -3,13 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from relaxit_jax import _arguments as arg
 from relaxit_jax import _math as lm
-from relaxit_jax._placement import where
 from relaxit_jax.estimators import _estimate as es
 
 
@@ -64,24 +62,10 @@ def vimco(
     log_p, aux = es.call(log_joint, q, samples, "log_joint", has_aux=has_aux, finite=False)
     log_q = q.log_prob(samples)
     log_w = log_p.astype(log_q.dtype) - log_q
-    bound, others = leave_one_out_bounds(log_w)
+    bound, others = lm.leave_one_out_bounds(log_w)
     # each draw counts by the ratio of its probabilities at parameters nearby and here; a baseline by that of
     # the draws other than its own, so that its mean is 0 there too
     all_draws = es.likelihood_ratio(jnp.sum(log_q, 0))
     all_but_one = es.likelihood_ratio(lm.sum_of_others(log_q))
     value = all_draws * bound - jnp.sum((all_draws - all_but_one) * others, 0)
     return es.with_aux(value.astype(log_p.dtype), aux, has_aux)
-
-
-def leave_one_out_bounds(log_w: Array) -> tuple[Array, Array]:
-    """``L = log mean_k w_k`` along the first axis, and each L_k, with w_k the geometric mean of the others.
-
-    Where that is 0, as all other weights are, L_k is 0: any number that does not depend on draw k will do.
-    """
-    k, possible = len(log_w), log_w > -jnp.inf
-    bound = jax.nn.logsumexp(log_w, 0) - jnp.log(k)
-    geometric = lm.sum_of_others(where(possible, log_w, 0)) / (k - 1)
-    geometric = where(lm.sum_of_others(~possible) > 0, -jnp.inf, geometric)
-    others = lm.log_sum_of_others(log_w)
-    known = others > -jnp.inf
-    return bound, where(known, jnp.logaddexp(geometric, where(known, others, 0)) - jnp.log(k), 0)

@@ -19,7 +19,7 @@ AT_ONCE = 256  # outcomes that f sees at once
 def reinforce(
     key: Array,
     f: Callable[[Array], Any],
-    q: es.Family,
+    q: es.Law,
     *,
     baseline: ArrayLike = 0.0,
     has_aux: bool = False,
@@ -31,7 +31,7 @@ def reinforce(
     Args:
       key: a JAX random key.
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
-      q: `Bernoulli` or `OneHotCategorical`.
+      q: `Bernoulli`, `OneHotCategorical`, `Subset` or `PlackettLuce`.
       baseline: of the batch shape, near E f(b) and independent of the draw; it has no gradient.
       has_aux: whether f returns ``(value, aux)``, where aux is any pytree of arrays: metrics, or the new
         state of a module.
@@ -61,20 +61,23 @@ def reinforce(
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    es.check(q, has_aux=has_aux, f=f)
+    es.check(q, has_aux=has_aux, kind=es.Law, f=f)
     baseline = arg.as_float("baseline", baseline)
     need = f"of a shape that broadcasts to the batch shape {q.batch_shape} of q"
     fits = arg.broadcasts_to(baseline.shape, q.batch_shape)
     arg.require(fits, "baseline", need, f"shape {baseline.shape}")
     sample = q.sample(key)
     value, aux = es.call(f, q, sample, has_aux=has_aux)
-    gain = jnp.broadcast_to(value - baseline.astype(value.dtype), q.batch_shape)
+    baseline = baseline.astype(value.dtype)
+    if not isinstance(q, es.Family):
+        return es.with_aux(es.by_score(q, sample[None], value[None], baseline), aux, has_aux)
+    gain = jnp.broadcast_to(value - baseline, q.batch_shape)
     gradient = es.per_event(gain, q) * q.score(sample)
     return es.with_aux(es.estimate(q, sample[None], value[None], gradient, gradient[None]), aux, has_aux)
 
 
 def rloo(
-    key: Array, f: Callable[[Array], Any], q: es.Family, *, num_samples: int = 2, has_aux: bool = False
+    key: Array, f: Callable[[Array], Any], q: es.Law, *, num_samples: int = 2, has_aux: bool = False
 ) -> Any:
     """The score-function estimator with a leave-one-out baseline.
 
@@ -84,7 +87,7 @@ def rloo(
     Args:
       key: a JAX random key.
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
-      q: `Bernoulli` or `OneHotCategorical`.
+      q: `Bernoulli`, `OneHotCategorical`, `Subset` or `PlackettLuce`.
       num_samples: K, a Python integer, 2 or more.
       has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
@@ -112,25 +115,27 @@ def rloo(
     Array([-0.29, -0.13], dtype=float32)
     """
     arg.check_key(key)
-    es.check(q, has_aux=has_aux, f=f)
+    es.check(q, has_aux=has_aux, kind=es.Law, f=f)
     num_samples = arg.as_num_samples(num_samples, 2)
     samples = q.sample(key, (num_samples,))
     values, aux = es.call(f, q, samples, has_aux=has_aux)
+    others = (jnp.sum(values, 0) - values) / (num_samples - 1)
+    if not isinstance(q, es.Family):
+        return es.with_aux(es.by_score(q, samples, values, others), aux, has_aux)
     gains = (values - jnp.mean(values, 0)) / (num_samples - 1)
     parts = es.per_event(gains, q) * q.score(samples)
-    others = (jnp.sum(values, 0) - values) / (num_samples - 1)
     value = es.estimate(q, samples, values, jnp.sum(parts, 0), parts, baselines=others)
     return es.with_aux(value, aux, has_aux)
 
 
-def exact(f: Callable[[Array], Any], q: es.Family, *, has_aux: bool = False) -> Any:
+def exact(f: Callable[[Array], Any], q: es.Law, *, has_aux: bool = False) -> Any:
     """E f(b) itself, with its gradient, by the sum over all outcomes.
 
     ``sum_b P(b) f(b)``. As many calls of f as there are outcomes, 256 at once under `jax.vmap`.
 
     Args:
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
-      q: `Bernoulli` or `OneHotCategorical`.
+      q: `Bernoulli`, `OneHotCategorical`, `Subset` or `PlackettLuce`.
       has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
@@ -149,7 +154,7 @@ def exact(f: Callable[[Array], Any], q: es.Family, *, has_aux: bool = False) -> 
     >>> value.round(1), gradient.round(2)
     (Array(1.2, dtype=float32), Array([-0.29, -0.13], dtype=float32))
     """
-    es.check(q, has_aux=has_aux, f=f)
+    es.check(q, has_aux=has_aux, kind=es.Law, f=f)
     total, events = q.outcomes()
     need = f"a family whose events have at most {MOST_OUTCOMES} outcomes"
     arg.require(total <= MOST_OUTCOMES, "q", need, total)

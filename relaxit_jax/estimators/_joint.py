@@ -1,0 +1,167 @@
+"""Families whose elements depend on each other: subsets and orders."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
+from relaxit_jax.estimators._families import Variables
+from relaxit_jax.samplers import _simple as simple
+from relaxit_jax.samplers import _subset as subset
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Subset(Variables):
+    """Subsets of k of n elements as k-hot vectors, for `reinforce`, `rloo` and `exact`.
+
+    ``law="simple"``: bits of these log-odds given that k are on, ``P(b) ~ exp(sum_i l_i b_i)``, as
+    `simple_top_k` draws them. ``law="top_k"``: the k largest of ``logits + Gumbel``, which are k draws
+    without replacement, as `gumbel_top_k` gives them, their order forgotten.
+
+    Args:
+      logits: of the shape of a sample, the elements last; -inf is an element that is never in.
+      k: elements of each subset, a Python integer from 1 to n.
+      law: "simple" or "top_k".
+      event_ndims: how many of the last axes belong to one call of f, that of the elements among them; those
+        before are the batch.
+
+    Raises:
+      ValueError: for logits that are not floating point, NaN or all -inf, a ``k`` or ``event_ndims`` out of
+        range, or an unknown ``law``.
+
+    References:
+      K. Ahmed, Z. Zeng, M. Niepert, G. Van den Broeck (2023), SIMPLE: A Gradient Estimator for k-Subset
+      Sampling, arXiv:2210.01941, for the first law; W. Kool, H. van Hoof, M. Welling (2019),
+      arXiv:1903.06059, for the second.
+
+    >>> q = Subset(jnp.log(jnp.array([1.0, 2.0, 3.0])), k=2)
+    >>> print(f"{jnp.exp(q.log_prob(jnp.array([0.0, 1.0, 1.0]))):.4f}")  # 6 / (2 + 3 + 6)
+    0.5455
+    """
+
+    k: int
+    law: str
+
+    def __init__(
+        self, logits: ArrayLike, k: int, law: Literal["simple", "top_k"] = "simple", event_ndims: int = 1
+    ) -> None:
+        self._set(logits, event_ndims, 1)
+        arg.require_classes(self.logits)
+        arg.require_choice("law", law, ("simple", "top_k"))
+        object.__setattr__(self, "k", arg.as_static_int("k", k, 1, self.shape[-1]))
+        object.__setattr__(self, "law", law)
+
+    def with_logits(self, logits: ArrayLike) -> "Subset":
+        """The same with other logits."""
+        return Subset(logits, self.k, self.law, self.event_ndims)  # type: ignore[arg-type]
+
+    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
+        """Exact draws, of shape (*shape, *self.shape)."""
+        arg.check_key(key)
+        shape = (*arg.as_shape("shape", shape), *self.shape[:-1])
+        logits = jax.lax.stop_gradient(self.logits)
+        if self.law == "simple":
+            return jax.lax.stop_gradient(simple.simple_top_k(key, logits, self.k, shape=shape))
+        indices = subset.gumbel_top_k(key, logits, self.k, shape=shape)[0]
+        return lm.k_hot(indices, jnp.broadcast_to(logits, (*shape, logits.shape[-1]))).astype(logits.dtype)
+
+    def log_prob(self, sample: ArrayLike) -> Array:
+        """log P(sample), of the batch shape; differentiable in the logits."""
+        sample = self._checked(sample)
+        if self.law == "simple":
+            each = simple.simple_top_k_log_prob(sample, self.logits, self.k)
+        else:
+            indices = lm.top_k(sample, self.k)[1]
+            each = subset.gumbel_top_k_log_prob(indices, self.logits, ordered=False)
+        return jnp.sum(each, tuple(range(each.ndim - self.event_ndims + 1, each.ndim)))
+
+    def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
+        """How many events there are, and a function from some of their numbers to the events."""
+        *several, n = self.event_shape
+        one = lambda: [np.isin(np.arange(n), c) for c in itertools.combinations(range(n), self.k)]
+        return _events(math.comb(n, self.k), math.prod(several), one, self.event_shape, self.logits.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class PlackettLuce(Variables):
+    """Orders of n items as permutation matrices, for `reinforce`, `rloo` and `exact`.
+
+    Row i of a sample is the item at place i: the first is drawn with the probabilities softmax(logits), the
+    next from those that are left, and so on.
+
+    Args:
+      logits: of the items, on the last axis; finite.
+      event_ndims: how many of the last axes of the logits belong to one call of f.
+
+    Raises:
+      ValueError: for logits that are not floating point or not finite, or ``event_ndims`` out of range.
+
+    References:
+      R. L. Plackett (1975), The Analysis of Permutations, Applied Statistics 24, doi:10.2307/2346567.
+
+    >>> q = PlackettLuce(jnp.log(jnp.array([1.0, 2.0, 3.0])))
+    >>> print(f"{jnp.exp(q.log_prob(jnp.eye(3))):.4f}")  # 1 / 6 * 2 / 5
+    0.0667
+    """
+
+    def __init__(self, logits: ArrayLike, event_ndims: int = 1) -> None:
+        self._set(logits, event_ndims, 1)
+        arg.require_values("logits", self.logits, "finite", np.isfinite)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a sample, which has an axis more than the logits."""
+        return (*self.logits.shape, self.logits.shape[-1])
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of what f returns."""
+        return self.logits.shape[: self.logits.ndim - self.event_ndims]
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one event: all that f takes together."""
+        return self.shape[self.logits.ndim - self.event_ndims :]
+
+    def with_logits(self, logits: ArrayLike) -> "PlackettLuce":
+        """The same with other logits."""
+        return PlackettLuce(logits, self.event_ndims)
+
+    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
+        """Exact draws, of shape (*shape, *self.shape)."""
+        arg.check_key(key)
+        shape = (*arg.as_shape("shape", shape), *self.logits.shape[:-1])
+        logits, n = jax.lax.stop_gradient(self.logits), self.logits.shape[-1]
+        return jax.nn.one_hot(subset.gumbel_top_k(key, logits, n, shape=shape)[0], n, dtype=logits.dtype)
+
+    def log_prob(self, sample: ArrayLike) -> Array:
+        """log P(sample), of the batch shape; differentiable in the logits."""
+        order = jnp.argmax(self._checked(sample), -1)
+        each = subset.gumbel_top_k_log_prob(order, self.logits)
+        return jnp.sum(each, tuple(range(each.ndim - self.event_ndims + 1, each.ndim)))
+
+    def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
+        """How many events there are, and a function from some of their numbers to the events."""
+        *several, n, _ = self.event_shape
+        one = lambda: np.eye(n)[list(itertools.permutations(range(n)))]
+        return _events(math.factorial(n), math.prod(several), one, self.event_shape, self.logits.dtype)
+
+
+def _events(count, several, one, shape, dtype):
+    """Of `several` independent variables, each with `count` outcomes: those that ``one()`` lists."""
+
+    def events(index):
+        listed = jnp.asarray(np.array(one()), dtype)  # only now: nobody may want to sum over so many
+        digits = jnp.stack([index // count**i % count for i in range(several)], -1)
+        return listed[digits].reshape(-1, *shape)
+
+    return count**several, events
