@@ -133,7 +133,10 @@ picture("from the data")
 # The bound is level with the rival's, so `check` has nothing left to compare with.
 
 # %%
-again = check(latent_classes, guides["from the data"], trained["from the data"].params, images, rival=False)
+again = check(
+    latent_classes, guides["from the data"], trained["from the data"].params, images,
+    losses=trained["from the data"].losses, rival=False,
+)  # fmt: skip
 
 # %% [markdown]
 # ## Was it worth it?

@@ -290,7 +290,7 @@ def calls():
         "gradient_report": Call(dg.gradient_report, **given, estimators={"rloo": es.rloo}, **report),
         "from_sampler": Call(dg.from_sampler, sampler=rj.reinmax),
         "check": Call(hd.check, kinds=KINDS_OF_MARGINALS | {"losses": lambda good: ["text", [1.0]]},
-                      model=count_model, guide=count_model, params={}, tau=0.5, losses=np.ones(50),
+                      model=count_model, guide=count_model, params={}, tau=0.5, losses=np.ones(200),
                       rival=False, num_samples=100, num_values=20, rng_key=KEY),
         "marginals": Call(hd.marginals, kinds=KINDS_OF_MARGINALS, guide=count_model, params={}, num_samples=2,
                           rng_key=KEY, num_values=3),

@@ -80,7 +80,7 @@ class Check:
       rival: the bound of an `AutoStructured` guide that was trained beside it, its standard error and its
         Pareto k; None if it was not tried, or could not be made.
       pareto_k: the shape of the tail of the importance weights, by NumPyro's `psis_diagnostic`.
-      trend: the change of the loss over its last quarter and the standard error, None without losses.
+      trend: the change of the loss over its last tenth and the standard error, None without losses.
       impossible: by site of the model, the share of draws that have probability 0 there.
       sites: a `SiteCheck` by name of the discrete site.
       refused: why `relax` or `AutoStructured` could not take this model and guide, by their names.
@@ -171,7 +171,7 @@ def check(
       What was printed, as an object with these attributes. Bounds are in nats, gradients in nats for a unit
       of the parameters. ``bound`` and ``bound_error``; ``relaxed_bound``; ``gap`` and ``gap_error``;
       ``rival``, a bound, its error and Pareto k; ``pareto_k``; ``trend``, the change of the loss over its
-      last quarter and its error; ``impossible``, shares of draws by site of the model; ``refused``, reasons
+      last tenth and its error; ``impossible``, shares of draws by site of the model; ``refused``, reasons
       by ``"relax"`` and ``"AutoStructured"``; ``advice``, a tuple of sentences, empty if nothing is wrong;
       and ``sites``, by name: ``probs``, ``weighted`` probabilities and their ``weighted_error``,
       ``gradient``, ``noise``, ``relaxed_bias``, ``relaxed_noise``, ``swallowed``, ``moved`` and the
@@ -267,14 +267,14 @@ def check(
 
 
 def _trend(losses):
-    """The change of the loss over its last quarter by least squares, and its standard error from blocks."""
+    """The change of the loss over its last tenth by least squares, and its standard error from blocks."""
     arg.require(not isinstance(losses, jax.core.Tracer), "losses", "known before tracing", "a traced array")
     losses = np.asarray(losses)
-    good = losses.dtype.kind in "if" and losses.ndim == 1 and losses.size >= 40
-    arg.require(good, "losses", "numbers, one for each of 40 steps or more", arg.shown(losses))
-    last = losses[-(losses.size // 4) :]
+    good = losses.dtype.kind in "if" and losses.ndim == 1 and losses.size >= 100
+    arg.require(good, "losses", "numbers, one for each of 100 steps or more", arg.shown(losses))
+    last = losses[-(losses.size // 10) :]  # a rate that falls to 0 makes losses fall before, as noise fades
     blocks = np.array([block.mean() for block in np.array_split(last, 10)])
-    x = np.linspace(-0.45, 0.45, 10)  # the middles of the blocks, in quarters
+    x = np.linspace(-0.45, 0.45, 10)  # the middles of the blocks, in tenths
     slope = x @ blocks / (x @ x)
     rest = blocks - blocks.mean() - slope * x
     return float(slope), float(math.sqrt(rest @ rest / 8 / (x @ x)))
@@ -300,7 +300,7 @@ def _advice(found, coupled):
                 f"is {gain:.1f} nats better. Train it in place of this guide, or start with init='data'."
             )
     if found.trend is not None and found.trend[0] < -max(TREND, 3 * found.trend[1]):
-        yield f"The loss still falls, by {-found.trend[0]:.1f} nats in its last quarter: train longer."
+        yield f"The loss still falls, by {-found.trend[0]:.1f} nats in its last tenth: train longer."
     if coupled and found.gap > GAP + 3 * found.gap_error:
         yield (
             f"The draws of this guide are at least {found.gap:.1f} nats from the posterior: its sites depend "
