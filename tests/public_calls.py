@@ -137,7 +137,7 @@ def no_states(good):
     return ["one", {"a": "one"}, np.array([None]), float, [SUM]]
 
 
-INTEGERS = ("k", "num_samples", "num_values", "num_iters", "max_length", "event_ndims", "batch_size")
+INTEGERS = ("calls", "k", "num_samples", "num_values", "num_iters", "max_length", "event_ndims", "batch_size")
 INTEGERS += ("reference_samples", "num_particles", "end")
 FUNCTIONS = ("log_joint", "f", "control_variate", "loss", "log_prob_fn", "sampler", "model", "guide")
 KINDS = {
@@ -233,6 +233,11 @@ def calls():
     beams = {"key": KEY, "log_prob_fn": STEP, "state": (), "k": 2, "max_length": 3, "start": 0, "end": 1}
     weights = np.full((4, 3), 1 / 3, np.float32)
     pyro = {"temperature": np.float32(0.5), "logits": logits}
+    made = dg.GradientReport(
+        ("rloo",), "exact", 4, ones, 0 * ones, **dict.fromkeys(("bias", "bias_error"), ones[None]),
+        **{name: np.ones(1) for name in ("bias_norm", "bias_norm_error", "variance", "mse", "mse_error",
+                                         "cosine", "mean_cosine", "seconds")}, calls=np.ones(1, int),
+    )  # fmt: skip
     report = {"num_samples": 4, "batch_size": 2, "reference": "auto", "reference_samples": None}
     return found | {
         "simple_top_k_marginals": Call(rj.simple_top_k_marginals, logits=logits, k=2),
@@ -288,6 +293,7 @@ def calls():
             params=np.float32(1), variate=np.float32(1),
         ),
         "gradient_report": Call(dg.gradient_report, **given, estimators={"rloo": es.rloo}, **report),
+        "recommend": Call(dg.recommend, kinds={"report": no_families}, report=made, calls=4),
         "from_sampler": Call(dg.from_sampler, sampler=rj.reinmax),
         "check": Call(hd.check, kinds=KINDS_OF_MARGINALS | {"losses": lambda good: ["text", [1.0]]},
                       model=count_model, guide=count_model, params={}, tau=0.5, losses=np.ones(200),

@@ -355,3 +355,50 @@ def test_bad_arguments_are_named():
         )
     with pytest.raises(ValueError, match="cost must be 'calls' or 'seconds'"):
         bits_report().plot(None, cost="money")
+
+
+def report_of(**columns):
+    """Of estimators with these numbers, on a gradient of norm 2."""
+    rows = len(columns["variance"])
+    numbers = {name: np.zeros(rows) for name in ("bias_norm", "bias_norm_error", "cosine", "mean_cosine",
+                                                 "mse", "mse_error", "seconds")}  # fmt: skip
+    return dg.GradientReport(
+        tuple("abc"[:rows]), "exact", 100, np.array([2.0, 0.0]), np.zeros(2),
+        bias=np.zeros((rows, 2)), bias_error=np.zeros((rows, 2)), **numbers | columns,
+    )  # fmt: skip
+
+
+def test_a_recommendation_is_the_least_error_for_the_calls():
+    """Bias stays, variance falls with the number of estimates; who costs more than there is drops out."""
+    report = report_of(
+        variance=np.array([1.0, 8.0, 0.5]), mse=np.array([1.25, 8.0, 0.5]), calls=np.array([1, 2, 8]),
+        bias_norm=np.array([0.5, 0.0, 0.0]),
+    )  # fmt: skip
+    assert dg.recommend(report, calls=1) == "Take a, one estimate: its error is 0.56 of the gradient."
+    first, second = dg.recommend(report, calls=8).split(". Next")
+    assert first == "Take a, 8 estimates: the error of their mean is 0.31 of the gradient, most of it bias"
+    assert second == " is c, 0.35."
+    assert dg.recommend(report, calls=80).startswith("Take c, 10 estimates: the error of their mean is 0.11")
+    with pytest.raises(ValueError, match="calls must be 2 or more, as the estimators take, got 1"):
+        dg.recommend(report_of(variance=np.ones(1), calls=np.full(1, 2)), calls=1)
+
+
+def test_a_value_that_is_not_finite_is_named(tmp_path):
+    """Where it shows in the estimates alone, compiled: the row has no numbers, and the others keep theirs."""
+    rough = dg.from_sampler(lambda key, logits: jnp.sqrt(rj.relaxed_bernoulli(key, logits, 0.5) - 0.5))
+    methods = {"rough": rough, "rloo": es.rloo}
+    f = lambda b: jnp.sum(b, -1)
+    report = dg.gradient_report(KEY, f, es.Bernoulli(jnp.zeros(3)), methods, 200)
+    assert list(report.finite) == [False, True] and np.isfinite(report["rloo"]["variance"])
+    assert "not finite in some estimates, so without numbers: rough" in str(report)
+    assert dg.recommend(report, calls=2).startswith("Take rloo, one estimate")
+    report.plot(tmp_path / "report.png")
+
+
+def test_a_sampler_is_told_from_an_estimator():
+    q = es.OneHotCategorical(jnp.zeros(3), 1)
+    for sampler in (rj.reinmax, functools.partial(rj.gumbel_softmax, tau=0.5)):
+        with pytest.raises(
+            ValueError, match=r"estimators\['x'\] must be a function .*: write from_sampler\("
+        ):
+            dg.gradient_report(KEY, lambda b: b @ jnp.arange(3.0), q, {"x": sampler}, 10)

@@ -1,5 +1,6 @@
 """How the numbers of a report are measured."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -121,6 +122,12 @@ def gradient_report(
     good = good and all(isinstance(name, str) for name in estimators)
     need = "a dictionary from names to functions (key, f, q)"
     arg.require(good, "estimators", need, arg.shown(estimators))
+    for name, estimator in estimators.items():
+        sampler = _sampler_in(estimator)
+        need = (
+            f"a function (key, f, q): write from_sampler({sampler}), with its options in a functools.partial"
+        )
+        arg.require(sampler is None, f"estimators[{name!r}]", need, f"the sampler {sampler}")
     n = arg.as_static_int("num_samples", num_samples, 2, 10**9)
     size = min(arg.as_static_int("batch_size", batch_size, 2, 10**6), n)
     batches = -(-n // size)
@@ -163,6 +170,15 @@ def gradient_report(
             column[field].append(value)
     column = {field: np.stack(values) for field, values in column.items()}
     return GradientReport(tuple(estimators), words, n, truth, truth_error, **column)
+
+
+def _sampler_in(function):
+    """The name of a sampler of this library, also inside of a `functools.partial`; None of anything else."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", "")
+    is_sampler = getattr(function, "__module__", "").startswith("relaxit_jax.samplers.")
+    return name if is_sampler else None
 
 
 def _reference(key, f, q, reference, samples, size):
