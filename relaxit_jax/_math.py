@@ -184,7 +184,7 @@ def leave_one_out_bounds(log_w):
     k, possible = len(log_w), log_w > -jnp.inf
     bound = jax.nn.logsumexp(log_w, 0) - jnp.log(k)
     geometric = sum_of_others(where(possible, log_w, 0)) / (k - 1)
-    geometric = where(sum_of_others(~possible) > 0, -jnp.inf, geometric)
+    geometric = where(sum_of_others(where(possible, 0, 1).astype(log_w.dtype)) > 0, -jnp.inf, geometric)
     others = log_sum_of_others(log_w)
     known = others > -jnp.inf
     return bound, where(known, jnp.logaddexp(geometric, where(known, others, 0)) - jnp.log(k), 0)
