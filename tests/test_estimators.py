@@ -573,10 +573,11 @@ def test_aux_is_that_of_the_first_call(name, family):
 
     q = cls(jnp.asarray(logits))
     value, aux = jax.jit(lambda q: estimator(KEY, with_aux(0.7), q, has_aux=True))(q)
-    np.testing.assert_allclose(jnp.sum(value), plain(q.logits, 0.7), rtol=2e-6)
+    # f is 1 + tanh, of which a unit in the last place of 1 is not known
+    np.testing.assert_allclose(jnp.sum(value), plain(q.logits, 0.7), rtol=2e-6, atol=5e-7)
     assert set(aux) == {"draw", "norm", "step"} and int(aux["step"]) == 3
     first = interacting(0.7, q.event_ndims)(aux["draw"])
-    np.testing.assert_allclose(aux["norm"], 0.7 * jnp.sum(first), rtol=1e-5)
+    np.testing.assert_allclose(aux["norm"], 0.7 * jnp.sum(first), rtol=1e-5, atol=5e-7)
 
     slopes = both(q.logits, 0.7, 0.0)
     for mine, expected in zip(slopes, jax.grad(plain, (0, 1))(q.logits, 0.7), strict=True):
