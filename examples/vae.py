@@ -80,7 +80,6 @@ class Config(NamedTuple):
     subset_size: int
     largest_mean: float
     correlation: str
-    samples: int | None
     tau_start: float
     tau_end: float
     hidden: tuple[int, ...]
@@ -91,6 +90,7 @@ class Config(NamedTuple):
     batch_size: int
     learning_rate: float
     schedule: str
+    samples: int | None = None
 
 
 class Experiment:

@@ -9,7 +9,7 @@ from helpers import KEY, few, quick, rows
 from public_calls import CALLS
 
 # They trace a function of the user's anew, in loops: whether it is the same function cannot be known.
-OF_USERS = {"stochastic_beam_search", "gradient_report", "check"}
+OF_USERS = {"stochastic_beam_search", "gradient_report", "check", "marginals"}
 
 
 @pytest.fixture
