@@ -13,7 +13,7 @@ from numpyro.contrib.control_flow import cond, scan
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 import posteriors
-from elbo_cases import BITS, CASES, KNOWN, LOC, all_points, exact_loss, exact_loss_of_two
+from elbo_cases import BITS, CASES, KNOWN, LOC, all_points, all_values, exact_loss, exact_loss_of_two
 from relaxit_jax.elbo import RLOO_ELBO, VIMCO_ELBO
 from relaxit_jax.handlers import relax, take
 
@@ -82,8 +82,9 @@ def rows_of_digits(size):
             numpyro.sample("y", dist.Normal(2 * z, 1), obs=y[i])
 
     def guide(p):
-        with numpyro.plate("rows", 4, subsample_size=size) as i:
-            numpyro.sample("z", dist.Bernoulli(logits=p["z"][i]))
+        with numpyro.plate("rows", 4, subsample_size=size) as i, handlers.scale(scale=0.7):
+            mask = jnp.array([True, True, True, False])[i]
+            numpyro.sample("z", dist.Bernoulli(logits=p["z"][i]).mask(mask))
 
     return model, guide
 
@@ -105,6 +106,17 @@ def test_minibatches_have_the_mean_of_the_whole():
     noise = np.hypot(*(x.std(0) for x in found.values())) / 20_000**0.5
     assert (np.abs(difference) < 4.5 * noise).all()
     assert (np.abs(found[4].mean(0)) > 10 * noise).any()
+
+    def masked(logit):
+        """Of the last element, over all triples: it is drawn from its law, which is not in its weight."""
+        z = jnp.asarray(all_values([0, 1], 3))
+        chance = jnp.exp(jnp.sum(jax.nn.log_sigmoid(jnp.where(z == 1, logit, -logit)), 1))
+        log_w = 0.7 * dist.Normal(2.0 * z, 1).log_prob(1.1)
+        return -jnp.sum(chance * (jax.nn.logsumexp(log_w, 1) - jnp.log(3)))
+
+    slope = found[4][:, 4]
+    assert abs(slope.mean() - jax.grad(masked)(0.8)) < 4.5 * slope.std() / 20_000**0.5
+    assert abs(slope.mean()) > 10 * slope.std() / 20_000**0.5
 
 
 @pytest.mark.whole

@@ -579,6 +579,9 @@ def test_aux_is_that_of_the_first_call(name, family):
     first = interacting(0.7, q.event_ndims)(aux["draw"])
     np.testing.assert_allclose(aux["norm"], 0.7 * jnp.sum(first), rtol=1e-5, atol=5e-7)
 
+    if name in ("rloo", "rloo_5", "vimco"):
+        np.testing.assert_array_equal(aux["draw"], q.sample(KEY, (5 if name == "rloo_5" else 2,))[0])
+
     slopes = both(q.logits, 0.7, 0.0)
     for mine, expected in zip(slopes, jax.grad(plain, (0, 1))(q.logits, 0.7), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
