@@ -346,10 +346,7 @@ def populations_answer():
     rate, found = np.meshgrid(np.linspace(2, 14, 150), np.linspace(0.1, 0.9, 150), indexing="ij")
     n = np.arange(MOST)
     joint = st.poisson(rate[..., None]).logpmf(n)[:, :, None] + sum(
-        st.binom(n, found[..., None, None]).logpmf(SEEN[:, None, v, None].transpose(1, 0, 2)[None])
-        if False
-        else st.binom(n, found[..., None, None]).logpmf(SEEN[:, v, None])
-        for v in range(VISITS)
+        st.binom(n, found[..., None, None]).logpmf(SEEN[:, v, None]) for v in range(VISITS)
     )
     weight = st.gamma(4, scale=1 / 0.7).logpdf(rate) + st.beta(5, 5).logpdf(found)
     weight = sp.softmax(weight + sp.logsumexp(joint, -1).sum(-1))

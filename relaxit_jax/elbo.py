@@ -26,7 +26,36 @@ from relaxit_jax._terms import log_prob_of, plates_of, scaled_log_prob, sum_to
 __all__ = ["RLOO_ELBO", "VIMCO_ELBO"]
 
 
-class RLOO_ELBO(ELBO):
+class _Scored(ELBO):
+    """A bound of several particles, in which the discrete sites of the guide get a score."""
+
+    can_infer_discrete: bool = True
+
+    def __init__(self, num_particles: int = 2, vectorize_particles: bool | Callable[..., Any] = True) -> None:
+        num_particles = arg.as_static_int("num_particles", num_particles, 2, 1_000_000)
+        known = isinstance(vectorize_particles, bool) or callable(vectorize_particles)
+        need = "True, False or a function to use in place of jax.vmap"
+        arg.require(known, "vectorize_particles", need, arg.shown(vectorize_particles))
+        super().__init__(num_particles, vectorize_particles)
+
+    def loss_with_mutable_state(
+        self,
+        rng_key: Array,
+        param_map: dict[str, Array],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> LossWithMutableState:
+        """The loss of `loss`, and the new values of the mutable sites, None if there are none."""
+        arg.check_key(rng_key, "rng_key")
+        for name, f in {"model": model, "guide": guide}.items():
+            arg.require(callable(f), name, "a function", arg.shown(f))
+        loss, mutable = self._loss(rng_key, param_map, model, guide, args, kwargs)
+        return {"loss": loss, "mutable_state": jax.tree.map(lambda x: x[0], mutable) or None}
+
+
+class RLOO_ELBO(_Scored):
     """The evidence lower bound, with an unbiased gradient of little variance where guide sites are discrete.
 
     ``SVI(model, guide, optimizer, RLOO_ELBO(num_particles=10))`` trains any guide. What has a
@@ -93,22 +122,7 @@ class RLOO_ELBO(ELBO):
     0.88
     """
 
-    can_infer_discrete: bool = True
-
-    def __init__(self, num_particles: int = 2, vectorize_particles: bool | Callable[..., Any] = True) -> None:
-        super().__init__(*_checked(num_particles, vectorize_particles))
-
-    def loss_with_mutable_state(
-        self,
-        rng_key: Array,
-        param_map: dict[str, Array],
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> LossWithMutableState:
-        """The loss of `loss`, and the new values of the mutable sites, None if there are none."""
-        _check_loss(rng_key, model, guide)
+    def _loss(self, rng_key, param_map, model, guide, args, kwargs):
         # the keys of the particles are Trace_ELBO's, and so are the draws where no plate is subsampled
         keys = jax.random.split(rng_key, self.num_particles)
         minibatch = jax.random.split(jax.random.fold_in(rng_key, self.num_particles))
@@ -120,23 +134,22 @@ class RLOO_ELBO(ELBO):
         elbos, scored, impossible, mutable = self.vectorize_particles_fn(particle, keys)
         _tell(impossible)
         elbo = jnp.mean(elbos) + sum(_leave_one_out(*pair) for pair in scored.values())
-        return {"loss": -elbo, "mutable_state": jax.tree.map(lambda x: x[0], mutable) or None}
+        return -elbo, mutable
 
 
-class VIMCO_ELBO(ELBO):
-    """The bound of K particles, with an unbiased gradient of little variance where guide sites are discrete.
+class VIMCO_ELBO(_Scored):
+    """The importance-weighted bound, with an unbiased low-variance gradient for discrete guide sites.
 
-    ``SVI(model, guide, optimizer, VIMCO_ELBO(num_particles=10))`` trains the importance-weighted bound
-    ``L = log mean_k w_k``, with the weights ``w_k = p(x, z_k) / q(z_k)``, which is nearer to log p(x) than
-    the mean of their logarithms and lets a guide cover more of the posterior. Its value is that of NumPyro's
-    ``RenyiELBO(alpha=0)`` at the same key. What has a pathwise gradient gets it. Each site that has none gets
-    the score of its law times ``L - L_k``, where L_k is L with w_k replaced by the geometric mean of the
-    others: the gradient is that of
+    ``SVI(model, guide, optimizer, VIMCO_ELBO(num_particles=10))`` trains ``L = log mean_k w_k`` with the
+    weights ``w_k = p(x, z_k) / q(z_k)``. This bound is closer to log p(x) than the mean of ``log w_k``, and
+    lets a guide cover more of the posterior. It equals NumPyro's ``RenyiELBO(alpha=0)`` at the same key.
+    Sites with a pathwise gradient keep it. Every other site gets the score of its law times ``L - L_k``,
+    where L_k is L with w_k replaced by the geometric mean of the other weights. SVI differentiates
 
     ``L + sum_k sum_z stop_gradient(L - L_k) log q(z_k)``.
 
-    In plates that enclose all sites every element has a bound of its own, as in `RenyiELBO`; other plates
-    share the weights, so that their bounds loosen with their size. Masks and scales belong to the weights and
+    In plates that enclose all sites, every element has its own bound, as in `RenyiELBO`. Elements of other
+    plates share the weights, so the bound loosens with their number. Masks and scales apply to the weights,
     not to the score.
 
     Args:
@@ -145,8 +158,9 @@ class VIMCO_ELBO(ELBO):
         to use in their place, called with the function of one particle and the keys.
 
     Returns:
-      From ``loss(key, params, model, guide, *args)``: the negative bound. A particle to which the model gives
-      probability 0 has the weight 0. The new value of a `mutable` site is the first particle's.
+      From ``loss(key, params, model, guide, *args)``: the negative bound. A particle whose draws have
+      probability 0 under the model has weight 0. If all have, the loss is infinite, and names the sites when
+      it is called outside of `jax.jit`. The new value of a `mutable` site is the first particle's.
 
     Raises:
       ValueError: for arguments that are not as above; by ``loss``, for an enumerated site, for a latent site
@@ -167,47 +181,19 @@ class VIMCO_ELBO(ELBO):
     0.79 1.31
     """
 
-    can_infer_discrete: bool = True
-
-    def __init__(self, num_particles: int = 2, vectorize_particles: bool | Callable[..., Any] = True) -> None:
-        super().__init__(*_checked(num_particles, vectorize_particles))
-
-    def loss_with_mutable_state(
-        self,
-        rng_key: Array,
-        param_map: dict[str, Array],
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> LossWithMutableState:
-        """The loss of `loss`, and the new values of the mutable sites, None if there are none."""
-        _check_loss(rng_key, model, guide)
+    def _loss(self, rng_key, param_map, model, guide, args, kwargs):
         # the keys are those of RenyiELBO
         minibatch, rest = jax.random.split(rng_key)
         hidden = ["sample", "prng_key", "control_flow"]
         model, guide = (seed(f, minibatch, hide_types=hidden) for f in (model, guide))
         particle = functools.partial(_weighted_particle, model, guide, args, kwargs, param_map)
         keys = jax.random.split(rest, self.num_particles)
-        log_weights, log_q, scale, mutable = self.vectorize_particles_fn(particle, keys)
+        log_weights, log_q, scale, impossible, mutable = self.vectorize_particles_fn(particle, keys)
         bound, others = lm.leave_one_out_bounds(log_weights)
-        signal = stop_gradient(bound - others)
-        total = jnp.sum(bound) + _slope(signal, log_q)
-        return {"loss": -total * scale[0], "mutable_state": jax.tree.map(lambda x: x[0], mutable) or None}
-
-
-def _checked(num_particles, vectorize_particles):
-    num_particles = arg.as_static_int("num_particles", num_particles, 2, 1_000_000)
-    known = isinstance(vectorize_particles, bool) or callable(vectorize_particles)
-    need = "True, False or a function to use in place of jax.vmap"
-    arg.require(known, "vectorize_particles", need, arg.shown(vectorize_particles))
-    return num_particles, vectorize_particles
-
-
-def _check_loss(key, model, guide):
-    arg.check_key(key, "rng_key")
-    for name, f in {"model": model, "guide": guide}.items():
-        arg.require(callable(f), name, "a function", arg.shown(f))
+        hopeless = jnp.any(bound == -jnp.inf)  # no particle has a weight
+        _tell({name: draws & hopeless for name, draws in impossible.items()})
+        total = jnp.sum(bound) + _slope(stop_gradient(bound - others), log_q)
+        return -total * scale[0], mutable
 
 
 def _leave_one_out(log_q, cost):
@@ -239,7 +225,7 @@ def _tell(impossible):
                 f"the site '{name}' has probability 0 under the draws of the particles {which.tolist()}: the "
                 "loss is infinite, and the gradient of the latent elements that it depends on is NaN. Give "
                 "the guide no mass where the model has none, or the model a little everywhere.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -263,6 +249,12 @@ def _drawn(guide_trace):
     return {name: s for name, s in guide_trace.items() if s["type"] == "sample" and not s["is_observed"]}
 
 
+def _impossible(model_trace):
+    """Of each site of the model, whether this particle's draws have probability 0 there."""
+    sites = {name: s for name, s in model_trace.items() if s["type"] == "sample"}
+    return {name: jnp.any(log_prob_of(s) == -jnp.inf) for name, s in sites.items()}
+
+
 def _log_q(s):
     """The log-probability of the law that was drawn from, without its mask."""
     return log_prob_of(s | {"fn": _unmasked(s["fn"])})
@@ -271,7 +263,7 @@ def _log_q(s):
 def _weighted_particle(model, guide, args, kwargs, params, key):
     """log p - log q and log q of the sites that get a score, by element of the plates that enclose all sites.
 
-    Also the factor by which these plates are subsampled, and the mutable values.
+    Also the factor by which these plates are subsampled, the sites of probability 0, and the mutable values.
     """
     guide_trace, model_trace, _, _, mutable = _traces(model, guide, args, kwargs, params, key)
     sites = [s for s in model_trace.values() if s["type"] == "sample"]
@@ -296,7 +288,7 @@ def _weighted_particle(model, guide, args, kwargs, params, key):
         if not s["fn"].has_rsample:
             log_q += sum_to(own, _log_q(s))
     log_weight, log_q = jnp.broadcast_arrays(log_weight, log_q)
-    return log_weight, log_q, jnp.asarray(scale), mutable
+    return log_weight, log_q, jnp.asarray(scale), _impossible(model_trace), mutable
 
 
 def _particle(model, guide, args, kwargs, params, key):
@@ -325,10 +317,6 @@ def _particle(model, guide, args, kwargs, params, key):
                 scan = scans.get(name)
                 terms.append(_Term(name, sign < 0, plates_of(s), sign * log_prob, deps.get(name, ()), scan))
     elbo = sum((jnp.sum(term.value) for term in terms), start=jnp.array(0.0))
-    impossible = {
-        name: jnp.any(log_prob_of(s) == -jnp.inf) for name, s in model_trace.items() if s["type"] == "sample"
-    }
-
     pairs = {}
     for name, s in scored.items():
         below = {other for other in drawn if other != name and name in guide_deps[other]}
@@ -343,7 +331,7 @@ def _particle(model, guide, args, kwargs, params, key):
             pairs[name] = jnp.broadcast_arrays(sum_to(own, log_q), cost)
         else:
             pairs[name] = _from_each_step_on(name, log_q, own, downstream, *scans)
-    return elbo, pairs, impossible, mutable
+    return elbo, pairs, _impossible(model_trace), mutable
 
 
 @dataclasses.dataclass(frozen=True)

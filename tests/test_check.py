@@ -92,6 +92,32 @@ def test_refusals_are_said(capsys):
     assert "refused by relax: The site 'z'" in capsys.readouterr().out
 
 
+def logit_of(p):
+    return {"logits": jnp.array(np.log(p) - np.log1p(-p))}
+
+
+def test_a_probability_that_is_off_is_said_by_weighted_draws():
+    """By little: the bound alone, .07 nats from the evidence, would not tell."""
+    exact = sp.expit(np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y))
+    found = check(bit, bit_guide, logit_of(exact + 0.18), rival=False)  # by 1,000 draws
+    assert len(found.advice) == 1 and "A probability of the site 'z' is off by 0.1" in found.advice[0]
+    site = found.sites["z"]
+    assert abs(site.weighted - exact) < 4.5 * site.weighted_error
+    error = (exact * (1 - exact) / 1000) ** 0.5  # of draws with equal weights, near these
+    assert 0.3 * error < site.weighted_error < 3 * error
+    near = check(bit, bit_guide, logit_of(exact + 0.02), rival=False)
+    assert near.advice == ()
+
+
+def test_a_bound_that_is_hardly_better_counts_where_the_answer_differs():
+    """The rival is .15 to 1 nats better, its weights can be trusted, and its answer is another."""
+    exact = sp.expit(np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y))
+    params = logit_of(exact + 0.4)
+    found = said("nats better. Train it in place of this guide", bit, bit_guide, params, rival=True)
+    assert 0.15 < found.rival[0] - found.bound < 1 and found.rival[2] < 0.7
+    assert abs(found.sites["z"].rival - exact) < 0.05
+
+
 def test_nothing_is_wrong_with_an_exact_guide(capsys):
     """All weights are alike, the gap is 0, and what is printed is what is returned."""
     posterior = np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y)

@@ -381,6 +381,11 @@ def test_a_recommendation_is_the_least_error_for_the_calls():
     assert dg.recommend(report, calls=80).startswith("Take c, 10 estimates: the error of their mean is 0.11")
     with pytest.raises(ValueError, match="calls must be 2 or more, as the estimators take, got 1"):
         dg.recommend(report_of(variance=np.ones(1), calls=np.full(1, 2)), calls=1)
+    some = report_of(variance=np.array([np.nan, 1.0]), calls=np.array([1, 4]))  # the cheap one has no numbers
+    with pytest.raises(ValueError, match="calls must be 4 or more"):
+        dg.recommend(some, calls=2)
+    with pytest.raises(ValueError, match="report must be one with a finite estimator"):
+        dg.recommend(report_of(variance=np.full(1, np.nan), calls=np.ones(1, int)), calls=2)
 
 
 def test_a_value_that_is_not_finite_is_named(tmp_path):
@@ -390,7 +395,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path):
     f = lambda b: jnp.sum(b, -1)
     report = dg.gradient_report(KEY, f, es.Bernoulli(jnp.zeros(3)), methods, 200)
     assert list(report.finite) == [False, True] and np.isfinite(report["rloo"]["variance"])
-    assert "not finite in some estimates, so without numbers: rough" in str(report)
+    assert "no numbers, because some estimates are not finite: rough" in str(report)
     assert dg.recommend(report, calls=2).startswith("Take rloo, one estimate")
     report.plot(tmp_path / "report.png")
 

@@ -1,6 +1,7 @@
 """`RLOO_ELBO`, `VIMCO_ELBO`: their mean is the enumerated gradient, with less variance by a baseline."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,11 @@ def test_a_particle_of_probability_0_has_no_weight():
     # -log p(y), which no guide can be below; y is Poisson(2), as the counted ones are
     truth = -float(dist.Poisson(2.0).log_prob(3))
     assert value.mean() > truth - 4.5 * value.std() / 2000**0.5
+    with pytest.warns(UserWarning, match=r"the site 'y' has probability 0 under .* particles \[0, 1, 2\]"):
+        lost = jax.value_and_grad(lambda rate: VIMCO_ELBO(3).loss(KEY, {}, model, guide, rate))(1e-3)[0]
+    assert lost == jnp.inf
+    with warnings.catch_warnings(action="error"):  # one particle that is possible is enough
+        assert jnp.isfinite(VIMCO_ELBO(10).loss(KEY, {}, model, guide, 4.0))
 
 
 @pytest.mark.whole

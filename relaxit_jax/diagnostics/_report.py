@@ -90,7 +90,7 @@ class GradientReport:
 
     @property
     def finite(self) -> NDArray[np.bool_]:
-        """Whether all estimates were finite: one NaN or infinity leaves no number of a row."""
+        """Whether all estimates of an estimator were finite. If one is not, its averages are not either."""
         return np.isfinite(self.bias_norm) & np.isfinite(self.variance)
 
     def __getitem__(self, name: str) -> dict[str, float]:
@@ -123,18 +123,17 @@ class GradientReport:
             f"{np.linalg.norm(self.gradient):.4g}; {self.num_samples} estimates of each",
             head + f" {'cosine':>7} {'of one':>7} {'calls':>6} {'time':>10}",
         ]
+        bad = [name for name, good in zip(self.names, self.finite, strict=True) if not good]
         for name in self.names:
             row = self[name]
-            seen = "biased" if row["biased"] else ""
-            seen = seen if self.finite[self.names.index(name)] else "NaN"
+            seen = "NaN" if name in bad else "biased" if row["biased"] else ""
             lines.append(
                 f"{name:{width}} {row['bias_norm']:11.4g} {row['bias_norm_error']:11.4g} {seen:6} "
                 f"{row['variance']:11.4g} {row['mse']:11.4g} {row['cosine']:7.3f} {row['mean_cosine']:7.3f} "
                 f"{row['calls']:6d} {row['seconds'] * 1e6:7.1f} us"
             )
-        if not self.finite.all():
-            bad = ", ".join(name for name, good in zip(self.names, self.finite, strict=True) if not good)
-            lines.append(f"not finite in some estimates, so without numbers: {bad}")
+        if bad:
+            lines.append(f"no numbers, because some estimates are not finite: {', '.join(bad)}")
         return "\n".join(lines)
 
     def plot(
@@ -171,20 +170,21 @@ class GradientReport:
 
 
 def recommend(report: GradientReport, *, calls: int) -> str:
-    """In a sentence, which estimator of a report to take for a number of calls of f.
+    """Say in a sentence which estimator of a report to use, given how often f may be called.
 
-    The one whose mean of as many estimates as these calls allow has the least error,
-    ``|bias|^2 + variance / (calls // calls of one)``.
+    It averages as many estimates as the calls allow, and takes the estimator whose mean has the least
+    squared error, ``|bias|^2 + variance / (calls // calls of one estimate)``.
 
     Args:
-      report: by `gradient_report`.
-      calls: of f that one gradient may take, a Python integer, 1 or more.
+      report: the result of `gradient_report`.
+      calls: how many calls of f one gradient may take, a Python integer, 1 or more.
 
     Returns:
       A sentence with the name, its error in units of the gradient, and the next best.
 
     Raises:
-      ValueError: for arguments that are not as above, or fewer ``calls`` than any estimator takes.
+      ValueError: for arguments that are not as above, a report without a finite estimator, or fewer
+        ``calls`` than any finite estimator takes.
 
     References:
       T. van Krieken, J. Tomczak, A. ten Teije (2021), Storchastic, arXiv:2104.00428.
@@ -199,26 +199,27 @@ def recommend(report: GradientReport, *, calls: int) -> str:
     """
     arg.require(isinstance(report, GradientReport), "report", "a GradientReport", arg.shown(report))
     calls = arg.as_static_int("calls", calls, 1, 10**12)
-    least = int(np.min(report.calls))
+    arg.require(bool(report.finite.any()), "report", "one with a finite estimator", "none")
+    least = int(np.min(report.calls[report.finite]))
     arg.require(calls >= least, "calls", f"{least} or more, as the estimators take", calls)
     averaged = calls // np.maximum(report.calls, 1)
-    floors = np.where(report.biased, np.maximum(report.mse - report.variance, 0), 0)
-    possible = (averaged > 0) & report.finite
-    arg.require(bool(possible.any()), "report", "one with an estimator that is finite", "none")
+    floors, possible = _squared_biases(report), (averaged > 0) & report.finite
     errors = np.sqrt(np.where(possible, floors + report.variance / np.maximum(averaged, 1), np.inf))
     norm = float(np.linalg.norm(report.gradient))
     best, *rest = np.argsort(errors, kind="stable")
     shown = lambda row: f"{errors[row] / (norm or 1):.2g}"
     unit = " of the gradient" if norm else ""
     biased = ", most of it bias" if floors[best] > errors[best] ** 2 / 2 else ""
-    number = (
-        "one estimate: its error is"
-        if averaged[best] == 1
-        else (f"{averaged[best]} estimates: the error of their mean is")
-    )
+    several = f"{averaged[best]} estimates: the error of their mean is"
+    number = "one estimate: its error is" if averaged[best] == 1 else several
     text = f"Take {report.names[best]}, {number} {shown(best)}{unit}{biased}."
     following = [row for row in rest if np.isfinite(errors[row])]
     return text + (f" Next is {report.names[following[0]]}, {shown(following[0])}." if following else "")
+
+
+def _squared_biases(report):
+    """The error that stays however many estimates are averaged: 0 where no bias is seen."""
+    return np.where(report.biased, np.maximum(report.mse - report.variance, 0), 0)
 
 
 def _draw(report, axis, cost):
@@ -227,7 +228,7 @@ def _draw(report, axis, cost):
     starts = np.asarray(getattr(report, cost), float)
     end = 1000 * starts.max()
     variances = report.variance / unit**2
-    floors = np.where(report.biased, np.maximum(report.mse / unit**2 - variances, 0), 0)
+    floors = _squared_biases(report) / unit**2
     ends = []
     for place, (start, variance, floor) in enumerate(zip(starts, variances, floors, strict=True)):
         if not report.finite[place]:

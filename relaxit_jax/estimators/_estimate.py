@@ -14,8 +14,8 @@ from relaxit_jax._placement import where
 
 
 @runtime_checkable
-class Family(Protocol):
-    """Independent variables, as the estimators see them: `Bernoulli` and `OneHotCategorical`."""
+class Law(Protocol):
+    """What the score function needs to know of the variables, which may depend on each other."""
 
     @property
     def logits(self) -> Array: ...
@@ -26,30 +26,19 @@ class Family(Protocol):
     @property
     def batch_shape(self) -> tuple[int, ...]: ...
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array: ...
-    def score(self, sample: ArrayLike) -> Array: ...
     def log_prob(self, sample: ArrayLike) -> Array: ...
-    def log_masses(self, sample: ArrayLike) -> Array: ...
-    def with_own_derivatives(self, gradient: Array) -> Array: ...
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]: ...
-    def coupled(self, key: Array) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]: ...
-    def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array: ...
 
 
 @runtime_checkable
-class Law(Protocol):
-    """What the score function asks of a family, whose elements may depend on each other."""
+class Family(Law, Protocol):
+    """Independent variables, as the estimators see them: `Bernoulli` and `OneHotCategorical`."""
 
-    @property
-    def logits(self) -> Array: ...
-    @property
-    def event_ndims(self) -> int: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def batch_shape(self) -> tuple[int, ...]: ...
-    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array: ...
-    def log_prob(self, sample: ArrayLike) -> Array: ...
-    def outcomes(self) -> tuple[int, Callable[[Array], Array]]: ...
+    def score(self, sample: ArrayLike) -> Array: ...
+    def log_masses(self, sample: ArrayLike) -> Array: ...
+    def with_own_derivatives(self, gradient: Array) -> Array: ...
+    def coupled(self, key: Array) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]: ...
+    def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array: ...
 
 
 class Bits(Family, Protocol):
@@ -68,7 +57,8 @@ def check(q, *, has_aux=False, kind=Family, **functions):
     arg.require_flags(has_aux=has_aux)
     need = "a family of estimators, such as estimators.Bernoulli(logits) or "
     need += "estimators.OneHotCategorical(logits)"
-    need += "" if kind is Law or not isinstance(q, Law) else "; subsets and orders have reinforce and rloo"
+    if kind is Family and isinstance(q, Law):
+        need += "; subsets and orders work with reinforce, rloo and exact"
     arg.require(isinstance(q, kind), "q", need, arg.shown(q))
     for name, f in functions.items():
         arg.require(callable(f), name, f"a function of samples of shape {q.shape}", arg.shown(f))
@@ -146,14 +136,14 @@ def estimate(q, samples, values, gradient, parts, *, baselines=None, rest=None):
 
 
 def by_score(q, samples, values, baselines):
-    """The mean of the values of draws from any law, each with a baseline that does not depend on its draw.
+    """The mean of the values of draws from any law. Its gradient is the score times the gain over a baseline.
 
-    Each draw counts with the ratio of its probabilities at parameters nearby and here, so that derivatives of
-    every order are unbiased.
+    A baseline may depend on all draws but its own. Each draw is weighted by the ratio of its probabilities at
+    nearby parameters and here, so derivatives of every order are unbiased.
     """
     log_p = q.log_prob(samples)
-    gains = likelihood_ratio(log_p) * (values - baselines).astype(log_p.dtype)
-    return jnp.mean(gains.astype(values.dtype) + baselines, 0)
+    change = (likelihood_ratio(log_p) - 1) * (values - baselines).astype(log_p.dtype)  # 0, with derivatives
+    return jnp.mean(values, 0) + jnp.mean(change, 0).astype(values.dtype)
 
 
 @jax.custom_jvp

@@ -44,12 +44,12 @@ class Variables:
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The shape of what f returns."""
-        return self.shape[: len(self.shape) - self.event_ndims]
+        return self.logits.shape[: self.logits.ndim - self.event_ndims]
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one event: all that f takes together."""
-        return self.shape[len(self.shape) - self.event_ndims :]
+        return self.shape[len(self.batch_shape) :]
 
     def with_logits(self, logits: ArrayLike) -> "Variables":
         """The same with other logits."""

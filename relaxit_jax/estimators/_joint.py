@@ -31,8 +31,8 @@ class Subset(Variables):
       logits: of the shape of a sample, the elements last; -inf is an element that is never in.
       k: elements of each subset, a Python integer from 1 to n.
       law: "simple" or "top_k".
-      event_ndims: how many of the last axes belong to one call of f, that of the elements among them; those
-        before are the batch.
+      event_ndims: how many of the last axes belong to one call of f, the elements' axis included; the axes
+        before them are the batch.
 
     Raises:
       ValueError: for logits that are not floating point, NaN or all -inf, a ``k`` or ``event_ndims`` out of
@@ -82,7 +82,7 @@ class Subset(Variables):
         else:
             indices = lm.top_k(sample, self.k)[1]
             each = subset.gumbel_top_k_log_prob(indices, self.logits, ordered=False)
-        return jnp.sum(each, tuple(range(each.ndim - self.event_ndims + 1, each.ndim)))
+        return self._over_event(each[..., None])
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
         """How many events there are, and a function from some of their numbers to the events."""
@@ -122,20 +122,6 @@ class PlackettLuce(Variables):
         """The shape of a sample, which has an axis more than the logits."""
         return (*self.logits.shape, self.logits.shape[-1])
 
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """The shape of what f returns."""
-        return self.logits.shape[: self.logits.ndim - self.event_ndims]
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """The shape of one event: all that f takes together."""
-        return self.shape[self.logits.ndim - self.event_ndims :]
-
-    def with_logits(self, logits: ArrayLike) -> "PlackettLuce":
-        """The same with other logits."""
-        return PlackettLuce(logits, self.event_ndims)
-
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
         """Exact draws, of shape (*shape, *self.shape)."""
         arg.check_key(key)
@@ -147,7 +133,7 @@ class PlackettLuce(Variables):
         """log P(sample), of the batch shape; differentiable in the logits."""
         order = jnp.argmax(self._checked(sample), -1)
         each = subset.gumbel_top_k_log_prob(order, self.logits)
-        return jnp.sum(each, tuple(range(each.ndim - self.event_ndims + 1, each.ndim)))
+        return self._over_event(each[..., None])
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
         """How many events there are, and a function from some of their numbers to the events."""
