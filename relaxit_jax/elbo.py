@@ -163,9 +163,9 @@ class VIMCO_ELBO(_Scored):
       it is called outside of `jax.jit`. The new value of a `mutable` site is the first particle's.
 
     Raises:
-      ValueError: for arguments that are not as above; by ``loss``, for an enumerated site, for a latent site
-        inside of a `cond` or in a subsampled plate inside of a `scan`, and for a subsampled plate that does
-        not enclose all sites.
+      ValueError: for arguments that are not as above; by ``loss``, for an enumerated or relaxed site, for a
+        latent site inside of a `cond` or in a subsampled plate inside of a `scan`, and for a subsampled plate
+        that does not enclose all sites.
 
     References:
       A. Mnih, D. J. Rezende (2016), Variational Inference for Monte Carlo Objectives, arXiv:1602.06725.
@@ -284,7 +284,12 @@ def _weighted_particle(model, guide, args, kwargs, params, key):
         for s in sites.values():
             if s["type"] == "sample":
                 log_weight += sign * sum_to(own, scaled_log_prob(s)) / scale
-    for s in _drawn(guide_trace).values():
+    for name, s in _drawn(guide_trace).items():
+        if _scores_another_law(s["fn"]):
+            raise ValueError(
+                f"the site '{name}' is relaxed, and importance weights need draws of the discrete law: leave "
+                "relax out, or train by Trace_ELBO"
+            )
         if not s["fn"].has_rsample:
             log_q += sum_to(own, _log_q(s))
     log_weight, log_q = jnp.broadcast_arrays(log_weight, log_q)
@@ -380,6 +385,13 @@ def _sum_steps(plates, x, ndim):
 
 def _values(sites, kind):
     return {name: s["value"] for name, s in sites.items() if s["type"] == kind}
+
+
+def _scores_another_law(fn):
+    """Whether it is a site of `relax`, in whatever wrappers."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return getattr(fn, "scores_another_law", False)
 
 
 def _unmasked(fn):

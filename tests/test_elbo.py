@@ -184,6 +184,16 @@ def test_more_particles_come_nearer_to_the_evidence():
     assert means[2] - evidence < 0.1 * (means[0] - evidence)
 
 
+def test_relaxed_sites_have_no_weights():
+    """Also in a plate and in event axes."""
+    p = {"x": jnp.array([0.3, 0.7]), "z": jnp.array([[0.1, -0.4, 0.7]] * 3)}
+    plate = [relax(f, tau=0.5) for f in (pathwise_model, pathwise_guide)]
+    event = [relax(lambda p, f=f: f(p), tau=0.5) for f in (BITS.model, BITS.guide)]
+    for pair, params in ((plate, p), (event, BITS.params)):
+        with pytest.raises(ValueError, match="the site 'z' is relaxed, and importance weights need draws"):
+            VIMCO_ELBO(2).loss(KEY, {}, *pair, params)
+
+
 def test_a_subsampled_plate_beside_other_sites_is_refused():
     case = CASES["subsampled"]
     with pytest.raises(ValueError, match="the plate 'rows' shows 3 of 4 rows and does not enclose all sites"):

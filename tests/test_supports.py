@@ -7,10 +7,11 @@ import numpyro.distributions as dist
 import optax
 import pytest
 import scipy.stats as st
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 
 from helpers import KEY
-from relaxit_jax.elbo import RLOO_ELBO
+from relaxit_jax.elbo import RLOO_ELBO, VIMCO_ELBO
 from relaxit_jax.handlers import AutoMeanField, AutoStructured, marginals, relax, take
 
 pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
@@ -109,3 +110,30 @@ def test_a_value_that_is_left_out_has_no_probability():
     guide = AutoMeanField(animals, num_values=len(N), init_logits=LEFT_OUT)
     params = train(animals, guide, RLOO_ELBO(10), steps=50)
     assert (guide.probs(params)["n"][:LEAST] == 0).all()
+
+
+LEVELS = np.arange(3, dtype=np.float32)
+
+
+def chain():
+    def step(before, y):
+        z = numpyro.sample("z", dist.Categorical(logits=take(np.eye(3, dtype=np.float32), before)))
+        numpyro.sample("y", dist.Normal(take(LEVELS, z), 1), obs=y)
+        return z, None
+
+    first = numpyro.sample("first", dist.Categorical(np.full(3, 1 / 3, np.float32)))
+    scan(step, first, jnp.array([0.0, 1.0, 2.0, 1.0]))
+
+
+@pytest.mark.parametrize("guide", [AutoMeanField, AutoStructured])
+@pytest.mark.parametrize("loss", [RLOO_ELBO(10), VIMCO_ELBO(10), Trace_ELBO(10)])
+def test_a_class_that_is_left_out_of_a_chain(guide, loss):
+    """Also where each state depends on the last one, under each bound, and relaxed by `Trace_ELBO`."""
+    made = guide(chain, init_logits={"z": np.array([[0, 0, -np.inf]] * 4)})
+    pair = [chain, made]
+    if isinstance(loss, Trace_ELBO):
+        pair = [relax(f, tau=0.2) for f in pair]
+    params = train(*pair, loss, steps=200)
+    found = marginals(made, params)["z"]
+    assert (found[:, 2] == 0).all() and (found[:, :2] > 0.03).all()
+    assert all(np.isfinite(x).all() for x in params.values())

@@ -43,6 +43,7 @@ class Relaxed(dist.Distribution):
         super().__init__(relaxation.batch_shape, relaxation.event_shape, validate_args=False)
 
     has_rsample: bool = True  # of the objective, which takes the relaxed draw for what it is
+    scores_another_law: bool = True  # so that no ratio of densities is a weight of the draw
 
     @property
     def support(self) -> ct.Constraint | None:
