@@ -58,8 +58,8 @@ def latent_classes(images):
 # %% [markdown]
 # ## The guide, and its training
 #
-# `AutoMeanField` gives each image its own probabilities of the ten kinds, and `RLOO_ELBO` trains them by
-# unbiased gradients of the discrete model. The bound is that of the trained guide, by 500 draws.
+# `AutoMeanField` gives each image its own probabilities of the ten kinds, and `RLOO_ELBO` trains them with
+# unbiased gradients of the discrete model. We estimate the bound of the trained guide with 500 draws.
 
 
 # %%

@@ -143,7 +143,8 @@ def by_score(q, samples, values, baselines):
     """
     log_p = q.log_prob(samples)
     change = (likelihood_ratio(log_p) - 1) * (values - baselines).astype(log_p.dtype)  # 0, with derivatives
-    return jnp.mean(values, 0) + jnp.mean(change, 0).astype(values.dtype)
+    mean = jnp.mean(values, 0)
+    return mean + jnp.mean(change, 0).astype(mean.dtype)
 
 
 @jax.custom_jvp
