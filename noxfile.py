@@ -15,7 +15,7 @@ nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 SUPPORTED = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
 DEFAULT, *OTHERS = PYTHONS = [*SUPPORTED, "3.14"]
-# the versions between have the packages of the last one
+# the Pythons between the lowest and the newest get the same packages as the newest
 nox.options.sessions = ["lint", "types", "wheel", "site", "lowest", f"fast-{SUPPORTED[-1]}"]
 if os.environ.get("NUMPYRO_SOURCE"):
     nox.options.sessions.append("numpyro_tests")

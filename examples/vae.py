@@ -315,7 +315,7 @@ def report(experiment, history, bounds, pictures, out):
     "--samples",
     type=click.IntRange(2, 10_000),
     show_default=False,
-    help="Draws of one estimate, by vimco, arms and rloo.  [default: 5, 4 and 2]",
+    help="Number of draws in one estimate of vimco, arms or rloo.  [default: 5, 4 and 2]",
 )
 @click.option(
     "--tau",

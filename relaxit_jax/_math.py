@@ -158,13 +158,13 @@ def log_sum_exp(x):
 
 
 def sum_of_others(x):
-    """Along the first axis, the sum of all but one, for each: of what is before it and of what is after."""
+    """For each element along the first axis, the sum of the others. Nothing is subtracted."""
     return _others(x, jnp.cumsum, jnp.add, 0)
 
 
 def log_sum_of_others(x):
-    """The logarithm of the same for exp(x)."""
-    never = -1e30  # for -inf, whose running sums have no gradient
+    """For each element along the first axis, log sum exp of the others."""
+    never = -1e30  # stands for -inf, where a cumulative log-sum-exp has NaN gradients
     total = _others(where(x > never, x, never), jax.lax.cumlogsumexp, jnp.logaddexp, never)
     return where(total > never / 2, total, -jnp.inf)
 
@@ -177,9 +177,9 @@ def _others(x, accumulate, add, nothing):
 
 
 def leave_one_out_bounds(log_w):
-    """``L = log mean_k w_k`` along the first axis, and each L_k, with w_k the geometric mean of the others.
+    """``L = log mean_k w_k`` along the first axis, and L_k, with w_k replaced by the others' geometric mean.
 
-    Where that is 0, as all other weights are, L_k is 0: any number that does not depend on draw k will do.
+    If all other weights are 0, L_k is set to 0: a baseline may be any number that does not depend on draw k.
     """
     k, possible = len(log_w), log_w > -jnp.inf
     bound = jax.nn.logsumexp(log_w, 0) - jnp.log(k)

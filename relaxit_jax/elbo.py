@@ -277,7 +277,7 @@ def _weighted_particle(model, guide, args, kwargs, params, key):
         elif whole > frame.size:
             raise ValueError(
                 f"the plate '{frame.name}' shows {frame.size} of {whole} rows and does not enclose all "
-                "sites: the bound is no sum over its rows: take the whole plate, or RLOO_ELBO"
+                "sites, so the bound is not a sum over its rows. Use the whole plate, or RLOO_ELBO."
             )
     log_weight, log_q = jnp.zeros(()), jnp.zeros(())
     for sign, sites in ((1, model_trace), (-1, guide_trace)):
@@ -287,8 +287,8 @@ def _weighted_particle(model, guide, args, kwargs, params, key):
     for name, s in _drawn(guide_trace).items():
         if _scores_another_law(s["fn"]):
             raise ValueError(
-                f"the site '{name}' is relaxed, and importance weights need draws of the discrete law: leave "
-                "relax out, or train by Trace_ELBO"
+                f"the site '{name}' is relaxed, and importance weights need draws of the discrete law. "
+                "Remove relax, or train by Trace_ELBO."
             )
         if not s["fn"].has_rsample:
             log_q += sum_to(own, _log_q(s))

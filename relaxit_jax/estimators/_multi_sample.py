@@ -63,8 +63,8 @@ def vimco(
     log_q = q.log_prob(samples)
     log_w = log_p.astype(log_q.dtype) - log_q
     bound, others = lm.leave_one_out_bounds(log_w)
-    # each draw counts by the ratio of its probabilities at parameters nearby and here; a baseline by that of
-    # the draws other than its own, so that its mean is 0 there too
+    # At nearby parameters, the draws are weighted by the ratio of their probabilities there and here. A
+    # baseline is weighted by the ratio of the other draws alone, so its mean is 0 there too.
     all_draws = es.likelihood_ratio(jnp.sum(log_q, 0))
     all_but_one = es.likelihood_ratio(lm.sum_of_others(log_q))
     value = all_draws * bound - jnp.sum((all_draws - all_but_one) * others, 0)

@@ -140,7 +140,7 @@ def exact(f: Callable[[Array], Any], q: es.Law, *, has_aux: bool = False) -> Any
 
     Returns:
       The expectation, of shape ``q.batch_shape``; with ``has_aux`` the pair of it and the aux of the first
-      outcome, that of zeros or of the first class.
+      outcome.
 
     Raises:
       ValueError: for an f as in `reinforce`, or a q whose events have more than 2^20 outcomes.

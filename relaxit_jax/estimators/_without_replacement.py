@@ -83,15 +83,15 @@ def unordered_set(
 def from_set(values: ArrayLike, log_prob: ArrayLike) -> Array:
     """An expectation and its gradient from k different outcomes, as drawn by `stochastic_beam_search`.
 
-    The estimate ``sum_s w_s f(s)`` of `unordered_set`, and its gradient, for outcomes that are too many to
-    list, such as sequences: of each that was drawn one needs f and the log-probability. The k outcomes must
-    be a sample without replacement from the law of these probabilities, as Gumbel top-k and
-    `stochastic_beam_search` give.
+    This is the estimate ``sum_s w_s f(s)`` of `unordered_set`, with its gradient, for variables with too many
+    outcomes to list, such as sequences. It needs f and the log-probability of each drawn outcome. The k
+    outcomes must be drawn without replacement from the law with these probabilities, for example by
+    `stochastic_beam_search`.
 
     Args:
       values: f of the outcomes, shape (k, ...): differentiable in what f depends on.
-      log_prob: their log-probabilities, shape (k, ...): differentiable in the parameters of the law, and
-        computed from the outcomes as constants.
+      log_prob: their log-probabilities, shape (k, ...), as a differentiable function of the parameters of
+        the law, with the outcomes held constant.
 
     Returns:
       The estimate of E f, of the shape without the first axis; its gradient is an unbiased one of E f.
@@ -156,6 +156,6 @@ def _estimate_of_set_jvp(primals, tangents):
     value_dot, log_p_dot = tangents[:2]
     log_set, weights, others = _weights(log_p, rest, possible)
     gains = values - jnp.sum(others * values, 1)
-    # at parameters nearby these draws count by the ratio of their probabilities there and here
+    # at nearby parameters, this set is weighted by the ratio of its probabilities there and here
     each = weights * (value_dot + gains * where(possible, log_p_dot, 0))
     return _estimate_of_set(*primals), es.likelihood_ratio(log_set) * jnp.sum(each, 0)

@@ -41,7 +41,7 @@ class SiteCheck:
     Args:
       probs: the guide's marginal probabilities: of a one for bits, else of all values on a last axis.
       weighted: the same with draws weighted by ``p / q``; None where these weights cannot be trusted.
-      weighted_error: the standard errors of ``weighted - probs``; None where that is.
+      weighted_error: the standard errors of ``weighted``; None if ``weighted`` is.
       gradient: the norm of the mean gradient of the loss in the parameters of this site, by `RLOO_ELBO`.
       noise: the standard deviation of one such estimate of ten particles, as the root of the sum of squares.
       relaxed_bias: the norm of the difference of the mean gradient under `relax`, beyond what noise explains;
@@ -314,9 +314,9 @@ def _advice(found, coupled):
             )
         if s.weighted is not None and (off := _off(s)) > OFF:
             yield (
-                f"A probability of the site '{name}' is off by {off:.2f} at least, by weighted draws: the "
-                "guide cannot say it better, or training has not ended. Train longer, start with "
-                "init='data', or take the weighted ones."
+                f"A probability of the site '{name}' is off by at least {off:.2f}, judging by weighted "
+                "draws. The guide cannot represent it, or training has not ended: train longer, start with "
+                "init='data', or use the weighted probabilities."
             )
         if s.moved < 1e-3 and s.gradient > 0.5 * s.noise:
             yield f"The site '{name}' has not moved from its start, and has a gradient: train longer."
@@ -472,7 +472,7 @@ class _Run:
                 chunk_size=100, **self.kwargs,
             )  # fmt: skip
         largest = np.sort(weights)[-len(weights) // 5 :]
-        # the largest are all alike: there is no tail
+        # the largest weights are all alike, so there is no tail
         return -math.inf if found == math.inf and largest[-1] - largest[0] < 600 else found
 
     def rival(self, key, names):
@@ -483,7 +483,7 @@ class _Run:
         result = svi.run(key, RIVAL_STEPS, *self.args, progress_bar=False, **self.kwargs)
         run = _Run(self.model, guide, result.params, self.args, self.kwargs, self.num_values)
         drawn, weights, _ = run.draws(key, 500)
-        # a hand-written guide may have discrete sites that the model has not
+        # a hand-written guide may have discrete sites that the model does not have
         probs = {name: np.mean(drawn[name][0], 0) for name in names if name in drawn}
         with np.errstate(invalid="ignore"):
             bound, error = float(weights.mean()), float(weights.std() / len(weights) ** 0.5)
