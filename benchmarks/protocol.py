@@ -41,7 +41,7 @@ ROWS = {  # name: (flags, the number to be at or below)
     **{name: (f"--method {name}", None) for name in ("reinforce", "rloo", "arm", "arms", "vimco", "relax")},
     **{
         f"{name}, 20 of 10": (f"--method {name}_categorical", None)
-        for name in ("reinforce", "rloo", "rebar", "relax")
+        for name in ("reinforce", "rloo", "arms", "rebar", "relax")
     },
 }
 

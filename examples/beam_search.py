@@ -25,6 +25,7 @@ from a few words on, by a third at 200, where it does with k = 200 what takes 50
 the weighted sum alone, which is unbiased, does not pay at this entropy.
 """
 
+import functools
 import pathlib
 import re
 
@@ -56,6 +57,7 @@ from common import (
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 END = 0  # before the first letter and after the last; the letters are 1 to 26
+MOST_FOR_GRADIENTS = 32  # words; the work grows with the cube
 CHUNK = 50  # steps of training, or searches, in one compiled call
 
 
@@ -164,6 +166,39 @@ def in_chunks(draw, key, runs, title):
     keys = jax.random.split(key, -(-runs // CHUNK) * CHUNK).reshape(-1, CHUNK)
     parts = [jax.device_get(draw(some)) for some in tqdm(keys, title, leave=False)]
     return tuple(np.concatenate(part)[:runs] for part in zip(*parts, strict=True))
+
+
+def gradient_of_length(graph, state, units, tokens, without):
+    """Of the mean length of a word, in the bias of the last layer, from k words: one estimate.
+
+    Without replacement by `from_set`, with it by the score function and the mean of the other draws.
+    """
+    f = jnp.sum(tokens != END, -1).astype(jnp.float32)
+
+    def estimate(state):
+        log_p = log_probs(nnx.merge(graph, state), units, tokens)
+        if without:
+            return rj.estimators.from_set(f, log_p)
+        gain = (f - jnp.mean(f)) * len(f) / (len(f) - 1)
+        return jnp.mean(gain * log_p)
+
+    return jax.grad(estimate)(state)["read"]["bias"][...]
+
+
+def compare_gradients(graph, state, units, draws, with_draws, counts):
+    """The spread of both gradients for each number of words, and how far apart their means are."""
+    rows = {"k": list(counts), "with replacement": [], "without": [], "distance of the means, errors": []}
+    for k in counts:
+        found = {}
+        for name, tokens in (("with replacement", with_draws[0]), ("without", draws[0])):
+            one = functools.partial(gradient_of_length, graph, state, units, without=name == "without")
+            every = jax.jit(lambda tokens, one=one: jax.lax.map(one, tokens, batch_size=10))
+            found[name] = np.asarray(every(tokens[:, :k]), float)
+            rows[name].append(np.sqrt(found[name].var(0).sum()))
+        difference = found["without"].mean(0) - found["with replacement"].mean(0)
+        error = np.sqrt(sum(x.var(0) for x in found.values()) / len(tokens))
+        rows["distance of the means, errors"].append(np.abs(difference / error).max())
+    return rows
 
 
 def estimate_without(f, log_p, perturbed):
@@ -290,13 +325,18 @@ def main(text, length, units, steps, batch_size, learning_rate, words, runs, see
         kinds = ("with replacement", "without", "without, normalised")
         for k, *errors in zip(results["k"], *(results[kind] for kind in kinds), strict=True):
             click.echo(f"  {k:5d}" + "".join(f"{error:10.4f}" for error in errors))
+    counts = [k for k in counts if 4 <= k <= MOST_FOR_GRADIENTS]
+    gradients = compare_gradients(graph, state, units, draws, with_draws, counts)
+    click.echo("gradient of the mean length in 27 biases; standard deviation by k with, and without")
+    for k, *spreads in zip(counts, gradients["with replacement"], gradients["without"], strict=True):
+        click.echo(f"  {k:5d}" + "".join(f"{spread:10.4f}" for spread in spreads))
     draw(table, out / "beam_search.png")
     settings = {"length": length, "units": units, "steps": steps, "batch_size": batch_size}
     settings |= {"learning_rate": learning_rate, "words": words, "runs": runs, "seed": seed, "text": text}
     metrics = {
         "nats_a_letter": per_letter, "nats_a_letter_by_frequency": by_frequency,
         "probability_held": held.mean(), "repeats_with_replacement": repeated,
-        "results": table, "settings": settings, "versions": versions(),
+        "results": table, "gradients": gradients, "settings": settings, "versions": versions(),
     }  # fmt: skip
     write_json(out / "metrics.json", metrics)
     click.echo(f"in {out}: beam_search.png, metrics.json")

@@ -220,7 +220,7 @@ METHODS = {
 }  # fmt: skip
 METHODS |= {
     f"{name}_categorical": METHODS[name]._replace(about=f"{name} with exact categories", family=Categories)
-    for name in ("reinforce", "rloo", "rebar", "relax")
+    for name in ("reinforce", "rloo", "arms", "rebar", "relax")
 }
 
 

@@ -155,6 +155,7 @@ def methods_of(key, problem):
     found = {
         "reinforce": es.reinforce, "reinforce, baseline": functools.partial(methods.reinforce, variate=None),
         "rloo": es.rloo, "rloo, 8 draws": functools.partial(es.rloo, num_samples=8),
+        "arms": es.arms, "arms, 8 draws": functools.partial(es.arms, num_samples=8),
     }  # fmt: skip
     if isinstance(problem.q, es.Bernoulli):
         found |= {"arm": es.arm, "disarm": es.disarm}

@@ -69,7 +69,7 @@ ESTIMATORS = {
 }
 
 
-OF_BITS = ("arm", "disarm", "arms", "arms_9")
+OF_BITS = ("arm", "disarm")
 OF_ONE = ("unordered_set", "unordered_set_4")
 
 

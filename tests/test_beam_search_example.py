@@ -83,6 +83,10 @@ def test_command_line(tmp_path, capsys):
         # the error with replacement is sd / sqrt(k), to what 300 squares of it allow
         seen = rows["with replacement"][-1] ** 2 / rows["with replacement, by theory"][-1] ** 2 * 300
         assert 1e-4 < chi2.sf(seen, 300) < 1 - 1e-4
+    gradients = metrics["gradients"]
+    assert gradients["k"] == [4, 8, 16]
+    assert max(gradients["distance of the means, errors"]) < 4.5  # of 27 biases
+    assert np.all(np.array(gradients["without"]) < gradients["with replacement"])
     assert (tmp_path / "run" / "beam_search.png").stat().st_size > 10_000
 
 

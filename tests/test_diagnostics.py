@@ -57,7 +57,7 @@ def bits_report():
 
 @functools.cache
 def classes_report(reference):
-    methods = {name: e for name, e in UNBIASED.items() if name not in ("arm", "disarm", "arms", "relax")}
+    methods = {name: e for name, e in UNBIASED.items() if name not in ("arm", "disarm", "relax")}
     methods["straight_through"] = dg.from_sampler(rj.straight_through_categorical)
     methods["reinmax"] = dg.from_sampler(rj.reinmax)
     q = es.OneHotCategorical(CLASSES)

@@ -104,7 +104,7 @@ def total_variance(name, family):
         ("disarm", "arm", "bits"), ("rloo", "reinforce", "bits"), ("rloo", "reinforce", "classes"),
         ("baseline", "reinforce", "bits"), ("baseline", "reinforce", "classes"),
         ("rloo_5", "rloo", "bits"), ("rloo_5", "rloo", "classes"), ("rebar", "reinforce", "bits"),
-        ("arms", "disarm", "bits"), ("arms_9", "arms", "bits"),
+        ("arms", "disarm", "bits"), ("arms_9", "arms", "bits"), ("arms_9", "arms", "classes"),
         ("unordered_set_4", "unordered_set", "one class"),
     ],
 )  # fmt: skip
@@ -132,17 +132,21 @@ def test_disarm_never_has_more_variance_than_arm():
 
 @pytest.mark.whole
 @quick
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", [2, 3, 4, 6, 8, 16])
-def test_arms_has_less_variance_than_rloo_at_equal_calls(n):
+def test_arms_has_less_variance_than_rloo_at_equal_calls(n, family):
+    cls, logits = FAMILIES[family]
     for scale, weight in ((0.3, 0.2), (1.0, 0.7), (3.0, 0.7)):
         spreads = {}
         for estimator in (es.arms, es.rloo):
-            f = interacting(weight, 1)
-            total = lambda l, key, e=estimator, f=f: jnp.sum(e(key, f, es.Bernoulli(l), num_samples=n))
+            f = interacting(weight, cls(logits).event_ndims)
+            total = lambda l, key, e=estimator, f=f: jnp.sum(e(key, f, cls(l), num_samples=n))
             slopes = jax.jit(jax.vmap(jax.grad(total), (None, 0)))(
-                scale * BITS, jax.random.split(KEY, 20_000)
+                scale * logits, jax.random.split(KEY, 20_000)
             )
-            squares = np.sum((np.asarray(slopes, float) - np.mean(slopes, 0)) ** 2, (1, 2))
+            squares = np.sum(
+                (np.asarray(slopes, float) - np.mean(slopes, 0)) ** 2, tuple(range(1, slopes.ndim))
+            )
             spreads[estimator] = squares.mean(), squares.std() / len(squares) ** 0.5
         (less, a), (more, b) = spreads[es.arms], spreads[es.rloo]
         assert more - less > 4.5 * np.hypot(a, b)
@@ -163,6 +167,26 @@ def test_antithetic_groups_have_their_marginal_law_and_correlation(n, p):
     assert abs(rare - r * bits.size) < 4.8 * np.sqrt(r * bits.size) + 1
     each = np.sum(np.asarray(bits, float) * gains, 0)
     assert abs(each.mean() - p * (1 - p)) < 4.8 * each.std() / len(each) ** 0.5 + 1e-6 * r
+
+
+@pytest.mark.whole
+@quick
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_antithetic_groups_of_classes_have_their_marginal_law_and_slopes(n):
+    """How often each class comes, and E sum_i b_i factor_i = diag(p) - p p^T, the Jacobian of E b."""
+    p = np.array([0.3, 1e-4, 0.25, 0.0, 0.2, 0.15, 0.1 - 1e-4])
+    with np.errstate(divide="ignore"):
+        logits = np.log(p).astype(np.float32)
+    groups = 200_000
+    q = es.OneHotCategorical(jnp.broadcast_to(logits, (groups, 7)))
+    draws, factors = map(np.asarray, jax.jit(lambda key: q.antithetic_group(key, n))(KEY))
+    assert (draws.sum(-1) == 1).all() and np.isfinite(factors).all()
+    for one in draws:  # the groups are independent
+        counts = one.sum(0, dtype=float)
+        assert counts[3] == 0 and st.chisquare(counts[p > 0], groups * p[p > 0]).pvalue > 1e-4
+    each = np.einsum("igk,igl->gkl", draws, factors, dtype=float)
+    jacobian = np.diag(p) - np.outer(p, p)
+    assert (np.abs(each.mean(0) - jacobian) <= 4.8 * each.std(0) / groups**0.5 + 1e-7).all()
 
 
 @pytest.mark.whole
@@ -276,15 +300,51 @@ def relax_by_hand(draws, logits, family, weight, control_variate):
     return coupled_by_hand(draws, logits, family, weight, variate)
 
 
+def correlation(p, n):
+    """Of two of n antithetic bits."""
+    r = np.minimum(p, 1 - p)
+    both = np.maximum(2 * r ** (1 / (n - 1)) - 1, 0) ** (n - 1)  # two of the draws have the rarer value
+    return (both - r**2) / (r * (1 - r))
+
+
 def arms_by_hand(draws, logits, family, weight, num_samples=4):
     b, n = draws[f"group_{num_samples}"], num_samples
     values, _, weights = zip(*(f_by_hand(x, weight) for x in b), strict=True)
     values = np.stack(values)
-    r = np.minimum(sp.expit(logits), sp.expit(-logits))
-    both = np.maximum(2 * r ** (1 / (n - 1)) - 1, 0) ** (n - 1)  # two of the draws have the rarer value
-    rho = (both - r**2) / (r * (1 - r))
-    gains = (values - values.mean(0))[..., None] * (b - b.mean(0)) / ((n - 1) * (1 - rho))
-    return values.mean(0), gains.sum(0), np.mean(weights, 0)
+    if family == "bits":
+        gains = (values - values.mean(0))[..., None] * (b - b.mean(0)) / (n - 1)
+        slopes = gains.sum(0) / (1 - correlation(sp.expit(logits), n))
+    else:
+        slopes = np.zeros_like(logits)
+        for variable in np.ndindex(logits.shape[:-1]):
+            drawn = b[(slice(None), *variable)].argmax(-1)
+            slopes[variable] = arms_of_a_class(drawn, logits[variable], values[:, variable[0]])
+    return values.mean(0), slopes, np.mean(weights, 0)
+
+
+def arms_of_a_class(drawn, logits, values):
+    """By a tree over the binary digits of the classes: the mean over all pairs of draws."""
+    n, p = len(drawn), sp.softmax(logits)
+    classes = np.arange(len(p))
+    slope = np.zeros_like(p)
+    for i, j in itertools.permutations(range(n), 2):
+        for level in range((len(p) - 1).bit_length()):
+            prefix = lambda x, level=level: x % 2**level
+            digit = lambda x, level=level: x >> level & 1
+            below = prefix(classes) == prefix(drawn[i])
+            chance = (p * below * digit(classes)).sum() / (p * below).sum()
+            if not 0 < chance < 1:
+                continue
+            of_log_odds = (
+                p * below * np.where(digit(classes), 1 / chance, -1 / (1 - chance)) / (p * below).sum()
+            )
+            if prefix(drawn[i]) == prefix(drawn[j]):  # both orders of the pair come by
+                m = (prefix(drawn) == prefix(drawn[i])).sum()
+                gain = (digit(drawn[i]) - digit(drawn[j])) / (1 - correlation(chance, m)) / 2
+            else:  # the digit that draw j would have had is left to chance
+                gain = digit(drawn[i]) - chance
+            slope += (values[i] - values[j]) * gain * of_log_odds / (n * (n - 1))
+    return slope
 
 
 def chance_of_set(p, items):
@@ -351,7 +411,7 @@ def test_value_and_gradient_are_the_formula_at_every_draw(name, family, dtype, t
         draws |= {f"samples_{k}": q.sample(key, (k,)) for k in (2, 5)}
         if family == "bits":
             draws |= zip(("one", "other", "centred"), q.antithetic(key), strict=True)
-            draws |= {f"group_{n}": q.antithetic_group(key, n)[0] for n in (4, 9)}
+        draws |= {f"group_{n}": q.antithetic_group(key, n)[0] for n in (4, 9)}
         if family == "one class":
             draws |= {f"set_{k}": rj.gumbel_top_k(key, q.logits, k)[0].astype(dtype) for k in (2, 4)}
         (slope, weight), values = value_of(estimator, family)(q.logits, dtype(0.7), key)

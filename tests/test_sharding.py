@@ -223,7 +223,7 @@ def methods():
     for name in ESTIMATORS:
         bits = lambda key, a, name=name: of_bits(name, key, cost, a["logits"])
         yield f"{name} of bits", bits, of_four
-        if name not in ("arm", "disarm", "arms"):
+        if name not in ("arm", "disarm"):
             classes = lambda key, a, name=name: getattr(rj.estimators, name)(
                 key, cost, rj.estimators.OneHotCategorical(a["logits"], 1), **ESTIMATORS[name]
             )

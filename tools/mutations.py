@@ -325,6 +325,22 @@ MUTATIONS = [
         "mean_is and arms or formula and arms",
     ),
     (
+        "arms of classes by the plain estimate of rloo",
+        f"{ESTIMATORS}/_families.py",
+        " + correction / (n * (n - 1))",
+        "",
+        "test_estimators.py",
+        "mean_is and arms or formula and arms",
+    ),
+    (
+        "arms of classes in which a draw without others has the wrong law",
+        f"{ESTIMATORS}/_families.py",
+        "where(m > 0, others * excess < e, surprise < e)",
+        "where(m > 0, others * excess < e, surprise < 2 * e)",
+        "test_estimators.py",
+        "groups_of_classes",
+    ),
+    (
         "unordered_set without its baseline's own class",
         f"{ESTIMATORS}/_without_replacement.py",
         "where(same, 1, jnp.exp(two - one[:, None]))",

@@ -41,11 +41,16 @@ class Family(Law, Protocol):
     def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array: ...
 
 
-class Bits(Family, Protocol):
-    """A family with the draws of `arm`, `disarm` and `arms`: `Bernoulli`."""
+class Antithetic(Family, Protocol):
+    """A family with the draws of `arms`: `Bernoulli` and `OneHotCategorical`."""
+
+    def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]: ...
+
+
+class Bits(Antithetic, Protocol):
+    """A family with the draws of `arm` and `disarm` as well: `Bernoulli`."""
 
     def antithetic(self, key: Array) -> tuple[Array, Array, Array]: ...
-    def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]: ...
 
 
 Q = TypeVar("Q", bound=Law)

@@ -178,21 +178,11 @@ class Bernoulli(Variables):
         return self._as_sample(below(-r)), self._as_sample(below(r)), where(r < 0, r + 0.5, r - 0.5)
 
     def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]:
-        """n draws that repel each other, and ``(b_i - mean b) / ((n - 1) (1 - rho))`` of each, as `arms` has
-        them.
-
-        With exponential numbers e, the rarer value comes where ``1 - d_i = sum_(j != i) e_j / sum_j e_j`` is
-        below ``s = r^(1/(n - 1)) = exp(-t)``: that is, where the sum of the others is below e_i / (e^t - 1),
-        in which nothing is subtracted. And ``2 - 1/s`` is 1 less e^t - 1.
-        """
+        """n draws that repel each other, and the factor of each in the estimate of `arms`."""
         logits = jax.lax.stop_gradient(self._wide())
         e = rng.exponential(key, (n, *self.shape), logits)
-        excess = jnp.expm1(jax.nn.softplus(jnp.abs(logits)) / (n - 1))  # e^t - 1
-        rare = lm.sum_of_others(e) * excess < e
-        drawn = where(logits > 0, ~rare, rare)
+        drawn, spread = _repelling(e, lm.sum_of_others(e), n - 1, logits)
         bits = drawn.astype(logits.dtype)
-        both = where(excess < 1, jnp.log1p(-where(excess < 1, excess, 0)), -jnp.inf)
-        spread = -jnp.expm1((n - 1) * both) / jax.nn.sigmoid(jnp.abs(logits))  # 1 - rho
         return self._as_sample(drawn), (bits - jnp.mean(bits, 0)) / ((n - 1) * spread)
 
     def _probabilities(self):
@@ -298,6 +288,39 @@ class OneHotCategorical(Variables):
         """The relaxed sample of noisy logits."""
         return jax.nn.softmax(lm.over_tau(z, tau)).astype(self.logits.dtype)
 
+    def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]:
+        """n draws that repel each other, and the factor of each in the estimate of `arms`.
+
+        A class is drawn by its binary digits, the lowest first. The m draws that agree so far repel each
+        other in the next digit, as m draws of a bit do.
+        """
+        log_p = jax.lax.stop_gradient(self._log_probabilities())
+        *variables, k = self.shape
+        classes, depth = np.arange(k), (k - 1).bit_length()
+        padding = [(0, 0)] * len(variables) + [(0, 2**depth - k)]
+        leaves = jnp.pad(log_p, padding, constant_values=-jnp.inf)
+        noise = rng.exponential(key, (depth, n, *variables), log_p)
+        itself = np.eye(n, dtype=bool).reshape(n, n, *(1 for _ in variables))
+        prefix = jnp.zeros((n, *variables, 1), jnp.int32)  # the digits so far, as a number
+        correction = jnp.zeros((n, *self.shape), log_p.dtype)
+        for level, e in enumerate(noise):
+            sides = jax.nn.logsumexp(leaves.reshape(*variables, -1, 2, 2**level), -3)
+            here = lm.is_class(prefix, sides[..., 0, :])
+            zero, one = (jnp.sum(where(here, sides[..., digit, :], 0), -1) for digit in (0, 1))
+            others = jnp.squeeze(prefix[:, None] == prefix, -1) & ~itself
+            e_others, m = jnp.sum(where(others, e, 0), 1), jnp.sum(others, 1)
+            drawn, spread = _repelling(e, e_others, m, one - zero)
+            bit = drawn.astype(log_p.dtype)
+            gain = jnp.sum(where(others, bit[:, None] - bit, 0), 1) * (1 - spread) / spread
+            # the derivative of log_odds in the logits: each class's share of its side
+            side = jnp.tile(sides.reshape(*variables, -1), 2 ** (depth - level - 1))[..., :k]
+            share = where(side > -jnp.inf, jnp.exp(log_p - side), 0) * np.where(classes >> level & 1, 1, -1)
+            correction += where(prefix == classes % 2**level, gain[..., None] * share, 0)
+            prefix += where(drawn, 2**level, 0)[..., None]
+        draws = self._as_sample(prefix == classes)
+        score = self.score(draws)
+        return draws, (score - jnp.mean(score, 0)) / (n - 1) + correction / (n * (n - 1))
+
     def _probabilities(self):
         return jax.nn.softmax(jax.lax.stop_gradient(self._wide()))
 
@@ -307,3 +330,20 @@ class OneHotCategorical(Variables):
         first = lm.largest(logits)
         below = where(first, 0, logits - jnp.sum(where(first, logits, 0), -1, keepdims=True))
         return below - jnp.log1p(jnp.sum(where(first, 0, jnp.exp(below)), -1, keepdims=True))
+
+
+def _repelling(e, others, m, logits):
+    """Bits of draws that repel each other, and 1 - rho of two of them.
+
+    With exponential numbers e and the sum of those of the m others, the rarer value comes where
+    ``1 - d_i = sum_(j != i) e_j / sum_j e_j`` is below ``s = r^(1/m) = exp(-t)``: that is, where the sum of
+    the others is below e_i / (e^t - 1), in which nothing is subtracted. And ``2 - 1/s`` is 1 less e^t - 1. A
+    draw without others is independent.
+    """
+    surprise = jax.nn.softplus(jnp.abs(logits))  # -log r
+    at_least_one = jnp.maximum(m, 1)
+    excess = jnp.expm1(surprise / at_least_one)  # e^t - 1
+    rare = where(m > 0, others * excess < e, surprise < e)
+    both = where(excess < 1, jnp.log1p(-where(excess < 1, excess, 0)), -jnp.inf)
+    spread = -jnp.expm1(at_least_one * both) / jax.nn.sigmoid(jnp.abs(logits))
+    return where(logits > 0, ~rare, rare), spread
