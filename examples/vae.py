@@ -50,12 +50,11 @@ from common import (
     binarise,
     digest,
     image_rows,
-    load_images,
+    load_split,
     out_option,
     output_folder,
     run,
     save_figure,
-    split_images,
     versions,
     write_json,
 )
@@ -285,9 +284,10 @@ def report(experiment, history, bounds, pictures, out):
     "--data",
     type=Path(),
     default="mnist5k",
-    metavar="NAME|FILE.npz",
+    metavar="NAME|FILE.npz|FOLDER",
     help="Images: mnist5k, 5,000 of MNIST, no network; digits, 1,797 of 8x8; mnist, all 70,000, "
-    "downloaded once; or an .npz file of images in [0, 1], (n, height, width).",
+    "downloaded once; an .npz file of images in [0, 1], (n, height, width); or a folder with the four IDX "
+    "files of MNIST or Fashion-MNIST, gzipped or not.",
 )
 @click.option(
     "--epochs", type=click.IntRange(0, 100_000), default=50, help="Passes over the training images."
@@ -411,13 +411,12 @@ def prepare(config, cluster):
         raise UserError(
             f"--batch-size {config.batch_size} is no multiple of the {cluster.mesh.size} devices; change one"
         )
-    images = load_images(config.data)
-    training, test = split_images(images)
+    training, test = load_split(config.data)
     if config.batch_size > len(training):
         raise UserError(
             f"--batch-size {config.batch_size} is above the {len(training)} training images; lower it"
         )
-    return training, test, digest(images)
+    return training, test, digest(np.concatenate([training, test]))
 
 
 def open_run(out, name, settings, resume, cluster):

@@ -1,5 +1,6 @@
 """However an .npz file is broken, one line says so, and nothing in it is run."""
 
+import gzip
 import io
 import os
 import pickle
@@ -138,10 +139,11 @@ def test_nothing_is_unpickled(path, tmp_path):
 def test_what_is_no_regular_file(tmp_path):
     """Reading a pipe would wait for ever."""
     os.mkfifo(tmp_path / "pipe.npz")
-    (tmp_path / "folder.npz").mkdir()
     (tmp_path / "device.npz").symlink_to("/dev/zero")
-    for name in ("pipe", "folder", "device"):
+    for name in ("pipe", "device"):
         assert "no regular file" in refused(tmp_path / f"{name}.npz")
+    (tmp_path / "folder.npz").mkdir()  # taken as one of IDX files
+    assert "there is no file" in refused(tmp_path / "folder.npz")
     (tmp_path / "nowhere.npz").symlink_to(tmp_path / "absent")
     assert "there is no file" in refused(tmp_path / "nowhere.npz")
 
@@ -160,3 +162,54 @@ def test_a_download_that_fails_leaves_nothing_behind(was_there, monkeypatch, tmp
     with pytest.raises(common.UserError, match="cannot download MNIST"):
         common.load_images("mnist")
     assert home.exists() == was_there == (home / "other").exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """IDX files of bytes, those to test gzipped."""
+    rng = np.random.default_rng(1)
+    for count, (images, labels) in zip((20, 10), common.IDX_FILES, strict=True):
+        for name, shape in ((images, (count, 3, 2)), (labels, (count,))):
+            content = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
+            content += rng.integers(256, size=shape, dtype=np.uint8).tobytes()
+            if count == 20:
+                (tmp_path / name).write_bytes(content)
+            else:
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    return tmp_path
+
+
+def test_a_folder_of_idx_files(folder):
+    (training, labels), (test, test_labels) = common.read_idx_folder(folder)
+    raw = (folder / "train-images-idx3-ubyte").read_bytes()[16:]
+    np.testing.assert_array_equal(training.ravel() * 255, np.frombuffer(raw, np.uint8))
+    assert training.shape == (20, 3, 2) and test.shape == (10, 3, 2)
+    assert labels.shape == (20,) and test_labels.shape == (10,)
+    split = common.load_split(str(folder))
+    np.testing.assert_array_equal(split[0], training)
+    np.testing.assert_array_equal(split[1], test)
+    np.testing.assert_array_equal(common.load_images(str(folder)), np.concatenate([training, test]))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("train-images-idx3-ubyte", None, "there is no file"),
+        ("train-images-idx3-ubyte", lambda x: x[:-1], "holds 119 values, but its header says 120"),
+        ("train-images-idx3-ubyte", lambda x: x[:7], "is no IDX file of bytes with 3 axes"),
+        ("train-labels-idx1-ubyte", lambda x: b"\0\0\x0d\x01" + x[4:], "is no IDX file of bytes with 1 axes"),
+        ("train-labels-idx1-ubyte", lambda x: x[:4] + b"\0\0\0\x13" + x[9:], "20 images and"),
+        ("t10k-images-idx3-ubyte.gz", lambda x: x[:30], "download it again"),
+        ("t10k-images-idx3-ubyte.gz", lambda x: b"text", "download it again"),
+    ],
+)
+def test_what_is_wrong_with_an_idx_file(name, change, words, folder):
+    path = folder / name
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(common.UserError) as error:
+        common.load_split(str(folder))
+    assert words in error.value.message and "\n" not in error.value.message
+    assert path.name.removesuffix(".gz").removesuffix("-ubyte")[:5] in error.value.message
