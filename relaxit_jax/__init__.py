@@ -11,12 +11,12 @@ import typing
 from types import ModuleType
 
 from relaxit_jax._fused import fused_kernels
-from relaxit_jax._gradients import straight_through
+from relaxit_jax._gradients import embed, straight_through
 from relaxit_jax.samplers import *  # noqa: F403
 from relaxit_jax.samplers import __all__ as _samplers
 
 if typing.TYPE_CHECKING:
-    from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge
+    from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge, quantizers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,10 +24,12 @@ __all__ = [
     "diagnostics",
     "distributions",
     "elbo",
+    "embed",
     "estimators",
     "fused_kernels",
     "handlers",
     "laplace_bridge",
+    "quantizers",
     "straight_through",
 ]
 

@@ -175,11 +175,11 @@ def require_same_event(value, parameter):
     require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
 
 
-def require_classes(logits, at_least=1):
+def require_classes(logits, at_least=1, name="logits"):
     """Categorical logits: an event axis, on which enough classes are possible; its size."""
-    size = require_event("logits", logits)
+    size = require_event(name, logits)
     need = f"above -inf for at least {at_least} of the classes"
-    require_values("logits", logits, need, lambda x: (x == -np.inf).sum(-1) <= x.shape[-1] - at_least)
+    require_values(name, logits, need, lambda x: (x == -np.inf).sum(-1) <= x.shape[-1] - at_least)
     return size
 
 

@@ -47,6 +47,84 @@ def straight_through(hard: ArrayLike, soft: ArrayLike) -> Array:
     return _exactly(*(x if x.shape == shape else jnp.broadcast_to(x, shape) for x in (hard, soft)))
 
 
+def embed(draw: ArrayLike, table: ArrayLike, *, soft: bool = False) -> Array:
+    """Look up the rows of a table at one-hot draws, with the gradient of the product ``draw @ table``.
+
+    ``table[argmax_k draw_k]``. The gradient in the draw is ``ct @ table.T``, which the draw's own gradient
+    passes on to its logits, and that in the table adds ``ct`` to the rows that were looked up: both are the
+    gradients of the product, which costs a matrix product more.
+
+    Args:
+      draw: integer indices, shape (...), which have no gradient; or one-hot vectors in floating point, shape
+        (..., K), as `gumbel_softmax` with ``hard=True`` and every straight-through sampler draws them.
+      table: floating-point rows, shape (K, d).
+      soft: whether the draw may be soft. Only this decides between the two, as values are unknown under a
+        trace: with ``soft=True`` the result is the product itself.
+
+    Returns:
+      Rows of shape (..., d), in the dtype of ``table`` (of ``draw`` and ``table`` promoted if ``soft``).
+      They are NaN where a trace hid an index outside 0..K-1 or a vector that is not one-hot.
+
+    Raises:
+      ValueError: for a ``table`` that is not of shape (K, d); a ``draw`` that has neither integers nor
+        vectors of K numbers; ``soft=True`` for indices; and, where they can be seen, an index outside 0..K-1
+        or, unless ``soft``, vectors that are not one-hot.
+
+    References:
+      Y. Bengio, N. Leonard, A. Courville (2013), arXiv:1308.3432.
+
+    >>> table = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> embed(1, table), embed(jnp.array([0.0, 1.0]), table)
+    (Array([3., 4.], dtype=float32), Array([3., 4.], dtype=float32))
+    """
+    arg.require_flags(soft=soft)
+    table = arg.as_float("table", table)
+    arg.require(table.ndim == 2 and table.shape[0] > 0, "table", "of shape (K, d)", f"shape {table.shape}")
+    given, draw, size = draw, arg.as_number("draw", draw), table.shape[0]
+    if jnp.issubdtype(draw.dtype, jnp.integer):
+        need = "vectors of weights if soft is True"
+        arg.require(not soft, "draw", need, f"dtype {draw.dtype}")
+        arg.require_values("draw", given, f"indices in 0..{size - 1}", lambda i: (i >= 0) & (i < size))
+        return pl.rows_at(table, draw)
+    need = f"integers, or vectors of {size} numbers for the {size} rows of the table"
+    good = jnp.issubdtype(draw.dtype, jnp.floating) and draw.shape[-1:] == (size,)
+    arg.require(good, "draw", need, f"dtype {draw.dtype} and shape {draw.shape}")
+    if soft:
+        return jnp.einsum("...k,kd->...d", draw, table, precision="highest")
+    need = "one-hot vectors (for a soft draw, write soft=True)"
+    arg.require_values("draw", given, need, lambda z: ((z != 0).sum(-1) == 1) & (z.max(-1) == 1))
+    return _embed(draw, table)
+
+
+@jax.custom_jvp
+def _embed(draw, table):
+    return pl.rows_at(table, _index_of(draw))
+
+
+@jax.jit
+def _index_of(draw):
+    """The class of each one-hot vector, that of none for another vector."""
+    ones = (jnp.sum(draw == 1, -1) == 1) & (jnp.sum(draw != 0, -1) == 1)
+    place = jnp.sum(where(draw == 1, jnp.arange(draw.shape[-1]), 0), -1)
+    return where(ones, place, draw.shape[-1])
+
+
+def _embed_jvp(primals, tangents):
+    draw, table = primals
+    draw_dot, table_dot = tangents
+    index = _index_of(draw)
+    value = pl.rows_at(table, index)
+    slope = jnp.zeros_like(value)
+    if not isinstance(draw_dot, SymbolicZero):
+        slope += jnp.einsum("...k,kd->...d", draw_dot, table, precision="highest").astype(value.dtype)
+    if not isinstance(table_dot, SymbolicZero):
+        slope += pl.rows_at(table_dot, index)
+    return value, pl.placed(slope, value)
+
+
+_embed.defjvp(_embed_jvp, symbolic_zeros=True)
+
+
 @jax.custom_jvp
 def _exactly(hard, soft):
     """A NaN in `soft` is shown, not hidden behind `hard`."""

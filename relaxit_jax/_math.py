@@ -151,6 +151,27 @@ def log_normal_pdf(x):
     return -0.5 * (x**2 + math.log(2 * math.pi))
 
 
+def log_pmf_of_bits(logits):
+    """log P(0) and log P(1) on a last axis."""
+    return jnp.stack([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], -1)
+
+
+def expected_log_pmf(log_q, log_p):
+    """sum_k q_k log p_k over the last axis, in which 0 log 0 is 0."""
+    possible = ~(log_q == -jnp.inf)  # NaN too, so that it is seen
+    return jnp.sum(where(possible, jnp.exp(log_q) * where(possible, log_p, 0), 0), -1)
+
+
+def discrete_kl(log_q, log_p):
+    """sum_k q_k (log q_k - log p_k) over the last axis; inf, without a gradient, where p lacks what q has."""
+    possible = ~(log_q == -jnp.inf)
+    excluded = possible & (log_p == -jnp.inf)
+    both = possible & ~excluded
+    ratio = where(both, log_q, 0) - where(both, log_p, 0)
+    kl = jnp.sum(where(both, jnp.exp(log_q) * ratio, 0), -1)
+    return where(jnp.any(excluded, -1), jnp.inf, kl)
+
+
 def log_sum_exp(x):
     """log sum exp(x) over the last axis; of nothing but -inf it is -inf, with gradient 0."""
     nothing = jnp.all(x == -jnp.inf, -1)

@@ -43,6 +43,14 @@ def rows_of(x, index):
     return x.at[index].get(out_sharding=jax.sharding.PartitionSpec(None, *spec[1:])) if explicit else x[index]
 
 
+def rows_at(table, index):
+    """`table[index]` along the first axis, sharded as `index` is; NaN for an index outside of the table."""
+    spec = spec_of((*index.shape, 1), index[..., None])
+    spec = spec and jax.sharding.PartitionSpec(*spec[:-1], *[None] * (table.ndim - 1))
+    index = where(index < 0, len(table), index)  # a negative one would count from the end
+    return table.at[index].get(mode="fill", fill_value=jnp.nan, out_sharding=spec)
+
+
 def spec_of(shape, *others):
     """The sharding of an array of this shape combined with the others; None without an explicit mesh."""
     spec = [None] * len(shape)

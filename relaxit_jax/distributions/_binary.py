@@ -120,8 +120,7 @@ class StraightThroughBernoulli(sd.Bit):
         return self._full(sigmoid(self.logits) * sigmoid(-self.logits))
 
     def entropy(self) -> Array:
-        log_pmf = _kl.log_pmf_of_bits(self.logits)
-        return self._full(-_kl.expected_log_pmf(log_pmf, log_pmf))
+        return self._full(samplers.bernoulli_entropy(self.logits))
 
     def cdf(self, value: ArrayLike) -> Array:
         value = arg.as_number("value", value)
@@ -290,12 +289,10 @@ class CorrelatedRelaxedBernoulli(sd.SamplerDistribution):
         super().__init__(validate_args, logits=logits, probs=probs, tau=tau, scale_tril=scale_tril)
 
 
-def _log_pmf(d):
+def _log_odds(d):
     if isinstance(d, sd.Bit):
-        return _kl.log_pmf_of_bits(d.log_odds)
-    if isinstance(d, BernoulliLogits):
-        return _kl.log_pmf_of_bits(jnp.asarray(d.logits))
-    return jnp.stack([jnp.log1p(-d.probs), jnp.log(d.probs)], -1)
+        return d.log_odds
+    return jnp.asarray(d.logits) if isinstance(d, BernoulliLogits) else jnp.log(d.probs) - jnp.log1p(-d.probs)
 
 
 @_kl.kl_rule(
@@ -307,7 +304,7 @@ def _log_pmf(d):
 )
 def _kl_of_bits(p, q):
     """The KL of the bits that the two stand for."""
-    return _kl.discrete_kl(_log_pmf(p), _log_pmf(q))
+    return samplers.bernoulli_kl(_log_odds(p), _log_odds(q))
 
 
 @_kl.kl_rule((RelaxedBernoulli, RelaxedBernoulli))

@@ -136,6 +136,6 @@ def _kl_of_counts(p, q):
         raise NotImplementedError("a relaxed number has no density in closed form, and no KL; give hard=True")
     log_p = p._log_pmf()
     if _kl.known_equal("values", p, q):
-        return _kl.discrete_kl(log_p, q._log_pmf())
+        return lm.discrete_kl(log_p, q._log_pmf())
     same = p.values[..., :, None] == q.values[..., None, :]
-    return _kl.discrete_kl(log_p, jnp.max(where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))
+    return lm.discrete_kl(log_p, jnp.max(where(same, q._log_pmf()[..., None, :], -jnp.inf), -1))

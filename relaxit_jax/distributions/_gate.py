@@ -207,7 +207,7 @@ class HardConcrete(Gate):
 
 def _kl_of_atoms(p, q):
     """The part of a KL that belongs to the atoms."""
-    return _kl.discrete_kl(p._ends()[0], q._ends()[0])
+    return lm.discrete_kl(p._ends()[0], q._ends()[0])
 
 
 @_kl.kl_rule((GaussianRelaxedBernoulli, GaussianRelaxedBernoulli))

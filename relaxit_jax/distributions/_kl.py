@@ -29,25 +29,13 @@ def kl_rule(*pairs):
 
 def log_pmf_of_bits(logits):
     """log P(0) and log P(1) on a last axis."""
-    _, logits = arg.widen(logits=logits)
-    return jnp.stack([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], -1)
+    return lm.log_pmf_of_bits(arg.widen(logits=logits)[1])
 
 
 def log_pmf_of_classes(logits):
     """Normalised log-probabilities, float32 or wider."""
     _, logits = arg.widen(logits=logits)
     return jax.nn.log_softmax(logits, -1)
-
-
-def expected_log_pmf(log_q, log_p):
-    """sum_k q_k log p_k over the last axis, in which 0 log 0 is 0."""
-    possible = log_q > -jnp.inf
-    return jnp.sum(where(possible, jnp.exp(log_q) * where(possible, log_p, 0), 0), -1)
-
-
-def discrete_kl(log_q, log_p):
-    """sum_k q_k (log q_k - log p_k) over the last axis."""
-    return expected_log_pmf(log_q, log_q) - expected_log_pmf(log_q, log_p)
 
 
 def known_equal(name, p, q):

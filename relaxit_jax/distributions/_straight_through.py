@@ -72,8 +72,7 @@ class OneHotCategorical(sd.OneHot):
         return self._full(jax.nn.one_hot(best, self.event_shape[0], dtype=self.logits.dtype))
 
     def entropy(self) -> Array:
-        log_pmf = _kl.log_pmf_of_classes(self.logits)
-        return self._batched(-_kl.expected_log_pmf(log_pmf, log_pmf))
+        return self._batched(samplers.categorical_entropy(self.logits))
 
 
 class _StraightThrough(OneHotCategorical):
@@ -391,4 +390,4 @@ class ReinMaxRao(_StraightThrough):
 @_kl.kl_rule((sd.OneHot, OneHotCategorical))
 def _kl_of_classes(p, q):
     """The KL of the categoricals that the two stand for."""
-    return _kl.discrete_kl(_kl.log_pmf_of_classes(p.logits), _kl.log_pmf_of_classes(q.logits))
+    return samplers.categorical_kl(p.logits, q.logits)

@@ -15,6 +15,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
 from relaxit_jax._placement import where
 from relaxit_jax.distributions import _constraints as ct
 from relaxit_jax.distributions import _kl
@@ -61,7 +62,7 @@ class Relaxed(dist.Distribution):
     def log_prob(self, value: ArrayLike, intermediates: list[Any] | None = None) -> Array:
         if intermediates:
             check_same_values(intermediates[0], self.log_pmf)
-            return _kl.expected_log_pmf(intermediates[0], self.log_pmf)
+            return lm.expected_log_pmf(intermediates[0], self.log_pmf)
         value = jnp.asarray(value)
         weights = value if self.event_dim else weights_of_number(value, self.values)
         possible = self.log_pmf > -jnp.inf
@@ -72,7 +73,7 @@ class Relaxed(dist.Distribution):
 @dist.kl_divergence.register(Relaxed, Relaxed)  # type: ignore[attr-defined]  # of multipledispatch
 def _kl_of_relaxed_sites(p, q):
     check_same_values(p.log_pmf, q.log_pmf)
-    return _kl.discrete_kl(p.log_pmf, q.log_pmf)
+    return lm.discrete_kl(p.log_pmf, q.log_pmf)
 
 
 def weights_of_number(value, values=None):

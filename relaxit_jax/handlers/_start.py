@@ -14,8 +14,8 @@ from numpyro import handlers, optim
 from numpyro.distributions import biject_to
 from numpyro.infer.inspect import get_dependencies
 
+from relaxit_jax import samplers
 from relaxit_jax._terms import plates_of, scaled_log_prob, sum_to
-from relaxit_jax.distributions import _kl
 
 STARTS, STARTS_IF_COUPLED = 8, 4  # each with other draws, and another point of the continuous sites
 PASSES = 6  # where there are discrete sites alone
@@ -202,7 +202,7 @@ class _Ascent:
     def bound(self, key, logits, free):
         each = lambda k: self.log_joint(self.draw(k, logits), free)
         expected = jnp.mean(jax.lax.map(each, jax.random.split(key, DRAWS_OF_BOUND), batch_size=4))
-        return expected + sum(jnp.sum(_entropy(x)) for x in logits.values())
+        return expected + sum(jnp.sum(samplers.categorical_entropy(x)) for x in logits.values())
 
     def sweep(self, key, logits, free, others=OTHERS):
         """Coordinate ascent: every site in turn, element by element where they are coupled."""
@@ -243,8 +243,3 @@ class _Ascent:
         scores = jnp.maximum(scores, NEVER)
         scores = jnp.where(s.logits == -jnp.inf, -jnp.inf, scores)
         return logits | {name: jnp.where(here[..., None] & good, scores, logits[name])}, None
-
-
-def _entropy(logits):
-    log_q = _kl.log_pmf_of_classes(logits)
-    return -_kl.expected_log_pmf(log_q, log_q)

@@ -1,6 +1,8 @@
 """Draw relaxed and straight-through discrete variables, and score them. One file per family."""
 
 from relaxit_jax.samplers._binary import (
+    bernoulli_entropy,
+    bernoulli_kl,
     correlated_bernoulli,
     correlated_bernoulli_log_prob,
     relaxed_bernoulli,
@@ -11,12 +13,15 @@ from relaxit_jax.samplers._binary import (
     straight_through_bernoulli_log_prob,
 )
 from relaxit_jax.samplers._categorical import (
+    categorical_entropy,
+    categorical_kl,
     gumbel_softmax,
     gumbel_softmax_log_prob,
     invertible_gaussian,
     invertible_gaussian_log_prob,
     logistic_normal,
     logistic_normal_log_prob,
+    mix_uniform,
 )
 from relaxit_jax.samplers._count import (
     binomial_support,
@@ -27,6 +32,8 @@ from relaxit_jax.samplers._count import (
 )
 from relaxit_jax.samplers._gate import (
     gaussian_bernoulli,
+    gaussian_bernoulli_gate,
+    gaussian_bernoulli_l0,
     gaussian_bernoulli_log_prob,
     hard_concrete,
     hard_concrete_gate,
@@ -34,7 +41,12 @@ from relaxit_jax.samplers._gate import (
     hard_concrete_log_prob,
 )
 from relaxit_jax.samplers._permutation import gumbel_sinkhorn
-from relaxit_jax.samplers._simple import simple_top_k, simple_top_k_log_prob, simple_top_k_marginals
+from relaxit_jax.samplers._simple import (
+    k_hot_indices,
+    simple_top_k,
+    simple_top_k_log_prob,
+    simple_top_k_marginals,
+)
 from relaxit_jax.samplers._straight_through import (
     decoupled_gumbel_softmax,
     gapped_straight_through,
@@ -47,17 +59,24 @@ from relaxit_jax.samplers._straight_through import (
 from relaxit_jax.samplers._subset import (
     gumbel_top_k,
     gumbel_top_k_log_prob,
+    gumbel_top_k_marginals,
     relaxed_top_k,
     stochastic_beam_search,
 )
 
 __all__ = [
+    "bernoulli_entropy",
+    "bernoulli_kl",
     "binomial_support",
+    "categorical_entropy",
+    "categorical_kl",
     "correlated_bernoulli",
     "correlated_bernoulli_log_prob",
     "decoupled_gumbel_softmax",
     "gapped_straight_through",
     "gaussian_bernoulli",
+    "gaussian_bernoulli_gate",
+    "gaussian_bernoulli_l0",
     "gaussian_bernoulli_log_prob",
     "generalized_gumbel_softmax",
     "geometric_support",
@@ -67,14 +86,17 @@ __all__ = [
     "gumbel_softmax_log_prob",
     "gumbel_top_k",
     "gumbel_top_k_log_prob",
+    "gumbel_top_k_marginals",
     "hard_concrete",
     "hard_concrete_gate",
     "hard_concrete_l0",
     "hard_concrete_log_prob",
     "invertible_gaussian",
     "invertible_gaussian_log_prob",
+    "k_hot_indices",
     "logistic_normal",
     "logistic_normal_log_prob",
+    "mix_uniform",
     "negative_binomial_support",
     "poisson_support",
     "reinmax",

@@ -388,3 +388,56 @@ def _copula_log_density(v, scale_tril, dropped):
         return density(pl.whole(jnp.linalg.cholesky, where(apart, jnp.eye(r.shape[-1], dtype=r.dtype), r)))
 
     return jax.lax.cond(jnp.any(dropped), density_of_the_rest, lambda: density(scale_tril))
+
+
+def bernoulli_entropy(logits: ArrayLike) -> Array:
+    """The entropy of bits, in nats.
+
+    ``H = -p log p - (1 - p) log(1 - p)`` with ``p = sigmoid(logits)`` and ``0 log 0 = 0``.
+
+    Args:
+      logits: log-odds, any shape; -inf and inf are bits without a choice.
+
+    Returns:
+      Values of the shape of ``logits``, float32 or wider, from 0 to log 2, with finite gradients.
+
+    Raises:
+      ValueError: for a dtype that is not floating point.
+
+    References:
+      C. E. Shannon (1948), A Mathematical Theory of Communication, doi:10.1002/j.1538-7305.1948.tb01338.x.
+
+    >>> print(f"{bernoulli_entropy(0.0):.4f}")  # log 2
+    0.6931
+    """
+    _, logits = arg.widen(logits=logits)
+    log_p = lm.log_pmf_of_bits(logits)
+    return -lm.expected_log_pmf(log_p, log_p)
+
+
+def bernoulli_kl(p_logits: ArrayLike, q_logits: ArrayLike) -> Array:
+    """The KL divergence of bits, in nats.
+
+    ``KL(p || q) = p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q))`` with ``p = sigmoid(p_logits)``,
+    ``q = sigmoid(q_logits)`` and ``0 log 0 = 0``; inf where q excludes what p has.
+
+    Args:
+      p_logits: log-odds of the first, any shape; -inf and inf are bits without a choice.
+      q_logits: the same of the second.
+
+    Returns:
+      Values of the broadcast shape, float32 or wider. Gradients are finite; where the value is inf, they are
+      0.
+
+    Raises:
+      ValueError: for dtypes that are not floating point, or shapes that do not broadcast.
+
+    References:
+      S. Kullback, R. A. Leibler (1951), On Information and Sufficiency, doi:10.1214/aoms/1177729694.
+
+    >>> print(f"{bernoulli_kl(jnp.inf, 0.0):.4f}")  # log 2
+    0.6931
+    """
+    _, p_logits, q_logits = arg.widen(p_logits=p_logits, q_logits=q_logits)
+    arg.batch_shape(None, p_logits=p_logits.shape, q_logits=q_logits.shape)
+    return lm.discrete_kl(lm.log_pmf_of_bits(p_logits), lm.log_pmf_of_bits(q_logits))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import log_softmax
@@ -403,3 +404,116 @@ def _log_ratio_density_full(r, scale_tril):
     white = lm.solve_lower(factor, ratios)
     diagonal = jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))
     return -jnp.sum(jnp.log(diagonal), -1) - jnp.sum(white**2, -1) / 2
+
+
+def categorical_entropy(logits: ArrayLike) -> Array:
+    """The entropy of a categorical variable, in nats.
+
+    ``H = -sum_k p_k log p_k`` with ``p = softmax(logits)`` and ``0 log 0 = 0``.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+
+    Returns:
+      Values of the batch shape, float32 or wider, from 0 to log K, with finite gradients.
+
+    Raises:
+      ValueError: for a dtype that is not floating point, or logits without a class axis or all -inf.
+
+    References:
+      C. E. Shannon (1948), A Mathematical Theory of Communication, doi:10.1002/j.1538-7305.1948.tb01338.x.
+
+    >>> print(f"{categorical_entropy(jnp.array([0.0, 0.0, -jnp.inf])):.4f}")  # log 2
+    0.6931
+    """
+    arg.require_classes(logits)
+    _, logits = arg.widen(logits=logits)
+    log_p = log_softmax(logits)
+    return -lm.expected_log_pmf(log_p, log_p)
+
+
+def categorical_kl(p_logits: ArrayLike, q_logits: ArrayLike) -> Array:
+    """The KL divergence of two categorical variables, in nats.
+
+    ``KL(p || q) = sum_k p_k (log p_k - log q_k)`` with ``p = softmax(p_logits)``, ``q = softmax(q_logits)``
+    and ``0 log 0 = 0``; inf where q excludes a class that p has.
+
+    Args:
+      p_logits: unnormalised log-probabilities of the first, shape (..., K); -inf is an impossible class.
+      q_logits: the same of the second.
+
+    Returns:
+      Values of the broadcast batch shape, float32 or wider. Gradients are finite; where the value is inf,
+      they are 0.
+
+    Raises:
+      ValueError: for dtypes that are not floating point, logits without a class axis or all -inf, or shapes
+        that do not fit.
+
+    References:
+      S. Kullback, R. A. Leibler (1951), On Information and Sufficiency, doi:10.1214/aoms/1177729694.
+
+    >>> print(f"{categorical_kl(jnp.array([0.0, -jnp.inf]), jnp.zeros(2)):.4f}")  # log 2
+    0.6931
+    """
+    for name, logits in (("p_logits", p_logits), ("q_logits", q_logits)):
+        arg.require_classes(logits, name=name)
+    _, p_logits, q_logits = arg.widen(p_logits=p_logits, q_logits=q_logits)
+    size, other = p_logits.shape[-1], q_logits.shape
+    arg.require(other[-1] == size, "q_logits", f"of shape (..., {size}), as p_logits are", f"shape {other}")
+    arg.batch_shape(None, p_logits=p_logits.shape[:-1], q_logits=other[:-1])
+    return lm.discrete_kl(log_softmax(p_logits), log_softmax(q_logits))
+
+
+def mix_uniform(logits: ArrayLike, fraction: ArrayLike) -> Array:
+    """Mix a categorical law with the uniform one ("unimix"): every possible class keeps a probability.
+
+    Logits of ``q = (1 - fraction) softmax(logits) + fraction / K``, in log space, where K is the number of
+    possible classes.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class, and stays one.
+      fraction: of the uniform law, from 0 to 1, of the batch shape (no axis for K); often 0.01.
+
+    Returns:
+      Normalised log-probabilities ``log q``, shape (..., K), in the dtype of ``logits``; NaN where a trace
+      hid a ``fraction`` outside of its range. Gradients are finite for a ``fraction`` above 0.
+
+    Raises:
+      ValueError: for a ``fraction`` outside of [0, 1] or with an axis for K, a dtype that is not floating
+        point, or logits without a class axis or all -inf.
+
+    References:
+      D. Hafner, J. Pasukonis, J. Ba, T. Lillicrap (2023), Mastering Diverse Domains through World Models,
+      arXiv:2301.04104.
+
+    >>> print(jnp.exp(mix_uniform(jnp.array([0.0, -200.0]), 0.01)).round(4))
+    [0.995 0.005]
+    """
+    arg.require_classes(logits)
+    dtype, logits = arg.widen(logits=logits)
+    arg.require_values("fraction", fraction, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+    fraction = arg.as_float("fraction", fraction).astype(logits.dtype)
+    batch = arg.batch_shape(None, logits=logits.shape[:-1], per_event={"fraction": fraction.shape})
+    logits = jnp.broadcast_to(logits, (*batch, logits.shape[-1]))
+    return _mixed(log_softmax(logits), fraction[..., None]).astype(dtype)
+
+
+@jax.custom_jvp
+def _mixed(log_p, fraction):
+    """Neither 0 nor 1 has an infinite logarithm whose slope nothing cancels."""
+    possible = ~(log_p == -jnp.inf)
+    count = jnp.sum(possible, -1, keepdims=True, dtype=log_p.dtype)
+    mixed = jnp.logaddexp(jnp.log1p(-fraction) + log_p, jnp.log(fraction) - jnp.log(count))
+    return where(possible, mixed, -jnp.inf)
+
+
+@_mixed.defjvp
+def _mixed_jvp(primals, tangents):
+    log_q, (log_p, fraction) = _mixed(*primals), primals
+    possible = ~(log_p == -jnp.inf)
+    count = jnp.sum(possible, -1, keepdims=True, dtype=log_p.dtype)
+    safe_p, safe_q = (where(possible, x, 0) for x in (log_p, log_q))
+    share = (1 - fraction) * jnp.exp(safe_p - safe_q)
+    slope = share * tangents[0] + (jnp.exp(-safe_q) / count - jnp.exp(safe_p - safe_q)) * tangents[1]
+    return log_q, pl.placed(where(possible, slope, 0), log_q)

@@ -98,6 +98,57 @@ def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLi
     return lm.show_nan(law, value, loc, scale)
 
 
+def gaussian_bernoulli_l0(loc: ArrayLike, scale: ArrayLike) -> Array:
+    """The L0 penalty of a Gaussian-based gate, its probability of not being 0.
+
+    ``P(z != 0) = Phi(loc / scale)``. Summed over the gates of a model it is the expected number of gates left
+    open.
+
+    Args:
+      loc: mean before clipping, any shape.
+      scale: standard deviation before clipping, positive, broadcasting against ``loc``.
+
+    Returns:
+      Probabilities of the broadcast shape, in the promoted dtype of ``loc`` and ``scale``.
+
+    Raises:
+      ValueError: for a ``scale`` that is not positive, dtypes that are not floating point, or shapes that do
+        not broadcast.
+
+    References:
+      Y. Yamada, O. Lindenbaum, S. Negahban, Y. Kluger (2020), arXiv:1810.04247.
+
+    >>> print(f"{gaussian_bernoulli_l0(0.5, 0.5):.4f}")  # Phi(1)
+    0.8413
+    """
+    dtype, loc, scale = arg.widen_with_scale(loc, scale)
+    arg.batch_shape(None, loc=loc.shape, scale=scale.shape)
+    return jnp.exp(lm.log_ndtr(loc / scale)).astype(dtype)
+
+
+def gaussian_bernoulli_gate(loc: ArrayLike) -> Array:
+    """The deterministic Gaussian-based gate for test time.
+
+    ``clip(loc, 0, 1)``: the gate without its noise.
+
+    Args:
+      loc: mean before clipping, any shape.
+
+    Returns:
+      Gates in [0, 1], in the dtype of ``loc``.
+
+    Raises:
+      ValueError: for a dtype that is not floating point.
+
+    References:
+      Y. Yamada, O. Lindenbaum, S. Negahban, Y. Kluger (2020), arXiv:1810.04247.
+
+    >>> gaussian_bernoulli_gate(jnp.array([-9.0, 0.25, 9.0]))
+    Array([0.  , 0.25, 1.  ], dtype=float32)
+    """
+    return jnp.clip(arg.as_float("loc", loc), 0, 1)
+
+
 def _with_atoms(value, at_zero, inside, at_one):
     """A log-law with atoms at 0 and 1 and a density between."""
     law = where(value == 0, at_zero, where(value == 1, at_one, inside))

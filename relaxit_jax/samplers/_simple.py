@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -23,7 +24,14 @@ from relaxit_jax import _random as rng
 from relaxit_jax._placement import where
 
 
-def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] | None = None) -> Array:
+def simple_top_k(
+    key: Array,
+    logits: ArrayLike,
+    k: int,
+    *,
+    shape: Sequence[int] | None = None,
+    count: ArrayLike | None = None,
+) -> Array:
     """An exact k-hot draw with the gradient of its mean: SIMPLE.
 
     Forward ``P(z)`` proportional to ``exp(logits . z)`` over the k-hot z: independent bits of these
@@ -35,17 +43,21 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
       key: a JAX random key.
       logits: log-odds of the elements up to a shared constant, shape (..., n); -inf is never drawn.
       k: number of elements, from 1 to n, known before tracing.
-      shape: batch shape of the result; default: that of ``logits``.
+      shape: batch shape of the result; default: that of the broadcast parameters.
+      count: a number of elements for each row, integers from 0 to ``k``, of the batch shape; default: k.
+        It may be traced, so that rows of one batch choose different numbers of elements.
 
     Returns:
-      Zeros and k ones, shape ``shape + (n,)``, in the dtype of ``logits``; NaN where fewer than k
-      elements are possible and a trace hid it. Time is O(n k). A draw takes log2(n) steps one after
-      another; the backward pass takes as many on accelerators and n on CPUs. Memory beside the draws is
-      a few arrays of n (k + 1) numbers, for each element of the batch of ``logits`` (not of ``shape``).
+      Zeros and k ones (or ``count``), shape ``shape + (n,)``, in the dtype of ``logits``; NaN where fewer
+      elements are possible and a trace hid it. `k_hot_indices` gives the indices of the ones. Time is
+      O(n k). A draw takes log2(n) steps one after another; the backward pass takes as many on
+      accelerators and n on CPUs. Memory beside the draws is a few arrays of n (k + 1) numbers, for each
+      element of the batch of ``logits`` (not of ``shape``).
 
     Raises:
-      ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a dtype that is not
-        floating point, or a ``shape`` that ``logits`` does not broadcast to.
+      ValueError: for a ``k`` outside 1..n, a ``count`` outside 0..k where it can be seen, fewer elements
+        above -inf than are to be drawn, a dtype that is not floating point, or a ``shape`` that the
+        parameters do not broadcast to.
 
     References:
       K. Ahmed, Z. Zeng, M. Niepert, G. Van den Broeck (2023), SIMPLE: A Gradient Estimator for
@@ -55,16 +67,16 @@ def simple_top_k(key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] 
     Array([1., 0., 1.], dtype=float32)
     """
     arg.check_key(key)
-    k, logits, dtype = arg.subset_args(logits, k)
-    shape = arg.batch_shape(shape, logits=logits.shape[:-1])
+    k, logits, dtype, count = _arguments(logits, k, count)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event=_shape_of(count))
     n = logits.shape[-1]
-    logits = _with_axes(logits, len(shape))
-    chosen = _chosen(k, shape, key, jax.lax.stop_gradient(logits))
-    soft = jnp.broadcast_to(_slope_of_marginals(k, logits), (*shape, n))
+    logits, count = _with_axes(logits, len(shape)), _with_axes(count, len(shape) - 1)
+    chosen = _chosen(k, shape, key, jax.lax.stop_gradient(logits), count)
+    soft = jnp.broadcast_to(_slope_of_marginals(k, logits, count), (*shape, n))
     return gr.straight_through(chosen, soft).astype(dtype)
 
 
-def simple_top_k_marginals(logits: ArrayLike, k: int) -> Array:
+def simple_top_k_marginals(logits: ArrayLike, k: int, *, count: ArrayLike | None = None) -> Array:
     """The probability of each element to be among the k that `simple_top_k` draws.
 
     ``mu_i = P(z_i = 1) = d log e_k(exp(logits)) / d logits_i``, e_k the k-th elementary symmetric
@@ -73,10 +85,11 @@ def simple_top_k_marginals(logits: ArrayLike, k: int) -> Array:
     Args:
       logits: log-odds of the elements up to a shared constant, shape (..., n); -inf is impossible.
       k: number of elements, from 1 to n, known before tracing.
+      count: a number of elements for each row, as for `simple_top_k`.
 
     Returns:
-      Probabilities that sum to k, shape (..., n), in the dtype of ``logits``, differentiable. Time
-      and memory are those of `simple_top_k`.
+      Probabilities that sum to k (or ``count``), shape (..., n), in the dtype of ``logits``,
+      differentiable. Time and memory are those of `simple_top_k`.
 
     Raises:
       ValueError: as for `simple_top_k`.
@@ -87,20 +100,25 @@ def simple_top_k_marginals(logits: ArrayLike, k: int) -> Array:
     >>> simple_top_k_marginals(jnp.zeros(4), 2)
     Array([0.5, 0.5, 0.5, 0.5], dtype=float32)
     """
-    k, logits, dtype = arg.subset_args(logits, k)
-    return where(_has_enough(k, logits), _marginals(k, logits), jnp.nan).astype(dtype)
+    k, logits, dtype, count = _arguments(logits, k, count)
+    batch = arg.batch_shape(None, logits=logits.shape[:-1], per_event=_shape_of(count))
+    logits, count = _with_axes(logits, len(batch)), _with_axes(count, len(batch) - 1)
+    return where(_has_enough(k, logits, count), _marginals(k, logits, count), jnp.nan).astype(dtype)
 
 
-def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
+def simple_top_k_log_prob(
+    value: ArrayLike, logits: ArrayLike, k: int, *, count: ArrayLike | None = None
+) -> Array:
     """The log-probability of a k-hot draw of `simple_top_k`.
 
     ``log P(z) = logits . z - log e_k(exp(logits))``, e_k the k-th elementary symmetric polynomial,
     added up from the log-probabilities of one element after another.
 
     Args:
-      value: zeros and k ones, shape (..., n).
+      value: zeros and k ones (or ``count``), shape (..., n).
       logits: log-odds of the elements up to a shared constant, shape (..., n).
       k: number of elements, from 1 to n, known before tracing.
+      count: a number of elements for each row, as for `simple_top_k`.
 
     Returns:
       Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is not
@@ -116,30 +134,90 @@ def simple_top_k_log_prob(value: ArrayLike, logits: ArrayLike, k: int) -> Array:
     >>> print(f"{jnp.exp(log_p):.4f}")  # one of six pairs
     0.1667
     """
-    k, logits, _ = arg.subset_args(logits, k)
+    k, logits, _, count = _arguments(logits, k, count)
     given = value = arg.as_number("value", value)
     arg.require_event("value", value)
     arg.require_same_event(value, logits)
-    batch = arg.batch_shape(None, value=value.shape[:-1], logits=logits.shape[:-1])
-    logits = _with_axes(logits, len(batch))
-    is_k_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value.astype(logits.dtype), -1) == k)
+    shapes = {"value": value.shape[:-1], "logits": logits.shape[:-1]}
+    batch = arg.batch_shape(None, **shapes, per_event=_shape_of(count))
+    logits, count = _with_axes(logits, len(batch)), _with_axes(count, len(batch) - 1)
+    ones = k if count is None else count
+    is_k_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value.astype(logits.dtype), -1) == ones)
     possible = jnp.all((value == 0) | (logits > -jnp.inf), -1)
     inside = (is_k_hot & possible)[..., None]
     # a value outside is scored as one inside, and then forgotten: nothing infinite has a gradient
-    best = lm.k_hot(lm.top_k(logits, k)[1], logits)
+    best = lm.k_hot(lm.top_k(logits, k)[1], logits) if count is None else jnp.zeros_like(logits)
     value = where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
     law = where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
-    law = where(_has_enough(k, logits)[..., 0], law, jnp.nan)
+    law = where(_has_enough(k, logits, count)[..., 0], law, jnp.nan)
     return lm.show_nan(law, event=(given, logits))
 
 
+def k_hot_indices(value: ArrayLike, k: int) -> Array:
+    """The indices of the ones of k-hot vectors, for a lookup in place of a product.
+
+    ``i_1 < i_2 < ...`` with ``value_i = 1``; where a vector has fewer than k ones, the rest is n, an index
+    that ``table.at[indices].get(mode="fill", fill_value=0)`` reads as zeros.
+
+    Args:
+      value: zeros and at most k ones, shape (..., n), such as a draw of `simple_top_k`.
+      k: number of indices, from 1 to n, known before tracing.
+
+    Returns:
+      Increasing indices, int32, shape (..., k). They have no gradient.
+
+    Raises:
+      ValueError: for a ``k`` outside 1..n or, where it can be seen, a ``value`` that does not consist of
+        zeros and at most k ones (under a trace, the first k that are not 0 are taken).
+
+    References:
+      K. Ahmed, Z. Zeng, M. Niepert, G. Van den Broeck (2023), arXiv:2210.01941.
+
+    >>> k_hot_indices(jnp.array([0.0, 1.0, 0.0, 1.0]), 2)
+    Array([1, 3], dtype=int32)
+    """
+    k = arg.as_static_int("k", k, 1, arg.require_event("value", value))
+    given, value = value, arg.as_number("value", value)
+    need = f"zeros and at most {k} ones"
+    arg.require_values("value", given, need, lambda z: ((z == 0) | (z == 1)).all(-1) & (z.sum(-1) <= k))
+    return _k_hot_indices(k, value)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _k_hot_indices(k, value):
+    n = value.shape[-1]
+    places = where(value != 0, -jnp.arange(n, dtype=jnp.int32), -n).astype(jnp.float32)
+    return -lm.top_k(places, k)[0].astype(jnp.int32)
+
+
+def _arguments(logits, k, count):
+    """k, logits of which enough are possible, widened, the dtype of a result, and int32 counts or None."""
+    if count is None:
+        return *arg.subset_args(logits, k), None
+    k = arg.as_static_int("k", k, 1, arg.require_event("logits", logits))
+    need = f"integers in 0..{k}, how many elements each row has"
+    arg.require_values("count", count, need, lambda x: (x >= 0) & (x <= k))
+    seen, count = count, arg.as_array("count", count, need)
+    arg.require(jnp.issubdtype(count.dtype, jnp.integer), "count", need, f"dtype {count.dtype}")
+    dtype, logits = arg.widen(logits=logits)
+    if arg.can_be_seen(seen):
+        need = "above -inf for at least count of the elements"
+        arg.require_values("logits", logits, need, lambda x: (x != -np.inf).sum(-1) >= np.asarray(seen))
+    return k, logits, dtype, count.astype(jnp.int32)
+
+
+def _shape_of(count):
+    return {} if count is None else {"count": count.shape}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _chosen(k, shape, key, logits):
+def _chosen(k, shape, key, logits, count=None):
     """Whether each element is chosen: from the root down, every node draws how many its left half takes."""
     tree = _tree(k, logits)
     nodes = [len(both.high) for *_, both in tree]
     noise = jnp.moveaxis(rng.tail_uniform(key, (*shape, sum(nodes)), logits), -1, 0)
-    count = pl.placed(jnp.full((1, *shape), k, jnp.int32), noise[:1], logits[None, ..., 0])
+    number = jnp.full((1, *shape), k, jnp.int32) if count is None else jnp.broadcast_to(count, (1, *shape))
+    count = pl.placed(number, noise[:1], logits[None, ..., 0])
     for (left, right, both), size in zip(reversed(tree), reversed(nodes), strict=True):
         u, noise = noise[:size, None], noise[size:]
         count = count[:size, None]
@@ -175,13 +253,27 @@ def _log_prob_jvp(k, primals, tangents):
     return _log_prob(k, value, logits), slope
 
 
-def _has_enough(k, logits):
-    """Whether k elements are possible, with an axis for the elements."""
-    return jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
+def _has_enough(k, logits, count=None):
+    """Whether as many elements are possible as are drawn, with an axis for the elements."""
+    possible = jnp.sum(logits != -jnp.inf, -1, keepdims=True)
+    if count is None:
+        return possible >= k
+    count = count[..., None]
+    return (possible >= count) & (count >= 0) & (count <= k)
+
+
+def _start(k, count, like):
+    """How likely it is that j elements are left to choose: certain for k, or for the count of each row."""
+    if count is None:
+        return pl.placed(jnp.zeros((k + 1, *like.shape), like.dtype).at[k].set(1), like)
+    number = jnp.arange(k + 1).reshape(-1, *[1] * count.ndim)
+    return (pl.placed(number, count, like) == count).astype(like.dtype) + jnp.zeros_like(like)
 
 
 def _with_axes(logits, ndim):
     """As many batch axes as the result has, of size one, so that no table is made for each draw."""
+    if logits is None:
+        return None
     return logits.reshape((1,) * (ndim + 1 - logits.ndim) + logits.shape)
 
 
@@ -299,17 +391,16 @@ def _shares_of(count, left, right, both):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _marginals(k, logits):
+def _marginals(k, logits, count=None):
     in_sequence, by_tree = (
         functools.partial(form, k) for form in (_marginals_in_sequence, _marginals_by_tree)
     )
-    return jax.lax.platform_dependent(logits, cpu=in_sequence, default=by_tree)
+    return jax.lax.platform_dependent(logits, count, cpu=in_sequence, default=by_tree)
 
 
-def _marginals_by_tree(k, logits):
+def _marginals_by_tree(k, logits, count=None):
     """From the root down, how likely each count of each node is."""
-    count = jnp.zeros((1, k + 1, *logits.shape[:-1]), logits.dtype).at[:, k].set(1)
-    count = pl.placed(count, logits[..., 0])
+    count = _start(k, count, logits[..., 0])[None]
     for left, right, both in reversed(_tree(k, logits)):
         count = count[: len(both.high), : both.high.shape[1], None]
         shares = _all_shares(left, right, both), _all_shares(right, left, both)
@@ -317,7 +408,7 @@ def _marginals_by_tree(k, logits):
     return jnp.moveaxis(count[: logits.shape[-1], 1], 0, -1)
 
 
-def _marginals_in_sequence(k, logits):
+def _marginals_in_sequence(k, logits, count=None):
     """From the last element to the first, how likely how many are left to choose."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -327,8 +418,7 @@ def _marginals_in_sequence(k, logits):
         return passed + jnp.concatenate([chosen[1:], jnp.zeros_like(chosen[:1])]), jnp.sum(chosen, 0)
 
     log_odds = _log_odds(logits, k)
-    start = pl.placed(jnp.zeros((k + 1, *logits.shape[:-1]), logits.dtype).at[-1].set(1), log_odds[0])
-    _, marginals = jax.lax.scan(visit, start, log_odds, reverse=True)
+    _, marginals = jax.lax.scan(visit, _start(k, count, logits[..., 0]), log_odds, reverse=True)
     return jnp.moveaxis(marginals, 0, -1)
 
 
@@ -388,15 +478,18 @@ def _insert_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _slope_of_marginals(k, logits):
+def _slope_of_marginals(k, logits, count):
     """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
-    lawful = _has_enough(k, logits) & ~jnp.any(jnp.isnan(logits), -1, keepdims=True)
-    return jnp.broadcast_to(where(lawful, 0, jnp.nan), logits.shape).astype(logits.dtype)
+    lawful = _has_enough(k, logits, count) & ~jnp.any(jnp.isnan(logits), -1, keepdims=True)
+    shape = (*lawful.shape[:-1], logits.shape[-1])
+    return jnp.broadcast_to(where(lawful, 0, jnp.nan), shape).astype(logits.dtype)
 
 
 @_slope_of_marginals.defjvp
 def _slope_of_marginals_jvp(k, primals, tangents):
-    mean, slope = jax.jvp(functools.partial(_marginals, k), primals, tangents)
+    (logits, count), (logits_dot, _) = primals, tangents
+    mean, slope = jax.jvp(lambda logits: _marginals(k, logits, count), (logits,), (logits_dot,))
     # the exact slopes sum to zero; without their rounding errors, gradients that come back have less, too
-    slope -= mean * (jnp.sum(slope, -1, keepdims=True) / k)
+    number = k if count is None else jnp.maximum(count, 1)[..., None]
+    slope -= mean * (jnp.sum(slope, -1, keepdims=True) / number)
     return _slope_of_marginals(k, *primals), slope

@@ -1,6 +1,7 @@
 """Subsets of fixed size: k of n elements, or k sequences, drawn without replacement."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def gumbel_top_k(
     Returns:
       Two arrays of shape ``shape + (k,)``: the indices (int32) in the order drawn, and their
       perturbed values ``logits + G``, decreasing, in float32 or wider, differentiable in ``logits``.
+      The first j of them are a draw of j elements, so that each row may take a number of its own.
       Under a trace, where too few possible elements cannot be reported, the values of the others
       are -inf (and all of them NaN if none is possible).
 
@@ -129,6 +131,80 @@ def _ordered_log_prob(chosen, rest):
     # the end, in which nothing is subtracted.
     later = jax.lax.cumlogsumexp(chosen, axis=chosen.ndim - 1, reverse=True)
     return jnp.sum(chosen - jnp.logaddexp(later, rest[..., None]), -1)
+
+
+def gumbel_top_k_marginals(logits: ArrayLike, k: int) -> Array:
+    """The probability of each element to be among the k that `gumbel_top_k` draws (inclusion probabilities).
+
+    Element i arrives at an exponential time of rate ``exp(l_i)``, and the k that arrive first are drawn:
+    ``P(i in S) = integral f_i(t) A_i(t) dt``, where f_i is the density of its arrival and A_i the probability
+    that fewer than k of the others have arrived. The integral is taken by the trapezoidal rule over log t;
+    A_i is exact. Absolute error below 1e-5 in float32, 1e-9 in float64.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., n); -inf is never drawn.
+      k: number of elements, from 1 to n, known before tracing.
+
+    Returns:
+      Probabilities that sum to k, shape (..., n), in the dtype of ``logits``, differentiable. Time is O(n k)
+      for each of some ``80 sqrt(k)`` nodes, visited one after another.
+
+    Raises:
+      ValueError: as for `gumbel_top_k`.
+
+    References:
+      W. Kool, H. van Hoof, M. Welling (2020), Estimating Gradients for Discrete Random Variables by Sampling
+      without Replacement, arXiv:2002.06043.
+
+    >>> gumbel_top_k_marginals(jnp.log(jnp.array([2.0, 1.0, 1.0])), 2).round(4)  # 1/2 + 2 (1/4) (2/3)
+    Array([0.8333, 0.5833, 0.5833], dtype=float32)
+    """
+    k, logits, dtype = arg.subset_args(logits, k)
+    return _inclusion(k, logits).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _inclusion(k, logits):
+    n = logits.shape[-1]
+    if k == n:
+        return 1 + 0 * logits  # NaN where one of them is impossible
+    wide = logits.dtype == jnp.float64
+    least = math.log(1e-12 if wide else 1e-8)
+    ordered = -jnp.sort(-jax.lax.stop_gradient(logits), -1)
+    last = ordered[..., k - 1 : k]  # what decides is near to the k-th largest
+    logits, ordered = logits - last, ordered - last
+    first = logits >= 0  # the k largest, and what is as large as the last of them
+    # Before `start` the k-th has hardly ever arrived, as one of the elements from the k-th largest on has to;
+    # at `stop` the k largest have. Of the k largest f_i (1 - A_i) is 0 at both ends, of the others f_i A_i.
+    start, stop = least - logsumexp(ordered[..., k - 1 :], -1), math.log(math.log(k) - least)
+    step = (0.25 if wide else 0.4) / math.sqrt(k)
+    nodes = math.ceil((math.log(n) - least + math.log(math.log(k) - least)) / step)
+    step = (stop - start) / nodes
+
+    def add(total, node):
+        rate = jnp.exp(jnp.minimum(logits + (start + node * step)[..., None], 80))
+        arrived, left = -jnp.expm1(-rate), jnp.exp(-rate)
+        # which is linear in the probability that i has arrived
+        fewer, pull = jax.vjp(lambda p: _fewer(k, p, left - (p - arrived)), arrived)
+        of_others = fewer[..., None] - arrived * pull(jnp.ones_like(fewer))[0]
+        return total + step[..., None] * rate * left * where(first, of_others - 1, of_others), None
+
+    zero = where(first, 1, jnp.zeros_like(logits))
+    body = jax.checkpoint(add, prevent_cse=False)
+    return jax.lax.scan(body, zero, jnp.arange(nodes + 1, dtype=logits.dtype))[0]
+
+
+def _fewer(k, p, q):
+    """P(fewer than k of independent bits are on), of probabilities p, and q = 1 - p."""
+
+    def visit(law, both):
+        p, q = both
+        moved = jnp.concatenate([jnp.zeros_like(law[:1]), law[:-1]])
+        return law * q + moved * p, None
+
+    law = pl.placed(jnp.zeros((k, *p.shape[:-1]), p.dtype).at[0].set(1), p[..., 0])
+    law, _ = jax.lax.scan(visit, law, (jnp.moveaxis(p, -1, 0), jnp.moveaxis(q, -1, 0)))
+    return jnp.sum(law, 0)
 
 
 @jax.jit
