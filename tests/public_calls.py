@@ -16,6 +16,7 @@ from relaxit_jax import distributions as rd
 from relaxit_jax import elbo, laplace_bridge
 from relaxit_jax import estimators as es
 from relaxit_jax import handlers as hd
+from relaxit_jax import quantizers as qz
 
 KEY = jax.random.key(0)
 BITS = es.Bernoulli(jnp.zeros((2, 3)))
@@ -132,13 +133,45 @@ def no_functions_but_none(good):
     return no_functions(good)[1:]
 
 
+def no_levels(good):
+    return [
+        None,
+        "ab",
+        7,
+        1.5,
+        (1.5, 2),
+        (1, 2),
+        ((2,), 2),
+        (0, 3),
+        (-2, 3),
+        np.ones((2, 2)),
+        (True, 2),
+        {},
+        KEY,
+    ]
+
+
+def no_numbers_of_rows(good):
+    """Of `count`, whose default is None."""
+    return no_indices(np.array([1, 2]))
+
+
+def no_axis_names(good):
+    return ["nothing", 3, 1.5, ("a", "b"), ["a"], {}, SUM, np.ones(2), KEY]
+
+
+def no_codebook_states(good):
+    return [None, "one", np.zeros(3), [], {}, SUM, tuple(good), good._replace(count=np.ones(9, np.float32)),
+            good._replace(codebook="one"), good._replace(total=np.ones((2, 2), int))]  # fmt: skip
+
+
 def no_states(good):
     """A state is any pytree of arrays."""
     return ["one", {"a": "one"}, np.array([None]), float, [SUM]]
 
 
 INTEGERS = ("calls", "k", "num_samples", "num_values", "num_iters", "max_length", "event_ndims", "batch_size")
-INTEGERS += ("reference_samples", "num_particles", "end")
+INTEGERS += ("reference_samples", "num_particles", "end", "n")
 FUNCTIONS = ("log_joint", "f", "control_variate", "loss", "log_prob_fn", "sampler", "model", "guide")
 KINDS = {
     "key": no_keys,
@@ -149,15 +182,19 @@ KINDS = {
     "stretch": no_stretches,
     "config": no_configs,
     "estimators": no_estimators,
+    "levels": no_levels,
+    "count": no_numbers_of_rows,
+    "axis_name": no_axis_names,
+    "index": no_indices,
     "start": lambda good: no_integers(good)[1:],  # all of these but -1, which a model may mean
     **dict.fromkeys(INTEGERS, no_integers),
     **dict.fromkeys(("has_aux", "hard", "log_space", "ordered", "rival"), no_flags),
     **dict.fromkeys(FUNCTIONS, no_functions),
-    **dict.fromkeys(("reference", "kl", "law", "method"), no_choices),
+    **dict.fromkeys(("reference", "kl", "law", "method", "gradient"), no_choices),
     **dict.fromkeys(("bit", "z", "t", "s", "sample"), no_reals),
     **dict.fromkeys(("table", "if_one", "if_zero"), no_complex_numbers),
 }
-OPTIONAL = ("shape", "num_values", "end", "reference_samples")  # None is their default
+OPTIONAL = ("shape", "num_values", "end", "reference_samples", "count", "axis_name")  # None is their default
 
 KINDS_OF_MARGINALS = {
     "params": lambda good: ["a", [], 3, np.ones(2), SUM],
@@ -207,12 +244,12 @@ def calls():
     found = {}
     for case in CASES:
         name, taken = case.sampler.__name__, inspect.signature(case.sampler).parameters
-        more = {n: taken[n].default for n in ("hard", "log_space", "stretch", "shape") if n in taken}
+        more = {n: taken[n].default for n in ("hard", "log_space", "stretch", "shape", "count") if n in taken}
         found.setdefault(name, Call(case.sampler, key=KEY, **more | case.arguments()))
         density = getattr(rj, f"{name}_log_prob", None)
         if density is not None:
             taken = inspect.signature(density).parameters
-            more = {n: taken[n].default for n in ("log_space", "stretch", "ordered") if n in taken}
+            more = {n: taken[n].default for n in ("log_space", "stretch", "ordered", "count") if n in taken}
             own = {n: x for n, x in case.params.items() if n in taken}
             exact = ("straight_through_categorical", "straight_through_bernoulli", "simple_top_k")
             kind = no_indices if name == "gumbel_top_k" else no_reals if name in exact else no_floats
@@ -232,6 +269,7 @@ def calls():
     given = {"key": KEY, "f": SUM, "q": BITS}
     beams = {"key": KEY, "log_prob_fn": STEP, "state": (), "k": 2, "max_length": 3, "start": 0, "end": 1}
     weights = np.full((4, 3), 1 / 3, np.float32)
+    codes = qz.codebook_state(weights)
     pyro = {"temperature": np.float32(0.5), "logits": logits}
     made = dg.GradientReport(
         ("rloo",), "exact", 4, ones, 0 * ones, **dict.fromkeys(("bias", "bias_error"), ones[None]),
@@ -240,7 +278,18 @@ def calls():
     )  # fmt: skip
     report = {"num_samples": 4, "batch_size": 2, "reference": "auto", "reference_samples": None}
     return found | {
-        "simple_top_k_marginals": Call(rj.simple_top_k_marginals, logits=logits, k=2),
+        "simple_top_k_marginals": Call(rj.simple_top_k_marginals, logits=logits, k=2, count=None),
+        "gumbel_top_k_marginals": Call(rj.gumbel_top_k_marginals, logits=logits, k=2),
+        "k_hot_indices": Call(
+            rj.k_hot_indices, kinds={"value": no_reals}, value=np.array([0, 1, 1], np.float32), k=2
+        ),
+        "bernoulli_entropy": Call(rj.bernoulli_entropy, logits=logits),
+        "bernoulli_kl": Call(rj.bernoulli_kl, p_logits=logits, q_logits=logits),
+        "categorical_entropy": Call(rj.categorical_entropy, logits=logits),
+        "categorical_kl": Call(rj.categorical_kl, p_logits=logits, q_logits=logits),
+        "mix_uniform": Call(rj.mix_uniform, logits=logits, fraction=np.float32(0.1)),
+        "gaussian_bernoulli_gate": Call(rj.gaussian_bernoulli_gate, loc=logits),
+        "gaussian_bernoulli_l0": Call(rj.gaussian_bernoulli_l0, loc=logits, scale=np.float32(1)),
         "hard_concrete_gate": Call(rj.hard_concrete_gate, logits=logits, **stretch),
         "hard_concrete_l0": Call(rj.hard_concrete_l0, logits=logits, tau=np.float32(1), **stretch),
         "poisson_support": Call(rj.poisson_support, rate=ones, **count),
@@ -271,6 +320,28 @@ def calls():
         "straight_through": Call(
             rj.straight_through, kinds={"hard": no_reals, "soft": no_floats}, hard=ones, soft=ones
         ),
+        "embed": Call(
+            rj.embed, kinds={"draw": no_reals, "table": no_floats, "soft": no_flags},
+            draw=np.eye(2, dtype=np.float32), table=weights[:2], soft=False,
+        ),
+        "vector_quantize": Call(qz.vector_quantize, x=weights, codebook=weights, gradient="rotation"),
+        "residual_quantize": Call(
+            qz.residual_quantize, x=weights, codebooks=weights[None], gradient="rotation"
+        ),
+        "finite_scalar_quantize": Call(qz.finite_scalar_quantize, x=weights, levels=(3, 4, 5)),
+        "finite_scalar_codes": Call(qz.finite_scalar_codes, index=np.arange(3), levels=(3, 4)),
+        "lookup_free_quantize": Call(qz.lookup_free_quantize, x=weights),
+        "lookup_free_entropy": Call(qz.lookup_free_entropy, x=weights, tau=np.float32(1)),
+        "codebook_state": Call(qz.codebook_state, codebook=weights),
+        "update_codebook": Call(
+            qz.update_codebook, kinds={"state": no_codebook_states}, state=codes, x=weights,
+            index=np.arange(4), decay=np.float32(0.9), smoothing=np.float32(0), axis_name=None,
+        ),
+        "restart_unused": Call(
+            qz.restart_unused, kinds={"state": no_codebook_states}, key=KEY, state=codes, x=weights,
+            threshold=np.float32(1), axis_name=None,
+        ),
+        "perplexity": Call(qz.perplexity, index=np.arange(3), n=4, axis_name=None),
         "Bernoulli": Call(es.Bernoulli, logits=logits, event_ndims=1),
         "OneHotCategorical of estimators": Call(es.OneHotCategorical, logits=logits, event_ndims=1),
         "Subset": Call(es.Subset, logits=logits, k=2, law="simple", event_ndims=1),

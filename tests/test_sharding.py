@@ -246,6 +246,7 @@ def methods():
     yield "straight_through", lambda key, a: rj.straight_through(a["logits"] > 0, a["logits"]), of_four
     yield "hard_concrete_l0", lambda key, a: rj.hard_concrete_l0(a["logits"], 0.5), of_four
     yield "hard_concrete_gate", lambda key, a: rj.hard_concrete_gate(a["logits"]), of_four
+    yield from logits_and_quantizers(of_four)
     bridge = rj.laplace_bridge
     yield (
         "dirichlet_to_gaussian",
@@ -259,6 +260,48 @@ def methods():
     )
     yield "stochastic_beam_search", beams, of_four
     yield "stochastic_beam_search of rows", beams_of_rows, of_four
+
+
+def logits_and_quantizers(of_four):
+    """Functions of logits that draw nothing, and quantizers of rows; each with the name of its argument."""
+    qz = rj.quantizers
+    table = lambda x: jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), x.dtype)
+    like = lambda x: jnp.asarray([0.3, -1.0, 0.5, 2.0], x.dtype)
+
+    def with_losses(x, **options):
+        q = qz.vector_quantize(x, table(x), **options)
+        return q.value + (q.codebook_loss + q.commitment_loss)[..., None].astype(x.dtype)
+
+    def residual(x):
+        q = qz.residual_quantize(x, jnp.stack([table(x), table(x) / 2]))
+        return q.value + (q.codebook_loss + q.commitment_loss)[..., None].astype(x.dtype)
+
+    functions = {
+        "bernoulli_entropy": rj.bernoulli_entropy,
+        "bernoulli_kl": lambda l: rj.bernoulli_kl(l, like(l)),
+        "categorical_entropy": rj.categorical_entropy,
+        "categorical_kl": lambda l: rj.categorical_kl(l, like(l)),
+        "mix_uniform": lambda l: rj.mix_uniform(l, 0.1),
+        "gaussian_bernoulli_l0": lambda l: rj.gaussian_bernoulli_l0(l, 0.5),
+        "gumbel_top_k_marginals": lambda l: rj.gumbel_top_k_marginals(l, 2),
+        "simple_top_k_marginals of counts": lambda l: rj.simple_top_k_marginals(
+            l, 2, count=(l[..., 0] > 0).astype(jnp.int32)
+        ),
+        "vector_quantize": with_losses,
+        "vector_quantize by rotation": lambda x: with_losses(x, gradient="rotation"),
+        "residual_quantize": residual,
+        "finite_scalar_quantize": lambda x: qz.finite_scalar_quantize(x, (2, 3, 4, 5))[0],
+        "finite_scalar_codes": lambda x: qz.finite_scalar_codes(
+            qz.finite_scalar_quantize(x, (2, 3, 4, 5))[1], (2, 3, 4, 5)
+        ),
+        "lookup_free_quantize": lambda x: qz.lookup_free_quantize(x)[0],
+    }
+    for name, f in functions.items():
+        yield name, lambda key, a, f=f: f(a["logits"]), of_four
+    one_hot = lambda key, a: rj.embed(rj.straight_through_categorical(key, a["logits"]), table(a["logits"]))
+    yield "embed", one_hot, of_four
+    of_counts = lambda key, a: rj.simple_top_k(key, a["logits"], 2, count=jnp.arange(2)[1])
+    yield "simple_top_k of counts", of_counts, of_four
 
 
 def without(a, name):

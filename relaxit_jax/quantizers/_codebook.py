@@ -24,6 +24,17 @@ class CodebookState(NamedTuple):
       codebook: the codes, shape (n, d).
       count: moving average of how many vectors of a step have each code, shape (n,).
       total: moving average of the sum of these vectors, shape (n, d).
+
+    Raises:
+      TypeError: for a field that is missing or unknown.
+
+    References:
+      A. van den Oord, O. Vinyals, K. Kavukcuoglu (2017), arXiv:1711.00937, appendix A.1.
+
+    >>> codes = jnp.array([[1.0], [3.0]])
+    >>> state = CodebookState(codes, count=jnp.array([2.0, 0.5]), total=codes * jnp.array([[2.0], [0.5]]))
+    >>> print((state.total / state.count[:, None]).ravel())  # ``codebook``, but for its smoothing
+    [1. 3.]
     """
 
     codebook: Array

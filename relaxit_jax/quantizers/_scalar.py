@@ -107,13 +107,18 @@ def _finite_scalar_quantize(levels, x):
     size = np.array(levels)
     half = (size - 1) * (1 + 1e-3) / 2
     offset = np.where(size % 2 == 0, 0.5, 0)
-    shift, half, offset, steps = (
-        jnp.asarray(a, x.dtype) for a in (np.arctanh(offset / half), half, offset, size // 2)
-    )
+    shift, half, offset = (jnp.asarray(a, x.dtype) for a in (np.arctanh(offset / half), half, offset))
     bounded = jnp.tanh(x + shift) * half - offset
-    # 0 is added so that no level is -0.0
-    value = gr.straight_through(jnp.round(jax.lax.stop_gradient(bounded)) + 0.0, bounded)
-    return value / steps, _mixed_radix(levels, jax.lax.stop_gradient(value) + steps)
+    level = jnp.round(jax.lax.stop_gradient(bounded))
+    value = gr.straight_through(where(level == 0, 0, level), bounded)  # no level is -0.0
+    digits = jax.lax.stop_gradient(value) + jnp.asarray(size // 2, x.dtype)
+    return value * _steps(levels, x.dtype), _mixed_radix(levels, digits)
+
+
+def _steps(levels, dtype):
+    """1 / (L // 2) of each number. A product with it has one result in every program: a compiler may turn a
+    division by constants into it, or not."""
+    return jnp.asarray(1 / (np.array(levels) // 2), dtype)
 
 
 def _mixed_radix(levels, digits):
@@ -126,11 +131,9 @@ def _mixed_radix(levels, digits):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _finite_scalar_codes(levels, index):
-    place, size, half = (
-        jnp.asarray(a, jnp.int32) for a in (np.cumprod([1, *levels[:-1]]), levels, np.array(levels) // 2)
-    )
+    place, size = (jnp.asarray(a, jnp.int32) for a in (np.cumprod([1, *levels[:-1]]), levels))
     digits = index[..., None] // place % size
-    value = (digits - half).astype(jnp.float32) / half
+    value = (digits - size // 2).astype(jnp.float32) * _steps(levels, jnp.float32)
     good = (index >= 0) & (index < math.prod(levels))
     return where(good[..., None], value, jnp.nan)
 

@@ -20,13 +20,24 @@ MOST_DISTANCES = 2**24  # held at a time: 64 MiB in float32
 class Quantized(NamedTuple):
     """What `vector_quantize` and `residual_quantize` return: values, indices and two losses.
 
-    A loss has the batch shape: add ``codebook_loss + beta * commitment_loss``, averaged, to your own.
+    Each loss has the batch shape: add ``codebook_loss + beta * commitment_loss``, averaged, to your own.
 
     Args:
       value: the quantized vectors, shape (..., d), with the gradient that was asked for.
       index: the index of each code, int32, shape (...), or (..., stages) of residual stages.
       codebook_loss: mean squared distance, shape (...), float32 or wider; it moves the codebook alone.
       commitment_loss: the same number; it moves the input alone.
+
+    Raises:
+      TypeError: for a field that is missing or unknown.
+
+    References:
+      A. van den Oord, O. Vinyals, K. Kavukcuoglu (2017), arXiv:1711.00937.
+
+    >>> from relaxit_jax.quantizers import vector_quantize
+    >>> value, index, *losses = vector_quantize(jnp.array([0.5]), jnp.array([[0.0], [1.5]]))
+    >>> print(f"{index} {losses[0] + 0.25 * losses[1]:.4f}")
+    0 0.3125
     """
 
     value: Array

@@ -478,7 +478,7 @@ def _insert_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _slope_of_marginals(k, logits, count):
+def _slope_of_marginals(k, logits, count=None):
     """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
     lawful = _has_enough(k, logits, count) & ~jnp.any(jnp.isnan(logits), -1, keepdims=True)
     shape = (*lawful.shape[:-1], logits.shape[-1])
