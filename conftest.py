@@ -87,11 +87,12 @@ def pytest_configure(config):
         return
     cheap = [f"--{name}={str(value).lower()}" for name, value in known(CHEAP).items()]
     os.environ["XLA_FLAGS"] = " ".join([*cheap, os.environ.get("XLA_FLAGS", "")])  # the last one counts
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # .ci/run sets it: its sessions share a folder
         cache = tempfile.TemporaryDirectory(prefix="relaxit_jax-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
         config.add_cleanup(cache.cleanup)
+    # reading a program takes a fifth of compiling it, also of the smallest, which are most of them
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 before = pytest.StashKey[set]()
@@ -140,7 +141,7 @@ jax.monitoring.register_event_duration_secs_listener(count_compilations)
 def pytest_runtest_teardown(item, nextitem):
     """JAX keeps the last two thousand programs that it lowered, which then takes it twice as long.
 
-    What took long to compile is in the cache on disk, and other modules seldom share the rest.
+    What other modules share with this one is in the cache on disk.
     """
     global compiled
     ends = nextitem is None or nextitem.path != item.path

@@ -35,6 +35,8 @@ from relaxit_jax import estimators as es
 from relaxit_jax import handlers as hd
 from relaxit_jax import quantizers as qz
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 # results and states; guides are in test_auto_mean_field.py and test_auto_structured.py
 NOT_HERE = {"GradientReport", "Quantized", "CodebookState", "AutoMeanField", "AutoStructured"}
 

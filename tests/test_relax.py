@@ -347,7 +347,7 @@ def test_bits_that_are_certain(certain):
     assert guide.probs({"z_auto_logits": start + 3})["z"][0] == certain
     for elbo, handle in ((Trace_ELBO(4), lambda f: relax(f, tau=0.5)), (RLOO_ELBO(4), lambda f: f)):
         loss = lambda x, e=elbo, h=handle: e.loss(KEY, {"z_auto_logits": x}, h(model), h(guide))
-        value, gradient = jax.value_and_grad(loss)(start)
+        value, gradient = jax.jit(jax.value_and_grad(loss))(start)
         assert np.isfinite(value) and gradient[0] == 0 and np.isfinite(gradient).all() and gradient[1] != 0
 
     def regression(w):
@@ -356,7 +356,7 @@ def test_bits_that_are_certain(certain):
 
     own = lambda w: numpyro.sample("z", dist.Bernoulli(logits=jnp.zeros(3) + w).to_event(1))
     soft = [relax(f, tau=0.5) for f in (regression, own)]
-    value, slope = jax.value_and_grad(lambda w: Trace_ELBO().loss(KEY, {}, *soft, w))(2.0)
+    value, slope = jax.jit(jax.value_and_grad(lambda w: Trace_ELBO().loss(KEY, {}, *soft, w)))(2.0)
     assert np.isfinite(value) and np.isfinite(slope)
 
 

@@ -200,17 +200,31 @@ def test_an_estimator_adds_up_what_devices_with_different_data_find():
         assert error < 2e-5, (name, error)
 
 
-def methods():
-    """Of every sampler and density, and of what has neither: a function of a key and arrays of eight rows."""
+def methods(part=0, parts=1):
+    """Of every sampler and density, and of what has neither: a function of a key and arrays of eight rows.
+
+    The values of densities are drawn, and drawing is compiled, in the part that they are in.
+    """
+    for name, f, arrays in list(functions())[part::parts]:
+        yield name, f, arrays() if callable(arrays) else arrays
+
+
+def with_value(case, rows):
+    """Arrays of a density: the parameters, and a draw beside them."""
+    return {"value": np.asarray(jax.jit(lambda rows: case.draw(KEY, None, **rows))(rows))} | rows
+
+
+def functions():
+    """All of `methods`; in place of arrays with a draw among them, what makes these."""
     stretch = lambda x: np.broadcast_to(x, (4, *np.shape(x))).reshape(8, *np.shape(x)[1:]).astype(np.float32)
     for case in CASES:
         rows = {n: stretch(x) if np.ndim(x) else np.full(8, x, np.float32) for n, x in case.floats.items()}
         yield case.name, lambda key, a, case=case: case.draw(key, None, **a), rows
         if case.log_prob:
-            value = jax.jit(lambda rows, case=case: case.draw(KEY, None, **rows))(rows)
+            value = jax.eval_shape(lambda rows, case=case: case.draw(KEY, None, **rows), rows)
             if jnp.issubdtype(value.dtype, jnp.floating):  # on a mesh the value may be sharded alone
                 scored = lambda key, a, case=case: case.density(a["value"], **without(a, "value"))
-                yield f"{case.name}_log_prob", scored, {"value": np.asarray(value)} | rows
+                yield f"{case.name}_log_prob", scored, functools.partial(with_value, case, rows)
             else:
                 scored = lambda key, a, case=case: case.density(case.draw(key, None, **a), **a)
                 yield f"{case.name}_log_prob", scored, rows
@@ -350,7 +364,7 @@ def everywhere(part):
     found = {}
     rows, same, devices = PartitionSpec("d"), PartitionSpec(), jax.devices()
     keys = jax.random.split(KEY, 8)
-    for name, f, a in list(methods())[part::PARTS]:
+    for name, f, a in methods(part, PARTS):
         both = value_and_gradient(f)
         traced = {}
         for n in (1, 8):
@@ -410,7 +424,7 @@ def exported(part):
     """Of each of `methods`: how far a program of any batch size is from one of eight, after it was saved."""
     (size,) = jax.export.symbolic_shape("size")
     found = {}
-    for name, f, a in list(methods())[part::PARTS]:
+    for name, f, a in methods(part, PARTS):
         both = jax.jit(value_and_gradient(f))
         any_size = {n: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for n, x in a.items()}
         saved = jax.export.export(both, platforms=("cpu", "cuda", "tpu"))(KEY, any_size).serialize()
