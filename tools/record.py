@@ -32,6 +32,9 @@ RUNS = {
     "policy_gradient": ("examples/policy_gradient.py", None),
     "uncertainty": ("examples/uncertainty.py", None),
     "beam_search": ("examples/beam_search.py", None),
+    "vq_vae": ("examples/vq_vae.py", "vq_vae.png"),
+    "world_model": ("examples/world_model.py", "world_model.png"),
+    "mixture_of_experts": ("examples/mixture_of_experts.py", "mixture_of_experts.png"),
 }
 
 
