@@ -363,7 +363,10 @@ def calls():
             es.value_and_grads, kinds={"params": no_params, "variate": no_params}, loss=lambda p, v: p * v,
             params=np.float32(1), variate=np.float32(1),
         ),
-        "gradient_report": Call(dg.gradient_report, **given, estimators={"rloo": es.rloo}, **report),
+        "gradient_report": Call(
+            dg.gradient_report, kinds={"params": no_params}, **given, estimators={"rloo": es.rloo},
+            params=None, **report,
+        ),
         "recommend": Call(dg.recommend, kinds={"report": no_families}, report=made, calls=4),
         "from_sampler": Call(dg.from_sampler, sampler=rj.reinmax),
         "check": Call(hd.check, kinds=KINDS_OF_MARGINALS | {"losses": lambda good: ["text", [1.0]]},

@@ -357,6 +357,142 @@ def test_bad_arguments_are_named():
         bits_report().plot(None, cost="money")
 
 
+# --- the gradient in a tree of parameters --------------------------------------------------------
+
+INPUT = np.array([0.7, -1.2], np.float32)
+PARAMS = {
+    "decoder": np.array([1.0, -1.5, 0.8], np.float32),
+    "encoder": {"bias": BITS, "kernel": FORMS.normal(size=(2, 3)).astype(np.float32)},
+}
+
+
+def decoded(params, b):
+    return jnp.sum(params["decoder"] * b, -1) ** 2 + b[..., 0]
+
+
+def encoded(params):
+    return es.Bernoulli(INPUT @ params["encoder"]["kernel"] + params["encoder"]["bias"])
+
+
+@functools.cache
+def tree_report(reference="exact"):
+    methods = {"reinforce": es.reinforce, "straight_through": dg.from_sampler(rj.straight_through_bernoulli)}
+    return dg.gradient_report(
+        KEY, decoded, encoded, methods, 30_000, batch_size=1000, params=PARAMS, reference=reference
+    )
+
+
+def tree_by_hand(estimator):
+    """Each outcome's probability, and its estimate in every leaf; by the chain rule in float64."""
+    decoder, x = PARAMS["decoder"].astype(float), INPUT.astype(float)
+    logits = x @ PARAMS["encoder"]["kernel"].astype(float) + BITS.astype(float)
+    events, chance, score = outcomes(logits, "bits")
+    values = (events @ decoder) ** 2 + events[:, 0]
+    along = 2 * (events @ decoder)[:, None] * decoder + np.array([1.0, 0, 0])
+    p = 1 / (1 + np.exp(-logits))
+    slope = values[:, None] * score if estimator == "reinforce" else along * p * (1 - p)
+    leaves = {
+        "decoder": 2 * (events @ decoder)[:, None] * events,
+        "encoder/bias": slope,
+        "encoder/kernel": x[:, None] * slope[:, None],
+    }
+    return chance, leaves
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("leaf", ["decoder", "encoder/bias", "encoder/kernel"])
+def test_a_leaf_has_the_gradient_bias_and_variance_that_are_summed_by_hand(leaf):
+    report = tree_report().leaves[leaf]
+    chance, exact = tree_by_hand("reinforce")
+    gradient = np.tensordot(chance, exact[leaf], 1)
+    np.testing.assert_allclose(report.gradient, gradient, rtol=1e-4, atol=1e-5)
+    for row, name in enumerate(report.names):
+        _, rows = tree_by_hand(name)
+        mean = np.tensordot(chance, rows[leaf], 1)
+        assert (np.abs(report.bias[row] - (mean - gradient)) < 4.5 * report.bias_error[row] + 1e-5).all()
+        squares = np.sum((rows[leaf] - mean).reshape(len(chance), -1) ** 2, 1)
+        variance, fourth = chance @ squares, chance @ squares**2
+        error = np.sqrt((fourth - variance**2) / report.num_samples)
+        assert abs(report.variance[row] - variance) < 4.5 * error < 0.1 * variance, name
+        flat = rows[leaf].reshape(len(chance), -1)
+        lengths = np.linalg.norm(flat, axis=1) * np.linalg.norm(gradient)
+        cosines = flat @ gradient.ravel() / np.where(lengths > 0, lengths, 1)
+        spread = np.sqrt(chance @ cosines**2 - (chance @ cosines) ** 2) / report.num_samples**0.5
+        assert abs(report.mean_cosine[row] - chance @ cosines) < 4.5 * spread + 1e-5, name
+        if name == "reinforce":
+            assert report.mse_error[row] == pytest.approx(error, rel=0.1)
+    # f is called with the exact draw by both: only what goes through the draw is biased
+    assert report.biased.tolist() == [False, leaf != "decoder"]
+
+
+@pytest.mark.whole
+def test_the_report_of_a_tree_is_that_of_its_leaves_together():
+    report, leaves = tree_report(), tree_report().leaves
+    assert list(leaves) == ["decoder", "encoder/bias", "encoder/kernel"]
+    assert leaves["encoder/kernel"].gradient.shape == (2, 3) and leaves["decoder"].bias.shape == (2, 3)
+    np.testing.assert_array_equal(
+        report.gradient, np.concatenate([leaf.gradient.ravel() for leaf in leaves.values()])
+    )
+    np.testing.assert_allclose(report.variance, sum(leaf.variance for leaf in leaves.values()))
+    np.testing.assert_allclose(report.bias_norm**2, sum(leaf.bias_norm**2 for leaf in leaves.values()))
+    assert report.biased.tolist() == [False, True]
+    assert report.calls.tolist() == leaves["decoder"].calls.tolist() == [1, 1]
+    assert report.seconds.tolist() == leaves["decoder"].seconds.tolist()
+    lines = str(report).splitlines()
+    assert len(lines) == 4 + 3 * 3 and lines[4].startswith("in decoder: 3 coordinates, of norm ")
+    assert lines[-1].startswith("straight_through") and " biased " in lines[-1]
+    said = json.loads(json.dumps(report.as_dict()))
+    assert said["leaves"]["decoder"]["estimators"]["reinforce"] == leaves["decoder"]["reinforce"]
+    assert "leaves" not in bits_report().as_dict() and bits_report().leaves == {}
+    assert dg.recommend(leaves["decoder"], calls=10).startswith("Take ")
+
+
+@pytest.mark.whole
+def test_a_long_run_is_in_every_leaf():
+    long, exact = tree_report("long_run").leaves, tree_report().leaves
+    for name, leaf in long.items():
+        assert (np.abs(leaf.gradient - exact[name].gradient) < 4.5 * leaf.gradient_error).all()
+        assert (leaf.gradient_error > 0).all()
+
+
+def test_logits_as_parameters_give_the_report_in_the_logits():
+    """To the last bit, but for the time: an array is the smallest tree, and has no leaf of its own."""
+    methods = {"rloo": es.rloo, "rebar": es.rebar}
+    plain = dg.gradient_report(KEY, quadratic, es.Bernoulli(BITS), methods, 200)
+    of_tree = dg.gradient_report(KEY, lambda _, b: quadratic(b), es.Bernoulli, methods, 200, params=BITS)
+    for field in dataclasses.fields(plain):
+        if field.name != "seconds":
+            np.testing.assert_array_equal(getattr(plain, field.name), getattr(of_tree, field.name))
+    slashed = {"a/b": BITS, "a": {"b": BITS}}
+    law = lambda params: es.Bernoulli(params["a/b"] + params["a"]["b"])
+    report = dg.gradient_report(KEY, lambda _, b: quadratic(b), law, {"rloo": es.rloo}, 2, params=slashed)
+    assert list(report.leaves) == ["['a']['b']", "['a/b']"]
+
+
+def test_parameters_that_do_not_fit_are_named():
+    good = {"rloo": es.rloo}
+    for params, words in (
+        (
+            {"w": np.ones(2, int)},
+            r"^params must be floating point in all of its arrays, got dtype int\d+ in w",
+        ),
+        ({}, "^params must be a pytree with an array at least"),
+        ([None], "^params must be a pytree with an array at least"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dg.gradient_report(KEY, decoded, encoded, good, params=params)
+    with pytest.raises(ValueError, match=r"^q must be a function of params that returns a family.*Bernoulli"):
+        dg.gradient_report(KEY, decoded, encoded(PARAMS), good, params=PARAMS)
+    with pytest.raises(ValueError, match=r"^q must be a function of params .* got one that returns "):
+        dg.gradient_report(KEY, decoded, lambda params: params["decoder"], good, params=PARAMS)
+    with pytest.raises(ValueError, match=r"^f must be a function of params and a sample, as params is given"):
+        dg.gradient_report(KEY, quadratic, encoded, good, params=PARAMS)
+    with pytest.raises(ValueError, match=r"^q must be a family of estimators"):
+        dg.gradient_report(KEY, decoded, encoded, good)
+    with pytest.raises(ValueError, match=r"^f must be a function .* batch shape \(\)"):
+        dg.gradient_report(KEY, lambda params, b: b, encoded, good, params=PARAMS)
+
+
 def report_of(**columns):
     """Of estimators with these numbers, on a gradient of norm 2."""
     rows = len(columns["variance"])

@@ -716,6 +716,30 @@ MUTATIONS = [
         "test_handlers.py test_elbo.py",
         "step_to_step or refus",
     ),
+    (
+        "a leaf of a report has the cosines of the whole gradient",
+        "relaxit_jax/diagnostics/_measure.py",
+        '"mean_cosine": means["cosine"][place]',
+        '"mean_cosine": means["cosine"][0]',
+        "test_diagnostics.py",
+        "leaf",
+    ),
+    (
+        "the error of a leaf's mean squared error is that of the whole gradient",
+        "relaxit_jax/diagnostics/_measure.py",
+        'squares["length"][place]',
+        'squares["length"][0]',
+        "test_diagnostics.py",
+        "leaf",
+    ),
+    (
+        "a report does not see the gradient of f's own parameters",
+        "relaxit_jax/diagnostics/_measure.py",
+        "functools.partial(f, jax.tree.unflatten(tree, leaves))",
+        "functools.partial(f, jax.tree.unflatten(tree, jax.lax.stop_gradient(leaves)))",
+        "test_diagnostics.py",
+        "leaf",
+    ),
 ]
 
 

@@ -1,9 +1,11 @@
 """How the numbers of a report are measured."""
 
+import dataclasses
 import functools
+import inspect
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -61,16 +63,17 @@ def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Law]:
 
 def gradient_report(
     key: Array,
-    f: Callable[[Array], ArrayLike],
-    q: Q,
+    f: Callable[..., ArrayLike],
+    q: Q | Callable[[Any], Q],
     estimators: Mapping[str, Estimator[Q]],
     num_samples: int = 10_000,
     *,
+    params: Any = None,
     batch_size: int = 100,
     reference: Literal["auto", "exact", "long_run"] = "auto",
     reference_samples: int | None = None,
 ) -> GradientReport:
-    """Measure how well, and at what cost, estimators know the gradient of E f(b) in the logits of q.
+    """Measure how well, and at what cost, estimators know the gradient of E f(b) in the logits or in params.
 
     With ``g_1 .. g_n`` gradients of one estimator and G the true one: bias ``mean g - G``, variance
     ``sum |g_i - mean g|^2 / (n - 1)``, mean squared error ``|bias|^2 + variance``. Of single estimates:
@@ -84,14 +87,19 @@ def gradient_report(
     Args:
       key: a JAX random key.
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``; differentiable, and
-        defined between the outcomes, for estimators that ask for it. Gradients of its own parameters
-        are not compared.
-      q: `relaxit_jax.estimators.Bernoulli`, `OneHotCategorical`, `Subset` or `PlackettLuce`.
+        defined between the outcomes, for estimators that ask for it. With ``params``, it is called as
+        ``f(params, sample)``.
+      q: `relaxit_jax.estimators.Bernoulli`, `OneHotCategorical`, `Subset` or `PlackettLuce`; with
+        ``params``, a function from them to one of these.
       estimators: a dictionary, or another mapping, from names to ``estimator(key, f, q)``, which returns
-        an array of shape ``q.batch_shape`` whose gradient in the logits is the estimate; samplers through
-        `from_sampler`.
+        an array of shape ``q.batch_shape`` whose gradient in the logits, or in ``params``, is the
+        estimate; samplers through `from_sampler`.
       num_samples: estimates of each, a Python integer, 2 or more; rounded up to whole batches.
-      batch_size: estimates at once, a Python integer.
+      params: a pytree of floating-point arrays that f and q depend on, such as the weights of networks.
+        The report is then about the gradient in all of them, through the logits and through f, and has a
+        report of each leaf in `GradientReport.leaves`.
+      batch_size: estimates at once, a Python integer. So many gradients are in memory: choose a small
+        one for large ``params``.
       reference: "exact", "long_run", or "auto" for the first where there are at most 2^14 outcomes.
       reference_samples: estimates of the long run, by default as many as of the others, each of 16 calls.
 
@@ -100,7 +108,8 @@ def gradient_report(
 
     Raises:
       ValueError: for an f as in `relaxit_jax.estimators.reinforce`, a q that is not a family of
-        `relaxit_jax.estimators`, an estimator whose values have another shape, a ``num_samples``,
+        `relaxit_jax.estimators`, or with ``params`` a function to one, ``params`` that are not as above,
+        an estimator whose values have another shape, a ``num_samples``,
         ``batch_size`` or ``reference_samples`` that is not an integer in range, an unknown
         ``reference``, or "exact" with too many outcomes for `relaxit_jax.estimators.exact`.
 
@@ -115,9 +124,18 @@ def gradient_report(
     >>> report = gradient_report(jax.random.key(0), f, q, methods)
     >>> report.biased, report.calls, bool(report["reinmax"]["variance"] < report["rloo"]["variance"])
     (array([False, False]), array([2, 1]), True)
+
+    With parameters of f and q, and the bias in each of them:
+
+    >>> params = {"logits": jnp.zeros(3), "target": jnp.array(1.0)}
+    >>> f = lambda params, b: jnp.sum((b - params["target"]) ** 2)
+    >>> q = lambda params: rj.estimators.Bernoulli(params["logits"])
+    >>> report = gradient_report(jax.random.key(0), f, q, {"rloo": rj.estimators.rloo}, params=params)
+    >>> {name: (leaf.gradient.tolist(), leaf.biased.item()) for name, leaf in report.leaves.items()}
+    {'logits': ([-0.25, -0.25, -0.25], False), 'target': (3.0, False)}
     """
     arg.check_key(key)
-    check(q, kind=Law, f=f)
+    point = _Point.of(f, q, params)
     good = isinstance(estimators, Mapping) and estimators and all(map(callable, estimators.values()))
     good = good and all(isinstance(name, str) for name in estimators)
     need = "a dictionary from names to functions (key, f, q)"
@@ -134,42 +152,107 @@ def gradient_report(
     n = batches * size
     key, reference_key = jax.random.split(key)
     samples = n if reference_samples is None else reference_samples
-    truth, truth_error, words = _reference(reference_key, f, q, reference, samples, size)
+    truth, truth_error, words = _reference(reference_key, point, reference, samples, size)
 
     compiled, calls, totals, seconds = {}, {}, {}, {name: [] for name in estimators}
     for name, estimator in estimators.items():
-        calls[name] = _count_calls(name, estimator, key, f, q)
-        compiled[name] = _compile(name, estimator, key, f, q, truth, size)
+        calls[name] = _count_calls(name, estimator, key, point)
+        compiled[name] = _compile(name, estimator, key, point, truth, size)
     for index in range(batches):
         for name, moments in compiled.items():
             start = time.perf_counter()
-            part = jax.block_until_ready(moments(q.logits, jax.random.fold_in(key, index)))
+            part = jax.block_until_ready(moments(point.leaves, jax.random.fold_in(key, index)))
             seconds[name].append(time.perf_counter() - start)
             totals[name] = _merge(totals.get(name), part, size)
 
-    column = {field: [] for field in ("bias", "bias_error", *NUMBERS)}
-    for name in estimators:
-        count, means, squares = totals[name]
-        bias, variance = means["error"], squares["error"] / (count - 1)
-        noise = variance / count + truth_error**2
-        norm, noise_norm = np.linalg.norm(bias), math.sqrt(noise.sum())
-        row = {
-            "bias": bias,
-            "bias_error": np.sqrt(noise),
-            "bias_norm": norm,
-            "bias_norm_error": noise_norm,
-            "variance": variance.sum(),
-            "mse": variance.sum() + max(norm**2 - noise_norm**2, 0),  # the noise is in the norm as well
-            "mse_error": math.sqrt(squares["length"] / (count - 1) / count),
-            "cosine": _cosine(truth + bias, truth),
-            "mean_cosine": means["cosine"],
-            "calls": calls[name],
-            "seconds": np.median(seconds[name]) / size,
-        }
-        for field, value in row.items():
-            column[field].append(value)
-    column = {field: np.stack(values) for field, values in column.items()}
-    return GradientReport(tuple(estimators), words, n, truth, truth_error, **column)
+    def report(place, leaves):
+        """Of the leaves of the group at this place."""
+        group = point.groups[place]
+        pick = lambda arrays: point.joined([arrays[leaf] for leaf in group])
+        gradient, gradient_error = pick(truth), pick(truth_error)
+        column = {field: [] for field in ("bias", "bias_error", *NUMBERS)}
+        for name in estimators:
+            count, means, squares = totals[name]
+            bias, variance = pick(means["error"]), pick(squares["error"]) / (count - 1)
+            noise = variance / count + gradient_error**2
+            norm, noise_norm = np.linalg.norm(bias), math.sqrt(noise.sum())
+            row = {
+                "bias": bias,
+                "bias_error": np.sqrt(noise),
+                "bias_norm": norm,
+                "bias_norm_error": noise_norm,
+                "variance": variance.sum(),
+                "mse": variance.sum() + max(norm**2 - noise_norm**2, 0),  # the noise is in the norm as well
+                "mse_error": math.sqrt(squares["length"][place] / (count - 1) / count),
+                "cosine": _cosine([gradient + bias], [gradient]),
+                "mean_cosine": means["cosine"][place],
+                "calls": calls[name],
+                "seconds": np.median(seconds[name]) / size,
+            }
+            for field, value in row.items():
+                column[field].append(value)
+        column = {field: np.stack(values) for field, values in column.items()}
+        return GradientReport(tuple(estimators), words, n, gradient, gradient_error, **column, leaves=leaves)
+
+    return report(0, {name: report(1 + leaf, {}) for leaf, name in enumerate(point.names)})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """Where a gradient is measured: the arrays it is in, and f and q as functions of them.
+
+    Statistics are of groups of leaves: the first group is all of them, then comes each one that has a name.
+    """
+
+    leaves: tuple[Array, ...]
+    bind: Callable[[Sequence[Array]], tuple[Any, Any]]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, f, q, params):
+        """In the logits of q, or in params."""
+        if params is None:
+            check(q, kind=Law, f=f)
+            return cls((q.logits,), lambda leaves: (f, q.with_logits(leaves[0])), ())
+        paths, tree = jax.tree_util.tree_flatten_with_path(params)
+        arg.require(bool(paths), "params", "a pytree with an array at least", arg.shown(params))
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+        if len({*names}) < len(names):  # some key has a slash in it
+            names = [jax.tree_util.keystr(path) for path, _ in paths]
+        leaves = [arg.as_array("params", x) for _, x in paths]
+        for name, leaf in zip(names, leaves, strict=True):
+            got = f"dtype {leaf.dtype}" + f" in {name}" * bool(name)
+            arg.require(arg.is_float(leaf.dtype), "params", "floating point in all of its arrays", got)
+        given = "a function of params that returns a family, as params is given"
+        arg.require(callable(q), "q", given, arg.shown(q))
+        arg.require(_takes(f, 2), "f", "a function of params and a sample, as params is given", arg.shown(f))
+        bind = lambda leaves: (
+            functools.partial(f, jax.tree.unflatten(tree, leaves)),
+            q(jax.tree.unflatten(tree, leaves)),
+        )
+        family = bind(leaves)[1]
+        arg.require(isinstance(family, Law), "q", given, f"one that returns {arg.shown(family)}")
+        return cls(tuple(leaves), bind, tuple(names) if paths[0][0] else ())  # an array alone has no name
+
+    @property
+    def groups(self):
+        every = range(len(self.leaves))
+        return [tuple(every), *((leaf,) for leaf in every[: len(self.names)])]
+
+    def joined(self, arrays):
+        """Leaves as one array: one after the other, flat, unless it is a single one."""
+        return arrays[0] if len(arrays) == 1 else np.concatenate([np.ravel(x) for x in arrays])
+
+
+def _takes(f, count):
+    """Whether a function can be called with so many arguments, as far as Python knows."""
+    try:
+        inspect.signature(f).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature, as some that are written in C
+        return callable(f)
+    return True
 
 
 def _sampler_in(function):
@@ -181,23 +264,24 @@ def _sampler_in(function):
     return name if is_sampler else None
 
 
-def _reference(key, f, q, reference, samples, size):
+def _reference(key, point, reference, samples, size):
     """The true gradient, its standard error, and what it is in words."""
     arg.require_choice("reference", reference, ("auto", "exact", "long_run"))
     samples = arg.as_static_int("reference_samples", samples, 2, 10**9)
-    outcomes = q.outcomes()[0]
+    outcomes = point.bind(point.leaves)[1].outcomes()[0]
     if reference == "exact" or (reference == "auto" and outcomes <= MOST_ENUMERATED):
-        slope = jax.jit(jax.grad(lambda logits: jnp.sum(es.exact(f, q.with_logits(logits)))))
-        truth = np.asarray(slope(q.logits), float)
-        return truth, np.zeros_like(truth), f"exact, the sum over {outcomes} outcomes"
+        slope = jax.jit(jax.grad(lambda leaves: jnp.sum(es.exact(*point.bind(leaves)))))
+        truth = [np.asarray(x, float) for x in slope(point.leaves)]
+        return truth, [np.zeros_like(x) for x in truth], f"exact, the sum over {outcomes} outcomes"
     estimator = lambda key, f, q: es.rloo(key, f, q, num_samples=LONG_RUN)
     size = min(size, samples)
-    moments = _compile("long_run", estimator, key, f, q, np.zeros(q.shape), size)
+    zeros = [np.zeros(x.shape) for x in point.leaves]
+    moments = _compile("long_run", estimator, key, point, zeros, size)
     total: Any = None
     for index in range(-(-samples // size)):
-        total = _merge(total, moments(q.logits, jax.random.fold_in(key, index)), size)
+        total = _merge(total, moments(point.leaves, jax.random.fold_in(key, index)), size)
     count, means, squares = total
-    error = np.sqrt(squares["error"] / (count - 1) / count)
+    error = [np.sqrt(x / (count - 1) / count) for x in squares["error"]]
     return means["error"], error, f"a long run, {count} estimates by rloo of {LONG_RUN} draws"
 
 
@@ -209,27 +293,36 @@ def _estimate(name, estimator, key, f, q):
     return value
 
 
-def _compile(name, estimator, key, f, q, truth, size):
-    """A compiled function of logits and key: means of a batch, and sums of squares about them."""
-    truth = jnp.asarray(truth, arg.wide(q.logits.dtype))
+def _compile(name, estimator, key, point, truth, size):
+    """A compiled function of leaves and key: means of a batch, and sums of squares about them."""
+    truth = [jnp.asarray(x, arg.wide(leaf.dtype)) for x, leaf in zip(truth, point.leaves, strict=True)]
 
-    def total(logits, key):
-        return jnp.sum(_estimate(name, estimator, key, f, q.with_logits(logits)))
+    def total(leaves, key):
+        return jnp.sum(_estimate(name, estimator, key, *point.bind(leaves)))
 
-    def moments(logits, key):
+    def lengths(errors):
+        return sum(jnp.sum(error**2) for error in errors)
+
+    def cosine(errors, truth):
+        found = _cosine([x + error for x, error in zip(truth, errors, strict=True)], truth, jnp)
+        return jnp.where(jnp.isnan(found), 0, found)
+
+    def moments(leaves, key):
         keys = jax.random.split(key, size)
         # the values are not looked at, but who trains computes them: they belong to the time
-        values, gradients = jax.vmap(jax.value_and_grad(total), (None, 0))(logits, keys)
-        errors = gradients.astype(truth.dtype) - truth
-        axes = tuple(range(1, errors.ndim))
-        lengths = jnp.sum(errors**2, axes)
-        cosines = jax.vmap(lambda error: _cosine(truth + error, truth, jnp))(errors)
-        cosines = jnp.where(jnp.isnan(cosines), 0, cosines)
-        each = {"value": values, "error": errors, "length": lengths, "cosine": cosines}
-        means = {field: jnp.mean(x, 0) for field, x in each.items()}
-        return means, {field: jnp.sum((x - means[field]) ** 2, 0) for field, x in each.items()}
+        values, gradients = jax.vmap(jax.value_and_grad(total), (None, 0))(leaves, keys)
+        errors = [g.astype(x.dtype) - x for g, x in zip(gradients, truth, strict=True)]
+        groups = [([errors[i] for i in group], [truth[i] for i in group]) for group in point.groups]
+        each = {
+            "value": values,
+            "error": errors,
+            "length": [jax.vmap(lengths)(some) for some, _ in groups],
+            "cosine": [jax.vmap(cosine, (0, None))(*both) for both in groups],
+        }
+        means = jax.tree.map(lambda x: jnp.mean(x, 0), each)
+        return means, jax.tree.map(lambda x, mean: jnp.sum((x - mean) ** 2, 0), each, means)
 
-    return jax.jit(moments).lower(q.logits, key).compile()
+    return jax.jit(moments).lower(point.leaves, key).compile()
 
 
 def _merge(total, part, size):
@@ -238,21 +331,23 @@ def _merge(total, part, size):
     if total is None:
         return size, means, squares
     n, old_means, old_squares = total
-    for field, mean in means.items():
-        gap = mean - old_means[field]
-        means[field] = old_means[field] + gap * size / (n + size)
-        squares[field] = old_squares[field] + squares[field] + gap**2 * n * size / (n + size)
-    return n + size, means, squares
+    gaps = jax.tree.map(np.subtract, means, old_means)
+    means = jax.tree.map(lambda old, gap: old + gap * size / (n + size), old_means, gaps)
+    merged = lambda old, new, gap: old + new + gap**2 * n * size / (n + size)
+    return n + size, means, jax.tree.map(merged, old_squares, squares, gaps)
 
 
-def _cosine(x, y, np=np):
-    lengths = np.sqrt(np.sum(x**2) * np.sum(y**2))
-    return np.where(lengths > 0, np.sum(x * y) / np.where(lengths > 0, lengths, 1), np.nan)
+def _cosine(xs, ys, np=np):
+    """Of two vectors, each given as a list of arrays."""
+    dot = lambda xs, ys: sum(np.sum(x * y) for x, y in zip(xs, ys, strict=True))
+    lengths = np.sqrt(dot(xs, xs) * dot(ys, ys))
+    return np.where(lengths > 0, dot(xs, ys) / np.where(lengths > 0, lengths, 1), np.nan)
 
 
-def _count_calls(name, estimator, key, f, q):
+def _count_calls(name, estimator, key, point):
     """How often f is evaluated for one estimate: counted as it runs, so under vmap and scan as well."""
     seen = []
+    f, q = point.bind(point.leaves)
 
     def counted(b):
         # an operand of b, so that a vmapped call counts once for each element of its axis

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -28,9 +29,9 @@ class GradientReport:
       names: of the E estimators.
       reference: in words, what stands for G.
       num_samples: estimates drawn from each.
-      gradient: G, of the shape of the logits.
+      gradient: G, of the shape of the logits; with ``params``, all leaves in one flat array, or the only one.
       gradient_error: its standard error, 0 if it is exact, of the same shape.
-      bias: ``mean g - G``, of shape (E, *logits.shape).
+      bias: ``mean g - G``, of shape (E, *gradient.shape).
       bias_error: its standard error, that of G included, of the same shape.
       bias_norm: ``|mean g - G|``, E numbers.
       bias_norm_error: the root mean square of that norm where there is no bias at all; where there is
@@ -42,6 +43,8 @@ class GradientReport:
       mean_cosine: the mean of that of single estimates, an estimate of 0 counted as 0.
       calls: of f for one estimate, E integers. Of f for a whole batch of q; a gradient of f is no call.
       seconds: for one estimate, forward and backward: the median over compiled batches, by their size.
+      leaves: with ``params``, from the name of each leaf, such as "encoder/kernel", to a report about the
+        coordinates of that leaf alone, of its shape; ``calls`` and ``seconds`` are those of the whole.
 
     Raises:
       ValueError: by `plot`, for a ``cost`` that it does not know.
@@ -74,6 +77,7 @@ class GradientReport:
     mean_cosine: NDArray[np.floating]
     calls: NDArray[np.integer]
     seconds: NDArray[np.floating]
+    leaves: Mapping[str, "GradientReport"] = dataclasses.field(default_factory=dict)
 
     @property
     def biased(self) -> NDArray[np.bool_]:
@@ -107,34 +111,46 @@ class GradientReport:
         for row in rows.values():
             row.update({k: None for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)})
         norms = [float(np.linalg.norm(x)) for x in (self.gradient, self.gradient_error)]
+        leaves = {name: leaf.as_dict() for name, leaf in self.leaves.items()}
         return {
             "reference": self.reference,
             "num_samples": self.num_samples,
             "gradient_norm": norms[0],
             "gradient_norm_error": norms[1],
             "estimators": rows,
-        }
+        } | ({"leaves": leaves} if leaves else {})
 
     def __str__(self) -> str:
         width = max(map(len, (*self.names, "estimator")))
         head = f"{'estimator':{width}} {'bias':>11} {'(noise)':>11} {'':6} {'variance':>11} {'mse':>11}"
+        size, norm = self.gradient.size, np.linalg.norm(self.gradient)
         lines = [
-            f"true gradient: {self.reference}; {self.gradient.size} coordinates, of norm "
-            f"{np.linalg.norm(self.gradient):.4g}; {self.num_samples} estimates of each",
+            f"true gradient: {self.reference}; {size} coordinates, of norm {norm:.4g}; "
+            f"{self.num_samples} estimates of each",
             head + f" {'cosine':>7} {'of one':>7} {'calls':>6} {'time':>10}",
         ]
-        bad = [name for name, good in zip(self.names, self.finite, strict=True) if not good]
-        for name in self.names:
+        for name, line in self._lines(width):
             row = self[name]
-            seen = "NaN" if name in bad else "biased" if row["biased"] else ""
-            lines.append(
-                f"{name:{width}} {row['bias_norm']:11.4g} {row['bias_norm_error']:11.4g} {seen:6} "
-                f"{row['variance']:11.4g} {row['mse']:11.4g} {row['cosine']:7.3f} {row['mean_cosine']:7.3f} "
-                f"{row['calls']:6d} {row['seconds'] * 1e6:7.1f} us"
-            )
+            lines.append(f"{line} {row['calls']:6d} {row['seconds'] * 1e6:7.1f} us")
+        for leaf, report in self.leaves.items():
+            size, norm = report.gradient.size, np.linalg.norm(report.gradient)
+            lines.append(f"in {leaf}: {size} coordinate{'s' * (size > 1)}, of norm {norm:.4g}")
+            lines += [line for _, line in report._lines(width)]
+        bad = [name for name, good in zip(self.names, self.finite, strict=True) if not good]
         if bad:
             lines.append(f"no numbers, because some estimates are not finite: {', '.join(bad)}")
         return "\n".join(lines)
+
+    def _lines(self, width):
+        """Each name, and its line of the table as far as it does not depend on the cost."""
+        for name, good in zip(self.names, self.finite, strict=True):
+            row = self[name]
+            seen = "biased" if good and row["biased"] else "" if good else "NaN"
+            yield (
+                name,
+                f"{name:{width}} {row['bias_norm']:11.4g} {row['bias_norm_error']:11.4g} {seen:6} "
+                f"{row['variance']:11.4g} {row['mse']:11.4g} {row['cosine']:7.3f} {row['mean_cosine']:7.3f}",
+            )
 
     def plot(
         self,
