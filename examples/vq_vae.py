@@ -222,7 +222,10 @@ class LookupFree(Quantizer):
 
 
 class Drawn(Vector):
-    """A code drawn by its distance: the nearer the likelier. The codebook has the gradient of the draw."""
+    """A code drawn by its distance: the nearer the likelier, and the nearest for sure at the end.
+
+    The codebook has the gradient of the draw.
+    """
 
     restarts = True
 
@@ -230,14 +233,11 @@ class Drawn(Vector):
         super().__init__(codes, dim)
         self.draw = draw
 
-    def logits(self, x, book):
-        squares = jnp.sum(x**2, -1, keepdims=True) - 2 * x @ book.T + jnp.sum(book**2, -1)
-        return -4.0 * squares / self.dim
-
     def __call__(self, key, x, learned, state, done):
-        logits = self.logits(x, learned["codebook"])
-        tau = jnp.exp(jnp.log(0.1) * done)  # from 1 to 0.1
-        value = self.draw(key, logits, tau) @ learned["codebook"]
+        book = learned["codebook"]
+        squares = jnp.sum(x**2, -1, keepdims=True) - 2 * x @ book.T + jnp.sum(book**2, -1)
+        logits = -10 * 100**done * squares / self.dim
+        value = self.draw(key, logits, 0.5) @ book
         surplus = math.log(self.codes) - rj.categorical_entropy(logits)  # KL to even use of the codes
         return value, jnp.argmax(logits, -1), 1e-3 * jnp.mean(surplus)
 

@@ -38,7 +38,8 @@ WRONG = [
 ZERO_IS_FINE = {
     ("control_variates", "target"), ("policy_gradient", "seed"), ("sparse_network", "penalties"),
     ("spike_and_slab", "support"), ("spike_and_slab", "correlation"), ("vae", "epochs"),
-    ("vae", "process_id"), ("which_estimator", "epochs"),
+    ("vae", "process_id"), ("vq_vae", "prior_steps"), ("which_estimator", "epochs"),
+    ("mixture_of_experts", "balance"), ("world_model", "free_nats"),
 }  # fmt: skip
 
 

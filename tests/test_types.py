@@ -47,8 +47,8 @@ def test_signatures_are_annotated(name):
 
 def test_all_modules_are_looked_at():
     assert {name.split(".")[1] for name in PUBLIC} == {
-        "samplers", "estimators", "quantizers", "diagnostics", "distributions", "handlers", "elbo", "laplace_bridge",
-        "_gradients", "_fused",
+        "samplers", "estimators", "quantizers", "diagnostics", "distributions", "handlers", "elbo",
+        "laplace_bridge", "_gradients", "_fused",
     }  # fmt: skip
     assert "relaxit_jax.distributions._sampler_distribution.SamplerDistribution.log_prob" in PUBLIC
 

@@ -54,20 +54,20 @@ def test_the_loss_reaches_the_encoder_and_the_codes(name):
 
 
 def test_codebooks_follow_their_vectors_and_unused_codes_come_back():
-    """Four clouds, and codes that all begin at one point: all of them end in use, and the error falls."""
+    """Four clouds, and codes that all begin at one point: they spread over them, and the error falls."""
     centers = 5 * jnp.eye(4, 8)
     x = centers[jnp.arange(400) % 4] + 0.1 * jax.random.normal(KEY, (400, 8))
     for name in ("vq_ema", "vq_rotation", "residual"):
         quantizer = example.METHODS[name](16, 8)
         learned, state = quantizer.init(KEY, jnp.tile(x[:1], (100, 1)))
-        errors = []
+        errors, used = [], []
         for key in jax.random.split(KEY, 300):
             value, index, _ = quantizer(KEY, x, learned, state, 0.5)
             errors.append(float(jnp.mean((value - x) ** 2)))
+            used.append(len(np.unique(index)))
             learned, state = quantizer.follow(key, learned, state, x, index)
-        assert errors[-1] < 0.1 * errors[0], name
-        if name == "vq_ema":
-            assert len(np.unique(index)) == 16
+        assert errors[-1] < 0.1 * errors[0] and used[0] == 1, name
+        assert used[-1] >= 14 or name == "residual", name
 
 
 def test_prior_counts_bits_and_draws_what_it_has_learned():
