@@ -212,3 +212,62 @@ def test_kl_is_the_sum_over_all_subsets():
     assert jnp.isfinite(kl(jnp.array([0.0, -jnp.inf, 0.0, 0.0]), jnp.asarray(p)))
     other = kl_divergence(rd.SimpleTopK(logits=p, k=2), rd.SimpleTopK(logits=q, k=3))
     assert other == jnp.inf
+
+
+@quick
+def test_rows_with_a_count_of_their_own_have_its_law():
+    """Draws, marginals, probabilities and gradients of each row are those of its count as k."""
+    logits = jnp.asarray(np.float32([[0.3, -1.0, 0.5, 2.0]] * 4))
+    count = jnp.arange(4)
+    marginals = jax.jit(lambda l: rj.simple_top_k_marginals(l, 3, count=count))(logits)
+    draws = jax.jit(lambda l: rj.simple_top_k(KEY, l, 3, count=count, shape=(20_000, 4)))(logits)
+    assert (draws.sum(-1) == count).all()
+    slopes = jax.jacobian(lambda l: rj.simple_top_k_marginals(l, 3, count=count))(logits)
+    for i in range(4):
+        alone = rj.simple_top_k_marginals(logits[i], i) if i else jnp.zeros(4)
+        np.testing.assert_allclose(marginals[i], alone, rtol=1e-5)
+        error = 4.5 * np.sqrt(alone * (1 - alone) / 20_000)
+        assert (np.abs(draws[:, i].mean(0) - alone) <= error + 1e-7).all()
+        of_row = jax.jacobian(lambda l, i=i: rj.simple_top_k_marginals(l, max(i, 1)))(logits[i]) * (i > 0)
+        np.testing.assert_allclose(slopes[i, :, i], of_row, atol=1e-6)
+        law = rj.simple_top_k_log_prob(draws[0], logits, 3, count=count)
+        own = rj.simple_top_k_log_prob(draws[0, i], logits[i], i) if i else 0.0
+        np.testing.assert_allclose(law[i], own, rtol=1e-5, atol=1e-6)
+    back = lambda l: jnp.sum(jnp.cos(jnp.arange(4.0)) * rj.simple_top_k(KEY, l, 3, count=count), -1)
+    expected = jnp.einsum("j,ijik->ik", jnp.cos(jnp.arange(4.0)), slopes)
+    np.testing.assert_allclose(jnp.einsum("iik->ik", jax.jacobian(back)(logits)), expected, atol=1e-6)
+    assert (rj.simple_top_k_log_prob(draws[0], logits, 3, count=count[::-1]) == -jnp.inf).all()
+
+
+@pytest.mark.whole
+@quick
+def test_counts_by_the_tree_of_accelerators(for_accelerators):
+    logits, count = jnp.float32([0.3, -1.0, 0.5, 2.0, -jnp.inf]), jnp.array([0, 3, 1, 2])
+    marginals = functools.partial(rj.simple_top_k_marginals, k=3, count=count)
+    np.testing.assert_allclose(for_accelerators(marginals)(logits), marginals(logits), atol=1e-6)
+
+
+@quick
+def test_counts_that_cannot_be():
+    logits = jnp.array([0.0, 1.0, -jnp.inf])
+    with pytest.raises(ValueError, match=r"count must be integers in 0\.\.2"):
+        rj.simple_top_k(KEY, logits, 2, count=3)
+    with pytest.raises(ValueError, match="logits must be above -inf for at least count"):
+        rj.simple_top_k(KEY, logits, 3, count=3)
+    traced = jax.jit(lambda l, c: rj.simple_top_k(KEY, l, 3, count=c))
+    assert np.isnan(traced(logits, 3)).all() and np.isnan(traced(logits, 4)).all()
+    assert np.isnan(traced(logits, -1)).all() and (traced(logits, 2) == jnp.array([1, 1, 0])).all()
+
+
+@quick
+def test_indices_of_the_ones():
+    z = rj.simple_top_k(KEY, jnp.zeros((50, 9)), 4, count=jnp.arange(50) % 5)
+    indices = np.asarray(rj.k_hot_indices(z, 4))
+    for row, found in zip(np.asarray(z), indices, strict=True):
+        ones = np.flatnonzero(row)
+        np.testing.assert_array_equal(found, np.append(ones, [9] * (4 - len(ones))))
+    table = jax.random.normal(KEY, (9, 3))
+    looked_up = table.at[indices].get(mode="fill", fill_value=0).sum(-2)
+    np.testing.assert_allclose(looked_up, z @ table, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="value must be zeros and at most 2 ones"):
+        rj.k_hot_indices(jnp.ones(3), 2)

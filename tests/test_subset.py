@@ -12,7 +12,7 @@ import scipy.stats
 
 import relaxit_jax as rj
 from cases import ITEMS
-from helpers import KEY, P_VALUE, chi_square
+from helpers import KEY, P_VALUE, chi_square, quick
 from laws import orders, subsets
 
 SETS = np.array(list(itertools.combinations(range(4), 2)))
@@ -170,3 +170,40 @@ def test_memory_of_relaxed_top_k_is_what_its_docstring_says():
         loss = jax.jit(jax.grad(lambda l, k=k: jnp.sum(rj.relaxed_top_k(KEY, l, k, 0.5) ** 2)))
         memory = loss.lower(logits).compile().memory_analysis()
         assert memory.temp_size_in_bytes < (k + 12) * logits.nbytes
+
+
+@quick
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_inclusion_probabilities_are_the_sums_over_sets(k):
+    """In value and gradient, for logits near to each other and far apart."""
+    sets = np.array(list(itertools.combinations(range(4), k)))
+    hot = (sets[..., None] == np.arange(4)).any(1)
+    marginals = jax.jit(lambda logits: rj.gumbel_top_k_marginals(logits, k))
+    for logits in (*ITEMS, *20 * ITEMS, np.zeros(4, np.float32), np.float32([18, 0, 0, -30])):
+        with np.errstate(divide="ignore"):
+            expected = subsets(np.float64(logits), k) @ hot
+        np.testing.assert_allclose(marginals(logits), expected, rtol=2e-6, atol=1e-30)
+    with jax.enable_x64(True):
+        by_sets = lambda l: jnp.exp(rj.gumbel_top_k_log_prob(sets, l, ordered=False)) @ hot.astype(float)
+        logits = jnp.asarray(ITEMS[0], jnp.float64)
+        of_sets, slopes = (jax.jacobian(f)(logits) for f in (by_sets, marginals))
+        np.testing.assert_allclose(slopes, of_sets, atol=1e-8)
+        np.testing.assert_allclose(marginals(logits), by_sets(logits), rtol=1e-9)
+
+
+@pytest.mark.whole
+@quick
+def test_inclusion_probabilities_of_many():
+    """They sum to k; of equal logits all are k / n; nothing overflows, and impossible elements have none."""
+    equal = rj.gumbel_top_k_marginals(jnp.zeros(300), 20)
+    np.testing.assert_allclose(equal, 20 / 300, rtol=2e-5)
+    logits = jax.random.normal(KEY, (3, 200)) * jnp.array([[1.0], [10.0], [3000.0]])
+    logits = logits.at[:, 0].set(-jnp.inf)
+    value, pull = jax.vjp(lambda l: rj.gumbel_top_k_marginals(l, 7), logits)
+    np.testing.assert_allclose(value.sum(-1), 7, rtol=1e-5)
+    (slope,) = pull(jnp.cos(jnp.arange(200.0)) + 0 * value)
+    assert jnp.isfinite(slope).all() and (slope[:, 0] == 0).all() and (value[:, 0] == 0).all()
+    assert jnp.isnan(
+        jax.jit(lambda l: rj.gumbel_top_k_marginals(l, 2))(jnp.array([0.0, -jnp.inf, -jnp.inf]))
+    ).all()
+    assert jnp.isnan(jax.jit(lambda l: rj.gumbel_top_k_marginals(l, 2))(jnp.array([0.0, jnp.nan, 1.0]))).all()

@@ -48,8 +48,8 @@ def finite_scalar_quantize(x: ArrayLike, levels: Sequence[int]) -> tuple[Array, 
     164 [ 0. -1.  1.]
     """
     size = arg.require_event("x", x)
-    levels = _levels(levels, size)
     dtype, x = arg.widen(x=x)
+    levels = _levels(levels, size)
     value, index = _finite_scalar_quantize(levels, x)
     return value.astype(dtype), index
 
