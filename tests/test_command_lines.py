@@ -67,7 +67,7 @@ def numeric(command):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 16
 
 
 @by_name(COMMANDS)

@@ -41,6 +41,14 @@ def energy(bits: Array) -> Array:
     return (bits.sum(-1) - 1.0) ** 2
 
 
+def shifted(tree: dict[str, Array], bits: Array) -> Array:
+    return energy(bits + tree["shift"])
+
+
+def law_of(tree: dict[str, Array]) -> es.Bernoulli:
+    return es.Bernoulli(tree["logits"])
+
+
 def estimators(key: Array, logits: Array) -> GradientReport:
     q = assert_type(es.Bernoulli(logits), es.Bernoulli)
     assert_type(q.batch_shape, tuple[int, ...])
@@ -52,6 +60,9 @@ def estimators(key: Array, logits: Array) -> GradientReport:
     methods = {"rloo": partial(es.rloo, num_samples=4), "relaxed": from_sampler(relaxed)}
     report = assert_type(gradient_report(key, energy, q, methods, num_samples=10), GradientReport)
     assert_type(report.names, tuple[str, ...])
+    tree = {"logits": logits, "shift": jnp.ones(())}
+    of_tree = gradient_report(key, shifted, law_of, methods, num_samples=10, params=tree)
+    assert_type(of_tree.leaves["shift"], GradientReport)
     return report
 
 

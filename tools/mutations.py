@@ -717,6 +717,22 @@ MUTATIONS = [
         "step_to_step or refus",
     ),
     (
+        "an estimator in another's f has the key of the other",
+        "examples/belief_network.py",
+        "own_key, inner_key = jax.random.split(key)",
+        "own_key = inner_key = key",
+        "test_belief_network.py",
+        "gradient_is or value_is",
+    ),
+    (
+        "layers without the entropy of the bits",
+        "examples/belief_network.py",
+        "value = entropy(q) + estimator(own_key, f, q)",
+        "value = estimator(own_key, f, q)",
+        "test_belief_network.py",
+        "exact_inside or value_is",
+    ),
+    (
         "a leaf of a report has the cosines of the whole gradient",
         "relaxit_jax/diagnostics/_measure.py",
         '"mean_cosine": means["cosine"][place]',

@@ -30,6 +30,7 @@ RUNS = {
     "sparse_network": ("examples/sparse_network.py", None),
     "sort_digits": ("examples/sort_digits.py", None),
     "policy_gradient": ("examples/policy_gradient.py", None),
+    "belief_network": ("examples/belief_network.py", "belief_network.png"),
     "uncertainty": ("examples/uncertainty.py", None),
     "beam_search": ("examples/beam_search.py", None),
     "vq_vae": ("examples/vq_vae.py", "vq_vae.png"),
