@@ -11,8 +11,8 @@ bits an image really takes, and new images are drawn from it.
     fsq           four levels for each of a few numbers
     lfq           the sign of each of a few numbers
     residual      two small codebooks, the second for what the first leaves
-    gumbel        Gumbel-softmax over the distances to the codes
-    reinmax       exact draws by the distances, with the gradient of ReinMax
+    gumbel        a logit for each code, and a Gumbel-softmax draw of the codes
+    reinmax       the same with exact draws and the gradient of ReinMax
 
     python examples/vq_vae.py
     python examples/vq_vae.py --method vq_ema --method fsq --codes 1024 --data DIR
@@ -52,6 +52,9 @@ from relaxit_jax import quantizers as qz
 PATCH = 4  # pixels of a side that become one code
 CHUNK = 50  # steps between looks at the test images
 SHOWN = 16  # images of a row in the pictures
+COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.02  # weights beside the error, a share of the variance
+DECAY = 0.97  # of the moving averages
+LEAST_COUNT = 0.5  # vectors of a step; codes with fewer are restarted
 
 
 # --- the network -------------------------------------------------------------------------------
@@ -72,7 +75,7 @@ def to_images(patches, shape):
 
 
 class Autoencoder(nnx.Module):
-    def __init__(self, dim, units, seed):
+    def __init__(self, outputs, inputs, units, seed):
         rngs = nnx.Rngs(seed)
         conv = lambda: nnx.Conv(units, units, (3, 3), rngs=rngs)
         self.encoder = nnx.Sequential(
@@ -80,10 +83,10 @@ class Autoencoder(nnx.Module):
             nnx.silu,
             conv(),
             nnx.silu,
-            nnx.Linear(units, dim, rngs=rngs),
+            nnx.Linear(units, outputs, rngs=rngs),
         )
         self.decoder = nnx.Sequential(
-            nnx.Linear(dim, units, rngs=rngs), conv(), nnx.silu, conv(), nnx.silu,
+            nnx.Linear(inputs, units, rngs=rngs), conv(), nnx.silu, conv(), nnx.silu,
             nnx.Linear(units, PATCH**2, rngs=rngs),
         )  # fmt: skip
 
@@ -92,10 +95,13 @@ class Autoencoder(nnx.Module):
 
 
 class Quantizer:
-    """What differs between the methods. `learned` is trained by gradient, `state` by averages."""
+    """What differs between the methods. `learned` is trained by gradient, `state` by averages.
 
-    def __init__(self, codes, dim):
-        self.codes, self.dim = codes, dim
+    `dim` numbers come from the encoder, `size` numbers go to the decoder.
+    """
+
+    def __init__(self, codes, dim, size=None):
+        self.codes, self.dim, self.size = codes, dim, size or dim
 
     def init(self, key, x):
         """(learned, state), from the vectors of some images."""
@@ -124,13 +130,13 @@ class Vector(Quantizer):
 
     def __call__(self, key, x, learned, state, done):
         found = qz.vector_quantize(x, learned["codebook"])
-        loss = jnp.mean(found.codebook_loss) + 0.25 * jnp.mean(found.commitment_loss)
+        loss = jnp.mean(found.codebook_loss) + COMMITMENT * jnp.mean(found.commitment_loss)
         return found.value, found.index, loss
 
     def follow(self, key, learned, state, x, index):
         if not self.restarts:
             return learned, state
-        state = qz.update_codebook(state, x, index)  # counts how often each code comes
+        state = qz.update_codebook(state, x, index, DECAY)  # counts how often each code comes
         new = qz.restart_unused(key, state, x, LEAST_COUNT)
         unused = (state.count < LEAST_COUNT)[:, None]
         return {"codebook": jnp.where(unused, new.codebook, learned["codebook"])}, new
@@ -153,10 +159,10 @@ class Averages(Vector):
 
     def __call__(self, key, x, learned, state, done):
         found = qz.vector_quantize(x, state.codebook, gradient=self.gradient)
-        return found.value, found.index, 0.25 * jnp.mean(found.commitment_loss)
+        return found.value, found.index, COMMITMENT * jnp.mean(found.commitment_loss)
 
     def follow(self, key, learned, state, x, index):
-        return learned, qz.restart_unused(key, qz.update_codebook(state, x, index), x, LEAST_COUNT)
+        return learned, qz.restart_unused(key, qz.update_codebook(state, x, index, DECAY), x, LEAST_COUNT)
 
     def codes_of(self, index, learned, state):
         return rj.embed(index, state.codebook)
@@ -177,7 +183,7 @@ class Residual(Averages):
     def __call__(self, key, x, learned, state, done):
         found = qz.residual_quantize(x, jnp.stack([stage.codebook for stage in state]))
         index = found.index[..., 0] + self.each * found.index[..., 1]
-        return found.value, index, 0.25 * jnp.mean(found.commitment_loss)
+        return found.value, index, COMMITMENT * jnp.mean(found.commitment_loss)
 
     def follow(self, key, learned, state, x, index):
         stages = []
@@ -215,38 +221,37 @@ class LookupFree(Quantizer):
         value, index = qz.lookup_free_quantize(x)
         commitment = jnp.mean((x - jax.lax.stop_gradient(value)) ** 2)
         entropy = qz.lookup_free_entropy(x.reshape(-1, self.dim), 0.5)
-        return value, index, 0.25 * commitment + 0.02 * entropy
+        return value, index, COMMITMENT * commitment + ENTROPY * entropy
 
     def codes_of(self, index, learned, state):
         return 2.0 * (index[..., None] >> jnp.arange(self.dim) & 1) - 1
 
 
-class Drawn(Vector):
-    """A code drawn by its distance: the nearer the likelier, and the nearest for sure at the end.
-
-    The codebook has the gradient of the draw.
-    """
-
-    restarts = True
+class Drawn(Quantizer):
+    """The encoder gives a logit to each code, and a draw stands for the codes: the discrete VAE of DALL-E."""
 
     def __init__(self, codes, dim, draw):
-        super().__init__(codes, dim)
+        super().__init__(codes, codes, dim)
         self.draw = draw
 
+    def init(self, key, x):
+        return {"codebook": jax.random.normal(key, (self.codes, self.size))}, ()
+
     def __call__(self, key, x, learned, state, done):
-        book = learned["codebook"]
-        squares = jnp.sum(x**2, -1, keepdims=True) - 2 * x @ book.T + jnp.sum(book**2, -1)
-        logits = -10 * 100**done * squares / self.dim
-        value = self.draw(key, logits, 0.5) @ book
-        surplus = math.log(self.codes) - rj.categorical_entropy(logits)  # KL to even use of the codes
-        return value, jnp.argmax(logits, -1), 1e-3 * jnp.mean(surplus)
+        tau = 1 - 0.7 * done
+        value = self.draw(key, x, tau) @ learned["codebook"]
+        use = jnp.log(jnp.mean(jax.nn.softmax(x), (0, 1, 2)))
+        unused = math.log(self.codes) - rj.categorical_entropy(use)  # 0 if all codes are used alike
+        return value, jnp.argmax(x, -1), BALANCE * unused
 
     def at_rest(self, key, x, learned, state):
-        found = qz.vector_quantize(x, learned["codebook"])
-        return found.value, found.index
+        index = jnp.argmax(x, -1)
+        return self.codes_of(index, learned, state), index
+
+    def codes_of(self, index, learned, state):
+        return rj.embed(index, learned["codebook"])
 
 
-LEAST_COUNT = 0.5  # vectors of a step; codes with fewer are restarted
 METHODS = {
     "vq": Vector,
     "vq_ema": Averages,
@@ -265,7 +270,7 @@ METHODS = {
 def train(name, data, test, config):
     """The autoencoder, its quantizer with what that has learned, and the history."""
     quantizer = METHODS[name](config["codes"], config["dim"])
-    graph, weights = nnx.split(Autoencoder(quantizer.dim, config["units"], config["seed"]))
+    graph, weights = nnx.split(Autoencoder(quantizer.dim, quantizer.size, config["units"], config["seed"]))
     init_key, key = jax.random.split(jax.random.key(config["seed"]))
     start = nnx.merge(graph, weights).encoder(data[: max(64, config["codes"])])
     learned, state = quantizer.init(init_key, start)

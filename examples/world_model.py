@@ -260,7 +260,7 @@ def draw_picture(histories, errors, frames, predicted, context, path):
 @click.option("--variables", type=SIZE, default=16, help="Categorical variables of a code.")
 @click.option("--classes", type=click.IntRange(2, 4096), default=16, help="Classes of each variable.")
 @click.option("--units", type=SIZE, default=128, help="Units of each layer and of the recurrent state.")
-@click.option("--steps", type=STEPS, default=1500, help="Steps of Adam, in rounds of 100.")
+@click.option("--steps", type=STEPS, default=4000, help="Steps of Adam, in rounds of 100.")
 @click.option("--batch-size", type=SIZE, default=32, help="Sequences in a step.")
 @click.option("--length", type=click.IntRange(2, 1000), default=16, help="Frames of a training sequence.")
 @click.option(
@@ -270,7 +270,7 @@ def draw_picture(histories, errors, frames, predicted, context, path):
 @click.option("--tau", type=TAU, default=0.7, help="Temperature of gumbel_softmax; the others have none.")
 @click.option("--free-nats", type=FloatRange(0, 1000), default=1.0, help="KL of a frame that costs nothing.")
 @click.option(
-    "--learning-rate", type=FloatRange(0, 1, min_open=True), default=1e-3, help="Learning rate of Adam."
+    "--learning-rate", type=FloatRange(0, 1, min_open=True), default=3e-3, help="Learning rate of Adam."
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights, the sequences and all draws.")
 @out_option
