@@ -104,9 +104,10 @@ def _embed(draw, table):
 @jax.jit
 def _index_of(draw):
     """The class of each one-hot vector, that of none for another vector."""
-    ones = (jnp.sum(draw == 1, -1) == 1) & (jnp.sum(draw != 0, -1) == 1)
-    place = jnp.sum(where(draw == 1, jnp.arange(draw.shape[-1]), 0), -1)
-    return where(ones, place, draw.shape[-1])
+    # reductions that CPUs do without an array of this size, which counts of comparisons would be
+    total = jnp.sum(draw, -1, dtype=arg.wide(draw.dtype))
+    one_hot = (total == 1) & (jnp.max(draw, -1) == 1) & (jnp.min(draw, -1) >= 0)
+    return where(one_hot, jnp.argmax(draw == 1, -1), draw.shape[-1])
 
 
 def _embed_jvp(primals, tangents):

@@ -1,4 +1,4 @@
-"""Functions of logits that draw nothing: entropies, divergences, mixing with the uniform law; and embeddings."""
+"""Functions of logits that draw nothing: entropies, divergences, a uniform mixture; and embeddings."""
 
 import functools
 
@@ -34,7 +34,7 @@ def test_categorical_entropy_and_kl():
 @quick
 def test_bernoulli_entropy_and_kl():
     p, q = np.float32([-3, 0, 2, np.inf, -np.inf, 30]), np.float32([1, -2, 2, 0.5, -0.5, 20])
-    (p1, p0), (q1, q0) = ((sp.expit(s * np.float64(x)) for s in (1, -1)) for x in (p, q))
+    (p1, p0), (q1, q0) = ([sp.expit(s * np.float64(x)) for s in (1, -1)] for x in (p, q))
     np.testing.assert_allclose(rj.bernoulli_entropy(p), sp.entr(p1) + sp.entr(p0), rtol=1e-5)
     np.testing.assert_allclose(
         rj.bernoulli_kl(p, q), sp.rel_entr(p1, q1) + sp.rel_entr(p0, q0), rtol=1e-4, atol=1e-9
