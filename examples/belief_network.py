@@ -128,8 +128,8 @@ class BeliefNetwork(nnx.Module):
 
     def infer(self, layer, below):
         """The bits of a layer given the one below, which for the first are the pixels."""
-        inputs = 2 * below - 1 if layer else below - self.mean[...]
-        return es.Bernoulli(self.up[layer](inputs))
+        up = self.up[layer]
+        return es.Bernoulli(up(2 * below - 1 if layer else below - self.mean[...]))
 
     def log_likelihood(self, layer, below, bits):
         """log p(the layer below | this one)."""
