@@ -16,7 +16,7 @@ from relaxit_jax.samplers import *  # noqa: F403
 from relaxit_jax.samplers import __all__ as _samplers
 
 if typing.TYPE_CHECKING:
-    from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge
+    from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge, structured
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "handlers",
     "laplace_bridge",
     "straight_through",
+    "structured",
 ]
 
 

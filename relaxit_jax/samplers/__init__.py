@@ -33,7 +33,11 @@ from relaxit_jax.samplers._gate import (
     hard_concrete_l0,
     hard_concrete_log_prob,
 )
-from relaxit_jax.samplers._permutation import gumbel_sinkhorn
+from relaxit_jax.samplers._permutation import (
+    gumbel_sinkhorn,
+    relaxed_permutation,
+    relaxed_permutation_log_prob,
+)
 from relaxit_jax.samplers._simple import simple_top_k, simple_top_k_log_prob, simple_top_k_marginals
 from relaxit_jax.samplers._straight_through import (
     decoupled_gumbel_softmax,
@@ -81,6 +85,8 @@ __all__ = [
     "reinmax_rao",
     "relaxed_bernoulli",
     "relaxed_bernoulli_log_prob",
+    "relaxed_permutation",
+    "relaxed_permutation_log_prob",
     "relaxed_top_k",
     "simple_top_k",
     "simple_top_k_log_prob",
