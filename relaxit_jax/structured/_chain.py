@@ -22,7 +22,9 @@ from relaxit_jax import _placement as pl
 from relaxit_jax import _random as rng
 from relaxit_jax._placement import where
 
-MOST_CLASSES = 64  # of the tree: with more of them, its matrices cost more than the steps that it saves
+# The most classes with which accelerators take the tree: for values and first derivatives, and for second ones, of
+# which a compiler stores O(T K^3) numbers.
+MOST_CLASSES, MOST_FOR_SLOPES = 64, 16
 
 
 def chain_log_partition(unary: ArrayLike, transition: ArrayLike) -> Array:
@@ -360,12 +362,36 @@ def _log_partition_in_sequence(unary, transition):
 # --- the tree -------------------------------------------------------------------------------------
 
 
-@_keeping_sums
-def _joined(left, right):
-    """The nodes above these, less the largest of each, and this."""
-    both = _log_product(left, right)
-    top = _finite(jax.lax.stop_gradient(jnp.max(both, (-1, -2), keepdims=True)))
-    return both - top, top[..., 0, 0]
+@jax.custom_jvp
+def _log_product_in_one(left, right):
+    """`_log_product` by one reduction of pairs, the largest so far and the sum beside it: one kernel of a GPU."""
+    x = left[..., :, :, None] + right[..., None, :, :]
+
+    def add(one, other):
+        (x, at_x), (y, at_y) = one, other
+        top = jnp.maximum(x, y)
+        of = _finite(top)
+        return top, at_x * jnp.exp(x - of) + at_y * jnp.exp(y - of)
+
+    start = jnp.array(-jnp.inf, x.dtype), jnp.array(0, x.dtype)
+    top, total = jax.lax.reduce((x, jnp.ones_like(x)), start, add, (x.ndim - 2,))
+    return checkpoint_name(top + jnp.log(where(top == -jnp.inf, 1, total)), "log-products")
+
+
+@_log_product_in_one.defjvp
+def _log_product_in_one_jvp(primals, tangents):
+    """As two reductions with their axes in two orders: a compiler that saw the same shares in both, K^3 numbers,
+    would store them."""
+    (left, right), (left_dot, right_dot) = primals, tangents
+    total = _log_product_in_one(left, right)
+    share = _share(left[..., :, :, None] + right[..., None, :, :], total[..., None, :])
+    slope = jnp.sum(share * left_dot[..., :, :, None], -2)
+    turned = jnp.matrix_transpose(left)[..., :, :, None] + right[..., :, None, :]
+    share = _share(turned, total[..., None, :, :])
+    return total, slope + jnp.sum(share * right_dot[..., :, None, :], -3)
+
+
+_joined = _keeping_sums(_log_product_in_one)
 
 
 def _leaves(unary, transition):
@@ -378,18 +404,18 @@ def _leaves(unary, transition):
 
 def _tree(unary, transition):
     """(left halves, right halves, how many are no padding) of each level, the root, and the offsets summed."""
-    nodes = _leaves(unary, transition)
-    top = _finite(jax.lax.stop_gradient(jnp.max(nodes, (-1, -2), keepdims=True)))
-    nodes, total = nodes - top, jnp.sum(top[..., 0, 0], 0)
-    k, levels = nodes.shape[-1], []
+    nodes, total, levels = _leaves(unary, transition), 0, []
+    k = nodes.shape[-1]
     while len(nodes) > 1:
+        if len(levels) % 3 == 0:  # the numbers stay within a few times the range of the potentials
+            top = _finite(jax.lax.stop_gradient(jnp.max(nodes, (-1, -2), keepdims=True)))
+            nodes, total = nodes - top, total + jnp.sum(top[..., 0, 0], 0)
         left, right = nodes[::2], nodes[1::2]
         if len(nodes) % 2:
             nothing = where(jnp.eye(k, dtype=bool), jnp.zeros_like(nodes[:1]), -jnp.inf)
             right = jnp.concatenate([right, nothing])
         levels.append((left, right, len(nodes) // 2))
-        nodes, top = _joined(left, right)
-        total += jnp.sum(top, 0)
+        nodes = _joined(left, right)
     return levels, nodes[0], total
 
 
@@ -401,26 +427,37 @@ def _log_partition_by_tree(unary, transition):
 # --- both -----------------------------------------------------------------------------------------
 
 
-def _either(unary, in_sequence, by_tree, *operands):
+def _either(most, unary, in_sequence, by_tree, *operands):
     """The form for the platform, where a tree is possible and pays."""
     steps, k = unary.shape[-2:]
-    if steps == 1 or k > MOST_CLASSES:
+    if steps == 1 or k > most:
         return in_sequence(*operands)
     return jax.lax.platform_dependent(*operands, cpu=in_sequence, default=by_tree)
 
 
-@jax.jit
-def _log_partition(unary, transition):
-    value = _either(unary, _log_partition_in_sequence, _log_partition_by_tree, unary, transition)
+@functools.partial(jax.jit, static_argnames="most")
+def _log_partition(unary, transition, *, most=MOST_CLASSES):
+    value = _either(most, unary, _log_partition_in_sequence, _log_partition_by_tree, unary, transition)
     hidden = jnp.any(jnp.isnan(unary), (-1, -2)) | jnp.any(jnp.isnan(transition), (-1, -2, -3))
     return where(hidden, jnp.nan, value)
 
 
-@jax.jit
-def _marginals(unary, transition):
+@functools.partial(jax.jit, static_argnums=0)
+def _slope(most, unary, transition):
     batch = jnp.broadcast_shapes(unary.shape[:-2], transition.shape[:-3])
-    unary = jnp.broadcast_to(unary, (*batch, *unary.shape[-2:]))
-    return jax.grad(lambda unary: jnp.sum(_log_partition(unary, transition)))(unary)
+    unary = pl.placed(jnp.broadcast_to(unary, (*batch, *unary.shape[-2:])), unary, transition[..., 0, 0, :, None])
+    return jax.grad(lambda unary: jnp.sum(_log_partition(unary, transition, most=most)))(unary)
+
+
+@jax.custom_jvp
+def _marginals(unary, transition):
+    return _slope(MOST_CLASSES, unary, transition)
+
+
+@_marginals.defjvp
+def _marginals_jvp(primals, tangents):
+    slope = jax.jvp(functools.partial(_slope, MOST_FOR_SLOPES), primals, tangents)[1]
+    return _marginals(*primals), slope
 
 
 @jax.custom_jvp
@@ -482,7 +519,7 @@ def _drawn(shape, key, unary, transition):
             ends = jnp.concatenate([both.reshape(2 * count, *both.shape[2:]), ends[-1:]])
         return jnp.moveaxis(ends[:steps], 0, -2)
 
-    index = _either(unary, in_sequence, by_tree, noise, unary, transition)
+    index = _either(MOST_CLASSES, unary, in_sequence, by_tree, noise, unary, transition)
     return lm.is_class(index, unary)
 
 
