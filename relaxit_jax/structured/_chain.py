@@ -517,7 +517,8 @@ def _drawn(shape, key, unary, transition):
             middle = _race(_row(left, ends[:-1]) + _column(right, ends[1:]), own)
             both = jnp.stack([ends[:-1], middle], 1)
             ends = jnp.concatenate([both.reshape(2 * count, *both.shape[2:]), ends[-1:]])
-        return jnp.moveaxis(ends[:steps], 0, -2)
+            ends = ends[: count + real + 1]
+        return jnp.moveaxis(ends, 0, -2)
 
     index = _either(MOST_CLASSES, unary, in_sequence, by_tree, noise, unary, transition)
     return lm.is_class(index, unary)
