@@ -1,4 +1,4 @@
-"""Permutations: doubly stochastic matrices, and sorted noise, each with the permutation matrices nearest to them."""
+"""Permutations: doubly stochastic matrices and sorted noise, with the permutation matrices nearest to them."""
 
 import functools
 from collections.abc import Sequence
@@ -89,10 +89,10 @@ def relaxed_permutation(
 ) -> Array:
     """A relaxed permutation of items with one logit each: SoftSort of perturbed logits.
 
-    ``Z_ij = softmax_j(-|sort(s)_i - s_j| / tau)``, ``s = logits + G`` with G standard Gumbel noise and sort(s)
-    decreasing. Row i is the item at place i. With ``hard`` it is the permutation matrix of the decreasing order
-    of s, whose law is that of Plackett and Luce: the first item is drawn with the probabilities
-    softmax(logits), the next from those that are left, and so on.
+    ``Z_ij = softmax_j(-|sort(s)_i - s_j| / tau)``, ``s = logits + G`` with G standard Gumbel noise and
+    sort(s) decreasing. Row i is the item at place i. With ``hard`` it is the permutation matrix of the
+    decreasing order of s, whose law is that of Plackett and Luce: the first item is drawn with the
+    probabilities softmax(logits), the next from those that are left, and so on.
 
     Args:
       key: a JAX random key.
@@ -102,12 +102,12 @@ def relaxed_permutation(
       hard: return the permutation matrix for the same noise, with the gradient of Z.
 
     Returns:
-      Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1, the columns only as tau
-      falls. NaN where a logit is not finite and a trace hid it. Time and memory are O(n^2).
+      Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1, the columns only as
+      tau falls. NaN where a logit is not finite and a trace hid it. Time and memory are O(n^2).
 
     Raises:
-      ValueError: for a ``tau`` that is not positive or has an axis for n, for logits that are not finite numbers
-        of floating point, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` that is not positive or has an axis for n, for logits that are not finite
+        numbers of floating point, or a ``shape`` the parameters do not broadcast to.
 
     References:
       S. Prillo, J. Eisenschlos (2020), SoftSort: A Continuous Relaxation for the argsort Operator,
@@ -146,8 +146,9 @@ def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
       logits: of the items, shape (..., n), finite.
 
     Returns:
-      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is no permutation
-      matrix. Its slope in the value is that of the formula with ``value @ logits`` for the ordered logits.
+      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is no
+      permutation matrix. Its slope in the value is that of the formula with ``value @ logits`` for the
+      ordered logits.
 
     Raises:
       ValueError: for a ``value`` that is not of shape (..., n, n), or logits that are not finite numbers of

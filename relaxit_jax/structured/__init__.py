@@ -1,4 +1,4 @@
-"""Draw and relax structured variables: sequences (linear chains), spanning trees, and any law with a log-partition.
+"""Draw and relax structured variables: sequences, spanning trees, and any law with a log-partition function.
 
 A structure x has the probability ``exp(<theta, x> - A(theta))``. The log-partition function A sums over all
 structures, and its gradient is the marginals E x. An exact draw has the gradient of the marginals. A relaxed

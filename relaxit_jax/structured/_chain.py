@@ -1,8 +1,8 @@
 """Linear chains: sequences of classes in which each step depends on the one before (linear-chain CRFs).
 
-There are two forms of the same mathematics. In sequence, a filter visits the steps one after another and costs
-O(T K^2); CPUs take this form. By a balanced tree, accelerators take log2(T) steps: a node has the log-weights of
-all paths between its first and its last class, K x K numbers, at a cost of O(T K^3).
+There are two forms of the same mathematics. In sequence, a filter visits the steps one after another and
+costs O(T K^2); CPUs take this form. By a balanced tree, accelerators take log2(T) steps: a node has the
+log-weights of all paths between its first and its last class, K x K numbers, at a cost of O(T K^3).
 """
 
 import functools
@@ -22,17 +22,17 @@ from relaxit_jax import _placement as pl
 from relaxit_jax import _random as rng
 from relaxit_jax._placement import where
 
-# The most classes with which accelerators take the tree: for values and first derivatives, and for second ones, of
-# which a compiler stores O(T K^3) numbers.
+# The most classes with which accelerators take the tree: for values and first derivatives, and for second
+# ones, of which a compiler stores O(T K^3) numbers.
 MOST_CLASSES, MOST_FOR_SLOPES = 64, 16
 
 
 def chain_log_partition(unary: ArrayLike, transition: ArrayLike) -> Array:
     """The log-partition function of a linear chain: the log-sum over all K^T sequences.
 
-    ``A = log sum_z exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)])``. Its gradient in ``unary`` is
-    `chain_marginals`. Its gradient in ``transition`` is the expected number of times that each transition is
-    made.
+    ``A = log sum_z exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)])``. Its gradient in ``unary``
+    is `chain_marginals`. Its gradient in ``transition`` is the expected number of times that each transition
+    is made.
 
     Args:
       unary: log-weights of the classes at each step, shape (..., T, K); -inf is a forbidden class.
@@ -55,7 +55,7 @@ def chain_log_partition(unary: ArrayLike, transition: ArrayLike) -> Array:
     >>> print(f"{chain_log_partition(jnp.zeros((5, 3)), jnp.zeros((3, 3))):.4f}")  # 5 log 3
     5.4931
     """
-    _, unary, transition = _potentials(unary, transition)
+    _, unary, transition = as_potentials(unary, transition)
     return _log_partition(unary, transition)
 
 
@@ -81,9 +81,9 @@ def chain_marginals(unary: ArrayLike, transition: ArrayLike) -> Array:
 
     >>> stay = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
     >>> print(f"{chain_marginals(jnp.array([[2.0, 0.0], [0.0, 0.0]]), stay)[1, 0]:.4f}")
-    0.8354
+    0.7900
     """
-    dtype, unary, transition = _potentials(unary, transition, possible=True)
+    dtype, unary, transition = as_potentials(unary, transition, possible=True)
     lawful = _log_partition(unary, transition) > -jnp.inf
     return where(lawful[..., None, None], _marginals(unary, transition), jnp.nan).astype(dtype)
 
@@ -119,7 +119,7 @@ def chain_sample(
            [1., 0.]], dtype=float32)
     """
     arg.check_key(key)
-    dtype, unary, transition = _potentials(unary, transition, possible=True)
+    dtype, unary, transition = as_potentials(unary, transition, possible=True)
     shape = arg.batch_shape(shape, unary=unary.shape[:-2], transition=transition.shape[:-3])
     unary, transition = _with_axes(unary, len(shape) + 2), _with_axes(transition, len(shape) + 3)
     drawn = _drawn(shape, key, *jax.lax.stop_gradient((unary, transition)))
@@ -139,8 +139,8 @@ def chain_log_prob(value: ArrayLike, unary: ArrayLike, transition: ArrayLike) ->
       transition: log-weights of class j after class i, shape (K, K), (..., T - 1, K, K) or (..., 1, K, K).
 
     Returns:
-      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a forbidden sequence and for a
-      value that is not one-hot, NaN where no sequence is possible and a trace hid it. The gradient in the
+      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a forbidden sequence and for
+      a value that is not one-hot, NaN where no sequence is possible and a trace hid it. The gradient in the
       potentials is the sequence less its mean, in the value the potentials of its neighbors.
 
     Raises:
@@ -153,7 +153,7 @@ def chain_log_prob(value: ArrayLike, unary: ArrayLike, transition: ArrayLike) ->
     >>> print(f"{jnp.exp(log_p):.4f}")  # e / (e + 3)
     0.4754
     """
-    _, unary, transition = _potentials(unary, transition, possible=True)
+    _, unary, transition = as_potentials(unary, transition, possible=True)
     given = value = arg.as_number("value", value)
     event = unary.shape[-2:]
     need = f"of shape (..., {event[0]}, {event[1]})"
@@ -183,9 +183,9 @@ def relaxed_chain(
 ) -> Array:
     """A relaxed sequence of a linear chain: a stochastic softmax trick.
 
-    ``z = mu((unary + G) / tau, transition / tau)``, mu the marginals and G standard Gumbel noise. As tau falls, z
-    tends to the sequence of the largest weight under the same noise. That is not the law of `chain_sample`: the
-    noise is on the classes of each step, and not on each sequence.
+    ``z = mu((unary + G) / tau, transition / tau)``, mu the marginals and G standard Gumbel noise. As tau
+    falls, z tends to the sequence of the largest weight under the same noise. That is not the law of
+    `chain_sample`: the noise is on the classes of each step, and not on each sequence.
 
     Args:
       key: a JAX random key.
@@ -195,8 +195,8 @@ def relaxed_chain(
       shape: batch shape of the result; default: that of the broadcast parameters.
 
     Returns:
-      Points of the convex hull of the sequences, shape ``shape + (T, K)``, in the dtype of the potentials; each
-      step sums to 1. NaN where no sequence is possible and a trace hid it.
+      Points of the convex hull of the sequences, shape ``shape + (T, K)``, in the dtype of the potentials;
+      each step sums to 1. NaN where no sequence is possible and a trace hid it.
 
     Raises:
       ValueError: as for `chain_sample`, and for a ``tau`` that is not positive or has axes for T or K.
@@ -210,7 +210,7 @@ def relaxed_chain(
     Array([1., 1., 1., 1.], dtype=float32)
     """
     arg.check_key(key)
-    dtype, unary, transition = _potentials(unary, transition, possible=True)
+    dtype, unary, transition = as_potentials(unary, transition, possible=True)
     tau = arg.as_tau(tau, unary.dtype)
     shape = arg.batch_shape(
         shape, unary=unary.shape[:-2], transition=transition.shape[:-3], per_event={"tau": tau.shape}
@@ -225,13 +225,13 @@ def relaxed_chain(
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def _potentials(unary, transition, *, possible=False):
-    """The dtype of a result, and both potentials in float32 or wider, transitions with an axis for the steps."""
+def as_potentials(unary, transition, *, possible=False):
+    """The dtype of a result, and both potentials in float32 or wider; the second has an axis for the steps."""
     shape, of_pairs = arg.shape_of("unary", unary), arg.shape_of("transition", transition)
     good = len(shape) > 1 and shape[-1] > 0 and shape[-2] > 0
     arg.require(good, "unary", "of shape (..., T, K), T and K at least 1", f"shape {shape}")
     steps, k = shape[-2:]
-    need = f"of shape ({k}, {k}), (..., {steps - 1}, {k}, {k}) or (..., 1, {k}, {k}) beside unary of shape {shape}"
+    need = f"of shape ({k}, {k}), (..., {steps - 1}, {k}, {k}) or (..., 1, {k}, {k}) beside unary of {shape}"
     good = of_pairs[-2:] == (k, k) and (len(of_pairs) == 2 or of_pairs[-3] in (1, steps - 1))
     arg.require(good, "transition", need, f"shape {of_pairs}")
     for name, x in {"unary": unary, "transition": transition}.items():
@@ -338,7 +338,7 @@ def _in_time(unary, transition):
 
 
 def _filtered(unary, transition):
-    """At (t, ..., k): log-weights of the sequences up to step t that end in k, less an offset; the offsets."""
+    """At (t, ..., k): log-weights of the sequences up to step t that end in k, less an offset, and it."""
     first, rest, transition = _in_time(unary, transition)
     top = _finite(jax.lax.stop_gradient(jnp.max(first, -1, keepdims=True)))
     first, top = first - top, top[..., 0]
@@ -364,7 +364,7 @@ def _log_partition_in_sequence(unary, transition):
 
 @jax.custom_jvp
 def _log_product_in_one(left, right):
-    """`_log_product` by one reduction of pairs, the largest so far and the sum beside it: one kernel of a GPU."""
+    """`_log_product` by one reduction of pairs, the largest and the sum beside it: one kernel of a GPU."""
     x = left[..., :, :, None] + right[..., None, :, :]
 
     def add(one, other):
@@ -380,8 +380,8 @@ def _log_product_in_one(left, right):
 
 @_log_product_in_one.defjvp
 def _log_product_in_one_jvp(primals, tangents):
-    """As two reductions with their axes in two orders: a compiler that saw the same shares in both, K^3 numbers,
-    would store them."""
+    """As two reductions with their axes in two orders: a compiler that saw the same shares in both, K^3
+    numbers, would store them."""
     (left, right), (left_dot, right_dot) = primals, tangents
     total = _log_product_in_one(left, right)
     share = _share(left[..., :, :, None] + right[..., None, :, :], total[..., None, :])
@@ -395,7 +395,7 @@ _joined = _keeping_sums(_log_product_in_one)
 
 
 def _leaves(unary, transition):
-    """At (t, ..., i, j): the log-weight of class i at step t and j at the next, those of the first step included."""
+    """At (t, ..., i, j): the log-weight of going from i to j, and of being in i at the first step."""
     first, rest, transition = _in_time(unary, transition)
     leaves = transition + rest[..., None, :]
     start = where(jnp.arange(len(leaves)).reshape(-1, *[1] * first.ndim) == 0, first, 0)
@@ -403,7 +403,7 @@ def _leaves(unary, transition):
 
 
 def _tree(unary, transition):
-    """(left halves, right halves, how many are no padding) of each level, the root, and the offsets summed."""
+    """(left halves, right halves, how many are no padding) of the levels, the root, the sum of offsets."""
     nodes, total, levels = _leaves(unary, transition), 0, []
     k = nodes.shape[-1]
     while len(nodes) > 1:
@@ -445,7 +445,9 @@ def _log_partition(unary, transition, *, most=MOST_CLASSES):
 @functools.partial(jax.jit, static_argnums=0)
 def _slope(most, unary, transition):
     batch = jnp.broadcast_shapes(unary.shape[:-2], transition.shape[:-3])
-    unary = pl.placed(jnp.broadcast_to(unary, (*batch, *unary.shape[-2:])), unary, transition[..., 0, 0, :, None])
+    unary = pl.placed(
+        jnp.broadcast_to(unary, (*batch, *unary.shape[-2:])), unary, transition[..., 0, 0, :, None]
+    )
     return jax.grad(lambda unary: jnp.sum(_log_partition(unary, transition, most=most)))(unary)
 
 
@@ -533,7 +535,7 @@ def _column(matrices, index):
     return jnp.take_along_axis(matrices, index[..., None, :], -1, mode="fill")[..., 0]
 
 
-def _log_conditionals(unary, transition):
+def log_conditionals(unary, transition):
     """log P(last class), and at (t, ..., i, j) log P(z_t = i | z_(t+1) = j)."""
     alphas, _ = _filtered(unary, transition)
     joint = alphas[:-1, ..., :, None] + jnp.moveaxis(transition, -3, 0)
@@ -551,7 +553,7 @@ def _log_normalized(x, axis):
 @jax.jit
 def _log_prob(value, unary, transition):
     """From the last class to the first, how likely each is given the one after it."""
-    last, before = _log_conditionals(unary, transition)
+    last, before = log_conditionals(unary, transition)
     value = jnp.moveaxis(value, -2, 0) > 0
     pairs = value[:-1, ..., :, None] & value[1:, ..., None, :]
     law = jnp.sum(where(value[-1], last, 0), -1)

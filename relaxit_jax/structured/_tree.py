@@ -1,10 +1,10 @@
 """Spanning trees of weighted graphs, by eliminating one node after another.
 
 Eliminating node v from a graph of log-weights w leaves a graph of the others in which i and j are joined by
-``log(exp(w_ij) + exp(a_i + a_j - s))``, where a are the log-weights at v and ``s = log sum_i exp(a_i)``. Summed over
-all spanning trees, the weights of the first graph are exp(s) times those of the second. This is
-Gaussian elimination of the Laplacian, without a subtraction: every number is a sum of positive terms, so each is
-right to rounding in log space, however far apart the weights are.
+``log(exp(w_ij) + exp(a_i + a_j - s))``, where a are the log-weights at v and ``s = log sum_i exp(a_i)``.
+Summed over all spanning trees, the weights of the first graph are exp(s) times those of the second. This is
+Gaussian elimination of the Laplacian, without a subtraction: every number is a sum of positive terms, so each
+is right to rounding in log space, however far apart the weights are.
 """
 
 import functools
@@ -31,8 +31,8 @@ def tree_log_partition(weights: ArrayLike) -> Array:
     matrix-tree theorem). Its gradient in the upper triangle of w is the probability of each edge.
 
     Args:
-      weights: log-weights of the edges, shape (..., n, n), n at least 2; the upper triangle counts, and -inf is an
-        edge that is not there.
+      weights: log-weights of the edges, shape (..., n, n), n at least 2; the upper triangle counts, and -inf
+        is an edge that is not there.
 
     Returns:
       An array of the batch shape, float32 or wider. It is -inf where no tree is possible, as the graph is not
@@ -42,14 +42,14 @@ def tree_log_partition(weights: ArrayLike) -> Array:
       ValueError: for weights that are not floating point or not square matrices of at least two nodes.
 
     References:
-      G. Kirchhoff (1847), Annalen der Physik 148, doi:10.1002/andp.18471481202; W. K. Grassmann, M. I. Taksar,
-      D. P. Heyman (1985), Regenerative Analysis and Steady State Distributions for Markov Chains,
+      G. Kirchhoff (1847), Annalen der Physik 148, doi:10.1002/andp.18471481202; W. K. Grassmann, M. I.
+      Taksar, D. P. Heyman (1985), Regenerative Analysis and Steady State Distributions for Markov Chains,
       doi:10.1287/opre.33.5.1107, for elimination without subtractions.
 
     >>> print(f"{jnp.exp(tree_log_partition(jnp.zeros((5, 5)))):.1f}")  # Cayley: 5^3
     125.0
     """
-    _, edges = _edges(weights)
+    _, edges = as_edges(weights)
     return _log_partition(edges)
 
 
@@ -59,8 +59,8 @@ def tree_marginals(weights: ArrayLike) -> Array:
     ``mu_ij = P(ij in T) = dA / dw_ij``, A the log-partition function.
 
     Args:
-      weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge that
-        is not there.
+      weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge
+        that is not there.
 
     Returns:
       Symmetric matrices of the shape and dtype of ``weights``; the upper triangle sums to n - 1. NaN where no
@@ -75,7 +75,7 @@ def tree_marginals(weights: ArrayLike) -> Array:
     >>> print(f"{tree_marginals(jnp.zeros((4, 4)))[0, 1]:.4f}")  # three of six edges
     0.5000
     """
-    dtype, edges = _edges(weights, possible=True)
+    dtype, edges = as_edges(weights, possible=True)
     lawful = _log_partition(edges) > -jnp.inf
     return where(lawful[..., None, None], _marginals(edges), jnp.nan).astype(dtype)
 
@@ -84,27 +84,27 @@ def tree_sample(key: Array, weights: ArrayLike, *, shape: Sequence[int] | None =
     """Draw a spanning tree exactly, as an adjacency matrix with the gradient of the marginals.
 
     ``P(T) = exp(sum_(ij in T) w_ij - A)``. A tree of two nodes is drawn, and the others are put back in the
-    reverse order of their elimination, each in O(n log n): no walk, so the cost is the same for all weights. The
-    gradient is the gradient of `tree_marginals`.
+    reverse order of their elimination, each in O(n log n): no walk, so the cost is the same for all weights.
+    The gradient is the gradient of `tree_marginals`.
 
     Args:
       key: a JAX random key.
-      weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge that
-        is not there.
+      weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge
+        that is not there.
       shape: batch shape of the result; default: that of ``weights``.
 
     Returns:
-      Symmetric adjacency matrices of shape ``shape + (n, n)``, in the dtype of ``weights``; NaN where no tree is
-      possible and a trace hid it. Memory is n matrices for each element of the batch of ``weights``, and two for
-      each draw.
+      Symmetric adjacency matrices of shape ``shape + (n, n)``, in the dtype of ``weights``; NaN where no tree
+      is possible and a trace hid it. Memory is n matrices for each element of the batch of ``weights``, and
+      two for each draw.
 
     Raises:
       ValueError: as for `tree_marginals`, and for a ``shape`` that the weights do not broadcast to.
 
     References:
-      D. Durfee, R. Kyng, J. Peebles, A. B. Rao, S. Sachdeva (2017), Sampling Random Spanning Trees Faster than
-      Matrix Multiplication, arXiv:1611.07451, for draws by elimination; M. B. Paulus, D. Choi, D. Tarlow,
-      A. Krause, C. J. Maddison (2020), arXiv:2006.08063.
+      D. Durfee, R. Kyng, J. Peebles, A. B. Rao, S. Sachdeva (2017), Sampling Random Spanning Trees Faster
+      than Matrix Multiplication, arXiv:1611.07451, for draws by elimination; M. B. Paulus, D. Choi, D.
+      Tarlow, A. Krause, C. J. Maddison (2020), arXiv:2006.08063.
 
     >>> path = jnp.array([[0.0, 50.0, 0.0], [0.0, 0.0, 50.0], [0.0, 0.0, 0.0]])
     >>> tree_sample(jax.random.key(0), path)
@@ -113,7 +113,7 @@ def tree_sample(key: Array, weights: ArrayLike, *, shape: Sequence[int] | None =
            [0., 1., 0.]], dtype=float32)
     """
     arg.check_key(key)
-    dtype, edges = _edges(weights, possible=True)
+    dtype, edges = as_edges(weights, possible=True)
     shape = arg.batch_shape(shape, weights=edges.shape[:-2])
     edges = edges.reshape((1,) * (len(shape) + 2 - edges.ndim) + edges.shape)
     drawn = _drawn(shape, key, jax.lax.stop_gradient(edges))
@@ -124,18 +124,18 @@ def tree_sample(key: Array, weights: ArrayLike, *, shape: Sequence[int] | None =
 def tree_log_prob(value: ArrayLike, weights: ArrayLike) -> Array:
     """The log-probability of a spanning tree.
 
-    ``log P(T) = sum_(ij in T) w_ij - A``. It is the log-determinant of a Laplacian in which the row of each node is
-    divided by the weight of its edge to its parent. Leaves are eliminated first, so all that is added up has the
-    same sign.
+    ``log P(T) = sum_(ij in T) w_ij - A``. It is the log-determinant of a Laplacian in which the row of each
+    node is divided by the weight of its edge to its parent. Leaves are eliminated first, so all that is added
+    up has the same sign.
 
     Args:
       value: adjacency matrices of zeros and ones, shape (..., n, n); the upper triangle counts.
       weights: log-weights of the edges, shape (..., n, n); the upper triangle counts.
 
     Returns:
-      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for what is not a spanning tree of
-      edges that are there, NaN where no tree is possible and a trace hid it. The gradient in the weights is
-      the tree less the marginals, in the value the weights.
+      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for what is not a spanning tree
+      of edges that are there, NaN where no tree is possible and a trace hid it. The gradient in the weights
+      is the tree less the marginals, in the value the weights.
 
     Raises:
       ValueError: as for `tree_marginals`, and for a ``value`` of another number of nodes.
@@ -147,7 +147,7 @@ def tree_log_prob(value: ArrayLike, weights: ArrayLike) -> Array:
     >>> print(f"{jnp.exp(tree_log_prob(path, jnp.zeros((3, 3)))):.4f}")
     0.3333
     """
-    _, edges = _edges(weights, possible=True)
+    _, edges = as_edges(weights, possible=True)
     given, n = arg.as_number("value", value), edges.shape[-1]
     arg.require_square("value", given, n)
     batch = arg.batch_shape(None, value=given.shape[:-2], weights=edges.shape[:-2])
@@ -164,14 +164,14 @@ def relaxed_tree(
 ) -> Array:
     """A relaxed spanning tree: a stochastic softmax trick.
 
-    ``z = mu((w + G) / tau)``, mu the marginals and G standard Gumbel noise on each edge. As tau falls, z tends to the
-    spanning tree of the largest weight under the same noise. That is not the law of `tree_sample`: the noise is
-    on the edges, and not on each tree.
+    ``z = mu((w + G) / tau)``, mu the marginals and G standard Gumbel noise on each edge. As tau falls, z
+    tends to the spanning tree of the largest weight under the same noise. That is not the law of
+    `tree_sample`: the noise is on the edges, and not on each tree.
 
     Args:
       key: a JAX random key.
-      weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge that
-        is not there.
+      weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge
+        that is not there.
       tau: temperature, positive, of the batch shape (no axes for n).
       shape: batch shape of the result; default: that of the broadcast parameters.
 
@@ -191,7 +191,7 @@ def relaxed_tree(
     4.0000
     """
     arg.check_key(key)
-    dtype, edges = _edges(weights, possible=True)
+    dtype, edges = as_edges(weights, possible=True)
     tau = arg.as_tau(tau, edges.dtype)
     shape = arg.batch_shape(shape, weights=edges.shape[:-2], per_event={"tau": tau.shape})
     noise = rng.gumbel(key, (*shape, *edges.shape[-2:]), edges)
@@ -204,7 +204,7 @@ def relaxed_tree(
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def _edges(weights, *, possible=False):
+def as_edges(weights, *, possible=False):
     """The dtype of a result, and the symmetric log-weights in float32 or wider, with -inf on the diagonal."""
     shape = arg.shape_of("weights", weights)
     good = len(shape) > 1 and shape[-1] == shape[-2] > 1
@@ -335,15 +335,16 @@ def _slope_of_marginals_jvp(primals, tangents):
 def _drawn(shape, key, edges):
     """Adjacency matrices; the tree is held as the parent of each node, and the last node is the root.
 
-    Let T' be a tree of the graph without v. Each of its edges i -> parent is one of the two that were joined in
-    the elimination: the edge itself, or the way by v, with the shares of their weights. In the second case the
-    parent of i becomes v. The parent of v is drawn, in proportion to the weights at v, from the nodes
+    Let T' be a tree of the graph without v. Each of its edges i -> parent is one of the two that were joined
+    in the elimination: the edge itself, or the way by v, with the shares of their weights. In the second case
+    the parent of i becomes v. The parent of v is drawn, in proportion to the weights at v, from the nodes
     whose way to the root does not go by v.
 
     This has the right law. Given the edges that stay and the children D of v, sum over the trees T' from
-    which they come: exp(w) of what stays, times prod_(i in D) a_i / S, times the sum over the targets of D that
-    leave no cycle, A_0 S^(|D| - 1) with A_0 the weight at v of the nodes left to choose from, S of all (Cayley).
-    That is A_0 prod_(i in D) a_i / S: up to the factor S of the elimination, the trees of the graph with v.
+    which they come: exp(w) of what stays, times prod_(i in D) a_i / S, times the sum over the targets of D
+    that leave no cycle, A_0 S^(|D| - 1) with A_0 the weight at v of the nodes left to choose from, S of all
+    (Cayley). That is A_0 prod_(i in D) a_i / S: up to the factor S of the elimination, the trees of the graph
+    with v.
     """
     n = edges.shape[-1]
     uniform_key, race_key = jax.random.split(key)
@@ -390,8 +391,8 @@ def _at(matrices, index):
 def _log_prob(value, edges):
     """-log of the sum over all trees, each in parts of this one: its edges to the parents have weight 1.
 
-    A node is eliminated after its children. Then its edge to the parent, of log-weight 0, is still there, no s
-    is negative, and nothing cancels in their sum.
+    A node is eliminated after its children. Then its edge to the parent, of log-weight 0, is still there, no
+    s is negative, and nothing cancels in their sum.
     """
     n = edges.shape[-1]
     nodes = jnp.arange(n)
