@@ -1,4 +1,4 @@
-"""Permutations: doubly stochastic matrices and sorted noise, with the permutation matrices nearest to them."""
+"""Permutations: doubly stochastic matrices and sorted noise, with permutation matrices nearest to them."""
 
 import functools
 from collections.abc import Sequence

@@ -226,7 +226,7 @@ def relaxed_chain(
 
 
 def as_potentials(unary, transition, *, possible=False):
-    """The dtype of a result, and both potentials in float32 or wider; the second has an axis for the steps."""
+    """The dtype of a result, and both potentials in float32 or wider, the second with an axis for steps."""
     shape, of_pairs = arg.shape_of("unary", unary), arg.shape_of("transition", transition)
     good = len(shape) > 1 and shape[-1] > 0 and shape[-2] > 0
     arg.require(good, "unary", "of shape (..., T, K), T and K at least 1", f"shape {shape}")
