@@ -16,6 +16,7 @@ from relaxit_jax import distributions as rd
 from relaxit_jax import elbo, laplace_bridge
 from relaxit_jax import estimators as es
 from relaxit_jax import handlers as hd
+from relaxit_jax import structured as st
 
 KEY = jax.random.key(0)
 BITS = es.Bernoulli(jnp.zeros((2, 3)))
@@ -215,6 +216,7 @@ def calls():
             more = {n: taken[n].default for n in ("log_space", "stretch", "ordered") if n in taken}
             own = {n: x for n, x in case.params.items() if n in taken}
             exact = ("straight_through_categorical", "straight_through_bernoulli", "simple_top_k")
+            exact += ("relaxed_permutation",)
             kind = no_indices if name == "gumbel_top_k" else no_reals if name in exact else no_floats
             value = np.full((2, *case.event), 0 if name in exact else 0.5, np.float32)
             value = np.array([[0, 1], [1, 2]]) if name == "gumbel_top_k" else value
@@ -239,7 +241,29 @@ def calls():
                                          "cosine", "mean_cosine", "seconds")}, calls=np.ones(1, int),
     )  # fmt: skip
     report = {"num_samples": 4, "batch_size": 2, "reference": "auto", "reference_samples": None}
+    chain = {"unary": np.zeros((3, 2), np.float32), "transition": np.zeros((2, 2), np.float32)}
+    tree, tau = {"weights": np.zeros((3, 3), np.float32)}, {"tau": np.float32(0.5)}
+    path, branches = np.eye(2, dtype=np.float32)[[0, 1, 1]], np.float32([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
+    drawn = {"key": KEY, "shape": None}
     return found | {
+        "chain_log_partition": Call(st.chain_log_partition, **chain),
+        "chain_marginals": Call(st.chain_marginals, **chain),
+        "chain_sample": Call(st.chain_sample, **drawn, **chain),
+        "chain_log_prob": Call(st.chain_log_prob, kinds={"value": no_reals}, value=path, **chain),
+        "relaxed_chain": Call(st.relaxed_chain, **drawn, **chain, **tau),
+        "tree_log_partition": Call(st.tree_log_partition, **tree),
+        "tree_marginals": Call(st.tree_marginals, **tree),
+        "tree_sample": Call(st.tree_sample, **drawn, **tree),
+        "tree_log_prob": Call(st.tree_log_prob, kinds={"value": no_reals}, value=branches, **tree),
+        "relaxed_tree": Call(st.relaxed_tree, **drawn, **tree, **tau),
+        "relaxed_structure": Call(
+            st.relaxed_structure, kinds={"log_partition": no_functions, "potentials": no_params}, **drawn,
+            log_partition=st.tree_log_partition, potentials=tree["weights"], **tau,
+        ),
+        "LinearChain": Call(rd.LinearChain, **chain),
+        "SpanningTree": Call(rd.SpanningTree, **tree),
+        "LinearChain of estimators": Call(es.LinearChain, **chain, event_ndims=2),
+        "SpanningTree of estimators": Call(es.SpanningTree, **tree, event_ndims=2),
         "simple_top_k_marginals": Call(rj.simple_top_k_marginals, logits=logits, k=2),
         "hard_concrete_gate": Call(rj.hard_concrete_gate, logits=logits, **stretch),
         "hard_concrete_l0": Call(rj.hard_concrete_l0, logits=logits, tau=np.float32(1), **stretch),

@@ -33,6 +33,7 @@ from relaxit_jax import distributions as rd
 from relaxit_jax import elbo
 from relaxit_jax import estimators as es
 from relaxit_jax import handlers as hd
+from relaxit_jax import structured as st
 
 # the result of gradient_report; guides are in test_auto_mean_field.py and test_auto_structured.py
 NOT_HERE = {"GradientReport", "AutoMeanField", "AutoStructured"}
@@ -45,7 +46,7 @@ def step(pytestconfig):
 
 
 def test_every_public_function_is_here():
-    public = {name for module in (es, dg, hd, elbo, rd) for name in module.__all__} - NOT_HERE
+    public = {name for module in (es, dg, hd, elbo, rd, st) for name in module.__all__} - NOT_HERE
     public |= {name for name in rj.__all__ if callable(getattr(rj, name))}
     public |= {"dirichlet_to_gaussian", "gaussian_to_dirichlet"}
     twice = {f"{name} of estimators" for name in es.__all__ if name in {*hd.__all__, *rd.__all__}}

@@ -218,6 +218,7 @@ def relaxed_chain(
     noise = rng.gumbel(key, (*shape, *unary.shape[-2:]), unary)
     perturbed = lm.over_tau(_centred(unary) + noise, tau[..., None, None])
     transition = lm.over_tau(_centred(transition, (-1, -2)), tau[..., None, None, None])
+    transition = _with_axes(transition, perturbed.ndim + 1)
     lawful = _log_partition(perturbed, transition) > -jnp.inf
     return where(lawful[..., None, None], _marginals(perturbed, transition), jnp.nan).astype(dtype)
 
@@ -242,7 +243,8 @@ def as_potentials(unary, transition, *, possible=False):
     transition = transition[None] if transition.ndim == 2 else transition
     if not transition.shape[-3]:  # of a single step
         transition = jnp.zeros((*transition.shape[:-3], 1, k, k), transition.dtype)
-    return dtype, unary, transition
+    ndim = max(unary.ndim, transition.ndim - 1)
+    return dtype, _with_axes(unary, ndim), _with_axes(transition, ndim + 1)
 
 
 def _require_possible(unary, transition, steps):

@@ -304,7 +304,9 @@ def _node(x, v, axis):
 
 @jax.jit
 def _log_partition(edges):
-    value = jnp.sum(_eliminated(edges)[0], 0)
+    s = _eliminated(edges)[0]
+    apart = jnp.any(s == -jnp.inf, 0)
+    value = where(apart, -jnp.inf, jnp.sum(_finite(s), 0))
     hidden = jnp.any(jnp.isnan(edges), (-1, -2))
     return where(hidden, jnp.nan, value)
 
