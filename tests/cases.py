@@ -230,7 +230,8 @@ MATCHING = Case(
 )  # fmt: skip
 
 ALL_PLACES = Case(
-    "relaxed_permutation", rj.relaxed_permutation, {"logits": CLASSES, "tau": TAU}, (3, 3), "permutation_soft",
+    "relaxed_permutation", rj.relaxed_permutation, {"logits": CLASSES, "tau": TAU}, (3, 3),
+    "permutation_soft",
     discrete=lambda logits, **_: orders(logits, 3), nearest=which_permutation,
     distribution=rd.RelaxedPermutation,
 )  # fmt: skip

@@ -22,8 +22,8 @@ from relaxit_jax import structured as st
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 T, K, N = 5, 3, 5
 NUMBERS = np.random.default_rng(20261130)
-UNARY = np.float32(0.4 * NUMBERS.normal(size=(T, K)))
-TRANSITIONS = np.float32(0.4 * NUMBERS.normal(size=(T - 1, K, K)))
+UNARY = np.float32(0.3 * NUMBERS.normal(size=(T, K)))
+TRANSITIONS = np.float32(0.3 * NUMBERS.normal(size=(T - 1, K, K)))
 WEIGHTS = np.float32(0.5 * NUMBERS.normal(size=(N, N)))
 PATHS = np.eye(K)[list(itertools.product(range(K), repeat=T))]
 UPPER = np.triu_indices(N, 1)
@@ -187,7 +187,7 @@ def test_the_gradient_of_a_draw_is_the_derivative_of_the_marginals(kind, potenti
 
 @both
 def test_relaxed_draws_are_in_the_hull_and_become_the_best_structure(kind, potentials):
-    """In the hull no linear function is larger than at the best structure; cold, it is the best for the noise."""
+    """No linear function is larger than at the best structure; cold, the best for the noise is drawn."""
     draw = jax.jit(lambda tau, shape=(500,): kind.relaxed(KEY, *potentials, tau, shape=shape))
     flat = kind.structures.reshape(len(kind.structures), -1)
     for tau in (0.1, 1.0, 1e3):

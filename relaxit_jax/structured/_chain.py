@@ -25,6 +25,7 @@ from relaxit_jax._placement import where
 # The most classes with which accelerators take the tree: for values and first derivatives, and for second
 # ones, of which a compiler stores O(T K^3) numbers.
 MOST_CLASSES, MOST_FOR_SLOPES = 64, 16
+NEVER = -1e30  # stands for -inf, with which second derivatives through a scan are NaN
 
 
 def chain_log_partition(unary: ArrayLike, transition: ArrayLike) -> Array:
@@ -282,6 +283,10 @@ def _centred(x, axes=(-1,)):
     return x - _finite(jax.lax.stop_gradient(jnp.max(x, axes, keepdims=True)))
 
 
+def _grounded(x):
+    return where(x == -jnp.inf, NEVER, x)
+
+
 def _finite(x):
     return where(x == -jnp.inf, 0, x)
 
@@ -332,8 +337,8 @@ def _filter_step(alpha, unary, transition):
 
 def _in_time(unary, transition):
     """Steps first: the first unary log-weights, those after them, and the transitions to them."""
-    unary = jnp.moveaxis(unary, -2, 0)
-    transition = jnp.moveaxis(transition, -3, 0)
+    unary = _grounded(jnp.moveaxis(unary, -2, 0))
+    transition = _grounded(jnp.moveaxis(transition, -3, 0))
     batch = jnp.broadcast_shapes(unary.shape[1:-1], transition.shape[1:-2])
     first = pl.placed(jnp.broadcast_to(unary[0], (*batch, unary.shape[-1])), unary[0], transition[0, ..., 0])
     return first, unary[1:], transition
@@ -414,7 +419,7 @@ def _tree(unary, transition):
             nodes, total = nodes - top, total + jnp.sum(top[..., 0, 0], 0)
         left, right = nodes[::2], nodes[1::2]
         if len(nodes) % 2:
-            nothing = where(jnp.eye(k, dtype=bool), jnp.zeros_like(nodes[:1]), -jnp.inf)
+            nothing = where(jnp.eye(k, dtype=bool), jnp.zeros_like(nodes[:1]), NEVER)
             right = jnp.concatenate([right, nothing])
         levels.append((left, right, len(nodes) // 2))
         nodes = _joined(left, right)
@@ -441,7 +446,7 @@ def _either(most, unary, in_sequence, by_tree, *operands):
 def _log_partition(unary, transition, *, most=MOST_CLASSES):
     value = _either(most, unary, _log_partition_in_sequence, _log_partition_by_tree, unary, transition)
     hidden = jnp.any(jnp.isnan(unary), (-1, -2)) | jnp.any(jnp.isnan(transition), (-1, -2, -3))
-    return where(hidden, jnp.nan, value)
+    return where(hidden, jnp.nan, where(value < NEVER / 2, -jnp.inf, value))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -540,15 +545,15 @@ def _column(matrices, index):
 def log_conditionals(unary, transition):
     """log P(last class), and at (t, ..., i, j) log P(z_t = i | z_(t+1) = j)."""
     alphas, _ = _filtered(unary, transition)
-    joint = alphas[:-1, ..., :, None] + jnp.moveaxis(transition, -3, 0)
+    joint = alphas[:-1, ..., :, None] + _grounded(jnp.moveaxis(transition, -3, 0))
     before = _log_normalized(joint, -2)
     return _log_normalized(alphas[-1], -1), before
 
 
 def _log_normalized(x, axis):
-    top = _finite(jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True)))
+    top = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
     total = jnp.log(jnp.sum(jnp.exp(x - top), axis, keepdims=True))
-    return where(x == -jnp.inf, -jnp.inf, (_finite(x) - top) - _finite(total))
+    return where(x < NEVER / 2, -jnp.inf, (x - top) - total)
 
 
 @jax.custom_jvp
