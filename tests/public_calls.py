@@ -129,6 +129,11 @@ def no_params(good):
     return ["one", np.ones(2, int), True, 1, {"a": jnp.ones(2), "b": jnp.ones(2, int)}, KEY]
 
 
+def no_potentials(good):
+    """Any pytree of floats may be right: the function of the user's says which."""
+    return ["one", np.ones(2, int), True, {"a": jnp.ones(2), "b": jnp.ones(2, int)}, KEY, (), None]
+
+
 def no_functions_but_none(good):
     return no_functions(good)[1:]
 
@@ -257,7 +262,7 @@ def calls():
         "tree_log_prob": Call(st.tree_log_prob, kinds={"value": no_reals}, value=branches, **tree),
         "relaxed_tree": Call(st.relaxed_tree, **drawn, **tree, **tau),
         "relaxed_structure": Call(
-            st.relaxed_structure, kinds={"log_partition": no_functions, "potentials": no_params}, **drawn,
+            st.relaxed_structure, kinds={"log_partition": no_functions, "potentials": no_potentials}, **drawn,
             log_partition=st.tree_log_partition, potentials=tree["weights"], **tau,
         ),
         "LinearChain": Call(rd.LinearChain, **chain),
