@@ -200,9 +200,12 @@ def test_relaxed_draws_are_in_the_hull_and_become_the_best_structure(kind, poten
     first = jnp.asarray(potentials[0])
     noise = np.asarray(rng.gumbel(KEY, (500, *first.shape), first), float)
     noisy = [[np.asarray(first, float) + g, *potentials[1:]] for g in noise]
+    scores = np.sort(np.array([kind.scores(*x) for x in noisy]))
     best = np.array([kind.structures[kind.scores(*x).argmax()] for x in noisy])
-    cold = np.asarray(draw(1e-3))
-    assert np.mean(np.abs(cold - best).max((-1, -2)) < 1e-3) > 0.98
+    # the others weigh exp(-gap / tau) each, of at most 243: less than 1e-3 together
+    clear = scores[:, -1] - scores[:, -2] > 0.02
+    assert clear.mean() > 0.9
+    np.testing.assert_allclose(np.asarray(draw(1e-3))[clear], best[clear], atol=1e-3)
     slope = jax.grad(lambda x: jnp.sum(jnp.cos(kind.relaxed(KEY, *x, 0.5))))(potentials)
     assert all(np.abs(x).max() > 1e-2 for x in slope)
 

@@ -535,10 +535,16 @@ def _drawn(shape, key, unary, transition):
 
 def _row(matrices, index):
     """x[index, :] of each matrix; the index has an axis of size 1."""
-    return jnp.take_along_axis(matrices, index[..., None], -2, mode="fill")[..., 0, :]
+    return _column(jnp.matrix_transpose(matrices), index)
 
 
 def _column(matrices, index):
+    """x[:, index] of each matrix."""
+    if (
+        pl.spec_of(index.shape, index) is not None
+    ):  # an explicit mesh has no rule for a gather from fewer rows
+        chosen = jnp.arange(matrices.shape[-1]) == index
+        return jnp.sum(where(chosen[..., None, :], matrices, 0), -1)
     return jnp.take_along_axis(matrices, index[..., None, :], -1, mode="fill")[..., 0]
 
 

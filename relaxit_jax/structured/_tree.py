@@ -373,7 +373,7 @@ def _drawn(shape, key, edges):
         return where(nodes == v, jnp.minimum(index, root), parent), None
 
     start = jnp.where(nodes == root, root, nodes)
-    start = pl.placed(jnp.broadcast_to(start, (*shape, n)), noise[0])
+    start = pl.placed(jnp.broadcast_to(start, (*shape, n)), noise[0], edges[..., 0])
     steps = jnp.arange(n - 1), graphs, after, shares, noise
     parent, _ = jax.lax.scan(visit, start, steps, reverse=True)
     arrows = (nodes == parent[..., None]) & (nodes[:, None] != root)
