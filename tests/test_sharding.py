@@ -263,7 +263,7 @@ def methods():
 
 
 def structured(stretch):
-    """Chains and trees, each element of the batch with its own potentials, and chains with transitions alike."""
+    """Chains and trees, each row with its own potentials, and chains with the same transitions."""
     st, numbers = rj.structured, np.random.default_rng(5)
     shapes = (3, 2), (2, 2, 2), (4, 4)
     unary, transition, weights = (stretch(numbers.normal(size=(2, *shape))) for shape in shapes)
