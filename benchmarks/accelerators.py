@@ -59,8 +59,14 @@ H100 = {  # the fields that XLA's compiler asks for
 }  # fmt: skip
 NAMES = {"gpu": "H100", "tpu": "TPU v5e"}
 ROWS_OF_LOGITS = {"gpu": 131_072, "tpu": 65_536}  # more than the fast memory of a TPU holds
-SMALLER = {"simple_top_k": 8, "gumbel_top_k": 8, "relaxed_top_k": 8}  # these store many such arrays
-SHAPES = {"correlated_bernoulli": (128,), "logistic_normal_full": (128,), "gumbel_sinkhorn": (64, 64)}
+SMALLER = {
+    "simple_top_k": 8,
+    "gumbel_top_k": 8,
+    "relaxed_top_k": 8,
+    "relaxed_permutation": 8,
+}  # these store many such arrays
+SHAPES = {"correlated_bernoulli": (128,), "logistic_normal_full": (128,), "gumbel_sinkhorn": (64, 64),
+          "relaxed_permutation": (64,)}  # fmt: skip
 SHARDED = {"gpu": 8, "tpu": 4}  # devices of the programs that are looked through for collectives
 WAYS = ("jit", "shard_map", "explicit")
 PASSES = ("forward", "forward + backward")

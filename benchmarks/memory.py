@@ -119,11 +119,12 @@ CLASS_COUNTS, SUBSET_SIZES, DRAWS = (4096, 8192, 16384), (32, 64, 128), (64, 128
 QUADRATIC = ("correlated_bernoulli", "logistic_normal_full")  # in the factor that is handed to them
 GROWTH = {  # what: (knob, its values, from a value to bytes, the exponent that the docstring admits)
     **{name: ("classes", CLASS_COUNTS, classes_of(name), 1)
-       for name in ROWS if name not in (*QUADRATIC, "gumbel_sinkhorn")},
+       for name in ROWS if name not in (*QUADRATIC, "gumbel_sinkhorn", "relaxed_permutation")},
     **{f"{name}, scale_tril": ("classes", (256, 512, 1024), classes_of(name), 2) for name in QUADRATIC},
     "gumbel_sinkhorn": (
         "places", (64, 128, 256), lambda n: of_draw(ROWS["gumbel_sinkhorn"].ours, (8, n, n))[0], 2
     ),
+    "relaxed_permutation": ("items", (64, 128, 256), classes_of("relaxed_permutation"), 2),
     "gumbel_rao, num_samples": (
         "samples", DRAWS, lambda s: of_draw(lambda k, l: rj.gumbel_rao(k, l, TAU, s), (64, 128))[0], 0
     ),

@@ -18,6 +18,7 @@ import relaxit_jax as rj
 TAU, SCALE, K, SAMPLES, ROUNDS = 0.5, 0.5, 5, 10, 20
 BITS, CLASSES, MANY = (4096, 20), (256, 10, 128), (64, 32768)
 SIZES = (BITS, CLASSES, MANY)
+ITEMS = ((4096, 20), (256, 10, 32), (64, 256))  # whose matrices are of n x n
 MATRICES = ((204, 20, 20), (20, 128, 128), (2, 1024, 1024))  # of about as many elements
 
 
@@ -205,6 +206,13 @@ def gumbel_sinkhorn(key, l):
     return jnp.exp(a)
 
 
+def relaxed_permutation(key, l):
+    """SoftSort of noisy logits, with jnp.sort."""
+    s = perturbed(key, l)
+    places = -jnp.sort(-s)
+    return jax.nn.softmax(-jnp.abs(places[..., :, None] - s[..., None, :]) / TAU)
+
+
 # --- the rows -------------------------------------------------------------------------------------
 
 
@@ -267,6 +275,9 @@ ROWS = {
     "simple_top_k": Row(lambda k, l: rj.simple_top_k(k, l, K), simple_top_k, small=(7,)),
     "gumbel_sinkhorn": Row(
         lambda k, l: rj.gumbel_sinkhorn(k, l, TAU), gumbel_sinkhorn, sizes=MATRICES, small=(3, 3)
+    ),
+    "relaxed_permutation": Row(
+        lambda k, l: rj.relaxed_permutation(k, l, TAU), relaxed_permutation, sizes=ITEMS, small=(5,)
     ),
 }
 

@@ -28,7 +28,7 @@ COUNTS = [2**i for i in (1, 4, 7, 10, 13, 15, 16, 18)]
 SIZES = [1, 4, 16, 64, 250, 1000]
 LARGEST = {  # of what is more than linear, or slow, the last one
     "batch": {"gumbel_sinkhorn": 2**14, "simple_top_k": 2**18, "gumbel_rao": 2**18, "reinmax_rao": 2**18},
-    "classes": {"correlated_bernoulli": 2**11, "logistic_normal_full": 2**11,
+    "classes": {"relaxed_permutation": 2**10, "correlated_bernoulli": 2**11, "logistic_normal_full": 2**11,
                 "simple_top_k": 2**13},
 }  # fmt: skip
 OF_K = {  # (draw, the largest k)

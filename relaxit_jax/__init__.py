@@ -16,7 +16,16 @@ from relaxit_jax.samplers import *  # noqa: F403
 from relaxit_jax.samplers import __all__ as _samplers
 
 if typing.TYPE_CHECKING:
-    from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge, quantizers
+    from relaxit_jax import (
+        diagnostics,
+        distributions,
+        elbo,
+        estimators,
+        handlers,
+        laplace_bridge,
+        quantizers,
+        structured,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +40,7 @@ __all__ = [
     "laplace_bridge",
     "quantizers",
     "straight_through",
+    "structured",
 ]
 
 

@@ -37,6 +37,7 @@ from laws import (
     softmax_plus_plus,
     subsets,
     which_order,
+    which_permutation,
     which_set,
     which_value,
 )
@@ -50,7 +51,9 @@ class Case:
     sampler: Callable
     params: dict  # argument name -> value, batch shape (2,) where an array
     event: tuple = ()  # event shape of a draw
-    support: str = "unit"  # unit, simplex, decoupled, gate, bits, atoms, k_hot, order, number, doubly
+    support: str = (
+        "unit"  # unit, simplex, decoupled, gate, bits, atoms, k_hot, order, number, doubly, permutation
+    )
     log_prob: Callable | None = None
     formula: Callable | None = None  # (z, **element) -> log_prob as the paper writes it, in float64 by SciPy
     sample_options: dict = dataclasses.field(default_factory=dict)  # static, of the sampler alone
@@ -226,6 +229,13 @@ MATCHING = Case(
     distribution=rd.GumbelSinkhorn,
 )  # fmt: skip
 
+ALL_PLACES = Case(
+    "relaxed_permutation", rj.relaxed_permutation, {"logits": CLASSES, "tau": TAU}, (3, 3),
+    "permutation_soft",
+    discrete=lambda logits, **_: orders(logits, 3), nearest=which_permutation,
+    distribution=rd.RelaxedPermutation,
+)  # fmt: skip
+
 CASES = [
     Case(
         "relaxed_bernoulli", rj.relaxed_bernoulli, {"logits": LOGITS, "tau": TAU},
@@ -378,6 +388,13 @@ CASES = [
             jnp.broadcast_to(rj.simple_top_k_marginals(logits, k), (*shape, logits.shape[-1])),
         distribution=rd.SimpleTopK, moments=True,
     ),
+    ALL_PLACES,
+    dataclasses.replace(
+        ALL_PLACES, name="relaxed_permutation_hard", support="permutation", sample_options={"hard": True},
+        log_prob=lambda value, logits, **_: rj.relaxed_permutation_log_prob(value, logits),
+        formula=lambda z, logits, tau: np.log(orders(logits, 3))[which_permutation(z)],
+        nearest=None, outcome=which_permutation,
+    ),
     MATCHING,  # hard draws are in test_permutation.py: an assignment takes long to compile
 ]  # fmt: skip
 
@@ -430,7 +447,17 @@ def has_logits(case):
 
 def has_classes(case):
     """Logits of classes: those of bits have no class axis, or a factor beside them."""
-    return has_logits(case) and case.params["logits"].ndim > 1 and "scale_tril" not in case.params
+    return (
+        has_logits(case)
+        and has_an_impossible_class(case)
+        and case.params["logits"].ndim > 1
+        and "scale_tril" not in case.params
+    )
+
+
+def has_an_impossible_class(case):
+    """Every item of a permutation has a place."""
+    return not case.support.startswith("permutation")
 
 
 def is_differentiable(case):

@@ -71,7 +71,7 @@ DISCRETE = {
 
 def has_law(case):
     """Soft numbers, soft subsets and permutations have no density in closed form."""
-    return case.support not in ("number", "k_hot_soft", "doubly")
+    return case.support not in ("number", "k_hot_soft", "doubly", "permutation_soft")
 
 
 def has_moments(case):
@@ -92,6 +92,9 @@ def outcomes(case):
         return case.params["values"].T, law
     if not case.event:
         return np.float32([[0, 0], [1, 1]]), law
+    if case.support == "permutation":
+        matrices = np.eye(case.event[0])[list(itertools.permutations(range(case.event[0])))]
+        return np.repeat(np.float32(matrices)[:, None], 2, 1), law
     n, k = case.event[0], case.params.get("k", 1)
     hot = [np.isin(np.arange(n), subset) for subset in itertools.combinations(range(n), k)]
     return np.repeat(np.float32(hot)[:, None], 2, 1), law

@@ -76,6 +76,14 @@ def pair_index(draws):
     return above_half(draws) @ np.array([2, 1])
 
 
+def which_permutation(draws):
+    """Of matrices whose row i is the item at place i."""
+    n = np.shape(draws)[-1]
+    digits = n ** np.arange(n)[::-1]
+    codes = [np.dot(order, digits) for order in itertools.permutations(range(n))]
+    return np.searchsorted(codes, largest(draws) @ digits)
+
+
 def largest(draws):
     return np.argmax(np.asarray(draws, np.float64), -1)
 

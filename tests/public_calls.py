@@ -17,6 +17,7 @@ from relaxit_jax import elbo, laplace_bridge
 from relaxit_jax import estimators as es
 from relaxit_jax import handlers as hd
 from relaxit_jax import quantizers as qz
+from relaxit_jax import structured as st
 
 KEY = jax.random.key(0)
 BITS = es.Bernoulli(jnp.zeros((2, 3)))
@@ -127,6 +128,11 @@ def no_estimators(good):
 
 def no_params(good):
     return ["one", np.ones(2, int), True, 1, {"a": jnp.ones(2), "b": jnp.ones(2, int)}, KEY]
+
+
+def no_potentials(good):
+    """Any pytree of floats may be right: the function of the user's says which."""
+    return ["one", np.ones(2, int), True, {"a": jnp.ones(2), "b": jnp.ones(2, int)}, KEY, (), None]
 
 
 def no_functions_but_none(good):
@@ -252,6 +258,7 @@ def calls():
             more = {n: taken[n].default for n in ("log_space", "stretch", "ordered", "count") if n in taken}
             own = {n: x for n, x in case.params.items() if n in taken}
             exact = ("straight_through_categorical", "straight_through_bernoulli", "simple_top_k")
+            exact += ("relaxed_permutation",)
             kind = no_indices if name == "gumbel_top_k" else no_reals if name in exact else no_floats
             value = np.full((2, *case.event), 0 if name in exact else 0.5, np.float32)
             value = np.array([[0, 1], [1, 2]]) if name == "gumbel_top_k" else value
@@ -277,6 +284,10 @@ def calls():
                                          "cosine", "mean_cosine", "seconds")}, calls=np.ones(1, int),
     )  # fmt: skip
     report = {"num_samples": 4, "batch_size": 2, "reference": "auto", "reference_samples": None}
+    chain = {"unary": np.zeros((3, 2), np.float32), "transition": np.zeros((2, 2), np.float32)}
+    tree, tau = {"weights": np.zeros((3, 3), np.float32)}, {"tau": np.float32(0.5)}
+    path, branches = np.eye(2, dtype=np.float32)[[0, 1, 1]], np.float32([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
+    drawn = {"key": KEY, "shape": None}
     return found | {
         "simple_top_k_marginals": Call(rj.simple_top_k_marginals, logits=logits, k=2, count=None),
         "gumbel_top_k_marginals": Call(rj.gumbel_top_k_marginals, logits=logits, k=2),
@@ -290,6 +301,24 @@ def calls():
         "mix_uniform": Call(rj.mix_uniform, logits=logits, fraction=np.float32(0.1)),
         "gaussian_bernoulli_gate": Call(rj.gaussian_bernoulli_gate, loc=logits),
         "gaussian_bernoulli_l0": Call(rj.gaussian_bernoulli_l0, loc=logits, scale=np.float32(1)),
+        "chain_log_partition": Call(st.chain_log_partition, **chain),
+        "chain_marginals": Call(st.chain_marginals, **chain),
+        "chain_sample": Call(st.chain_sample, **drawn, **chain),
+        "chain_log_prob": Call(st.chain_log_prob, kinds={"value": no_reals}, value=path, **chain),
+        "relaxed_chain": Call(st.relaxed_chain, **drawn, **chain, **tau),
+        "tree_log_partition": Call(st.tree_log_partition, **tree),
+        "tree_marginals": Call(st.tree_marginals, **tree),
+        "tree_sample": Call(st.tree_sample, **drawn, **tree),
+        "tree_log_prob": Call(st.tree_log_prob, kinds={"value": no_reals}, value=branches, **tree),
+        "relaxed_tree": Call(st.relaxed_tree, **drawn, **tree, **tau),
+        "relaxed_structure": Call(
+            st.relaxed_structure, kinds={"log_partition": no_functions, "potentials": no_potentials}, **drawn,
+            log_partition=st.tree_log_partition, potentials=tree["weights"], **tau,
+        ),
+        "LinearChain": Call(rd.LinearChain, **chain),
+        "SpanningTree": Call(rd.SpanningTree, **tree),
+        "LinearChain of estimators": Call(es.LinearChain, **chain, event_ndims=2),
+        "SpanningTree of estimators": Call(es.SpanningTree, **tree, event_ndims=2),
         "hard_concrete_gate": Call(rj.hard_concrete_gate, logits=logits, **stretch),
         "hard_concrete_l0": Call(rj.hard_concrete_l0, logits=logits, tau=np.float32(1), **stretch),
         "poisson_support": Call(rj.poisson_support, rate=ones, **count),

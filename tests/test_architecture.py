@@ -8,7 +8,7 @@ import sys
 
 import relaxit_jax
 from cases import CASES, DISTRIBUTIONS
-from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, quantizers
+from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, quantizers, structured
 
 PACKAGE = pathlib.Path(relaxit_jax.__file__).parent
 # of the package and of other libraries: what each module may import
@@ -25,10 +25,11 @@ MODULES = {
     "_terms": set(),
     "laplace_bridge": FOUNDATIONS,
     "samplers": FOUNDATIONS | {"samplers"},
-    "estimators": FOUNDATIONS | {"samplers", "estimators"},
+    "structured": FOUNDATIONS | {"structured"},
+    "estimators": FOUNDATIONS | {"samplers", "structured", "estimators"},
     "quantizers": FOUNDATIONS | {"quantizers"},
     "diagnostics": {"_arguments", "estimators", "diagnostics"},
-    "distributions": FOUNDATIONS | {"samplers", "laplace_bridge", "distributions"},
+    "distributions": FOUNDATIONS | {"samplers", "structured", "laplace_bridge", "distributions"},
     "handlers": FOUNDATIONS | {"_numpyro", "_terms", "samplers", "distributions", "elbo", "handlers"},
     "elbo": {"_arguments", "_math", "_numpyro", "_terms"},
 }
@@ -98,15 +99,8 @@ def test_examples_and_benchmarks_use_the_public_names_only():
 
 def test_importing_the_package_does_not_import_numpyro():
     """Nor the submodules beside the samplers, which are imported at their first use."""
-    heavy = (
-        "numpyro",
-        "flax",
-        "optax",
-        "matplotlib",
-        "scipy.optimize",
-        "relaxit_jax.diagnostics",
-        "relaxit_jax.quantizers",
-    )
+    heavy = ("numpyro", "flax", "optax", "matplotlib", "scipy.optimize", "relaxit_jax.diagnostics")
+    heavy += ("relaxit_jax.quantizers", "relaxit_jax.structured")
     code = f"""if True:
         import sys, relaxit_jax
         assert not set({heavy}) & set(sys.modules)
@@ -115,7 +109,7 @@ def test_importing_the_package_does_not_import_numpyro():
         assert relaxit_jax.quantizers.vector_quantize
         assert relaxit_jax.laplace_bridge.gaussian_to_dirichlet and "numpyro" not in sys.modules
         assert relaxit_jax.distributions.HardConcrete and relaxit_jax.handlers.relax
-        assert relaxit_jax.elbo.RLOO_ELBO
+        assert relaxit_jax.elbo.RLOO_ELBO and relaxit_jax.structured.chain_sample
         relaxit_jax.gumbel_sofmax"""
     failed = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert failed.stderr.splitlines()[-1].startswith("AttributeError: module 'relaxit_jax'"), failed.stderr
@@ -131,7 +125,8 @@ def test_every_sampler_has_a_row():
 
 
 def test_docstrings_say_what_the_design_asks():
-    for module in (relaxit_jax, distributions, estimators, quantizers, diagnostics, handlers, elbo):
+    modules = (relaxit_jax, distributions, estimators, quantizers, diagnostics, handlers, elbo, structured)
+    for module in modules:
         for name in module.__all__:
             thing = getattr(module, name)
             if not callable(thing) or name.startswith("RelaxedOneHot"):  # these point to their originals

@@ -70,7 +70,7 @@ OWED = {
 
 
 def kind(case):
-    if case.support in ("number", "k_hot_soft", "doubly"):
+    if case.support in ("number", "k_hot_soft", "doubly", "permutation_soft"):
         return "no density"
     if case.support in ("gate", "unit", "simplex"):
         return "gate" if case.support == "gate" else "continuous"

@@ -11,7 +11,16 @@ import matplotlib.pyplot as plt
 import pytest
 
 import relaxit_jax
-from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge, quantizers
+from relaxit_jax import (
+    diagnostics,
+    distributions,
+    elbo,
+    estimators,
+    handlers,
+    laplace_bridge,
+    quantizers,
+    structured,
+)
 from versions import sentence
 
 pytestmark = pytest.mark.whole
@@ -51,7 +60,7 @@ def test_snippets_run(page):
 def test_the_reference_has_every_public_name_once(hooks):
     pages = "\n".join(map(hooks.expand, PAGES.values()))
     listed = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
-    modules = (estimators, quantizers, diagnostics, distributions, handlers, elbo)
+    modules = (estimators, quantizers, diagnostics, distributions, handlers, elbo, structured)
     public = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}
     public |= {f"relaxit_jax.{name}" for name in relaxit_jax.__all__ if callable(getattr(relaxit_jax, name))}
     public |= {

@@ -34,6 +34,7 @@ from relaxit_jax import elbo
 from relaxit_jax import estimators as es
 from relaxit_jax import handlers as hd
 from relaxit_jax import quantizers as qz
+from relaxit_jax import structured as st
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -48,7 +49,7 @@ def step(pytestconfig):
 
 
 def test_every_public_function_is_here():
-    public = {name for module in (es, dg, hd, elbo, rd, qz) for name in module.__all__} - NOT_HERE
+    public = {name for module in (es, dg, hd, elbo, rd, qz, st) for name in module.__all__} - NOT_HERE
     public |= {name for name in rj.__all__ if callable(getattr(rj, name))}
     public |= {"dirichlet_to_gaussian", "gaussian_to_dirichlet"}
     twice = {f"{name} of estimators" for name in es.__all__ if name in {*hd.__all__, *rd.__all__}}

@@ -125,7 +125,9 @@ def test_several_in_one_event_and_aux(name):
 def test_bad_arguments_are_named():
     q = es.Subset(jnp.zeros(4), 2)
     for estimator in (es.rebar, es.vimco, functools.partial(es.relax, control_variate=jnp.sum)):
-        with pytest.raises(ValueError, match=r"q must be a family .*; subsets and orders work"):
+        with pytest.raises(
+            ValueError, match=r"q must be a family .*; subsets, orders, chains and trees work"
+        ):
             estimator(KEY, jnp.sum, q)
     for k in (0, 5, 2.0):
         with pytest.raises(ValueError, match=r"k must be an integer in \[1, 4\]"):

@@ -10,7 +10,7 @@ import pytest
 
 import relaxit_jax
 from method_tables import methods
-from relaxit_jax import distributions, estimators, samplers
+from relaxit_jax import distributions, estimators, samplers, structured
 from rows import ROWS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,12 +22,17 @@ SAMPLERS = {
 REQUIRED = {"family", "draws", "value", "bias", "variance", "calls", "work"}
 OPTIONAL = {"tau", "hard", "density", "classes", "related", "sources", "benchmarks"}
 # What is no method: a family of an estimator, and the training of a control variate.
-HELPERS = {"Bernoulli", "OneHotCategorical", "PlackettLuce", "Subset", "value_and_grads"}
+HELPERS = {"Bernoulli", "LinearChain", "OneHotCategorical", "PlackettLuce", "SpanningTree", "Subset"}
+HELPERS |= {"value_and_grads"}
 
 
 def named(path):
     """What stands in the package under a dotted name."""
     return functools.reduce(getattr, path.split("."), relaxit_jax)
+
+
+def draws(function):
+    return next(iter(inspect.signature(function).parameters)) == "key"
 
 
 def all_of(field):
@@ -41,7 +46,8 @@ def test_every_sampler_and_estimator_has_a_record():
     assert recorded == set(estimators.__all__) - HELPERS
     rest = {name for name in TABLE if "." in name and not name.startswith(prefix)}
     bounds = {"elbo.RLOO_ELBO", "elbo.VIMCO_ELBO"}
-    assert rest == {"laplace_bridge.dirichlet_to_gaussian", "handlers.relax", *bounds}
+    drawn = {f"structured.{name}" for name in structured.__all__ if draws(getattr(structured, name))}
+    assert rest == {"laplace_bridge.dirichlet_to_gaussian", "handlers.relax", *bounds, *drawn}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -79,6 +85,7 @@ def test_sources_are_those_of_the_docstring(name):
 def test_every_density_has_its_sampler():
     densities = {name: record["density"] for name, record in TABLE.items() if "density" in record}
     public = {name for name in relaxit_jax.__all__ if name.endswith("_log_prob")}
+    public |= {f"structured.{name}" for name in structured.__all__ if name.endswith("_log_prob")}
     assert {density["name"] for density in densities.values()} == public
     for name in SAMPLERS:  # its own, where it has one
         own = f"{name}_log_prob"
@@ -89,9 +96,11 @@ def test_every_density_has_its_sampler():
 def test_every_name_is_in_one_record():
     assert sorted(all_of("classes")) == sorted(distributions.__all__)
     functions = set(samplers.__all__)
-    related = [name for name in all_of("related") if "." not in name]
+    here = lambda name: "." not in name or name.startswith("structured.")
+    related = [name for name in all_of("related") if here(name)]
     others = {name for name in functions - SAMPLERS if not name.endswith("_log_prob")}
-    assert sorted(related) == sorted(others)
+    sums = {name for name in structured.__all__ if name.endswith(("_partition", "_marginals"))}
+    assert sorted(related) == sorted(others | {f"structured.{name}" for name in sums})
 
 
 def test_every_row_of_the_benchmarks_is_in_one_record():

@@ -112,7 +112,9 @@ def test_a_scalar_scale_counts_for_every_class():
 def test_what_has_probabilities_of_single_values_is_not_reparametrized(case):
     """The derivative of its draws is not the whole gradient: engines that ask take the score instead."""
     d = case.build()
-    assert d.has_rsample == (case.support in ("unit", "simplex", "number", "k_hot_soft", "doubly"))
+    assert d.has_rsample == (
+        case.support in ("unit", "simplex", "number", "k_hot_soft", "doubly", "permutation_soft")
+    )
     assert d.is_discrete == d.support.is_discrete == (case.distribution is rd.OneHotCategorical)
     assert d.expand((3, 2)).has_rsample == d.to_event(1).has_rsample == d.has_rsample
 

@@ -14,6 +14,7 @@ from cases import (
     CASES,
     Case,
     cases,
+    has_an_impossible_class,
     has_classes,
     has_discrete_limit,
     has_log_space,
@@ -62,13 +63,13 @@ def test_support(case):
         assert (np.diff(z) != 0).all()
     else:
         assert z.min() >= 0
-    if case.support in ("simplex", "k_hot", "k_hot_soft"):
+    if case.support in ("simplex", "k_hot", "k_hot_soft", "permutation", "permutation_soft"):
         np.testing.assert_allclose(z.sum(-1), case.params.get("k", 1), rtol=2e-6)
     if case.support == "doubly":
         np.testing.assert_allclose([z.sum(-1), z.sum(-2)], 1, atol=1e-4)
     if case.support in ("unit", "gate"):
         assert z.max() <= 1 and ((z > 0) & (z < 1)).mean() > 0.2
-    if case.support in ("bits", "k_hot"):
+    if case.support in ("bits", "k_hot", "permutation"):
         assert set(np.unique(z)) == {0, 1}  # exactly, not 0.99999994
 
 
@@ -283,7 +284,7 @@ def test_extremes_of_other_parameters(case):
 
 @pytest.mark.few(3)
 @quick
-@rows(cases(has_logits, is_differentiable))
+@rows(cases(has_logits, is_differentiable, has_an_impossible_class))
 def test_an_impossible_class_is_exactly_zero(case):
     """A logit of -inf: value 0, gradient 0, no NaN, also in the temperature; also in the density."""
     logits = np.array(case.params["logits"])

@@ -257,6 +257,7 @@ def functions():
     yield "simple_top_k_marginals", lambda key, a: rj.simple_top_k_marginals(a["logits"], 2), of_four
     entropy = lambda key, a: rj.distributions.SimpleTopK(logits=a["logits"], k=2).entropy()
     yield "entropy of SimpleTopK", entropy, of_four
+    yield from structured(stretch)
     yield "straight_through", lambda key, a: rj.straight_through(a["logits"] > 0, a["logits"]), of_four
     yield "hard_concrete_l0", lambda key, a: rj.hard_concrete_l0(a["logits"], 0.5), of_four
     yield "hard_concrete_gate", lambda key, a: rj.hard_concrete_gate(a["logits"]), of_four
@@ -316,6 +317,28 @@ def logits_and_quantizers(of_four):
     yield "embed", one_hot, of_four
     of_counts = lambda key, a: rj.simple_top_k(key, a["logits"], 2, count=jnp.arange(2)[1])
     yield "simple_top_k of counts", of_counts, of_four
+
+
+def structured(stretch):
+    """Chains and trees, each row with its own potentials, and chains with the same transitions."""
+    st, numbers = rj.structured, np.random.default_rng(5)
+    shapes = (3, 2), (2, 2, 2), (4, 4)
+    unary, transition, weights = (stretch(numbers.normal(size=(2, *shape))) for shape in shapes)
+    chain, tree = {"unary": unary, "transition": transition}, {"weights": weights}
+    alike = lambda a: a | {"transition": jnp.full((2, 2), 0.3, a["unary"].dtype)}
+    path = np.float32([[1, 0], [0, 1], [0, 1]])
+    branches = np.float32([[0, 1, 0, 0], [1, 0, 1, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
+    yield "chain_sample", lambda key, a: st.chain_sample(key, **a), chain
+    yield "chain_sample, alike", lambda key, a: st.chain_sample(key, **alike(a)), {"unary": unary}
+    yield "relaxed_chain", lambda key, a: st.relaxed_chain(key, **a, tau=0.5), chain
+    yield "chain_log_partition", lambda key, a: st.chain_log_partition(**a), chain
+    yield "chain_log_prob of a path", lambda key, a: st.chain_log_prob(path, **a), chain
+    yield "tree_sample", lambda key, a: st.tree_sample(key, **a), tree
+    yield "relaxed_tree", lambda key, a: st.relaxed_tree(key, **a, tau=0.5), tree
+    yield "tree_log_partition", lambda key, a: st.tree_log_partition(**a), tree
+    yield "tree_log_prob of branches", lambda key, a: st.tree_log_prob(branches, **a), tree
+    relaxed = lambda key, a: st.relaxed_structure(key, st.tree_log_partition, a["weights"], 0.5)
+    yield "relaxed_structure", relaxed, tree
 
 
 def without(a, name):

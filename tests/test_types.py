@@ -7,9 +7,18 @@ import pytest
 
 import relaxit_jax
 import typed_user
-from relaxit_jax import diagnostics, distributions, elbo, estimators, handlers, laplace_bridge, quantizers
+from relaxit_jax import (
+    diagnostics,
+    distributions,
+    elbo,
+    estimators,
+    handlers,
+    laplace_bridge,
+    quantizers,
+    structured,
+)
 
-MODULES = (relaxit_jax, estimators, quantizers, diagnostics, distributions, handlers, elbo)
+MODULES = (relaxit_jax, estimators, quantizers, diagnostics, distributions, handlers, elbo, structured)
 
 
 def public():
@@ -47,8 +56,8 @@ def test_signatures_are_annotated(name):
 
 def test_all_modules_are_looked_at():
     assert {name.split(".")[1] for name in PUBLIC} == {
-        "samplers", "estimators", "quantizers", "diagnostics", "distributions", "handlers", "elbo",
-        "laplace_bridge", "_gradients", "_fused",
+        "samplers", "estimators", "quantizers", "structured", "diagnostics", "distributions", "handlers",
+        "elbo", "laplace_bridge", "_gradients", "_fused",
     }  # fmt: skip
     assert "relaxit_jax.distributions._sampler_distribution.SamplerDistribution.log_prob" in PUBLIC
 

@@ -22,6 +22,7 @@ CHECKS = "relaxit_jax/_arguments.py"
 SAMPLERS, ESTIMATORS, CLASSES = (
     f"relaxit_jax/{module}" for module in ("samplers", "estimators", "distributions")
 )
+STRUCTURED = "relaxit_jax/structured/_chain.py", "relaxit_jax/structured/_tree.py"
 LOGISTIC = "return jnp.log(where(r < 0, 1 - v, v) / where(r < 0, v, 1 - v))"
 
 # what is wrong, its file, what stands there, what comes in its place, test files and an expression for -k
@@ -218,6 +219,78 @@ MUTATIONS = [
         "0.0",
         "test_permutation.py",
         "columns_sum",
+    ),
+    (
+        "relaxed_permutation in increasing order",
+        f"{SAMPLERS}/_permutation.py",
+        "places, order = lm.top_k(perturbed, n)",
+        "places, order = (x[..., ::-1] for x in lm.top_k(perturbed, n))",
+        "test_samplers.py test_densities.py",
+        "relaxed_permutation and (law or formula)",
+    ),
+    (
+        "chains drawn without their transitions",
+        STRUCTURED[0],
+        "index = _race(alpha + _column(transition[0] if shared else of_step[0], after), noise)",
+        "index = _race(alpha, noise)",
+        "test_structured.py",
+        "enumerated_law and float32",
+    ),
+    (
+        "chains by the tree with midpoints drawn from the left half alone",
+        STRUCTURED[0],
+        "_row(left, ends[:-1]) + _column(right, ends[1:])",
+        "_row(left, ends[:-1])",
+        "test_structured.py",
+        "accelerators or any_number",
+    ),
+    (
+        "chains with 0.9 of the gradient of a draw",
+        STRUCTURED[0],
+        "return value, pl.placed(jax.jvp(_marginals, primals, tangents)[1], value)",
+        "return value, 0.9 * pl.placed(jax.jvp(_marginals, primals, tangents)[1], value)",
+        "test_structured.py",
+        "derivative",
+    ),
+    (
+        "trees in which a way by a node counts as an edge that stays",
+        STRUCTURED[1],
+        "parent = where(there & by_v, v, parent)",
+        "parent = where(there & by_v & (r > 0), v, parent)",
+        "test_structured.py",
+        "enumerated_law and float32",
+    ),
+    (
+        "trees in which a node may join its own children",
+        STRUCTURED[1],
+        "to_root = (nodes > v) & (ahead == root)",
+        "to_root = nodes > v",
+        "test_structured.py",
+        "enumerated_law and float32",
+    ),
+    (
+        "elimination that forgets the edge that was there",
+        STRUCTURED[1],
+        "kept, new = _share(edges, left), _share(_through(out, into, s), left)",
+        "kept, new = 1 - _share(_through(out, into, s), left) ** 2, _share(_through(out, into, s), left)",
+        "test_structured.py",
+        "sums_over_all or far_apart",
+    ),
+    (
+        "log-probabilities of trees with parents eliminated before their children",
+        STRUCTURED[1],
+        "order = jnp.argsort(-depth, -1)",
+        "order = jnp.argsort(depth, -1)",
+        "test_structured.py",
+        "sums_over_all",
+    ),
+    (
+        "relaxed chains whose transitions have no temperature",
+        STRUCTURED[0],
+        "lm.over_tau(_centred(transition, (-1, -2)), tau[..., None, None, None])",
+        "_centred(transition, (-1, -2)) + 0 * tau[..., None, None, None]",
+        "test_structured.py",
+        "hull",
     ),
     (
         "mass beyond a count's values is dropped",

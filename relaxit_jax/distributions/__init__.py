@@ -19,10 +19,11 @@ from relaxit_jax.distributions._categorical import (
     LogisticNormalSoftmax,
     RelaxedOneHotCategorical,
 )
+from relaxit_jax.distributions._chain import LinearChain
 from relaxit_jax.distributions._count import GeneralizedGumbelSoftmax
 from relaxit_jax.distributions._gate import GaussianRelaxedBernoulli, HardConcrete
 from relaxit_jax.distributions._laplace_bridge import to_dirichlet, to_logistic_normal
-from relaxit_jax.distributions._permutation import GumbelSinkhorn
+from relaxit_jax.distributions._permutation import GumbelSinkhorn, RelaxedPermutation
 from relaxit_jax.distributions._simple import SimpleTopK
 from relaxit_jax.distributions._straight_through import (
     DecoupledStraightThroughGumbelSoftmax,
@@ -36,6 +37,7 @@ from relaxit_jax.distributions._straight_through import (
     StraightThroughGumbelSoftmax,
 )
 from relaxit_jax.distributions._subset import GumbelSoftmaxTopK
+from relaxit_jax.distributions._tree import SpanningTree
 
 __all__ = [
     "CorrelatedRelaxedBernoulli",
@@ -49,6 +51,7 @@ __all__ = [
     "GumbelSoftmaxTopK",
     "HardConcrete",
     "InvertibleGaussian",
+    "LinearChain",
     "LogisticNormalSoftmax",
     "OneHotCategorical",
     "ReinMax",
@@ -56,7 +59,9 @@ __all__ = [
     "RelaxedBernoulli",
     "RelaxedOneHotCategorical",
     "RelaxedOneHotCategoricalStraightThrough",
+    "RelaxedPermutation",
     "SimpleTopK",
+    "SpanningTree",
     "StochasticTimesSmooth",
     "StraightThroughBernoulli",
     "StraightThroughCategorical",

@@ -22,6 +22,16 @@ class _LogOdds(constraints.ParameterFreeConstraint):
         return jnp.zeros_like(prototype)
 
 
+class _LogPotential(constraints.ParameterFreeConstraint):
+    """Real numbers and -inf, which forbids a part of a structure."""
+
+    def __call__(self, x):
+        return x < np.inf  # and not NaN
+
+    def feasible_like(self, prototype):
+        return jnp.zeros_like(prototype)
+
+
 class _LogWeights(constraints.ParameterFreeConstraint):
     """Categorical logits: -inf is an impossible class, but one class has to be possible."""
 
@@ -102,9 +112,11 @@ def _no_bijection(constraint):
 
 
 log_odds, log_weights, simplex, one_hot = _LogOdds(), _LogWeights(), _Simplex(), _OneHot()
+log_potential = _LogPotential()
 draws_in_unit_interval, draws_in_simplex = Draws(constraints.unit_interval), Draws(simplex)
 real_draws = Draws(constraints.real)
 biject_to.register(Draws)(_no_bijection)
+biject_to.register(log_potential)(lambda _: biject_to(constraints.real))
 biject_to.register(log_odds)(lambda _: biject_to(constraints.real))
 biject_to.register(log_weights)(lambda _: biject_to(constraints.real_vector))
 biject_to.register(simplex)(lambda _: StickBreakingTransform())

@@ -69,3 +69,65 @@ class GumbelSinkhorn(sd.SamplerDistribution):
         static = {"num_iters": num_iters, "hard": hard}
         super().__init__(validate_args, static, logits=logits, probs=probs, tau=tau)
         arg.require_square("logits", self.logits, self.logits.shape[-1])
+
+
+class RelaxedPermutation(sd.SamplerDistribution):
+    """Relaxed orders of items with one logit each, `relaxit_jax.relaxed_permutation`.
+
+    ``Z_ij = softmax_j(-|sort(s)_i - s_j| / tau)``, ``s = logits + G``; row i is the item at place i. With
+    ``hard`` it is the permutation matrix of the decreasing order of s, of the law of Plackett and Luce, and
+    `log_prob` is its mass. The relaxed matrix has no density in closed form.
+
+    Args:
+      logits: of the items, shape (..., n), finite.
+      tau: temperature, positive, of the batch shape.
+      probs: probabilities of the first item, shape (..., n), positive, instead of ``logits``.
+      hard: exact permutations with the gradient of the relaxed ones.
+      validate_args: as in NumPyro.
+
+    Raises:
+      ValueError: for both or neither of ``logits`` and ``probs`` or, if validated, logits that are not finite
+        or a ``tau`` that is not positive.
+      NotImplementedError: for `log_prob` without ``hard``.
+
+    References:
+      S. Prillo, J. Eisenschlos (2020), SoftSort: A Continuous Relaxation for the argsort Operator,
+      arXiv:2006.16038.
+
+    >>> d = RelaxedPermutation(logits=jnp.zeros(3), tau=0.5, hard=True)
+    >>> print(f"{jnp.exp(d.log_prob(jnp.eye(3))):.4f}")  # one of six orders
+    0.1667
+    """
+
+    logits: Array
+    tau: Array
+    hard: bool
+    arg_constraints: dict[str, Any] = {"logits": constraints.real_vector, "tau": constraints.positive}
+    pytree_aux_fields: tuple[str, ...] = ("hard",)
+    _sampler = staticmethod(samplers.relaxed_permutation)
+    _event = staticmethod(lambda shapes: (*shapes["logits"][-1:], *shapes["logits"][-1:]))
+
+    def __init__(
+        self,
+        *,
+        logits: ArrayLike | None = None,
+        tau: ArrayLike | None = None,
+        probs: ArrayLike | None = None,
+        hard: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
+        arg.require_flags(hard=hard)
+        super().__init__(validate_args, {"hard": hard}, logits=logits, probs=probs, tau=tau)
+
+    @property
+    def support(self) -> ct.Constraint:  # type: ignore[override]  # of an instance
+        return constraints.independent(ct.draws_in_simplex if self.hard else ct.simplex, 1)
+
+    @property
+    def has_rsample(self) -> bool:
+        return not self.hard
+
+    def _density(self, value, logits, **_):
+        if not self.hard:
+            raise NotImplementedError("a relaxed permutation has no density in closed form; give hard=True")
+        return samplers.relaxed_permutation_log_prob(value, logits)

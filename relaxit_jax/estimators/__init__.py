@@ -9,15 +9,17 @@ again: derivatives of every order are unbiased too, mixed ones included.
 from relaxit_jax.estimators._antithetic import arm, arms, disarm
 from relaxit_jax.estimators._control_variate import rebar, relax, value_and_grads
 from relaxit_jax.estimators._families import Bernoulli, OneHotCategorical
-from relaxit_jax.estimators._joint import PlackettLuce, Subset
+from relaxit_jax.estimators._joint import LinearChain, PlackettLuce, SpanningTree, Subset
 from relaxit_jax.estimators._multi_sample import vimco
 from relaxit_jax.estimators._score import exact, reinforce, rloo
 from relaxit_jax.estimators._without_replacement import from_set, unordered_set
 
 __all__ = [
     "Bernoulli",
+    "LinearChain",
     "OneHotCategorical",
     "PlackettLuce",
+    "SpanningTree",
     "Subset",
     "arm",
     "arms",

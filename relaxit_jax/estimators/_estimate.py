@@ -63,7 +63,7 @@ def check(q, *, has_aux=False, kind=Family, **functions):
     need = "a family of estimators, such as estimators.Bernoulli(logits) or "
     need += "estimators.OneHotCategorical(logits)"
     if kind is Family and isinstance(q, Law):
-        need += "; subsets and orders work with reinforce, rloo and exact"
+        need += "; subsets, orders, chains and trees work with reinforce, rloo and exact"
     arg.require(isinstance(q, kind), "q", need, arg.shown(q))
     for name, f in functions.items():
         arg.require(callable(f), name, f"a function of samples of shape {q.shape}", arg.shown(f))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,22 @@ from relaxit_jax.estimators import _estimate as es
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Variables:
-    """Independent variables, a pytree of their logits; a sample has the shape of these."""
+    """Variables, a pytree of their parameters; a sample has the shape of the logits."""
 
     logits: Array
     event_ndims: int
+    _arrays: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init_subclass__(cls) -> None:
+        names = cls._arrays
+
         def flatten(q):
-            return (q.logits,), tuple((name, x) for name, x in vars(q).items() if name != "logits")
+            others = tuple((name, x) for name, x in vars(q).items() if name not in names)
+            return tuple(getattr(q, name) for name in names), others
 
         def unflatten(others, leaves):  # unchecked: JAX puts placeholders into pytrees
             q = object.__new__(cls)
-            for name, x in (("logits", leaves[0]), *others):
+            for name, x in (*zip(names, leaves, strict=True), *others):
                 object.__setattr__(q, name, x)
             return q
 

@@ -1,10 +1,10 @@
-"""Families whose elements depend on each other: subsets and orders."""
+"""Families whose elements depend on each other: subsets, orders, chains and trees."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from relaxit_jax import _math as lm
 from relaxit_jax.estimators._families import Variables
 from relaxit_jax.samplers import _simple as simple
 from relaxit_jax.samplers import _subset as subset
+from relaxit_jax.structured import _chain as chain
+from relaxit_jax.structured import _tree as tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -140,6 +142,127 @@ class PlackettLuce(Variables):
         *several, n, _ = self.event_shape
         one = lambda: np.eye(n)[list(itertools.permutations(range(n)))]
         return _events(math.factorial(n), math.prod(several), one, self.event_shape, self.logits.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class LinearChain(Variables):
+    """Sequences of linear chains as one-hot vectors, for `reinforce`, `rloo` and `exact`.
+
+    ``P(z) ~ exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)])``, as
+    `relaxit_jax.structured.chain_sample` draws them. Gradients reach both potentials; `gradient_report`
+    measures the gradient in the first, which are the family's logits.
+
+    Args:
+      unary: log-weights of the classes at each step, of the shape of a sample, (..., T, K); -inf is
+        forbidden.
+      transition: log-weights of class j after class i, shape (K, K), (..., T - 1, K, K) or (..., 1, K, K).
+      event_ndims: how many of the last axes belong to one call of f, the two of a chain included.
+
+    Raises:
+      ValueError: for potentials that are not floating point, NaN, or leave no sequence possible, for shapes
+        that do not fit together, or ``event_ndims`` out of range.
+
+    References:
+      J. Lafferty, A. McCallum, F. Pereira (2001), Conditional Random Fields, ICML.
+
+    >>> q = LinearChain(jnp.zeros((3, 2)), jnp.log(jnp.array([[3.0, 1.0], [1.0, 3.0]])))
+    >>> print(f"{jnp.exp(q.log_prob(jnp.array([[1, 0], [1, 0], [0, 1]]))):.5f}")  # 3 / 32
+    0.09375
+    """
+
+    transition: Array
+    _arrays: ClassVar[tuple[str, ...]] = ("logits", "transition")
+
+    def __init__(self, unary: ArrayLike, transition: ArrayLike, event_ndims: int = 2) -> None:
+        chain.as_potentials(unary, transition, possible=True)
+        self._set(unary, event_ndims, 2)
+        object.__setattr__(self, "transition", arg.as_float("transition", transition))
+        arg.require_values("transition", self.transition, "numbers, not NaN", lambda x: x == x)
+        batch = self.transition.shape[:-3]
+        need = f"of a batch shape that broadcasts to {self.shape[:-2]}"
+        arg.require(arg.broadcasts_to(batch, self.shape[:-2]), "transition", need, f"{batch}")
+
+    def with_logits(self, logits: ArrayLike) -> "LinearChain":
+        """The same with other log-weights of the classes."""
+        return LinearChain(logits, self.transition, self.event_ndims)
+
+    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
+        """Exact draws, of shape (*shape, *self.shape)."""
+        arg.check_key(key)
+        shape = (*arg.as_shape("shape", shape), *self.shape[:-2])
+        potentials = jax.lax.stop_gradient((self.logits, self.transition))
+        return chain.chain_sample(key, *potentials, shape=shape).astype(self.logits.dtype)
+
+    def log_prob(self, sample: ArrayLike) -> Array:
+        """log P(sample), of the batch shape; differentiable in both potentials."""
+        each = chain.chain_log_prob(self._checked(sample), self.logits, self.transition)
+        return self._over_event(each[..., None, None])
+
+    def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
+        """How many events there are, and a function from some of their numbers to the events."""
+        *several, steps, k = self.event_shape
+        one = lambda: np.eye(k)[list(itertools.product(range(k), repeat=steps))]
+        return _events(k**steps, math.prod(several), one, self.event_shape, self.logits.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class SpanningTree(Variables):
+    """Spanning trees as adjacency matrices, for `reinforce`, `rloo` and `exact`.
+
+    ``P(T) ~ exp(sum_(ij in T) w_ij)``, as `relaxit_jax.structured.tree_sample` draws them.
+
+    Args:
+      weights: log-weights of the edges, of the shape of a sample, (..., n, n), n at least 2; the upper
+        triangle counts, and -inf is an edge that is not there. They are the family's logits.
+      event_ndims: how many of the last axes belong to one call of f, the two of a matrix included.
+
+    Raises:
+      ValueError: for weights that are not floating point, NaN, not square or leave the graph without a
+        spanning tree, or ``event_ndims`` out of range.
+
+    References:
+      G. Kirchhoff (1847), Annalen der Physik 148, doi:10.1002/andp.18471481202.
+
+    >>> q = SpanningTree(jnp.zeros((3, 3)))
+    >>> print(f"{jnp.exp(q.log_prob(jnp.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]]))):.4f}")  # one of three
+    0.3333
+    """
+
+    def __init__(self, weights: ArrayLike, event_ndims: int = 2) -> None:
+        tree.as_edges(weights, possible=True)
+        self._set(weights, event_ndims, 2)
+
+    def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
+        """Exact draws, of shape (*shape, *self.shape)."""
+        arg.check_key(key)
+        shape = (*arg.as_shape("shape", shape), *self.shape[:-2])
+        return tree.tree_sample(key, jax.lax.stop_gradient(self.logits), shape=shape)
+
+    def log_prob(self, sample: ArrayLike) -> Array:
+        """log P(sample), of the batch shape; differentiable in the logits."""
+        return self._over_event(tree.tree_log_prob(self._checked(sample), self.logits)[..., None, None])
+
+    def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
+        """How many events there are, and a function from some of their numbers to the events."""
+        *several, n, _ = self.event_shape
+        return _events(
+            n ** (n - 2), math.prod(several), lambda: _trees(n), self.event_shape, self.logits.dtype
+        )
+
+
+def _trees(n):
+    """Adjacency matrices of all trees of n nodes, by their Pruefer codes."""
+    codes = np.array(list(itertools.product(range(n), repeat=n - 2)), int).reshape(-1, n - 2)
+    trees = np.zeros((len(codes), n, n))
+    degree = 1 + (codes[:, :, None] == np.arange(n)).sum(1)
+    rows = np.arange(len(codes))
+    for step in range(n - 1):
+        leaf = np.argmax(degree == 1, -1)
+        degree[rows, leaf] = 0
+        other = codes[:, step] if step < n - 2 else np.argmax(degree == 1, -1)
+        trees[rows, leaf, other] = trees[rows, other, leaf] = 1
+        degree[rows, other] -= 1
+    return trees
 
 
 def _events(count, several, one, shape, dtype):

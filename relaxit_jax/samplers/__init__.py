@@ -40,7 +40,11 @@ from relaxit_jax.samplers._gate import (
     hard_concrete_l0,
     hard_concrete_log_prob,
 )
-from relaxit_jax.samplers._permutation import gumbel_sinkhorn
+from relaxit_jax.samplers._permutation import (
+    gumbel_sinkhorn,
+    relaxed_permutation,
+    relaxed_permutation_log_prob,
+)
 from relaxit_jax.samplers._simple import (
     k_hot_indices,
     simple_top_k,
@@ -103,6 +107,8 @@ __all__ = [
     "reinmax_rao",
     "relaxed_bernoulli",
     "relaxed_bernoulli_log_prob",
+    "relaxed_permutation",
+    "relaxed_permutation_log_prob",
     "relaxed_top_k",
     "simple_top_k",
     "simple_top_k_log_prob",

@@ -1,4 +1,4 @@
-"""Permutations: doubly stochastic matrices, and the permutation matrices nearest to them."""
+"""Permutations: doubly stochastic matrices and sorted noise, with permutation matrices nearest to them."""
 
 import functools
 from collections.abc import Sequence
@@ -82,6 +82,106 @@ def gumbel_sinkhorn(
     if not hard:
         return z.astype(dtype)
     return gr.straight_through(_best_permutation(jax.lax.stop_gradient(perturbed)), z).astype(dtype)
+
+
+def relaxed_permutation(
+    key: Array, logits: ArrayLike, tau: ArrayLike, *, shape: Sequence[int] | None = None, hard: bool = False
+) -> Array:
+    """A relaxed permutation of items with one logit each: SoftSort of perturbed logits.
+
+    ``Z_ij = softmax_j(-|sort(s)_i - s_j| / tau)``, ``s = logits + G`` with G standard Gumbel noise and
+    sort(s) decreasing. Row i is the item at place i. With ``hard`` it is the permutation matrix of the
+    decreasing order of s, whose law is that of Plackett and Luce: the first item is drawn with the
+    probabilities softmax(logits), the next from those that are left, and so on.
+
+    Args:
+      key: a JAX random key.
+      logits: of the items, shape (..., n), finite.
+      tau: temperature, positive, of the batch shape (no axis for n).
+      shape: batch shape of the result; default: that of the broadcast parameters.
+      hard: return the permutation matrix for the same noise, with the gradient of Z.
+
+    Returns:
+      Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1, the columns only as
+      tau falls. NaN where a logit is not finite and a trace hid it. Time and memory are O(n^2).
+
+    Raises:
+      ValueError: for a ``tau`` that is not positive or has an axis for n, for logits that are not finite
+        numbers of floating point, or a ``shape`` the parameters do not broadcast to.
+
+    References:
+      S. Prillo, J. Eisenschlos (2020), SoftSort: A Continuous Relaxation for the argsort Operator,
+      arXiv:2006.16038; A. Grover, E. Wang, A. Zweig, S. Ermon (2019), Stochastic Optimization of Sorting
+      Networks via Continuous Relaxations, arXiv:1903.08850, for the Gumbel noise.
+
+    >>> relaxed_permutation(jax.random.key(0), jnp.array([0.0, 90.0, 45.0]), 0.5).round(4)
+    Array([[0., 1., 0.],
+           [0., 0., 1.],
+           [1., 0., 0.]], dtype=float32)
+    """
+    arg.check_key(key)
+    arg.require_flags(hard=hard)
+    dtype, logits = _finite_logits(logits)
+    tau = arg.as_tau(tau, logits.dtype)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
+    n = logits.shape[-1]
+    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, n), logits)
+    places, order = lm.top_k(perturbed, n)
+    distances = -jnp.abs(places[..., :, None] - perturbed[..., None, :])
+    tau = jnp.broadcast_to(tau[..., None, None], (*shape, 1, 1))
+    if not hard:
+        return gr.softmax(distances, tau).astype(dtype)
+    chosen = lm.is_class(order[..., None], logits)
+    return gr.straight_through(chosen, gr.slope_of_softmax(distances, tau)).astype(dtype)
+
+
+def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
+    """The log-probability of a permutation matrix of `relaxed_permutation`, drawn with ``hard``.
+
+    ``log P = sum_i [l_(s_i) - LSE(l over the items from place i on)]``, s_i the item at place i: the law of
+    Plackett and Luce. The relaxed matrix has no density in closed form.
+
+    Args:
+      value: permutation matrices, shape (..., n, n); row i is the item at place i.
+      logits: of the items, shape (..., n), finite.
+
+    Returns:
+      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is no
+      permutation matrix. Its slope in the value is that of the formula with ``value @ logits`` for the
+      ordered logits.
+
+    Raises:
+      ValueError: for a ``value`` that is not of shape (..., n, n), or logits that are not finite numbers of
+        floating point.
+
+    References:
+      R. L. Plackett (1975), The Analysis of Permutations, Applied Statistics 24, doi:10.2307/2346567.
+
+    >>> law = relaxed_permutation_log_prob(jnp.eye(3), jnp.log(jnp.array([1.0, 2.0, 3.0])))
+    >>> print(f"{jnp.exp(law):.4f}")  # 1 / 6 * 2 / 5
+    0.0667
+    """
+    _, logits = _finite_logits(logits)
+    given, n = arg.as_number("value", value), logits.shape[-1]
+    arg.require_square("value", given, n)
+    batch = arg.batch_shape(None, value=given.shape[:-2], logits=logits.shape[:-1])
+    value = pl.placed(jnp.broadcast_to(given.astype(logits.dtype), (*batch, n, n)), logits)
+    logits = pl.placed(jnp.broadcast_to(lm.centre(logits), (*batch, n)), value[..., 0])
+    whole = jnp.all((value == 0) | (value == 1), (-1, -2))
+    whole &= jnp.all(jnp.sum(value, -1) == 1, -1) & jnp.all(jnp.sum(value, -2) == 1, -1)
+    value = where(whole[..., None, None], value, jnp.eye(n, dtype=value.dtype))
+    ordered = jnp.sum(value * logits[..., None, :], -1)
+    later = jax.lax.cumlogsumexp(ordered, axis=ordered.ndim - 1, reverse=True)
+    law = where(whole, jnp.sum(ordered - later, -1), -jnp.inf)
+    return law + where(jnp.any(jnp.isnan(given), (-1, -2)), jnp.nan, 0).astype(law.dtype)
+
+
+def _finite_logits(logits):
+    """The dtype of a result, and the logits of items in float32 or wider, NaN where one is not finite."""
+    arg.require_event("logits", logits)
+    arg.require_values("logits", logits, "finite", np.isfinite)
+    dtype, logits = arg.widen(logits=logits)
+    return dtype, logits + where(jnp.all(jnp.isfinite(logits), -1, keepdims=True), 0, jnp.nan)
 
 
 def _has_permutation(logits):
