@@ -42,6 +42,7 @@ def pytest_addoption(parser):
         "`few` some cases; where files are named, all of them.",
     )  # fmt: skip
     parser.addoption("--quick", action="store_true", help="The quick tier, also of the files that are named.")
+    parser.addoption("--rest", action="store_true", help="Run every test that the quick tier leaves out.")
 
 
 WHOLE_MODULE = re.compile(r"^pytestmark = [^\n]*(\n    [^\n]*)*pytest\.mark\.whole", re.MULTILINE)
@@ -52,7 +53,7 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path.suffix != ".py" or collection_path in named(config):
         return None
     without = collection_path.parent.name == "tests" and not collection_path.name.startswith("test_")
-    whole = not config.option.all and WHOLE_MODULE.search(collection_path.read_text())
+    whole = not (config.option.all or config.option.rest) and WHOLE_MODULE.search(collection_path.read_text())
     return True if without or whole else None
 
 
@@ -75,6 +76,8 @@ def pytest_collection_modifyitems(config, items):
         number = min(number, len(cases))
         kept.update(cases[i * len(cases) // number] for i in range(number))  # evenly spread
         kept.update(case for case in cases if any(text in case.name for text in texts))
+    if config.option.rest:
+        kept = {*items} - kept
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
@@ -82,7 +85,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure(config):
     """What one worker of pytest-xdist has compiled, the others and the examples' processes need not."""
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:  # who names a file wants all of it
-        config.option.all = not config.option.quick
+        config.option.all = not (config.option.quick or config.option.rest)
     if not config.getoption("numprocesses", None):
         return
     cheap = [f"--{name}={str(value).lower()}" for name, value in known(CHEAP).items()]
