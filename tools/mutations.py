@@ -258,7 +258,7 @@ MUTATIONS = [
         "parent = where(there & by_v, v, parent)",
         "parent = where(there & by_v & (r > 0), v, parent)",
         "test_structured.py",
-        "enumerated_law and float32",
+        "forbidden or far_apart",
     ),
     (
         "trees in which a node may join its own children",
