@@ -200,6 +200,37 @@ def test_an_estimator_adds_up_what_devices_with_different_data_find():
         assert error < 2e-5, (name, error)
 
 
+def codebooks():
+    """How far a codebook of eight devices is from that of one, and what a sharded search asks others."""
+    qz = rj.quantizers
+    rng = np.random.default_rng(0)
+    x, codes = np.float32(rng.normal(size=(64, 4))), np.float32(rng.normal(size=(12, 4)))
+    where = jax.make_mesh((8,), ("d",), (jax.sharding.AxisType.Auto,))
+    rows, same = PartitionSpec("d"), PartitionSpec()
+
+    def step(x, codes, axis_name=None):
+        index = qz.vector_quantize(x, codes).index
+        state = qz.update_codebook(qz.codebook_state(codes), x, index, 0.5, axis_name=axis_name)
+        state = state._replace(count=state.count * (jnp.arange(12) % 3 > 0))
+        return qz.restart_unused(KEY, state, x, 0.1, axis_name=axis_name), qz.perplexity(
+            index, 12, axis_name=axis_name
+        )
+
+    of_devices = functools.partial(step, axis_name="d")
+    mapped = jax.shard_map(of_devices, mesh=where, in_specs=(rows, same), out_specs=same)
+    sharded = jax.device_put(x, NamedSharding(where, rows))
+    search = jax.jit(lambda x: qz.vector_quantize(x, codes)).lower(sharded).compile()
+    return distance(jax.jit(mapped)(x, codes), jax.jit(step)(x, codes)), re.findall(
+        COLLECTIVES, search.as_text()
+    )
+
+
+def test_devices_keep_one_codebook():
+    """Averages, restarts and perplexity are those of one device; the nearest code is found by each alone."""
+    error, collectives = in_eight("print(json.dumps(t.codebooks()))")
+    assert error < 1e-5 and collectives == []
+
+
 def methods(part=0, parts=1):
     """Of every sampler and density, and of what has neither: a function of a key and arrays of eight rows.
 
@@ -308,7 +339,7 @@ def logits_and_quantizers(of_four):
         "finite_scalar_quantize": lambda x: qz.finite_scalar_quantize(x, (2, 3, 4, 5))[0],
         "finite_scalar_codes": lambda x: qz.finite_scalar_codes(
             qz.finite_scalar_quantize(x, (2, 3, 4, 5))[1], (2, 3, 4, 5)
-        ),
+        ).astype(x.dtype),
         "lookup_free_quantize": lambda x: qz.lookup_free_quantize(x)[0],
     }
     for name, f in functions.items():

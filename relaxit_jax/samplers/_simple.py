@@ -266,7 +266,7 @@ def _start(k, count, like):
     """How likely it is that j elements are left to choose: certain for k, or for the count of each row."""
     if count is None:
         return pl.placed(jnp.zeros((k + 1, *like.shape), like.dtype).at[k].set(1), like)
-    number = jnp.arange(k + 1).reshape(-1, *[1] * count.ndim)
+    number = jnp.arange(k + 1, dtype=count.dtype).reshape(-1, *[1] * count.ndim)
     return (pl.placed(number, count, like) == count).astype(like.dtype) + jnp.zeros_like(like)
 
 
