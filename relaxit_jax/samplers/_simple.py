@@ -490,6 +490,6 @@ def _slope_of_marginals_jvp(k, primals, tangents):
     (logits, count), (logits_dot, _) = primals, tangents
     mean, slope = jax.jvp(lambda logits: _marginals(k, logits, count), (logits,), (logits_dot,))
     # the exact slopes sum to zero; without their rounding errors, gradients that come back have less, too
-    number = k if count is None else jnp.maximum(count, 1)[..., None]
+    number = k if count is None else jnp.maximum(count, 1)[..., None].astype(slope.dtype)
     slope -= mean * (jnp.sum(slope, -1, keepdims=True) / number)
     return _slope_of_marginals(k, *primals), slope
