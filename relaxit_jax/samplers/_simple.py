@@ -255,7 +255,7 @@ def _log_prob_jvp(k, primals, tangents):
 
 def _has_enough(k, logits, count=None):
     """Whether as many elements are possible as are drawn, with an axis for the elements."""
-    possible = jnp.sum(logits != -jnp.inf, -1, keepdims=True)
+    possible = jnp.sum(logits != -jnp.inf, -1, keepdims=True, dtype=jnp.int32)
     if count is None:
         return possible >= k
     count = count[..., None]
