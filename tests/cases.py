@@ -447,12 +447,7 @@ def has_logits(case):
 
 def has_classes(case):
     """Logits of classes: those of bits have no class axis, or a factor beside them."""
-    return (
-        has_logits(case)
-        and has_an_impossible_class(case)
-        and case.params["logits"].ndim > 1
-        and "scale_tril" not in case.params
-    )
+    return has_logits(case) and case.params["logits"].ndim > 1 and "scale_tril" not in case.params
 
 
 def has_an_impossible_class(case):

@@ -78,6 +78,7 @@ def kind(case):
         rd.OneHotCategorical: "discrete",
         rd.StochasticTimesSmooth: "own atom",
         rd.GumbelSoftmaxTopK: "set",
+        rd.RelaxedPermutation: "set",
     }
     return named.get(case.distribution, "straight-through")
 

@@ -194,7 +194,9 @@ def test_gradient_of_the_density_is_its_derivative(case):
     """In every argument, and in the value of a density, by central differences in float64."""
     log_space = case.log_space
     with jax.enable_x64(True):
-        logs = dataclasses.replace(case, sample_options={"log_space": True} if log_space else {})
+        logs = dataclasses.replace(
+            case, sample_options={"log_space": True} if log_space else case.sample_options
+        )
         params = {n: np.asarray(x, np.float64) for n, x in case.batched.items()}
         value = np.asarray(jax.jit(lambda params: logs.draw(KEY, (20, 2), **params))(params))
 

@@ -261,6 +261,7 @@ def test_gradient_of_the_law_is_its_derivative(case):
 OUTSIDE = {
     "unit": [-0.1, 1.1], "gate": [-0.1, 1.1], "bits": [-1.0, 1.1], "atoms": [-0.1, 1.1],
     "simplex": [[0.5, 0.2, 0.1], [1.2, -0.1, -0.1]], "k_hot": [[0.5, 0.2, 0.1], [1.2, -0.1, -0.1]],
+    "permutation": [],
 }  # fmt: skip
 
 

@@ -160,3 +160,27 @@ def test_impossible_places():
         assert jnp.isnan(draw(none)).all()
     with pytest.raises(ValueError, match=r"logits must be of shape \(..., 3, 3\)"):
         rj.gumbel_sinkhorn(KEY, jnp.zeros((2, 3)), 0.5)
+
+
+def test_an_item_that_is_sure_to_be_last():
+    """A logit of -inf: the law of the others, and no gradient; two of them are an error, or NaN."""
+    logits = jnp.array([0.3, -jnp.inf, 1.0])
+    draw = lambda l, hard, tau=0.5: rj.relaxed_permutation(KEY, l, tau, shape=(5000,), hard=hard)
+    hard, soft, cold = jax.jit(lambda l: (draw(l, True), draw(l, False), draw(l, False, 1e-3)))(logits)
+    for z in (hard, soft):
+        assert (z[:, 2] == jnp.array([0, 1, 0])).all() and (z[:, :, 1].sum(-1) == 1).all()
+    p = np.exp([1.0, 0.3]) / np.exp([1.0, 0.3]).sum()
+    assert chi_square(np.asarray(hard[:, 0, 0], int), p) > P_VALUE
+    assert np.mean(np.abs(cold - hard).max((-1, -2)) < 1e-3) > 0.95
+    orders = np.eye(3)[[[2, 0, 1], [0, 2, 1], [1, 0, 2]]]
+    law = rj.relaxed_permutation_log_prob(orders, logits)
+    np.testing.assert_allclose(np.exp(law), [*p, 0], rtol=1e-6)
+    way = jnp.cos(jnp.arange(9.0)).reshape(3, 3)
+    total = lambda l: jnp.sum(way * draw(l, False)) + jnp.sum(rj.relaxed_permutation_log_prob(orders[:2], l))
+    slope = jax.jit(jax.grad(total))(logits)
+    assert jnp.isfinite(slope).all() and slope[1] == 0 and (slope[::2] != 0).all()
+    none = jnp.array([0.3, -jnp.inf, -jnp.inf])
+    with pytest.raises(ValueError, match="logits must be above -inf for at least 2"):
+        rj.relaxed_permutation(KEY, none, 0.5)
+    assert jnp.isnan(jax.jit(lambda l: draw(l, True))(none)).all()
+    assert jnp.isnan(jax.jit(rj.relaxed_permutation_log_prob)(jnp.eye(3), none))

@@ -79,15 +79,15 @@ class RelaxedPermutation(sd.SamplerDistribution):
     `log_prob` is its mass. The relaxed matrix has no density in closed form.
 
     Args:
-      logits: of the items, shape (..., n), finite.
+      logits: of the items, shape (..., n); -inf, of one item at most, is the last.
       tau: temperature, positive, of the batch shape.
-      probs: probabilities of the first item, shape (..., n), positive, instead of ``logits``.
+      probs: probabilities of the first item, shape (..., n), instead of ``logits``.
       hard: exact permutations with the gradient of the relaxed ones.
       validate_args: as in NumPyro.
 
     Raises:
-      ValueError: for both or neither of ``logits`` and ``probs`` or, if validated, logits that are not finite
-        or a ``tau`` that is not positive.
+      ValueError: for both or neither of ``logits`` and ``probs``, for logits of -inf for more than one item
+        or, if validated, a ``tau`` that is not positive.
       NotImplementedError: for `log_prob` without ``hard``.
 
     References:
@@ -102,8 +102,11 @@ class RelaxedPermutation(sd.SamplerDistribution):
     logits: Array
     tau: Array
     hard: bool
-    arg_constraints: dict[str, Any] = {"logits": constraints.real_vector, "tau": constraints.positive}
+    arg_constraints: dict[str, Any] = {"logits": ct.log_weights, "tau": constraints.positive}
     pytree_aux_fields: tuple[str, ...] = ("hard",)
+    _no_slope = (
+        "the log-probability of an order has no slope in the entries of its matrix. Train it with RLOO_ELBO"
+    )
     _sampler = staticmethod(samplers.relaxed_permutation)
     _event = staticmethod(lambda shapes: (*shapes["logits"][-1:], *shapes["logits"][-1:]))
 

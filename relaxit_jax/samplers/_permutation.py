@@ -96,14 +96,14 @@ def relaxed_permutation(
 
     Args:
       key: a JAX random key.
-      logits: of the items, shape (..., n), finite.
+      logits: of the items, shape (..., n); -inf, of one item at most, is the last.
       tau: temperature, positive, of the batch shape (no axis for n).
       shape: batch shape of the result; default: that of the broadcast parameters.
       hard: return the permutation matrix for the same noise, with the gradient of Z.
 
     Returns:
       Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1, the columns only as
-      tau falls. NaN where a logit is not finite and a trace hid it. Time and memory are O(n^2).
+      tau falls. NaN where two logits are -inf and a trace hid it. Time and memory are O(n^2).
 
     Raises:
       ValueError: for a ``tau`` that is not positive or has an axis for n, for logits that are not finite
@@ -121,13 +121,15 @@ def relaxed_permutation(
     """
     arg.check_key(key)
     arg.require_flags(hard=hard)
-    dtype, logits = _finite_logits(logits)
+    dtype, logits = _of_items(logits)
     tau = arg.as_tau(tau, logits.dtype)
     shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
     n = logits.shape[-1]
     perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, n), logits)
     places, order = lm.top_k(perturbed, n)
-    distances = -jnp.abs(places[..., :, None] - perturbed[..., None, :])
+    last_place, last = places == -jnp.inf, perturbed == -jnp.inf
+    distances = -jnp.abs(where(last_place, 0, places)[..., :, None] - where(last, 0, perturbed)[..., None, :])
+    distances = where(last_place[..., :, None] == last[..., None, :], distances, -jnp.inf)
     tau = jnp.broadcast_to(tau[..., None, None], (*shape, 1, 1))
     if not hard:
         return gr.softmax(distances, tau).astype(dtype)
@@ -143,7 +145,7 @@ def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
 
     Args:
       value: permutation matrices, shape (..., n, n); row i is the item at place i.
-      logits: of the items, shape (..., n), finite.
+      logits: of the items, shape (..., n); -inf, of one item at most, is the last.
 
     Returns:
       Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is no
@@ -151,8 +153,8 @@ def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
       ordered logits.
 
     Raises:
-      ValueError: for a ``value`` that is not of shape (..., n, n), or logits that are not finite numbers of
-        floating point.
+      ValueError: for a ``value`` that is not of shape (..., n, n), or logits that are not floating point or
+        -inf for more than one item.
 
     References:
       R. L. Plackett (1975), The Analysis of Permutations, Applied Statistics 24, doi:10.2307/2346567.
@@ -161,7 +163,7 @@ def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
     >>> print(f"{jnp.exp(law):.4f}")  # 1 / 6 * 2 / 5
     0.0667
     """
-    _, logits = _finite_logits(logits)
+    _, logits = _of_items(logits)
     given, n = arg.as_number("value", value), logits.shape[-1]
     arg.require_square("value", given, n)
     batch = arg.batch_shape(None, value=given.shape[:-2], logits=logits.shape[:-1])
@@ -170,18 +172,22 @@ def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
     whole = jnp.all((value == 0) | (value == 1), (-1, -2))
     whole &= jnp.all(jnp.sum(value, -1) == 1, -1) & jnp.all(jnp.sum(value, -2) == 1, -1)
     value = where(whole[..., None, None], value, jnp.eye(n, dtype=value.dtype))
-    ordered = jnp.sum(value * logits[..., None, :], -1)
+    last = logits == -jnp.inf
+    never = -1e30  # stands for -inf, where a cumulative log-sum-exp has NaN gradients
+    ordered = jnp.sum(value * where(last, 0, logits)[..., None, :], -1)
+    ordered += where(jnp.any(jax.lax.stop_gradient(value * last[..., None, :]) > 0, -1), never, 0)
     later = jax.lax.cumlogsumexp(ordered, axis=ordered.ndim - 1, reverse=True)
-    law = where(whole, jnp.sum(ordered - later, -1), -jnp.inf)
+    law = jnp.sum(ordered - later, -1)
+    law = lm.show_nan(where(whole & (law > never / 2), law, -jnp.inf), event=(logits,))
     return law + where(jnp.any(jnp.isnan(given), (-1, -2)), jnp.nan, 0).astype(law.dtype)
 
 
-def _finite_logits(logits):
-    """The dtype of a result, and the logits of items in float32 or wider, NaN where one is not finite."""
-    arg.require_event("logits", logits)
-    arg.require_values("logits", logits, "finite", np.isfinite)
+def _of_items(logits):
+    """The dtype of a result, and logits in float32 or wider; NaN where two items are sure to be last."""
+    arg.require_classes(logits, at_least=arg.require_event("logits", logits) - 1)
     dtype, logits = arg.widen(logits=logits)
-    return dtype, logits + where(jnp.all(jnp.isfinite(logits), -1, keepdims=True), 0, jnp.nan)
+    several = jnp.sum(logits == -jnp.inf, -1, keepdims=True) > 1
+    return dtype, logits + where(several, jnp.nan, 0)
 
 
 def _has_permutation(logits):
