@@ -52,7 +52,7 @@ from relaxit_jax import quantizers as qz
 PATCH = 4  # pixels of a side that become one code
 CHUNK = 50  # steps between looks at the test images
 SHOWN = 16  # images of a row in the pictures
-COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.02  # weights beside the error, a share of the variance
+COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.05  # weights beside the error, a share of the variance
 DECAY = 0.97  # of the moving averages
 LEAST_COUNT = 0.5  # vectors of a step; codes with fewer are restarted
 

@@ -198,7 +198,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_metrics(images, tmp_path, mo
     [
         ("--method nonsense", "is not one of 'disarm', 'arms', 'rebar', 'rloo', 'straight_through'"),
         ("--layers 4", "4 is not in the range 1<=x<=3"),
-        ("--data nonsense", "use mnist5k, digits, mnist or the path of an .npz file"),
+        ("--data nonsense", "use mnist5k, digits, mnist, the path of an .npz file, or a folder"),
         ("--data digits --batch-size 100000", "is above the 1437 training images; lower it"),
         ("--data digits --resume", "--resume needs the run's folder"),
         ("--data digits --resume --out {}/new", "there is no run to resume in"),

@@ -149,7 +149,7 @@ def bad_files(folder):
     ("flags", "words"),
     [
         ("--method nonsense", "is not one of 'relaxed_bernoulli'"),
-        ("--data nonsense", "use mnist5k, digits, mnist or the path of an .npz file"),
+        ("--data nonsense", "use mnist5k, digits, mnist, the path of an .npz file, or a folder"),
         ("--data {}/absent.npz", "there is no file"),
         ("--data {}/empty.npz", "is not a readable .npz file"),
         ("--data {}/broken.npz", "is not a readable .npz file"),

@@ -13,7 +13,7 @@ from command_lines import bars, run
 
 pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 KEY = jax.random.key(10)
-X = jax.random.normal(KEY, (20, 2, 3, 8))
+X = jax.random.normal(KEY, (20, 2, 3, 16))
 
 
 def test_patches_and_back():

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _math as lm
 from relaxit_jax import structured
 from relaxit_jax._placement import where
 from relaxit_jax.distributions import _constraints as ct
@@ -101,9 +102,9 @@ def _expected_log_prob(p, q):
     """E_p log q(z), of each class given the one after it: nothing large cancels."""
     (last_p, before_p), (last_q, before_q) = p._conditionals(), q._conditionals()
     mean = jnp.moveaxis(p.mean.astype(last_p.dtype), -2, 0)
-    weighted = _kl.expected_log_pmf(jnp.moveaxis(before_p, -2, -1), jnp.moveaxis(before_q, -2, -1))
+    weighted = lm.expected_log_pmf(jnp.moveaxis(before_p, -2, -1), jnp.moveaxis(before_q, -2, -1))
     later = jnp.sum(where(mean[1:] > 0, mean[1:] * where(mean[1:] > 0, weighted, 0), 0), (0, -1))
-    return _kl.expected_log_pmf(last_p, last_q) + later
+    return lm.expected_log_pmf(last_p, last_q) + later
 
 
 @_kl.kl_rule((LinearChain, LinearChain))

@@ -175,10 +175,12 @@ def nearest(x, codebook):
     no device asks another for its vectors.
     """
     n, shape = len(codebook), x.shape[:-1]
+    # x c - c^2 / 2 of a single number is not always rounded alike where it is computed twice
+    largest = lm.largest_of_pairs if x.shape[-1] == 1 else lm.index_of_largest
     norms = jnp.sum(codebook * codebook, -1) / 2
     size = _block_size(shape, n)
     if size >= n:
-        return lm.index_of_largest(_closeness(x, codebook, norms))[..., 0].astype(jnp.int32)
+        return largest(_closeness(x, codebook, norms))[..., 0].astype(jnp.int32)
     blocks = -(-n // size)
     padding = blocks * size - n
     # the padding is infinitely far: x . 0 - inf, also where x is NaN, which the codes before it show
@@ -189,7 +191,7 @@ def nearest(x, codebook):
         close, index = best
         start, *block = block
         found = _closeness(x, *block)
-        at = lm.index_of_largest(found)[..., 0]
+        at = largest(found)[..., 0]
         top = jnp.max(found, -1)
         better = (top > close) | jnp.isnan(top)
         return (where(better, top, close), where(better, at.astype(jnp.int32) + start, index)), None
