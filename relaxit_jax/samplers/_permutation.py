@@ -175,7 +175,7 @@ def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
     last = logits == -jnp.inf
     never = -1e30  # stands for -inf, where a cumulative log-sum-exp has NaN gradients
     ordered = jnp.sum(value * where(last, 0, logits)[..., None, :], -1)
-    ordered += where(jnp.any(jax.lax.stop_gradient(value * last[..., None, :]) > 0, -1), never, 0)
+    ordered += where(jnp.any((value > 0) & last[..., None, :], -1), never, 0)
     later = jax.lax.cumlogsumexp(ordered, axis=ordered.ndim - 1, reverse=True)
     law = jnp.sum(ordered - later, -1)
     law = lm.show_nan(where(whole & (law > never / 2), law, -jnp.inf), event=(logits,))
