@@ -935,7 +935,7 @@ def test_bad_arguments_are_named():
         es.OneHotCategorical(jnp.zeros((2, 3)), event_ndims=0)
     with pytest.raises(ValueError, match="logits must be above -inf"):
         es.OneHotCategorical(jnp.full((2, 3), -jnp.inf))
-    with pytest.raises(ValueError, match="q must be Bernoulli, got OneHotCategorical"):
+    with pytest.raises(ValueError, match="q must be Bernoulli; for classes use arms, got OneHotCategorical"):
         es.disarm(KEY, f, es.OneHotCategorical(jnp.zeros((2, 3))))
     with pytest.raises(ValueError, match="num_samples must be an integer in"):
         es.rloo(KEY, f, q, num_samples=1)

@@ -45,7 +45,7 @@ def finite_scalar_quantize(x: ArrayLike, levels: Sequence[int]) -> tuple[Array, 
 
     >>> value, index = finite_scalar_quantize(jnp.array([0.2, -3.0, 9.0]), (8, 5, 5))
     >>> print(f"{index} {value}")
-    164 [ 0. -1.  1.]
+    165 [ 0.25 -1.    1.  ]
     """
     size = arg.require_event("x", x)
     dtype, x = arg.widen(x=x)
@@ -73,8 +73,8 @@ def finite_scalar_codes(index: ArrayLike, levels: Sequence[int]) -> Array:
     References:
       F. Mentzer, D. Minnen, E. Agustsson, M. Tschannen (2023), arXiv:2309.15505.
 
-    >>> finite_scalar_codes(164, (8, 5, 5))
-    Array([ 0., -1.,  1.], dtype=float32)
+    >>> finite_scalar_codes(165, (8, 5, 5))
+    Array([ 0.25, -1.  ,  1.  ], dtype=float32)
     """
     levels = _levels(levels)
     index = as_index("index", index)
