@@ -487,8 +487,9 @@ def mix_uniform(logits: ArrayLike, fraction: ArrayLike) -> Array:
       D. Hafner, J. Pasukonis, J. Ba, T. Lillicrap (2023), Mastering Diverse Domains through World Models,
       arXiv:2301.04104.
 
-    >>> jnp.exp(mix_uniform(jnp.array([0.0, -200.0]), 0.01)).round(3)
-    Array([0.995, 0.005], dtype=float32)
+    >>> p, q = jnp.exp(mix_uniform(jnp.array([0.0, -200.0]), 0.01))
+    >>> print(f"{p:.4f} {q:.4f}")
+    0.9950 0.0050
     """
     arg.require_classes(logits)
     dtype, logits = arg.widen(logits=logits)
