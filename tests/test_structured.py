@@ -133,6 +133,7 @@ def test_draws_have_the_enumerated_law(kind, potentials, dtype, pytestconfig):
     assert chi_square(kind.which(draws), law(kind, [np.asarray(x, float) for x in potentials])[1]) > P_VALUE
 
 
+@pytest.mark.whole
 @both
 def test_the_form_for_accelerators_is_the_same(kind, potentials, for_accelerators):
     """The law of its draws, which may differ from those of CPUs; values and derivatives to rounding."""
@@ -151,6 +152,7 @@ def test_the_form_for_accelerators_is_the_same(kind, potentials, for_accelerator
     assert chi_square(kind.which(draws), law(kind, potentials)[1]) > P_VALUE
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("steps", [2, 4, 7, 12])
 def test_a_tree_of_any_number_of_steps(steps, for_accelerators):
     """With padding at some levels: probabilities of pairs of classes at neighboring steps, by draws too."""
@@ -238,6 +240,7 @@ def test_what_is_forbidden_is_never_drawn_and_has_no_gradient(kind, potentials):
         assert np.isfinite(slope).all() and (np.asarray(slope)[np.isneginf(x)] == 0).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("seed", range(4))
 @kinds
 def test_potentials_far_apart_are_right_and_finite(kind, seed):
@@ -272,6 +275,7 @@ def test_potentials_far_apart_are_right_and_finite(kind, seed):
         chex.assert_tree_all_finite(gradients(tuple(potentials), tau))
 
 
+@pytest.mark.whole
 def test_long_chains_and_large_trees():
     """Of 1,000 steps against float64, and of 64 nodes: the number of trees, n^(n - 2), and of edges."""
     unary, transition = NUMBERS.normal(size=(1000, 4)), NUMBERS.normal(size=(4, 4))
@@ -324,6 +328,7 @@ def test_a_value_that_is_no_structure_has_no_mass():
     assert np.isnan(st.chain_log_prob(np.full((T, K), np.nan), UNARY, TRANSITIONS))
 
 
+@pytest.mark.whole
 def test_where_no_structure_is_possible():
     """The log-partition is -inf with gradient 0; all else is an error, or NaN there under a trace."""
     apart = WEIGHTS.copy()
@@ -494,6 +499,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", FAMILIES)
 def test_score_functions_are_unbiased_and_reports_compare_all_three(name):
     """Exact draws, relaxed draws and scores, against the sum over all structures."""
