@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import re
+import sys
 import types
 
 import jax
@@ -17,6 +18,7 @@ import bandwidth
 import compare
 import compile as compiling
 import memory
+import quantizers
 import relaxit_jax as rj
 import scaling
 import speed
@@ -178,6 +180,13 @@ def test_bandwidth_is_what_moves_over_what_a_copy_moves(tmp_path, monkeypatch):
     assert row["float32"]["copy, gigabytes a second"] == round(limit / 1e9, 1)
     assert row["float32"]["ours"]["share"] == round(4 * 4000 / 2e-3 / limit, 3)
     assert row["bfloat16"]["hand-written JAX"]["share"] == round(4 * 2000 / 4e-3 / limit, 3)
+
+
+def test_quantizers_end_with_one_line_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    done = CliRunner().invoke(quantizers.main, [], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert re.fullmatch(r"vector_quantize_pytorch is left out: .*'\.\[peers\]' has it\n", done.output)
 
 
 def f_runs(f):
