@@ -228,7 +228,7 @@ class LookupFree(Quantizer):
 
 
 class Drawn(Quantizer):
-    """The encoder gives a logit to each code, and a draw stands for the codes: the discrete VAE of DALL-E."""
+    """The encoder gives a logit to each code, and a draw stands for the codes: a discrete VAE."""
 
     def __init__(self, codes, dim, draw):
         super().__init__(codes, codes, dim)

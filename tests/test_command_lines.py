@@ -67,7 +67,7 @@ def numeric(command):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 16
+    assert len(COMMANDS) == 19
 
 
 @by_name(COMMANDS)

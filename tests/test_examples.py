@@ -50,9 +50,9 @@ def test_vae_writes_what_it_trained(method, images, tmp_path):
     metrics = read(out)
     for picture in ("reconstructions.png", "samples.png", "curve.png"):
         assert (out / picture).stat().st_size > 1000
-    pixels = common.load_images(str(images))
-    experiment = vae.Experiment(config_of(metrics["settings"]), *common.split_images(pixels))
-    settings = metrics["settings"] | {"data": common.digest(pixels)}
+    split = common.split_images(common.load_images(str(images)))
+    experiment = vae.Experiment(config_of(metrics["settings"]), *split)
+    settings = metrics["settings"] | {"data": common.digest(np.concatenate(split))}
     checkpoints = Checkpoints(out / "checkpoints", settings)
     epoch, state, history = checkpoints.restore(experiment.state)
     assert epoch == 2 and len(history) == len(metrics["history"]) == 3

@@ -392,8 +392,8 @@ MUTATIONS = [
     (
         "arms drawn where 1 - u is below p for every bit",
         f"{ESTIMATORS}/_families.py",
-        "drawn = where(logits > 0, ~rare, rare)",
-        "drawn = rare",
+        "return where(logits > 0, ~rare, rare), spread",
+        "return rare, spread",
         "test_estimators.py",
         "mean_is and arms or formula and arms",
     ),
