@@ -298,7 +298,7 @@ def measure(make, torch, vq, size, rounds, budget):
         functions = {"ours": ours}
         for threads in sorted({1, cores}):
             functions[f"PyTorch, threads: {threads}"] = on_threads(torch, threads, theirs)
-        seconds = interleaved(functions, rounds, budget=budget, turn=0.1)
+        seconds = interleaved(functions, rounds, budget=budget)
         faster = min(list(seconds)[1:], key=lambda name: np.median(seconds[name]))
         result[which] = {
             "milliseconds": {whom: milliseconds(x) for whom, x in seconds.items()},

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 
-def interleaved(functions, rounds, calls=None, budget=None, turn=3e-3):
+def interleaved(functions, rounds, calls=None, budget=None):
     """The seconds of a call of each function, in each of `rounds` turns of all.
 
-    A turn of a function is `calls` calls, or as many as take `turn` seconds. Functions that would take
+    A turn of a function is `calls` calls, or as many as take 3 milliseconds. Functions that would take
     longer than `budget` seconds in all get fewer turns, five at least. Who follows whom changes from turn to
     turn: the threads of PyTorch look for work for a while after a call, on a core that the next one needs.
     """
@@ -19,7 +19,7 @@ def interleaved(functions, rounds, calls=None, budget=None, turn=3e-3):
         start = time.perf_counter()
         jax.block_until_ready(f())
         first[name] = time.perf_counter() - start
-    repeats = {name: calls or max(1, round(turn / first[name])) for name in functions}
+    repeats = {name: calls or max(1, round(3e-3 / first[name])) for name in functions}
     if budget:
         rounds = min(rounds, max(5, int(budget / sum(first[n] * repeats[n] for n in functions))))
     seconds = {name: [] for name in functions}

@@ -30,7 +30,7 @@ def blocks(monkeypatch):
     """Codes are looked at in blocks of this size from now on."""
 
     def of(size, vectors):
-        monkeypatch.setattr(_vector, "_block_size", lambda shape, n: size)
+        monkeypatch.setattr(_vector, "_block_size", lambda shape, n, *_: size)
         jax.clear_caches()
 
     yield of

@@ -15,6 +15,7 @@ from relaxit_jax import _placement as pl
 from relaxit_jax._placement import where
 
 MOST_DISTANCES = 2**24  # held at a time: 64 MiB in float32
+IN_CACHE = 2**18  # of a CPU: by 64 codes at a time it takes a fifth of the time of all at once
 
 
 class Quantized(NamedTuple):
@@ -174,11 +175,17 @@ def nearest(x, codebook):
     |x|^2 is the same for all codes and left out. Codes come in blocks, so that whatever axis of x is sharded,
     no device asks another for its vectors.
     """
+    blocks = functools.partial(_nearest, IN_CACHE, 64), functools.partial(_nearest, MOST_DISTANCES, 128)
+    return jax.lax.platform_dependent(x, codebook, cpu=blocks[0], default=blocks[1])
+
+
+def _nearest(most, least, x, codebook):
+    """At most `most` distances at a time, but of `least` codes or more."""
     n, shape = len(codebook), x.shape[:-1]
     # x c - c^2 / 2 of a single number is not always rounded alike where it is computed twice
     largest = lm.largest_of_pairs if x.shape[-1] == 1 else lm.index_of_largest
     norms = jnp.sum(codebook * codebook, -1) / 2
-    size = _block_size(shape, n)
+    size = _block_size(shape, n, most, least)
     if size >= n:
         return largest(_closeness(x, codebook, norms))[..., 0].astype(jnp.int32)
     blocks = -(-n // size)
@@ -208,14 +215,14 @@ def _closeness(x, codebook, norms):
     return jnp.einsum("...d,nd->...n", x, codebook, precision="highest") - norms
 
 
-def _block_size(shape, n):
-    """How many codes are looked at at a time, at least 128."""
+def _block_size(shape, n, most, least):
+    """How many codes are looked at at a time."""
     vectors = 1
     for size in shape:
         if not isinstance(size, int):  # a symbolic size of jax.export
             return min(n, 1024)
         vectors *= size
-    return min(n, max(128, MOST_DISTANCES // max(vectors, 1)))
+    return min(n, max(least, most // max(vectors, 1)))
 
 
 def _with_gradient(gradient, x, code):
