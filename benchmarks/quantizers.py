@@ -19,7 +19,7 @@ Four definitions differ, so these are compared:
 - The entropy loss of `LFQ` has the entropy of the mean over all 2^d codes, ours the sum over bits. They are
   equal where bits are independent over the batch: there they are compared.
 
-Writes results/quantizers.json and a table to the terminal, and takes five minutes.
+Writes results/quantizers.json and a table to the terminal, and takes some minutes.
 """
 
 import dataclasses
