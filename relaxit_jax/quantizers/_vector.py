@@ -71,7 +71,7 @@ def vector_quantize(
       A `Quantized` of ``value`` in the promoted dtype, shape (..., d); ``index``, int32, shape (...); and
       ``codebook_loss`` and ``commitment_loss``, means over d of ``(c - x)^2``, shape (...), in float32 or
       wider. For a vector that has a NaN, all are NaN and the index is n; a code that has a NaN makes all
-      vectors such. Distances are computed in float32 or wider as ``|c|^2 - 2 x.c``, at most 2^24 at a time.
+      vectors such. Distances are computed in float32 or wider as ``|c|^2 - 2 x.c``, for some codes at a time.
 
     Raises:
       ValueError: for dtypes that are not floating point, a ``codebook`` that is not of shape (n, d) with n at
