@@ -145,7 +145,7 @@ def entropy(q):
 
 
 def elbo(model, x, key, estimator):
-    """An estimate of the bound of each image, whose gradient is that of the estimators in each other."""
+    """Estimate the bound of each image, with the gradient of estimators inside of each other."""
     last = len(model.up) - 1
 
     def from_layer(layer, below, key):

@@ -119,43 +119,29 @@ class Quantizer:
 class Vector(Quantizer):
     """The nearest code of a codebook that the gradient trains."""
 
-    restarts = False
-
     def init(self, key, x):
-        if self.restarts:
-            book = jax.random.choice(key, x.reshape(-1, self.dim), (self.codes,), replace=False)
-        else:
-            book = jax.random.uniform(key, (self.codes, self.dim), minval=-1, maxval=1) / self.codes
-        return {"codebook": book}, qz.codebook_state(book)
+        book = jax.random.uniform(key, (self.codes, self.dim), minval=-1, maxval=1) / self.codes
+        return {"codebook": book}, ()
 
     def __call__(self, key, x, learned, state, done):
         found = qz.vector_quantize(x, learned["codebook"])
         loss = jnp.mean(found.codebook_loss) + COMMITMENT * jnp.mean(found.commitment_loss)
         return found.value, found.index, loss
 
-    def follow(self, key, learned, state, x, index):
-        if not self.restarts:
-            return learned, state
-        state = qz.update_codebook(state, x, index, DECAY)  # counts how often each code comes
-        new = qz.restart_unused(key, state, x, LEAST_COUNT)
-        unused = (state.count < LEAST_COUNT)[:, None]
-        return {"codebook": jnp.where(unused, new.codebook, learned["codebook"])}, new
-
     def codes_of(self, index, learned, state):
         return rj.embed(index, learned["codebook"])
 
 
-class Averages(Vector):
+class Averages(Quantizer):
     """The nearest code of a codebook that follows moving averages."""
-
-    restarts = True
 
     def __init__(self, codes, dim, gradient="straight_through"):
         super().__init__(codes, dim)
         self.gradient = gradient
 
     def init(self, key, x):
-        return {}, super().init(key, x)[1]
+        book = jax.random.choice(key, x.reshape(-1, self.dim), (self.codes,), replace=False)
+        return {}, qz.codebook_state(book)
 
     def __call__(self, key, x, learned, state, done):
         found = qz.vector_quantize(x, state.codebook, gradient=self.gradient)

@@ -44,7 +44,7 @@ class GradientReport:
       calls: of f for one estimate, E integers. Of f for a whole batch of q; a gradient of f is no call.
       seconds: for one estimate, forward and backward: the median over compiled batches, by their size.
       leaves: with ``params``, from the name of each leaf, such as "encoder/kernel", to a report about the
-        coordinates of that leaf alone, of its shape; ``calls`` and ``seconds`` are those of the whole.
+        coordinates of that leaf alone, of its shape; ``calls`` and ``seconds`` are of the whole.
 
     Raises:
       ValueError: by `plot`, for a ``cost`` that it does not know.

@@ -340,7 +340,7 @@ class OneHotCategorical(Variables):
 def _repelling(e, others, m, logits):
     """Bits of draws that repel each other, and 1 - rho of two of them.
 
-    With exponential numbers e and the sum of those of the m others, the rarer value comes where
+    Each draw has an exponential number e, and `others` sums the m other ones. The rarer value comes where
     ``1 - d_i = sum_(j != i) e_j / sum_j e_j`` is below ``s = r^(1/m) = exp(-t)``: that is, where the sum of
     the others is below e_i / (e^t - 1), in which nothing is subtracted. And ``2 - 1/s`` is 1 less e^t - 1. A
     draw without others is independent.

@@ -33,7 +33,7 @@ def relaxed_bernoulli(
       key: a JAX random key.
       logits: log-odds of a one, any shape; -inf gives exactly 0.
       tau: temperature, positive, broadcasting against ``logits``.
-      shape: shape of the result; default: that of the broadcast parameters.
+      shape: shape of the result; default: the parameters' broadcast shape.
       hard: return the bit ``z > 1/2``, exactly Bernoulli(sigmoid(logits)), with the gradient of z.
       log_space: return ``logit(z)`` in float32 or wider: z itself rounds to 0 or 1 at low tau.
 
@@ -279,7 +279,7 @@ def correlated_bernoulli(
       tau: temperature, positive, of the batch shape (no axis for K).
       scale_tril: Cholesky factor of a correlation matrix, shape (..., K, K): lower triangular with
         rows of norm 1.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the bits ``z > 1/2`` with the gradient of z; each is exactly
         Bernoulli(sigmoid(logits)).
       log_space: return ``logit(z)`` in float32 or wider.

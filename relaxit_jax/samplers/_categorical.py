@@ -36,7 +36,7 @@ def gumbel_softmax(
       key: a JAX random key.
       logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature, positive, of the batch shape (no axis for K).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the one-hot vector of ``argmax(logits + G)``, an exact categorical draw, with
         the gradient of z (straight-through Gumbel-softmax).
       log_space: return ``log z`` in float32 or wider: z itself rounds to a vertex at low tau.
@@ -171,7 +171,7 @@ def invertible_gaussian(
       scale: standard deviations, positive, broadcasting against ``loc``.
       tau: temperature, positive, of the batch shape (no axis for K).
       delta: weight of the last class, positive, of the batch shape.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the one-hot vector of z's largest coordinate, with the gradient of z. It is class
         k < K if y_k is the largest and above ``tau log delta``, else class K.
       log_space: return ``log z`` in float32 or wider: z itself rounds to a vertex at low tau.
@@ -289,7 +289,7 @@ def logistic_normal(
       loc: means, shape (..., K).
       scale: standard deviations, positive, broadcasting against ``loc``. Give this or the next.
       scale_tril: lower-triangular factor of Sigma, shape (..., K, K).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       log_space: return ``log z`` in float32 or wider.
 
     Returns:

@@ -46,7 +46,7 @@ def generalized_gumbel_softmax(
         value.
       values: the K finite numbers, shape (..., K), in the units of what they count.
       tau: temperature, positive, of the batch shape (no axis for K).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the value at ``argmax(logits + G)``, an exact draw, with the gradient of z. The
         mean of z without it is that of the values as tau goes to 0 only: at tau = 0.5 that of a
         geometric count of mean 4 is 5 % too low, that of a Poisson count of 7.5 0.3 %.

@@ -29,7 +29,7 @@ def gaussian_bernoulli(
       key: a JAX random key.
       loc: mean before clipping, any shape.
       scale: standard deviation before clipping, positive, broadcasting against ``loc``.
-      shape: shape of the result; default: that of the broadcast parameters.
+      shape: shape of the result; default: the parameters' broadcast shape.
       hard: return the bit ``z > 1/2``, exactly Bernoulli(Phi((loc - 1/2) / scale)), with the
         gradient of z, which is 0 where z was clipped.
 
@@ -191,7 +191,7 @@ def hard_concrete(
       logits: log-odds, any shape; -inf gives exactly 0.
       tau: temperature, positive, broadcasting against ``logits``.
       stretch: two numbers around [0, 1], known before tracing.
-      shape: shape of the result; default: that of the broadcast parameters.
+      shape: shape of the result; default: the parameters' broadcast shape.
       hard: return the bit ``z > 1/2`` with the gradient of z; exactly Bernoulli(sigmoid(logits))
         for a stretch symmetric about 1/2, as the default is.
       log_space: return ``logit(v)``, before stretching, in float32 or wider.

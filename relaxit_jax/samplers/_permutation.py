@@ -43,7 +43,7 @@ def gumbel_sinkhorn(
       tau: temperature, positive, of the batch shape (no axes for n).
       num_iters: steps of Newton's method, at most. They end when the columns sum to 1 within 2e-5
         (float64: 1e-10), and if they are used up, the columns sum to what was reached.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the permutation matrix that is best for the same noise, by the Hungarian algorithm
         of Optax, with the gradient of Z.
 
@@ -98,7 +98,7 @@ def relaxed_permutation(
       key: a JAX random key.
       logits: of the items, shape (..., n); -inf, of one item at most, is the last.
       tau: temperature, positive, of the batch shape (no axis for n).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the permutation matrix for the same noise, with the gradient of Z.
 
     Returns:
@@ -149,7 +149,7 @@ def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
 
     Returns:
       Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is no
-      permutation matrix. Its slope in the value is that of the formula with ``value @ logits`` for the
+      permutation matrix. Its slope in the value is the slope of the formula with ``value @ logits`` for the
       ordered logits.
 
     Raises:

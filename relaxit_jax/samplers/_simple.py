@@ -43,7 +43,7 @@ def simple_top_k(
       key: a JAX random key.
       logits: log-odds of the elements up to a shared constant, shape (..., n); -inf is never drawn.
       k: number of elements, from 1 to n, known before tracing.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       count: a number of elements for each row, integers from 0 to ``k``, of the batch shape; default: k.
         It may be traced, so that rows of one batch choose different numbers of elements.
 

@@ -32,7 +32,7 @@ def straight_through_categorical(
       key: a JAX random key.
       logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.
@@ -110,7 +110,7 @@ def decoupled_gumbel_softmax(
       logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
       tau_forward: temperature of the value, positive, of the batch shape (no axis for K).
       tau_backward: temperature of the gradient, positive, of the batch shape.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return exact draws; ``tau_forward`` then does not matter.
 
     Returns:
@@ -154,7 +154,7 @@ def gapped_straight_through(
       logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K).
       gap: by how much the class drawn leads, positive, of the batch shape. It has no gradient.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.
@@ -204,7 +204,7 @@ def reinmax(
       logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K). It has no
         gradient.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.
@@ -251,7 +251,7 @@ def gumbel_rao(
       logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K).
       num_samples: Gumbel vectors a draw, a Python integer, 1 or more.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.
@@ -300,7 +300,7 @@ def reinmax_rao(
       tau: temperature of the gradient, positive, of the batch shape (no axis for K). It has no
         gradient.
       num_samples: Gumbel vectors a draw, a Python integer, 1 or more.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       One-hot vectors of shape ``shape + (K,)``, in the dtype of ``logits``.

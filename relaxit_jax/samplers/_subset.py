@@ -434,7 +434,7 @@ def relaxed_top_k(
       logits: unnormalised log-probabilities, shape (..., n); -inf gives exactly 0.
       k: number of elements, from 1 to n, known before tracing.
       tau: temperature, positive, of the batch shape (no axis for n).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the exact k-hot vector of `gumbel_top_k` on the same noise, with the gradient of z.
 
     Returns:

@@ -101,7 +101,7 @@ def chain_sample(
       key: a JAX random key.
       unary: log-weights of the classes at each step, shape (..., T, K); -inf is a forbidden class.
       transition: log-weights of class j after class i, shape (K, K), (..., T - 1, K, K) or (..., 1, K, K).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       One-hot vectors of shape ``shape + (T, K)``, in the dtype of the potentials; NaN where no sequence is
@@ -193,7 +193,7 @@ def relaxed_chain(
       unary: log-weights of the classes at each step, shape (..., T, K); -inf is a forbidden class.
       transition: log-weights of class j after class i, shape (K, K), (..., T - 1, K, K) or (..., 1, K, K).
       tau: temperature, positive, of the batch shape (no axes for T and K).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       Points of the convex hull of the sequences, shape ``shape + (T, K)``, in the dtype of the potentials;

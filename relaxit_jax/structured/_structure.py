@@ -35,7 +35,7 @@ def relaxed_structure(
       potentials: theta, an array or a pytree of arrays, each of the batch shape first; -inf forbids, where A
         has a finite gradient there.
       tau: temperature, positive, of the batch shape.
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       A pytree of the structure and dtypes of ``potentials``: points of the convex hull of the structures,

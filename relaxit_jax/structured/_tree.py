@@ -173,7 +173,7 @@ def relaxed_tree(
       weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge
         that is not there.
       tau: temperature, positive, of the batch shape (no axes for n).
-      shape: batch shape of the result; default: that of the broadcast parameters.
+      shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
       Symmetric matrices in the convex hull of the spanning trees, shape ``shape + (n, n)``, in the dtype of
