@@ -23,7 +23,7 @@ def largest(x):
 
 def is_class(index, like):
     """As booleans, which class of the last axis of `like` has this index, an array with an axis for it."""
-    return jnp.arange(like.shape[-1]) == index
+    return jnp.arange(like.shape[-1], dtype=index.dtype) == index
 
 
 @jax.jit

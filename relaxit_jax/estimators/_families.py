@@ -301,7 +301,7 @@ class OneHotCategorical(Variables):
         """
         log_p = jax.lax.stop_gradient(self._log_probabilities())
         *variables, k = self.shape
-        classes, depth = np.arange(k), (k - 1).bit_length()
+        classes, depth = np.arange(k, dtype=np.int32), (k - 1).bit_length()
         padding = [(0, 0)] * len(variables) + [(0, 2**depth - k)]
         leaves = jnp.pad(log_p, padding, constant_values=-jnp.inf)
         noise = rng.exponential(key, (depth, n, *variables), log_p)
@@ -313,13 +313,15 @@ class OneHotCategorical(Variables):
             here = lm.is_class(prefix, sides[..., 0, :])
             zero, one = (jnp.sum(where(here, sides[..., digit, :], 0), -1) for digit in (0, 1))
             others = jnp.squeeze(prefix[:, None] == prefix, -1) & ~itself
-            e_others, m = jnp.sum(where(others, e, 0), 1), jnp.sum(others, 1)
+            e_others = jnp.sum(where(others, e, 0), 1)
+            m = jnp.sum(others, 1, dtype=log_p.dtype)
             drawn, spread = _repelling(e, e_others, m, one - zero)
             bit = drawn.astype(log_p.dtype)
             gain = jnp.sum(where(others, bit[:, None] - bit, 0), 1) * (1 - spread) / spread
             # the derivative of log_odds in the logits: each class's share of its side
             side = jnp.tile(sides.reshape(*variables, -1), 2 ** (depth - level - 1))[..., :k]
-            share = where(side > -jnp.inf, jnp.exp(log_p - side), 0) * np.where(classes >> level & 1, 1, -1)
+            share = where(side > -jnp.inf, jnp.exp(log_p - side), 0)
+            share = where(classes >> level & 1 > 0, share, -share)
             correction += where(prefix == classes % 2**level, gain[..., None] * share, 0)
             prefix += where(drawn, 2**level, 0)[..., None]
         draws = self._as_sample(prefix == classes)
