@@ -1,5 +1,7 @@
 """The report of a measurement: its numbers, its table and its picture."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
@@ -77,7 +79,7 @@ class GradientReport:
     mean_cosine: NDArray[np.floating]
     calls: NDArray[np.integer]
     seconds: NDArray[np.floating]
-    leaves: Mapping[str, "GradientReport"] = dataclasses.field(default_factory=dict)
+    leaves: Mapping[str, GradientReport] = dataclasses.field(default_factory=dict)
 
     @property
     def biased(self) -> NDArray[np.bool_]:
