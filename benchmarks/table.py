@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from benchmarks/results: python benchmarks/table.py
+"""Writes the tables of docs/performance.md from benchmarks/results: python benchmarks/table.py
 
 Each stands between two comments, and a test compares it with the results.
 """
@@ -10,7 +10,6 @@ import re
 import click
 
 from records import RESULTS
-from versions import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 PASSES = "forward", "forward + backward"
@@ -61,20 +60,6 @@ def samplers():
     return table(("sampler", "float32", "bfloat16", "memory", "to PyTorch"), rows)
 
 
-def short():
-    """README's table, and under it what it was recorded with."""
-    speed, compiled, memory = read("speed"), read("accelerators")["results"], read("memory")["samplers"]
-    rows = []
-    for name, by_size in speed["rows"].items():
-        if name in SHOWN:
-            hand, _, peer = cells([by_size[SIZE]])
-            on_gpu = ratio(compiled["H100, float32"][name], PASS)
-            rows.append((written(name), hand, f"{memory[name]['ratio']:.2f}", peer, on_gpu))
-    peers = ", ".join(f"{name} {speed['peers'][name]}" for name in ("PyTorch", "relaxit"))
-    text = table(("sampler", "time", "memory", "time to PyTorch", "H100 bytes"), rows)
-    return f"{text}\n\n{sentence(speed['versions'])} Peers: {peers}."
-
-
 def accelerators():
     """Forward and with the gradient, one column for each device and dtype that was compiled for."""
     results = read("accelerators")["results"]
@@ -116,7 +101,6 @@ def epochs():
 
 
 TABLES = {
-    "README.md": {"speed": short},
     "docs/performance.md": {
         "speed": samplers,
         "epochs": epochs,

@@ -326,17 +326,17 @@ def table(results):
     """The numbers of every network: bounds in nats, bias and noise in parts of the gradient's norm."""
     total = str(max(SAMPLES))
     lines = [
-        f"{'test negative bound, nats':>41}{'gradient of a small network':>45}",
-        f"layers  {'method':16} {'1 draw':>8} {total + ' draws':>9} {'calls of f':>12}"
-        f" {'bias':>8} {'(noise)':>8} {'one estimate':>13}",
+        f"{'test negative bound, nats':>40}{'gradient of a small network':>39}",
+        f"layers {'method':16} {'1 draw':>7} {total + ' draws':>8} {'calls of f':>11}"
+        f" {'bias':>5} {'(noise)':>7} {'one estimate':>12}",
     ]
     for layers, rows in results.items():
         for name, row in rows.items():
             bounds, small = row["test_negative_bounds"], row["small_network"]
             lines.append(
-                f"{layers:>6}  {name:16} {bounds['1']:8.1f} {bounds[total]:9.1f} "
-                f"{' + '.join(map(str, row['calls_of_f'])):>12} {small['bias']:8.3f} {small['noise']:8.3f} "
-                f"{small['deviation_of_one']:13.2f}"
+                f"{layers:>6} {name:16} {bounds['1']:7.1f} {bounds[total]:8.1f} "
+                f"{' + '.join(map(str, row['calls_of_f'])):>11} {small['bias']:5.3f} {small['noise']:7.3f} "
+                f"{small['deviation_of_one']:12.2f}"
             )
     return "\n".join(lines)
 

@@ -114,7 +114,7 @@ def draw(path, x, learned, known, title):
     "--separation",
     type=FloatRange(0, 20, min_open=True),
     default=2.5,
-    help="Distance of neighbouring centres, in standard deviations of a cluster.",
+    help="Distance between neighboring centers, in standard deviations.",
 )
 @training_options
 @out_option
@@ -122,7 +122,7 @@ def main(clusters, points, separation, tau, method, steps, particles, learning_r
     """Train the labels of a mixture of Gaussians, and hold them against the best mean-field guide."""
     true_centres, labels, x = make_data(clusters, points, separation, seed)
     if len(np.unique(labels)) < clusters:
-        raise UserError(f"{points} points leave a cluster of {clusters} empty; raise --points")
+        raise UserError(f"{points} points leave a cluster empty; raise --points")
     out = output_folder(out, "mixture")
     start_at = KMeans(clusters, n_init=10, random_state=seed).fit(x).cluster_centers_
 
@@ -165,10 +165,12 @@ def main(clusters, points, separation, tau, method, steps, particles, learning_r
     }
     write_json(out / "metrics.json", metrics)
     click.echo(
-        f"probabilities: largest difference {difference.max():.4f}, mean {difference.mean():.4f} "
-        f"(bias of two neighbours: {bias:.4f})\n"
-        f"accuracy {metrics['accuracy']:.3f}, closed form {metrics['accuracy_closed_form']:.3f}\n"
-        f"-ELBO of the trained guide {metrics['final_loss_unrelaxed']:.2f}, of the best {known_loss:.2f}\n"
+        f"probabilities: largest difference {difference.max():.4f}, "
+        f"mean {difference.mean():.4f} (bias of two neighbours: {bias:.4f})\n"
+        f"accuracy {metrics['accuracy']:.3f}, "
+        f"closed form {metrics['accuracy_closed_form']:.3f}\n"
+        f"-ELBO of the trained guide {discrete:.2f}, "
+        f"of the best {known_loss:.2f}\n"
         f"trained in {seconds:.1f} s\nin {out}: mixture.png, metrics.json"
     )
 

@@ -6,6 +6,8 @@ distributions, handlers and an unbiased bound for NumPyro models, gradient estim
 estimator your problem wants. Each is imported at its first use.
 """
 
+from __future__ import annotations
+
 import importlib
 import typing
 from types import ModuleType

@@ -1,5 +1,7 @@
 """What can be known before tracing is checked before tracing, by a ValueError that names the argument."""
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import math

@@ -1,5 +1,7 @@
 """Draws by fused kernels where `fused_kernels` chooses them, and their derivatives."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import math

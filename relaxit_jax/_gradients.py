@@ -1,5 +1,7 @@
 """Values with a gradient of their own: the straight-through combinator, and softmax of a known value."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 

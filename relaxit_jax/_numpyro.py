@@ -4,6 +4,8 @@ Each has a comment on what is relied upon, and a test in tests/test_numpyro_name
 version in its message when a release changes it.
 """
 
+from __future__ import annotations
+
 import inspect
 import re
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """Terms of a bound: log-probabilities of the sites of a trace, and their sums over plates."""
 
+from __future__ import annotations
+
 from collections.abc import Collection
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`RLOO_ELBO` and `VIMCO_ELBO`: SVI whose discrete sites stay discrete, by scores with a baseline."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import functools

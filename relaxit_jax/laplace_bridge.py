@@ -1,5 +1,7 @@
 """The Laplace Bridge between Dirichlet distributions and Gaussians on the logits."""
 
+from __future__ import annotations
+
 import math
 
 import jax.numpy as jnp

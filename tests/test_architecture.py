@@ -33,8 +33,8 @@ MODULES = {
     "handlers": FOUNDATIONS | {"_numpyro", "_terms", "samplers", "distributions", "elbo", "handlers"},
     "elbo": {"_arguments", "_math", "_numpyro", "_terms"},
 }
-STANDARD = {"collections", "contextlib", "contextvars", "copy", "dataclasses", "functools", "inspect"}
-STANDARD |= {"itertools", "math", "operator", "os", "re", "time", "typing", "warnings"}
+STANDARD = {"__future__", "collections", "contextlib", "contextvars", "copy", "dataclasses", "functools"}
+STANDARD |= {"inspect", "itertools", "math", "operator", "os", "re", "time", "typing", "warnings"}
 PURE = {"jax", "numpy"} | STANDARD
 NUMPYRO = {module: {"numpyro"} for module in ("_numpyro", "distributions", "elbo", "handlers")}
 OTHERS = NUMPYRO | {"diagnostics": {"matplotlib"}}

@@ -223,15 +223,12 @@ def test_tables_are_those_of_the_results(page):
     assert table.filled(text, table.TABLES[page]) == text, "run python benchmarks/table.py"
 
 
-def test_a_table_has_the_ratios_and_what_they_were_recorded_with():
+def test_a_table_has_the_ratios():
     speed, epochs = table.read("speed"), table.read("training")["epochs"]
     by_size = speed["rows"]["gumbel_softmax"]
     ratios = [f"{size['float32'][table.PASS][table.HAND]['ratio']:.2f}" for size in by_size.values()]
     joined = ",\N{NO-BREAK SPACE}".join(ratios)
     assert f"| `gumbel_softmax` | {joined} |" in table.samplers()
-    assert f"| `gumbel_softmax` | {ratios[1]} |" in table.short() and list(by_size)[1] == table.SIZE
-    assert len(re.findall("^. `", table.short(), re.MULTILINE)) == len(table.SHOWN)
-    assert speed["versions"]["date"] in table.short() and speed["peers"]["PyTorch"] in table.short()
     assert "| `logistic_normal`, full |" in table.samplers() and "- |" in table.samplers()
     rebar = f"| `rebar` | {epochs['rebar']['milliseconds']:.0f} |"
     assert rebar in table.epochs() and "PyTorch rebar" not in table.epochs() and K == 5

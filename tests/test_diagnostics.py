@@ -294,8 +294,8 @@ def test_a_gradient_of_zero_has_no_cosine_and_is_json():
 def test_table_and_pictures_show_the_numbers(tmp_path):
     report = classes_report("exact")
     lines = str(report).splitlines()
-    assert len(lines) == 2 + len(report.names)
-    for name, line in zip(report.names, lines[2:], strict=True):
+    assert len(lines) == 3 + len(report.names) and max(map(len, lines)) <= 80
+    for name, line in zip(report.names, lines[3:], strict=True):
         assert line.split()[0] == name
         assert ("biased" in line) == (name == "straight_through")
         assert f"{report[name]['variance']:.4g}" in line
@@ -439,7 +439,7 @@ def test_the_report_of_a_tree_is_that_of_its_leaves_together():
     assert report.calls.tolist() == leaves["decoder"].calls.tolist() == [1, 1]
     assert report.seconds.tolist() == leaves["decoder"].seconds.tolist()
     lines = str(report).splitlines()
-    assert len(lines) == 4 + 3 * 3 and lines[4].startswith("in decoder: 3 coordinates, of norm ")
+    assert len(lines) == 5 + 3 * 3 and lines[5].startswith("in decoder: 3 coordinates, of norm ")
     assert lines[-1].startswith("straight_through") and " biased " in lines[-1]
     said = json.loads(json.dumps(report.as_dict()))
     assert said["leaves"]["decoder"]["estimators"]["reinforce"] == leaves["decoder"]["reinforce"]

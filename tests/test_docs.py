@@ -1,5 +1,6 @@
 """The site is true: its snippets run, its reference is complete, what it includes and points to is there."""
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import relaxit_jax
+import widths
 from relaxit_jax import (
     diagnostics,
     distributions,
@@ -100,6 +102,57 @@ def left_behind(text):
     """Words in capitals that are no names, as a writer leaves them for what is yet to be measured."""
     text = re.sub(r"\]\([^)]*\)|\]\[[^]]*\]|{{[^}]*}}|\$[^$]*\$", "", without_code(text))
     return set(re.findall(r"@@\w*|\b(?:[A-Z][A-Z0-9_]{3,}|TBD|XXX)\b", text)) - CAPITALS
+
+
+CODE = re.compile(r"^```\w*[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_and_tables_fit_a_page(hooks, page):
+    """Code has at most 80 characters a line but for single long words, tables at most five columns.
+
+    What a table cannot break, its longest words side by side, is below what 1,280 pixels show.
+    """
+    text = hooks.expand(PAGES[page])
+    wide = [line for code in CODE.findall(text) for line in code.splitlines() if len(line) > 80]
+    assert [line for line in wide if len(line.strip().split(" x ")) > 2 or " " in line.strip()[:60]] == []
+    for table in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", row.strip()[1:-1]) for row in table.splitlines()]
+        assert len(rows[0]) <= 5, rows[0]
+        cells = [[shown(cell) for cell in row] for row in rows if not set("".join(row)) <= set("-: ")]
+        words = [[max(map(len, cell.split()), default=0) for cell in row] for row in cells]
+        assert sum(map(max, zip(*words, strict=True))) <= 85, rows[0]
+
+
+def test_included_code_keeps_its_meaning():
+    """Only comments and docstrings are wrapped; a comment that does not fit goes above its line."""
+    assert widths.code("x = 1  # " + "one " * 25).splitlines()[-1] == "x = 1"
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        text = path.read_text()
+        bare = [ast.dump(without_docstrings(code)) for code in (text, widths.code(text))]
+        assert bare[0] == bare[1], path
+
+
+def without_docstrings(code):
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def test_recorded_output_is_cut_between_its_parts():
+    line = "name     error 0.1320 of the variance, 86 bits per image, 29 codes used, perplexity 11"
+    first, second = widths.output(line).splitlines()
+    assert line.startswith(first) and first.endswith(",") and second == "    perplexity 11"
+    table = [f"{name:30}{number:40}{number:20}" for name, number in (("a", 1), ("b", 2), ("c", 3))]
+    assert widths.output("\n".join(table)).splitlines() == ["a 1 1", "b 2 2", "c 3 3"]
+
+
+def shown(cell):
+    """The text of a cell: links without their targets, code that may break after an underscore or a dot."""
+    cell = re.sub(r"\[([^]]*)\](?:\([^)]*\)|\[[^]]*\])", r"\1", cell)
+    return re.sub(r"([_.(,])", r"\1 ", cell.replace("`", ""))
 
 
 @pytest.mark.parametrize("page", PAGES)

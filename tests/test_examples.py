@@ -317,7 +317,7 @@ def test_spike_and_slab_example(tmp_path):
     [
         (mixture, "--tau 0", "0.0 is not in the range 0.001<=x<=1000"),
         (mixture, "--method nonsense", "is not one of 'relaxed', 'straight_through'"),
-        (mixture, "--clusters 8 --points 20 --seed 0", "leave a cluster of 8 empty; raise --points"),
+        (mixture, "--clusters 8 --points 20 --seed 0", "leave a cluster empty; raise --points"),
         (mixture, "--points 20 --steps 30 --learning-rate 100 --out {}", "the loss is not finite from step"),
         (spike_and_slab, "--columns 17", "17 is not in the range 1<=x<=16"),
         (spike_and_slab, "--support 13", "is above the 12 columns; lower it"),

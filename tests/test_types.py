@@ -1,6 +1,7 @@
 """Every public signature says what kind each argument is and what comes back; shapes are in docstrings."""
 
 import inspect
+import re
 import typing
 
 import pytest
@@ -52,6 +53,13 @@ def test_signatures_are_annotated(name):
     hints = typing.get_type_hints(PUBLIC[name])  # evaluated, so that they are true when the code runs
     wanted = [x for x in inspect.signature(PUBLIC[name]).parameters if x not in ("self", "cls")]
     assert [x for x in (*wanted, "return") if x not in hints] == []
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_help_shows_names_of_types(name):
+    """`ArrayLike`, not the nine types that it stands for."""
+    shown = str(inspect.signature(PUBLIC[name]))
+    assert not re.search(r"Union\[|jaxlib|numpy\.", shown), shown
 
 
 def test_all_modules_are_looked_at():

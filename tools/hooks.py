@@ -18,6 +18,7 @@ import re
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+import widths
 from method_tables import classes, methods, samplers
 from versions import sentence
 
@@ -27,19 +28,20 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 
 
 def source(file, name):
-    """A top-level function or class of a Python file, as it is written there."""
+    """A top-level function or class of a Python file, formatted to the width of a page."""
     text = (ROOT / file).read_text()
     for node in ast.parse(text).body:
         if getattr(node, "name", None) == name:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             lines = text.splitlines()[first - 1 : node.end_lineno]
-            return f'```python title="{file}"\n' + "\n".join(lines) + "\n```"
+            return f'```python title="{file}"\n' + widths.code("\n".join(lines)) + "\n```"
     raise ValueError(f"{file} has no function or class {name!r} at its top level")
 
 
 def output(name):
     """The command and the end of what it printed, as recorded."""
-    return "```console\n" + (ROOT / "docs" / "outputs" / f"{name}.txt").read_text().rstrip() + "\n```"
+    recorded = (ROOT / "docs" / "outputs" / f"{name}.txt").read_text().rstrip()
+    return f"```console\n{widths.output(recorded)}\n```"
 
 
 def between(file, mark):

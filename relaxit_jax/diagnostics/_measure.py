@@ -1,5 +1,7 @@
 """How the numbers of a report are measured."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect

@@ -1,5 +1,7 @@
 """The report of a measurement: its numbers, its table and its picture."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
@@ -77,7 +79,7 @@ class GradientReport:
     mean_cosine: NDArray[np.floating]
     calls: NDArray[np.integer]
     seconds: NDArray[np.floating]
-    leaves: Mapping[str, "GradientReport"] = dataclasses.field(default_factory=dict)
+    leaves: Mapping[str, GradientReport] = dataclasses.field(default_factory=dict)
 
     @property
     def biased(self) -> NDArray[np.bool_]:
@@ -122,16 +124,16 @@ class GradientReport:
 
     def __str__(self) -> str:
         width = max(map(len, (*self.names, "estimator")))
-        head = f"{'estimator':{width}} {'bias':>11} {'(noise)':>11} {'':6} {'variance':>11} {'mse':>11}"
+        head = f"{'estimator':{width}} {'bias':>8} {'(noise)':>8} {'':6} {'variance':>8}"
         size, norm = self.gradient.size, np.linalg.norm(self.gradient)
         lines = [
-            f"true gradient: {self.reference}; {size} coordinates, of norm {norm:.4g}; "
-            f"{self.num_samples} estimates of each",
-            head + f" {'cosine':>7} {'of one':>7} {'calls':>6} {'time':>10}",
+            f"true gradient: {self.reference}; {size} coordinates, of norm {norm:.4g}",
+            f"{self.num_samples} estimates by each estimator",
+            head + f" {'cosine':>6} {'of one':>6} {'calls':>5} {'time':>9}",
         ]
         for name, line in self._lines(width):
             row = self[name]
-            lines.append(f"{line} {row['calls']:6d} {row['seconds'] * 1e6:7.1f} us")
+            lines.append(f"{line} {row['calls']:5d} {row['seconds'] * 1e6:6.1f} us")
         for leaf, report in self.leaves.items():
             size, norm = report.gradient.size, np.linalg.norm(report.gradient)
             lines.append(f"in {leaf}: {size} coordinate{'s' * (size > 1)}, of norm {norm:.4g}")
@@ -148,8 +150,8 @@ class GradientReport:
             seen = "biased" if good and row["biased"] else "" if good else "NaN"
             yield (
                 name,
-                f"{name:{width}} {row['bias_norm']:11.4g} {row['bias_norm_error']:11.4g} {seen:6} "
-                f"{row['variance']:11.4g} {row['mse']:11.4g} {row['cosine']:7.3f} {row['mean_cosine']:7.3f}",
+                f"{name:{width}} {row['bias_norm']:8.3g} {row['bias_norm_error']:8.3g} {seen:6} "
+                f"{row['variance']:8.3g} {row['cosine']:6.3f} {row['mean_cosine']:6.3f}",
             )
 
     def plot(

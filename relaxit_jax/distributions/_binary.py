@@ -1,5 +1,7 @@
 """Bits and gates as NumPyro distributions."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Points of the simplex as NumPyro distributions."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

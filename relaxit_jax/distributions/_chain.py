@@ -1,5 +1,7 @@
 """Linear chains as a NumPyro distribution."""
 
+from __future__ import annotations
+
 import itertools
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Counts as NumPyro distributions."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

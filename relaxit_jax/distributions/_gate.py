@@ -1,5 +1,7 @@
 """Stochastic gates, which are exactly 0 or 1 with positive probability, as NumPyro distributions."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

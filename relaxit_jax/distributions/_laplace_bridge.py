@@ -1,5 +1,7 @@
 """The Laplace Bridge between NumPyro's Dirichlet and the logistic-normal."""
 
+from __future__ import annotations
+
 from typing import Any, overload
 
 import jax.numpy as jnp

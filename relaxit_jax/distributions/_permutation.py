@@ -1,5 +1,7 @@
 """Permutations as NumPyro distributions."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from jax import Array

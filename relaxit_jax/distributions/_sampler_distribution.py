@@ -1,5 +1,7 @@
 """The thin NumPyro class over a sampler and its density, and its parameters as users give them."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping

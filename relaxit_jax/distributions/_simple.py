@@ -1,5 +1,7 @@
 """Exact subsets of k elements, bits given their sum, as a NumPyro distribution."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

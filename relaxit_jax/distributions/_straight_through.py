@@ -1,5 +1,7 @@
 """One-hot vectors drawn exactly, with and without a gradient, as NumPyro distributions."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

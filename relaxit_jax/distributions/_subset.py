@@ -1,5 +1,7 @@
 """Subsets of fixed size as NumPyro distributions."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax.numpy as jnp

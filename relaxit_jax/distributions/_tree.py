@@ -1,5 +1,7 @@
 """Spanning trees as a NumPyro distribution."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax.numpy as jnp

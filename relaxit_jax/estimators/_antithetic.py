@@ -1,5 +1,7 @@
 """Estimators from draws that repel each other."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Score-function estimators with a control variate on relaxed draws, and how the variate is trained."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

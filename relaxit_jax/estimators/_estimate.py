@@ -1,5 +1,7 @@
 """What the estimators share: what they ask of q, calling f, and a value with derivatives of its own."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 

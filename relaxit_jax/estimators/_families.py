@@ -1,5 +1,7 @@
 """The distributions whose draws the estimators differentiate through."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -56,7 +58,7 @@ class Variables:
         """The shape of one event: all that f takes together."""
         return self.shape[len(self.batch_shape) :]
 
-    def with_logits(self, logits: ArrayLike) -> "Variables":
+    def with_logits(self, logits: ArrayLike) -> Variables:
         """The same with other logits."""
         return type(self)(logits, self.event_ndims)  # type: ignore[call-arg]
 

@@ -1,5 +1,7 @@
 """Families whose elements depend on each other: subsets, orders, chains and trees."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import math
@@ -62,7 +64,7 @@ class Subset(Variables):
         object.__setattr__(self, "k", arg.as_static_int("k", k, 1, self.shape[-1]))
         object.__setattr__(self, "law", law)
 
-    def with_logits(self, logits: ArrayLike) -> "Subset":
+    def with_logits(self, logits: ArrayLike) -> Subset:
         """The same with other logits."""
         return Subset(logits, self.k, self.law, self.event_ndims)  # type: ignore[arg-type]
 
@@ -182,7 +184,7 @@ class LinearChain(Variables):
         need = f"of a batch shape that broadcasts to {self.shape[:-2]}"
         arg.require(arg.broadcasts_to(batch, self.shape[:-2]), "transition", need, f"{batch}")
 
-    def with_logits(self, logits: ArrayLike) -> "LinearChain":
+    def with_logits(self, logits: ArrayLike) -> LinearChain:
         """The same with other log-weights of the classes."""
         return LinearChain(logits, self.transition, self.event_ndims)
 

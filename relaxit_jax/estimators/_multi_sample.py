@@ -1,5 +1,7 @@
 """Bounds of several draws together, and their gradient."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

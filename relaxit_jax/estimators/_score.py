@@ -1,5 +1,7 @@
 """Score-function estimators, and the sum over all outcomes that they estimate."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

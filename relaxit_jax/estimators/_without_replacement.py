@@ -1,5 +1,7 @@
 """Estimators from draws that all differ."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

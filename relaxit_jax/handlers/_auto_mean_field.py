@@ -1,5 +1,7 @@
 """`AutoMeanField`: a mean-field guide made from a model with discrete latents."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools

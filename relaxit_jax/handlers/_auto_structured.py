@@ -1,5 +1,7 @@
 """`AutoStructured`: a guide with the dependences that the model suggests."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import math

@@ -1,5 +1,7 @@
 """A discrete distribution whose elements are drawn one after another."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

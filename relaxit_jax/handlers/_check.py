@@ -1,5 +1,7 @@
 """`check`: what a trained guide has found, what it has not, and what to do."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math

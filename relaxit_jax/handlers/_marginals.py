@@ -1,5 +1,7 @@
 """`marginals`: the probabilities of the discrete sites of any guide."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 

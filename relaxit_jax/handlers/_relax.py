@@ -1,5 +1,7 @@
 """`relax`: a model with discrete latents made trainable."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 

@@ -1,5 +1,7 @@
 """What `relax` makes of one site: its options, the finite law of the site, and the relaxation of that law."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping

@@ -1,5 +1,7 @@
 """`take`, `select` and comparisons, which work on discrete values and on relaxed ones."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array

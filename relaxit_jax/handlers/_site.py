@@ -1,5 +1,7 @@
 """A discrete latent site: the finite law of its distribution, and the relaxed site that stands for it."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 from collections.abc import Mapping

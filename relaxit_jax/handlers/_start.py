@@ -1,5 +1,7 @@
 """Where a guide starts: coordinate ascent on the discrete sites and a point of the continuous ones."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools

@@ -1,5 +1,7 @@
 """`unrounded`: draws are scored before they are rounded, in the model as in the guide."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

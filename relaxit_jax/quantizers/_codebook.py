@@ -1,5 +1,7 @@
 """Keep a codebook: moving averages, restarts of unused codes, and how many codes are in use."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple

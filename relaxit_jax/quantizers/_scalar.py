@@ -1,5 +1,7 @@
 """Quantize without a codebook: each number to one of a few levels, or to its sign."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Quantize a vector to the nearest code of a codebook, once or in residual stages."""
 
+from __future__ import annotations
+
 import functools
 from typing import Literal, NamedTuple
 

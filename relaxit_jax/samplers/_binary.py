@@ -1,5 +1,7 @@
 """Relaxed Bernoulli variables: one gate per element of the parameters."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import jax

@@ -1,5 +1,7 @@
 """Relaxed categorical variables: points of the simplex, the event axis last."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 

@@ -4,6 +4,8 @@ A count without a largest value is truncated: `poisson_support` and its like giv
 values of a finite list, which `generalized_gumbel_softmax` takes.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Stochastic gates: relaxed Bernoulli variables that are exactly 0 or 1 with positive probability."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Sequence

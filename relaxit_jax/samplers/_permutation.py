@@ -1,5 +1,7 @@
 """Permutations: doubly stochastic matrices and sorted noise, with permutation matrices nearest to them."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 

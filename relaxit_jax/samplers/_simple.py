@@ -6,6 +6,8 @@ where every node splits its count between its two halves. All devices draw by th
 from a visit of one element after another, n steps of less work; accelerators take them from the tree too.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple

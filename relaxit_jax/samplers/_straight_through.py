@@ -1,5 +1,7 @@
 """One-hot vectors drawn exactly, each with another estimate of the gradient."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Subsets of fixed size: k of n elements, or k sequences, drawn without replacement."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Sequence

@@ -5,6 +5,8 @@ costs O(T K^2); CPUs take this form. By a balanced tree, accelerators take log2(
 log-weights of all paths between its first and its last class, K x K numbers, at a cost of O(T K^3).
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Relaxed draws of any structure whose log-partition function is known."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

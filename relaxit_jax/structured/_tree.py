@@ -7,6 +7,8 @@ Gaussian elimination of the Laplacian, without a subtraction: every number is a 
 is right to rounding in log space, however far apart the weights are.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 
