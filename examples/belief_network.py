@@ -396,7 +396,7 @@ def table(results):
 @out_option
 @click.option("--resume", is_flag=True, help="Continue the run in --out after its last good checkpoint.")
 def main(depths, methods, estimates, out, resume, **options):
-    """Train sigmoid belief networks of stochastic layers, with an estimator inside of another's f.
+    """Train sigmoid belief networks of stochastic layers, with an estimator inside another's f.
 
     Writes metrics.json, belief_network.png (test bounds over epochs and over calls of f) and a checkpoint
     after each epoch.

@@ -302,7 +302,7 @@ def _refuse_event_axes(per_event, batches):
             if shape == without + (1,) * ones and draws(batch, without) not in (None, draws(batch, shape)):
                 index, axes = ", 0" * ones, ", ".join(["None"] * extra)
                 raise ValueError(
-                    f"{name} must have the batch shape and no axis for the event, got shape {shape} beside a "
+                    f"{name} must have the batch shape and no axis for the event, got shape {shape} with a "
                     f"batch of shape {batch}. Write {name}[...{index}]; if you want every pair of the two, "
                     f"write {next(iter(batches))}[{axes}], or give a sampler the shape of all pairs."
                 )

@@ -71,8 +71,8 @@ def require_same_rows(msg: dict[str, Any], subsampled: set[str]) -> None:
     """Refuse a site in a plate that is subsampled inside a scan: `replay` does not hand on its indices."""
     if any(frame.name in subsampled for frame in msg["cond_indep_stack"]):
         raise ValueError(
-            f"The site '{msg['name']}' is in a subsampled plate inside of a scan, where NumPyro draws other "
-            "indices for the model than for the guide. Subsample before the scan."
+            f"The site '{msg['name']}' is in a subsampled plate inside a scan, where NumPyro draws "
+            "different indices for the model and the guide. Subsample before the scan."
         )
 
 

@@ -223,7 +223,7 @@ def _tell(impossible):
             warnings.warn(
                 f"the site '{name}' has probability 0 under the draws of the particles {which.tolist()}: the "
                 "loss is infinite, and the gradient of the latent elements that it depends on is NaN. Give "
-                "the guide no mass where the model has none, or the model a little everywhere.",
+                "the guide no mass where the model has none, or give the model some mass everywhere.",
                 stacklevel=5,
             )
 
@@ -287,7 +287,7 @@ def _weighted_particle(model, guide, args, kwargs, params, key):
         if _scores_another_law(s["fn"]):
             raise ValueError(
                 f"the site '{name}' is relaxed, and importance weights need draws of the discrete law. "
-                "Remove relax, or train by Trace_ELBO."
+                "Remove relax, or train with Trace_ELBO."
             )
         if not s["fn"].has_rsample:
             log_q += sum_to(own, _log_q(s))
@@ -439,11 +439,11 @@ class _Draws(Messenger):
         name = f"the site '{msg['name']}'"
         if msg["infer"].get("enumerate"):
             raise ValueError(
-                f"{name} is enumerated, and this bound draws: use TraceEnum_ELBO, or do not enumerate it"
+                f"{name} is enumerated, but this ELBO draws it: use TraceEnum_ELBO, or do not enumerate it"
             )
         if npr.comes_from_flow(msg) and npr.runs_cond(self.flow["fn"]):
             raise ValueError(
-                f"{name} is inside of a cond, where NumPyro does not give the model the guide's draw: "
+                f"{name} is inside a cond, where NumPyro does not give the model the guide's draw: "
                 "draw it before the cond"
             )
         npr.require_same_rows(msg, self.subsampled)

@@ -199,8 +199,8 @@ class StochasticTimesSmooth(sd.SamplerDistribution):
     support: ct.Constraint = ct.draws_in_unit_interval
     _pathwise = False
     _no_slope = (
-        "its upper value is the root of its own probability, so that no law of other logits gives it a "
-        "probability. Use it in a loss, and another bit, such as StraightThroughBernoulli, as a latent site"
+        "its upper value is the root of its own probability, so a law with other logits gives it no "
+        "probability. Use it in a loss; as a latent site, use another bit, such as StraightThroughBernoulli"
     )
     _sampler = staticmethod(samplers.stochastic_times_smooth)
     _density = staticmethod(samplers.stochastic_times_smooth_log_prob)

@@ -106,8 +106,8 @@ def _no_bijection(constraint):
     raise ValueError(
         "NUTS and the continuous automatic guides, such as AutoNormal, need a density on the real numbers. "
         "This site has none: single values of it have a probability (straight-through draws, gates with "
-        "atoms at 0 and 1), or it is scored by those of a discrete site (relax). Train it by SVI with a "
-        "guide that has a distribution of the same kind there."
+        "atoms at 0 and 1), or it is scored by the law of a discrete site (relax). Train it by SVI "
+        "with a guide that has a distribution of the same kind there."
     )
 
 

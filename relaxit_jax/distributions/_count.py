@@ -79,7 +79,7 @@ class GeneralizedGumbelSoftmax(sd.SamplerDistribution):
 
     def _log_pmf(self):
         if not self.hard:
-            raise NotImplementedError("a relaxed number has no closed form; give hard=True")
+            raise NotImplementedError("a relaxed number has no closed form; pass hard=True")
         return _kl.log_pmf_of_classes(self.logits)
 
     @property
@@ -133,7 +133,7 @@ def _slopes(log_pmf, values):
 def _kl_of_counts(p, q):
     """The KL between the discrete laws, if both are drawn exactly; inf if q lacks a value of p."""
     if not (p.hard and q.hard):
-        raise NotImplementedError("a relaxed number has no density in closed form, and no KL; give hard=True")
+        raise NotImplementedError("a relaxed number has no density in closed form, and no KL; pass hard=True")
     log_p = p._log_pmf()
     if _kl.known_equal("values", p, q):
         return lm.discrete_kl(log_p, q._log_pmf())

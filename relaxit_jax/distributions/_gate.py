@@ -32,7 +32,7 @@ class Gate(sd.Bit):
     _no_slope = (
         "the gradient of the log-probability in a draw misses the mass that crosses into the atoms at 0 "
         "and 1. Put relaxit_jax.handlers.unrounded around both the model and the guide, or train with "
-        "RLOO_ELBO, or, where model and guide have the same class, with TraceMeanField_ELBO"
+        "RLOO_ELBO or, if model and guide have the same class, with TraceMeanField_ELBO"
     )
 
     def _ends(self):

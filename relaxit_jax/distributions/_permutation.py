@@ -132,5 +132,5 @@ class RelaxedPermutation(sd.SamplerDistribution):
 
     def _density(self, value, logits, **_):
         if not self.hard:
-            raise NotImplementedError("a relaxed permutation has no density in closed form; give hard=True")
+            raise NotImplementedError("a relaxed permutation has no density in closed form; pass hard=True")
         return samplers.relaxed_permutation_log_prob(value, logits)

@@ -80,7 +80,7 @@ class GumbelSoftmaxTopK(sd.SamplerDistribution):
 
     def _density(self, value, logits, **_):
         if not self.hard:
-            raise NotImplementedError("a relaxed k-hot vector has no density in closed form; give hard=True")
+            raise NotImplementedError("a relaxed k-hot vector has no density in closed form; pass hard=True")
         value = arg.as_number("value", value).astype(arg.wide(logits.dtype))
         arg.require_event("value", value)
         arg.require_same_event(value, logits)

@@ -80,7 +80,7 @@ def call(f, q, sample, name="f", *, has_aux=False, finite=True):
         if not has_aux:
             return as_result(name, result), None
         pair = isinstance(result, tuple) and len(result) == 2
-        need = "a function that returns (value, aux), as has_aux=True says"
+        need = "a function that returns (value, aux), because has_aux=True"
         arg.require(pair, name, need, f"a {type(result).__name__}")
         return as_result(name, result[0]), result[1]
 

@@ -241,8 +241,8 @@ class AutoMeanField(AutoGuide):
         for name, frame in frames.items():
             if name not in trace and sizes.get(name, frame.size) != frame.size:
                 raise ValueError(
-                    f"The plate '{name}' is subsampled inside of a scan, where each step has other rows. "
-                    "Open the plate outside of the scan."
+                    f"The plate '{name}' is subsampled inside a scan, where each step has different rows. "
+                    "Open the plate outside the scan."
                 )
         # The plates inside a scan do not belong to the guide: the trace has their sites in their whole shape.
         self._prototype_frames = {name: frame for name, frame in frames.items() if name in trace}
@@ -301,12 +301,12 @@ class AutoMeanField(AutoGuide):
         for frame in self._prototype_frames.values():
             if frame.size != (whole := self._prototype_frame_full_sizes[frame.name]):
                 return (
-                    f"init='data' reads all rows, and the plate '{frame.name}' shows {frame.size} of "
-                    f"{whole}. Call the guide once with the whole plate, or give init_logits."
+                    f"init='data' needs all rows, but the plate '{frame.name}' shows {frame.size} of "
+                    f"{whole}. Call the guide once with the whole plate, or pass init_logits."
                 )
         seen = jax.tree.leaves((args, kwargs, [s["value"] for s in latent]))
         if any(isinstance(x, jax.core.Tracer) for x in seen):
-            return "init='data' needs values: call the guide once outside of jax.jit, as svi.init does."
+            return "init='data' needs values: call the guide once outside jax.jit, as svi.init does."
         return None
 
     def _start_from_data(self, latent, args, kwargs):

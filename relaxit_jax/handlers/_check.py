@@ -299,21 +299,21 @@ def _advice(found, coupled):
         )
         if gain > (CLOSER if differs else BETTER) + noise:
             yield (
-                f"AutoStructured(model), trained by RLOO_ELBO for {RIVAL_STEPS:,} steps, has a bound that "
-                f"is {gain:.1f} nats better. Train it in place of this guide, or start with init='data'."
+                f"AutoStructured(model), trained with RLOO_ELBO for {RIVAL_STEPS:,} steps, has an ELBO that "
+                f"is {gain:.1f} nats better. Train it instead of this guide, or start with init='data'."
             )
     if found.trend is not None and found.trend[0] < -max(TREND, 3 * found.trend[1]):
-        yield f"The loss still falls, by {-found.trend[0]:.1f} nats in its last tenth: train longer."
+        yield f"The loss is still falling, by {-found.trend[0]:.1f} nats over its last tenth: train longer."
     if coupled and found.gap > GAP + 3 * found.gap_error:
         yield (
             f"The draws of this guide are at least {found.gap:.1f} nats from the posterior: its sites depend "
-            "on each other in a way that the guide cannot say, or training has not ended. See AutoStructured."
+            "on each other in a way that the guide cannot represent, or training has not ended. Try AutoStructured."
         )
     for name, s in found.sites.items():
         if s.swallowed:
             yield (
                 f"Under relax the site '{name}' has no gradient: a comparison, a cond or a cast swallows it. "
-                "Write it by select, take or less, or train by RLOO_ELBO."
+                "Write it with select, take or less, or train with RLOO_ELBO."
             )
         if s.weighted is not None and (off := _off(s)) > OFF:
             yield (
@@ -322,7 +322,7 @@ def _advice(found, coupled):
                 "init='data', or use the weighted probabilities."
             )
         if s.moved < 1e-3 and s.gradient > 0.5 * s.noise:
-            yield f"The site '{name}' has not moved from its start, and has a gradient: train longer."
+            yield f"The site '{name}' has not moved from its start but has a gradient: train longer."
 
 
 def _off(s):

@@ -154,8 +154,8 @@ class relax(unrounded):
             self._relaxed.add(id(msg))
         elif npr.comes_from_flow(msg) and npr.runs_cond(self._flow["fn"]):
             raise ValueError(
-                f"the site '{name}' is inside of a cond, where NumPyro replays nothing: draw it before the "
-                "cond, or leave it as it is by config"
+                f"the site '{name}' is inside a cond, where NumPyro does not replay it. Draw it before the "
+                f"cond, or leave it discrete with config={{'{name}': None}}"
             )
 
     def _observe_a_part(self, msg):
@@ -210,12 +210,14 @@ def _check_use(msg, kl):
     if wr.is_discrete(guide):
         raise ValueError(f"{name} is relaxed in the model, not in the guide: wrap the guide in relax as well")
     if isinstance(guide, Delta):
-        raise ValueError(f"{name} has a point estimate in the guide; a relaxed density has no largest value")
+        raise ValueError(
+            f"{name} has a point estimate in the guide, but a relaxed density has no maximum: use AutoMeanField there"
+        )
     if isinstance(guide, Relaxed) != (kl == "discrete"):
         raise ValueError(
-            f"{name} must be relaxed alike in model and guide, got kl={kl!r} in the model and a "
-            f"{type(guide).__name__} in the guide: give the guide a discrete distribution there, and relax "
-            "with the same kl around it"
+            f"{name} must be relaxed in the same way in model and guide, got kl={kl!r} in the model and a "
+            f"{type(guide).__name__} in the guide. Give the guide a discrete distribution there, and relax "
+            "it with the same kl"
         )
 
 

@@ -114,7 +114,7 @@ def law_and_method(name: str, d: Distribution, options: Options) -> tuple[site.L
     law, method = site.law_of(name, d, options.num_values_of(name)), options.method_of(name)
     if isinstance(method, str) and method == "one_hot":
         method = METHODS[options.method]["class"] if isinstance(options.method, str) else options.method
-        need = "another than 'one_hot' beside a method of numbers"
+        need = "something other than 'one_hot' if the method draws numbers"
         arg.require(_is_one_hot(method), f"config['{name}']", need, f"method={method.__name__}")
     # a method for all sites does not make vectors of bits and counts
     as_vector = options.has_own_method(name) and _is_one_hot(method)

@@ -193,7 +193,7 @@ def law_of(name, d, num_values=None):
     if isinstance(d, Autoregressive):
         raise ValueError(
             f"The site '{name}' is autoregressive in the guide, which relax cannot score. "
-            f"Train it by RLOO_ELBO, or pass independent=['{name}'] to AutoStructured."
+            f"Train it with RLOO_ELBO, or pass independent=['{name}'] to AutoStructured."
         )
     if isinstance(d, FiniteDiscrete):
         low, k = d.low, d.logits.shape[-1]
@@ -201,7 +201,7 @@ def law_of(name, d, num_values=None):
     arg.require(
         getattr(d, "event_dim", 1) == 0 and _lower_bound(d.support) is not None,
         f"site '{name}'", "observed, enumerated, or one of the discrete distributions that relax knows, or "
-        "else left as it is by config={'" + name + "': None}", type(d).__name__,
+        "left as it is with config={'" + name + "': None}", type(d).__name__,
     )  # fmt: skip
     return _law_of_count(name, d, num_values)
 
@@ -216,7 +216,7 @@ def _lower_bound(support) -> Any:
 def _law_of_count(name, d, num_values):
     low, high = _lower_bound(d.support), getattr(d.support, "upper_bound", None)
     seen = lambda x: not isinstance(x, Tracer)
-    arg.require(seen(low), f"site '{name}'", "a count whose least value is known before tracing", low)
+    arg.require(seen(low), f"site '{name}'", "a count whose smallest value is known before tracing", low)
     low = int(np.min(np.asarray(low)))
     bounded = high is not None and seen(high)
     whole = int(np.max(np.asarray(high))) - low + 1 if bounded else None

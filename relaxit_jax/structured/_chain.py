@@ -234,7 +234,9 @@ def as_potentials(unary, transition, *, possible=False):
     good = len(shape) > 1 and shape[-1] > 0 and shape[-2] > 0
     arg.require(good, "unary", "of shape (..., T, K), T and K at least 1", f"shape {shape}")
     steps, k = shape[-2:]
-    need = f"of shape ({k}, {k}), (..., {steps - 1}, {k}, {k}) or (..., 1, {k}, {k}) beside unary of {shape}"
+    need = (
+        f"of shape ({k}, {k}), (..., {steps - 1}, {k}, {k}) or (..., 1, {k}, {k}) with unary of shape {shape}"
+    )
     good = of_pairs[-2:] == (k, k) and (len(of_pairs) == 2 or of_pairs[-3] in (1, steps - 1))
     arg.require(good, "transition", need, f"shape {of_pairs}")
     for name, x in {"unary": unary, "transition": transition}.items():
