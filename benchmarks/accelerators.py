@@ -70,7 +70,7 @@ SHAPES = {"correlated_bernoulli": (128,), "logistic_normal_full": (128,), "gumbe
 SHARDED = {"gpu": 8, "tpu": 4}  # devices of the programs that are looked through for collectives
 WAYS = ("jit", "shard_map", "explicit")
 PASSES = ("forward", "forward + backward")
-FUSED = {  # have kernels inside of `fused_kernels(True)`
+FUSED = {  # have kernels inside `fused_kernels(True)`
     "gumbel_softmax", "gumbel_softmax_hard", "straight_through_categorical", "decoupled_gumbel_softmax",
     "gapped_straight_through", "reinmax", "gumbel_rao", "reinmax_rao",
 }  # fmt: skip

@@ -1,18 +1,18 @@
 """Expectations under a character model, from words drawn without replacement by stochastic beam search.
 
-A small recurrent network learns the words of a text, letter by letter. What is the mean length of the
-words it makes, and their entropy? k draws answer with an error that falls as 1 / sqrt(k), and they
-repeat themselves: the likeliest words come again and again. `relaxit_jax.stochastic_beam_search` draws k
-different words in one pass of the network; each word's weight is its probability over that of being
-drawn, as W. Kool, H. van Hoof, M. Welling (2019), Stochastic Beams and Where to Find Them,
-arXiv:1903.06059, have it, and the more of the probability the k words hold, the faster the error falls.
+A small recurrent network learns the words of a text, letter by letter. What is the mean length of the words
+it makes, and what is their entropy? The error of k independent draws falls as 1 / sqrt(k), and the draws
+repeat: the likeliest words come up again and again. `relaxit_jax.stochastic_beam_search` draws k different
+words in one pass of the network. Each word is weighted by its probability divided by the probability that it
+was drawn, as in W. Kool, H. van Hoof, M. Welling (2019), Stochastic Beams and Where to Find Them,
+arXiv:1903.06059. The more of the probability the k words hold, the faster the error falls.
 
     python examples/beam_search.py
 
-The text is Python's own documentation of its topics, which comes with every Python (another with
---text); the network spends 1.16 nats a letter on words that it has not seen, where the letters' frequencies
-alone take 2.84. 200 words without replacement hold half of the probability, of 200 with it 63 are repeats.
-The root mean squared error over 500 runs, by k:
+The text is Python's own documentation of its topics, which comes with every Python (use --text for another).
+The network needs 1.16 nats per letter for words that it has not seen, while letter frequencies alone need
+2.84. 200 words drawn without replacement hold half of the probability; of 200 drawn with replacement, 63 are
+repeats. The root mean squared error over 500 runs, for each k:
 
                       letters in a word (4.81)              entropy, nats (7.05)
         k       with   without   normalised           with   without   normalised
@@ -20,9 +20,9 @@ The root mean squared error over 500 runs, by k:
        32        .49       .93          .45            .68      1.34          .60
       200       .185      .266         .118           .249      .402         .180
 
-Drawing with replacement has sd / sqrt(k), the classical answer. The normalised estimate is the better one
-from a few words on, by a third at 200, where it does with k = 200 what takes 500 draws with replacement;
-the weighted sum alone, which is unbiased, does not pay at this entropy.
+Drawing with replacement has the classical error sd / sqrt(k). The normalized estimate is better from a few
+words on, by a third at 200, where k = 200 does as well as 500 draws with replacement. The weighted sum alone,
+which is unbiased, does not pay off at this entropy.
 """
 
 import functools
@@ -58,7 +58,7 @@ from common import (
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 END = 0  # before the first letter and after the last; the letters are 1 to 26
 MOST_FOR_GRADIENTS = 32  # words; the work grows with the cube
-CHUNK = 50  # steps of training, or searches, in one compiled call
+CHUNK = 50  # training steps or searches in one compiled call
 
 
 # --- the text ----------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def read_text(path):
 
 
 def encode(words, length):
-    """Words of at most so many letters as rows of tokens, filled up with END."""
+    """Words of at most this many letters as rows of tokens, padded with END."""
     kept = [word for word in words if len(word) <= length]
     if len(kept) < 100:
         raise UserError(f"the text has {len(kept)} words of up to {length} letters; give one of 100 or more")
@@ -97,7 +97,7 @@ def decode(tokens):
 
 
 class Model(nnx.Module):
-    """The next letter by the last one and the state of a GRU."""
+    """A GRU that predicts the next letter from the last one and its state."""
 
     def __init__(self, units, key):
         rngs = nnx.Rngs(key)
@@ -111,13 +111,13 @@ class Model(nnx.Module):
 
 
 def before(tokens):
-    """The token before each, and whether the word still goes on there."""
+    """The token before each one, and whether the word still continues there."""
     last = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
     return last, (last != END) | (jnp.arange(tokens.shape[1]) == 0)
 
 
 def log_probs(model, units, tokens):
-    """Of words, shape (n, length): the sum over their letters and, if there is place, their end."""
+    """Log-probabilities of words, shape (n, length), summed over letters and, if it fits, the end."""
     last, goes_on = before(tokens)
 
     def step(state, pair):
@@ -130,7 +130,7 @@ def log_probs(model, units, tokens):
 
 
 def train(words, units, steps, batch_size, learning_rate, seed):
-    """The model's graph and parameters after Adam on random words of the text."""
+    """The model's graph and parameters after training with Adam on random words of the text."""
     graph, state = nnx.split(Model(units, seed))
     chunks = -(-steps // CHUNK)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, chunks * CHUNK))
@@ -155,23 +155,24 @@ def train(words, units, steps, batch_size, learning_rate, seed):
 
 
 def searches(model, units, keys, k, length):
-    """For each key k words without replacement: tokens, log-probabilities, perturbed ones."""
+    """For each key, k words without replacement: tokens, log-probabilities, perturbed log-probabilities."""
     start = jnp.zeros(units)
     search = lambda key: rj.stochastic_beam_search(key, model, start, k, length, end=END)
     return jax.vmap(search)(keys)
 
 
 def in_chunks(draw, key, runs, title):
-    """`draw` of many keys, some at a time."""
+    """Call `draw` on many keys, some at a time."""
     keys = jax.random.split(key, -(-runs // CHUNK) * CHUNK).reshape(-1, CHUNK)
     parts = [jax.device_get(draw(some)) for some in tqdm(keys, title, leave=False)]
     return tuple(np.concatenate(part)[:runs] for part in zip(*parts, strict=True))
 
 
 def gradient_of_length(graph, state, units, tokens, without):
-    """Of the mean length of a word, in the bias of the last layer, from k words: one estimate.
+    """One estimate of the gradient of a word's mean length in the bias of the last layer, from k words.
 
-    Without replacement by `from_set`, with it by the score function and the mean of the other draws.
+    Without replacement it uses `from_set`; with replacement, the score function and the mean of the other
+    draws.
     """
     f = jnp.sum(tokens != END, -1).astype(jnp.float32)
 
@@ -186,7 +187,7 @@ def gradient_of_length(graph, state, units, tokens, without):
 
 
 def compare_gradients(graph, state, units, draws, with_draws, counts):
-    """The spread of both gradients for each number of words, and how far apart their means are."""
+    """The spread of both gradients for each number of words, and the distance between their means."""
     rows = {"k": list(counts), "with replacement": [], "without": [], "distance of the means, errors": []}
     for k in counts:
         found = {}
@@ -202,11 +203,11 @@ def compare_gradients(graph, state, units, draws, with_draws, counts):
 
 
 def estimate_without(f, log_p, perturbed):
-    """E f from words without replacement, of which the last is the threshold: as is, and normalised.
+    """E f from words without replacement, of which the last is the threshold: weighted, and normalized.
 
-    Given the k-th largest perturbed value g, each of the k - 1 above it was drawn with probability
-    1 - exp(-exp(log p - g)), and p over that is its weight. The weighted sum is unbiased; over the sum of
-    the weights it is not, and mostly nearer.
+    Given the k-th largest perturbed value g, each of the k - 1 words above it was drawn with probability 1 -
+    exp(-exp(log p - g)), and p divided by that is its weight. The weighted sum is unbiased. Dividing by the
+    sum of the weights makes it biased, but usually brings it closer.
     """
     log_p, f = log_p[..., :-1].astype(float), f[..., :-1]
     weight = np.exp(log_p) / -np.expm1(-np.exp(log_p - perturbed[..., -1:]))
@@ -215,12 +216,12 @@ def estimate_without(f, log_p, perturbed):
 
 
 def questions(tokens, log_p):
-    """What is asked of words: their length, and -log p, whose mean is the entropy."""
+    """The functions of words to average: their length, and -log p, whose mean is the entropy."""
     return {"letters in a word": np.sum(tokens != END, -1), "entropy of a word, nats": -log_p.astype(float)}
 
 
 def compare(draws, with_draws, counts):
-    """Root mean squared errors of the three estimates for each number of words, beside the answer."""
+    """Root mean squared errors of the three estimates for each number of words, and the answer."""
     tokens, log_p, perturbed = draws
     asked, asked_with = questions(tokens, log_p), questions(*with_draws[:2])
     table = {}
@@ -258,23 +259,28 @@ def draw(table, path):
     "--text",
     type=Path(),
     metavar="FILE",
-    help="Text whose words are learned.  [default: Python's topics]",
+    help="Text file with the words to learn.   [default: Python's topics]",
 )
-@click.option("--length", type=click.IntRange(2, 100), default=14, help="Letters of the longest words.")
-@click.option("--units", type=SIZE, default=96, help="Units of the recurrent network.")
-@click.option("--steps", type=STEPS, default=1500, help="Steps of Adam, in rounds of 50.")
-@click.option("--batch-size", type=COUNT, default=256, help="Words in a step.")
+@click.option(
+    "--length", type=click.IntRange(2, 100), default=14, help="Number of letters in the longest words."
+)
+@click.option("--units", type=SIZE, default=96, help="Number of units in the recurrent network.")
+@click.option("--steps", type=STEPS, default=1500, help="Number of Adam steps, in rounds of 50.")
+@click.option("--batch-size", type=COUNT, default=256, help="Number of words in a training step.")
 @click.option(
     "--learning-rate",
     type=RATE,
     default=0.005,
-    help="Learning rate of Adam at the start; it falls to zero by a cosine.",
+    help="Initial learning rate of Adam; it falls to zero along a cosine.",
 )
 @click.option(
     "--words", type=click.IntRange(4, 10_000), default=200, help="Largest number of words drawn at once, k."
 )
 @click.option(
-    "--runs", type=click.IntRange(2, 100_000), default=500, help="Searches that an error is the mean of."
+    "--runs",
+    type=click.IntRange(2, 100_000),
+    default=500,
+    help="Number of searches to average an error over.",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the training and of the draws.")
 @out_option

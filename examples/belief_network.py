@@ -1,23 +1,23 @@
-"""Sigmoid belief networks of one to three layers of bits on handwritten digits, by estimators in estimators.
+"""Sigmoid belief networks with one to three layers of bits on handwritten digits, with nested estimators.
 
-The model draws bits from the top down: b_L from a prior, each layer given the one above, the pixels x given
-b_1. The inference network goes the other way, q(b_1 | x) q(b_2 | b_1) and so on. Written from the bottom,
-the bound is an expectation inside of an expectation,
+The model draws bits from the top down: b_L from a prior, each layer given the layer above it, the pixels x
+given b_1. The inference network goes the other way, q(b_1 | x) q(b_2 | b_1) and so on. Written from the
+bottom, the ELBO is an expectation inside an expectation,
 
     ELBO = H(q(b_1 | x)) + E_q(b_1 | x) f_1(b_1),
     f_l(b_l) = log p(b_(l-1) | b_l) + H(q(b_(l+1) | b_l)) + E_q(b_(l+1) | b_l) f_(l+1)(b_(l+1)),
     f_L(b_L) = log p(b_(L-1) | b_L),
 
 with x for b_0, and with -KL(q(b_L | b_(L-1)) || p(b_L)) for the last entropy. So f_l calls an estimator of
-f_(l+1), with a key of its own. Each of these estimators is linear in the values of its f, so the noise of the
+f_(l+1), with its own key. Each of these estimators is linear in the values of its f, so the noise of the
 inner one averages out, and the gradient is unbiased if each of them is. Entropies and the KL are sums over
-single bits and take no draws.
+single bits and need no draws.
 
-An estimator that calls its f c times calls f_l c^l times for one image. The calls counted here are
-c + ... + c^L, those of all layers.
+An estimator that calls its f c times calls f_l c^l times for one image. The calls counted here are c + ... +
+c^L, for all layers.
 
-Straight-through is biased. Bias and noise of every method are measured on a small network, against the
-gradient that `exact` inside of `exact` gives.
+Straight-through is biased. The bias and noise of every method are measured on a small network, where `exact`
+inside `exact` gives the true gradient.
 """
 
 import functools
@@ -61,14 +61,14 @@ from networks import Constant
 from relaxit_jax import estimators as es
 from relaxit_jax.diagnostics import from_sampler
 
-SAMPLES = (1, 50)  # of the bounds of a trained network
-SMALL_PIXELS, SMALL_UNITS = 6, 2  # of the network whose exact gradient is known
+SAMPLES = (1, 50)  # for the bounds of a trained network
+SMALL_PIXELS, SMALL_UNITS = 6, 2  # for the network whose exact gradient is known
 
 
 class Method(NamedTuple):
     about: str
     estimator: Callable  # (key, f, q), with num_samples where that is a choice
-    calls: int | None  # of f for one estimate; None where num_samples says it
+    calls: int | None  # calls of f for one estimate; None if num_samples sets it
     colour: str
 
 
@@ -85,7 +85,7 @@ METHODS = {
 
 
 class Config(NamedTuple):
-    """Everything that a result depends on, besides versions and the machine."""
+    """Everything that a result depends on, except versions and the machine."""
 
     method: str
     layers: int
@@ -107,7 +107,7 @@ def estimator_of(method, samples):
 
 
 def calls_of_layers(method, layers, samples):
-    """How often f of each layer is called for one image, from the first layer to the last."""
+    """How often the f of each layer is called for one image, from the first layer to the last."""
     calls = estimator_of(method, samples)[1]
     return [calls**layer for layer in range(1, layers + 1)]
 
@@ -127,7 +127,7 @@ class BeliefNetwork(nnx.Module):
         self.prior = nnx.Param(jnp.zeros(units))
 
     def infer(self, layer, below):
-        """The bits of a layer given the one below, which for the first are the pixels."""
+        """The bits of a layer given the layer below it; for the first layer that is the pixels."""
         up = self.up[layer]
         return es.Bernoulli(up(2 * below - 1 if layer else below - self.mean[...]))
 
@@ -145,7 +145,7 @@ def entropy(q):
 
 
 def elbo(model, x, key, estimator):
-    """Estimate the bound of each image, with the gradient of estimators inside of each other."""
+    """Estimate the ELBO of each image, with the gradient of nested estimators."""
     last = len(model.up) - 1
 
     def from_layer(layer, below, key):
@@ -166,7 +166,7 @@ def elbo(model, x, key, estimator):
 
 
 def log_weights(model, x, key):
-    """log p(x, b) - log q(b | x) of one exact draw of all layers."""
+    """log p(x, b) - log q(b | x) for one exact draw of all layers."""
     total, below = 0.0, x
     for layer, own_key in enumerate(jax.random.split(key, len(model.up))):
         q = model.infer(layer, below)
@@ -223,7 +223,7 @@ class Experiment:
 
     @functools.partial(jax.jit, static_argnums=(0, 3))
     def test_bounds(self, params, images, samples):
-        """Mean negative bounds of the test images, in nats: of single draws, and of all draws weighted."""
+        """Mean negative bounds of the test images, in nats: from single draws, and from weighted ones."""
         model = self.model(params)
         keys = jax.random.split(self.test_key, len(images))
 
@@ -236,7 +236,7 @@ class Experiment:
 
 
 def train(experiment, checkpoints, resume):
-    """All epochs that are still to do; the last state and the history of all."""
+    """Run all remaining epochs; return the last state and the history of all epochs."""
     config = experiment.config
     first, state, history = checkpoints.restore(experiment.state) if resume else (-1, experiment.state, [])
     name = f"{config.method}, layers {config.layers}"
@@ -262,7 +262,7 @@ def train(experiment, checkpoints, resume):
 
 
 def small_network(layers):
-    """A function from random parameters to the network of few bits, these parameters, and an image."""
+    """A function from random parameters to a network with few bits, these parameters, and an image."""
     model = BeliefNetwork(jnp.full(SMALL_PIXELS, 0.5), layers, SMALL_UNITS, nnx.Rngs(0))
     graph, params, constants = nnx.split(model, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
@@ -273,7 +273,7 @@ def small_network(layers):
 
 
 def small_gradients(key, layers, estimator, estimates):
-    """Estimates of the gradient of a small network's bound, one in each row, and the exact gradient."""
+    """Estimates of the gradient of a small network's ELBO, one in each row, and the exact gradient."""
     merge, params, x = small_network(layers)
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
     loss = lambda flat, key, estimator: elbo(merge(unflatten(flat)), x, key, estimator)[0]
@@ -284,7 +284,7 @@ def small_gradients(key, layers, estimator, estimates):
 
 
 def compare(key, config, estimates):
-    """Bias, what noise alone would make of it, and the deviation of one estimate, over the gradient."""
+    """Bias, its size from noise alone, and the deviation of one estimate, divided by the gradient."""
     estimator = estimator_of(config.method, config.samples)[0]
     rows, exact = small_gradients(key, config.layers, estimator, estimates)
     norm, deviation = np.linalg.norm(exact), math.sqrt(rows.var(0, ddof=1).sum())
@@ -299,7 +299,7 @@ def compare(key, config, estimates):
 
 
 def draw(results, path):
-    """Test bounds over epochs, and over calls of f; a line of panels for each number of layers."""
+    """Test bounds over epochs and over calls of f, with one line of panels for each number of layers."""
     figure, axes = plt.subplots(
         len(results), 2, figsize=(10, 3.6 * len(results)), squeeze=False, layout="constrained", sharey="row"
     )
@@ -323,7 +323,7 @@ def draw(results, path):
 
 
 def table(results):
-    """The numbers of every network: bounds in nats, bias and noise in parts of the gradient's norm."""
+    """The numbers of every network: bounds in nats, bias and noise as a fraction of the gradient's norm."""
     total = str(max(SAMPLES))
     lines = [
         f"{'test negative bound, nats':>40}{'gradient of a small network':>39}",
@@ -366,11 +366,11 @@ def table(results):
     type=Path(),
     default="mnist5k",
     metavar="NAME|FILE.npz",
-    help="Images: mnist5k, 5,000 of MNIST, no network; digits, 1,797 of 8x8; mnist, all 70,000, "
+    help="Images: mnist5k, 5,000 of MNIST, no network needed; digits, 1,797 of 8x8; mnist, all 70,000, "
     "downloaded once; or an .npz file of images in [0, 1], (n, height, width).",
 )
 @click.option(
-    "--epochs", type=click.IntRange(1, 100_000), default=60, help="Passes over the training images."
+    "--epochs", type=click.IntRange(1, 100_000), default=60, help="Number of passes over the training images."
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the initial weights and of all draws.")
 @click.option("--units", type=SIZE, default=100, help="Number of bits in each layer.")
@@ -378,25 +378,25 @@ def table(results):
     "--samples",
     type=click.IntRange(2, 100),
     default=4,
-    help="Draws of arms and rloo in each layer; the calls of layer l grow as its power l.",
+    help="Number of draws of arms and rloo in each layer; the calls of layer l grow as its power l.",
 )
-@click.option("--batch-size", type=COUNT, default=100, help="Images in a step.")
+@click.option("--batch-size", type=COUNT, default=100, help="Number of images in a step.")
 @click.option(
     "--learning-rate",
     type=RATE,
     default=3e-3,
-    help="Learning rate of Adam at its peak; it warms up for a tenth of the steps and falls by a cosine.",
+    help="Peak learning rate of Adam; it warms up for a tenth of the steps and falls along a cosine.",
 )
 @click.option(
     "--estimates",
     type=click.IntRange(100, 1_000_000),
     default=20_000,
-    help="Gradients of the small network that the exact comparison averages.",
+    help="Number of gradients of the small network that the exact comparison averages.",
 )
 @out_option
 @click.option("--resume", is_flag=True, help="Continue the run in --out after its last good checkpoint.")
 def main(depths, methods, estimates, out, resume, **options):
-    """Train sigmoid belief networks of stochastic layers, with an estimator inside of another's f.
+    """Train sigmoid belief networks of stochastic layers, with an estimator inside another's f.
 
     Writes metrics.json, belief_network.png (test bounds over epochs and over calls of f) and a checkpoint
     after each epoch.

@@ -1,4 +1,4 @@
-"""The states of a run after each epoch: a kill leaves whole ones or none, damage to any file is noticed."""
+"""Save the states of a run after each epoch: a kill leaves them whole or absent, and damage is detected."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ import orbax.checkpoint as ocp
 
 from common import UserError
 
-KEPT = 3  # checkpoints in the folder
+KEPT = 3  # number of checkpoints in the folder
 
 
 class Checkpoints:
     """A folder with one checkpoint per epoch, named by its number.
 
-    Orbax writes the state. Beside it run.json has the epoch, the settings and the history, and sha256 the
-    digest of all these files. A checkpoint gets its name when it is whole.
+    Orbax writes the state. Next to it, run.json has the epoch, the settings and the history, and sha256 the
+    digest of all these files. A checkpoint gets its name when it is complete.
     """
 
     def __init__(self, folder, settings):
@@ -57,7 +57,7 @@ class Checkpoints:
             (new / "run.json").write_text(json.dumps(content))
             (new / "sha256").write_text(digest(new))
             new.rename(self.folder / str(epoch))
-        except Exception as error:  # of the file system, or Orbax's that tells of one
+        except Exception as error:  # from the file system, or from Orbax, which reports one
             shutil.rmtree(new, ignore_errors=True)
             raise UserError(
                 f"cannot write the checkpoint of epoch {epoch + 1} ({reason(error)}); make room, then "
@@ -84,7 +84,7 @@ class Checkpoints:
         return -1, like, []
 
     def verified(self, epoch):
-        """What run.json says, if all files are as they were written."""
+        """The contents of run.json, if all files are as they were written."""
         folder = self.folder / str(epoch)
         if (folder / "sha256").read_bytes() != digest(folder).encode():
             raise ValueError("its digest does not match")
@@ -124,14 +124,14 @@ class Checkpoints:
 
 
 def reserve(path, size):
-    """See whether so much can be written: where it cannot, Orbax's threads print pages of tracebacks."""
+    """Check that this much can be written; if not, Orbax's threads would print pages of tracebacks."""
     with open(path, "xb") as stream:
         stream.write(bytes(size))
     path.unlink()
 
 
 def digest(folder):
-    """Of the names and contents of all files but the one that holds it."""
+    """The digest of the names and contents of all files except the file that holds it."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / "sha256":

@@ -1,16 +1,16 @@
-"""Which gradient through a one-hot draw, at which temperature: bias and variance, measured.
+"""Measure the bias and variance of gradients through a one-hot draw over the temperature.
 
 The gradient of E f(z) with respect to the logits of a few categorical variables is known exactly, by
-enumeration. Each method's estimate of it is drawn many times at temperatures from 0.1 to 10, for a
-linear, a quadratic and a cubic function f of all one-hot vectors laid end to end, whose derivatives of
-every order at 0 are random. Each quantity is the length of a vector, in units of the exact gradient's:
+enumeration. Each method estimates it many times at temperatures from 0.1 to 10, for a linear, a quadratic and
+a cubic function f of all one-hot vectors laid end to end, whose derivatives of every order at 0 are random.
+Each quantity is the length of a vector, in units of the exact gradient's length:
 
     bias                  what is left of the error when many draws are averaged;
     standard deviation    of one draw, which averaging lowers;
     rms error             sqrt(bias^2 + standard deviation^2 / draws), of a step that averages some.
 
-A step that averages many draws (a large batch) wants little bias, a step of few a small standard
-deviation. The rms error weighs the two: take a method whose curve comes low, at its lowest point.
+A step that averages many draws (a large batch) needs a small bias; a step with few draws needs a small
+standard deviation. The rms error weighs the two: choose a method whose curve gets low, at its lowest point.
 """
 
 import functools
@@ -39,7 +39,7 @@ from common import (
 )
 
 FUNCTIONS = ("linear", "quadratic", "cubic")
-ROUNDING = 1e-5  # of float32, in units of the exact gradient
+ROUNDING = 1e-5  # float32, in units of the exact gradient
 TAUS = np.geomspace(0.1, 10, 13)  # 1 is one of them
 BATCH = 1000  # draws in memory at a time
 MOST_VERTICES = 20_000
@@ -49,8 +49,8 @@ def style(colour, dashes="-", width=1.8):
     return {"color": colour, "ls": dashes, "lw": width}
 
 
-# How to draw, and the style of the curve; the colours are those of Okabe and Ito, for all eyes.
-# Hard draws know no forward temperature: decoupled_gumbel_softmax has the law of gumbel_softmax_hard.
+# How to draw, and the style of the curve; the colors are from Okabe and Ito, safe for color-blind readers.
+# Hard draws have no forward temperature: decoupled_gumbel_softmax has the law of gumbel_softmax_hard.
 METHODS = {
     "straight_through_categorical": (
         lambda key, logits, tau, n: rj.straight_through_categorical(key, logits, tau), style("#000000"),
@@ -78,7 +78,7 @@ METHODS = {
 
 
 def make_problem(variables, classes, seed):
-    """Logits, shape (variables, classes), and of each function the derivatives of all orders at 0."""
+    """Logits, shape (variables, classes), and for each function the derivatives of all orders at 0."""
     rng = np.random.default_rng(seed)
     size = variables * classes
     logits = rng.normal(size=(variables, classes))
@@ -98,7 +98,7 @@ def polynomial(slopes, z):
 
 
 def exact_gradient(logits, slopes):
-    """Of E f(z) = sum_z p(z) f(z) with respect to the logits; d log p(z) / d logits = z - p."""
+    """The gradient of E f(z) = sum_z p(z) f(z) in the logits; d log p(z) / d logits = z - p."""
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     total = np.zeros_like(p)
@@ -110,7 +110,7 @@ def exact_gradient(logits, slopes):
 
 @functools.partial(jax.jit, static_argnames=("draw", "num_samples", "batch", "batches"))
 def gradient_errors(draw, num_samples, batch, batches, key, logits, tau, functions, exact):
-    """Of each function, for each batch: the mean error of the gradient, and its mean squared length."""
+    """For each function and batch: the mean error of the gradient, and its mean squared length."""
 
     def one_batch(key):
         many = jnp.broadcast_to(logits, (batch, *logits.shape))
@@ -124,7 +124,7 @@ def gradient_errors(draw, num_samples, batch, batches, key, logits, tau, functio
 
 
 def measure(draw, tau, problem, exact, samples, num_samples, draws, key):
-    """Of each function: bias with its standard error, standard deviation and error, over |exact|."""
+    """For each function: bias with its standard error, standard deviation and error, divided by |exact|."""
     logits, functions = jax.tree.map(jnp.float32, problem)
     batch = min(samples, BATCH)
     batches = -(-samples // batch)
@@ -153,7 +153,7 @@ def best(rows):
 
 
 def draw_picture(results, draws, path):
-    """A column for each function; the parts of the error as curves, and the lowest of the last as bars."""
+    """One column per function: the parts of the error as curves, the lowest rms errors as bars."""
     step = "one draw" if draws == 1 else f"a step that\naverages {draws} draws"
     curves = {
         "bias": "bias\n\nwhat is left when\nvery many draws\nare averaged",
@@ -180,7 +180,7 @@ def draw_picture(results, draws, path):
         rank(column[3], {name: best(results[name][function]) for name in METHODS})
     axes[3, 1].set_xlabel("lowest rms error, and the temperature that it needs")
     figure.suptitle("Error of the gradient, as a part of the exact gradient", fontsize=13, y=0.985)
-    drawn = [name for name in METHODS if name != "decoupled_gumbel_softmax"]  # the curve of another
+    drawn = [name for name in METHODS if name != "decoupled_gumbel_softmax"]  # it shares another's curve
     handles = [plt.Line2D([], [], label=name, **METHODS[name][1]) for name in drawn]
     handles[drawn.index("gumbel_softmax_hard")].set_label("gumbel_softmax_hard, decoupled_…")
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.97), ncols=3, frameon=False)
@@ -200,7 +200,7 @@ def find_limits(results, quantity):
 
 
 def draw_curve(axis, name, rows, quantity, bottom, place):
-    """One method. A bias that is not seen is a dot in a band at the bottom, the lowest rms error one too."""
+    """Draw one method. An unseen bias is a dot in a band at the bottom, and so is the lowest rms error."""
     look = METHODS[name][1]
     taus = np.array([row["tau"] for row in rows])
     values = np.array([row[quantity] for row in rows])
@@ -214,7 +214,7 @@ def draw_curve(axis, name, rows, quantity, bottom, place):
 
 
 def rank(axis, rows):
-    """The lowest rms error of each method, and the temperature that it needs."""
+    """The lowest rms error of each method, and the temperature where it occurs."""
     errors = np.array([row["rms_error"] for row in rows.values()])
     colours = [METHODS[name][1]["color"] for name in rows]
     axis.barh(list(rows), errors, color=colours, height=0.55)
@@ -226,7 +226,7 @@ def rank(axis, rows):
 
 
 def table(results):
-    """Lines of text: for each method and function the lowest rms error, and where it is."""
+    """Lines of text: for each method and function the lowest rms error, and where it occurs."""
     yield f"{'lowest rms error, at temperature':34}" + "".join(f"{name:>15}" for name in FUNCTIONS)
     for name, rows in results.items():
         lowest = [best(rows[function]) for function in FUNCTIONS]
@@ -238,22 +238,22 @@ def table(results):
     "--samples",
     type=click.IntRange(100, 100_000_000),
     default=20_000,
-    help="Gradients drawn for each method and temperature, rounded up to whole thousands above a thousand.",
+    help="Number of gradients for each method and temperature, rounded up to whole thousands above 1,000.",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the logits, the functions and the draws.")
 @click.option("--variables", type=click.IntRange(1, 14), default=3, help="Number of categorical variables.")
-@click.option("--classes", type=click.IntRange(2, 100), default=3, help="Classes of each variable.")
+@click.option("--classes", type=click.IntRange(2, 100), default=3, help="Number of classes of each variable.")
 @click.option(
     "--num-samples",
     type=SIZE,
     default=10,
-    help="Relaxed draws that gumbel_rao and reinmax_rao average for one gradient.",
+    help="Number of relaxed draws that gumbel_rao and reinmax_rao average for one gradient.",
 )
 @click.option(
     "--draws",
     type=COUNT,
     default=10,
-    help="Gradients that a step of training averages: that lowers the variance, and leaves the bias.",
+    help="Number of gradients that a training step averages: this lowers the variance, not the bias.",
 )
 @out_option
 def main(samples, seed, variables, classes, num_samples, draws, out):

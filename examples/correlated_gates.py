@@ -1,8 +1,8 @@
-"""Correlated gates: bits with given marginals and the dependence of a Gaussian copula.
+"""Correlated gates: bits with given marginals that depend on each other through a Gaussian copula.
 
 Two sets of three gates share the correlation R of their Gaussians. The relaxed gates, thresholded at 1/2,
 are compared with the exact law of the bits: P(b_i = 1) = pi_i, and P(b_i = b_j = 1) from the bivariate
-normal distribution, whatever the temperature.
+normal distribution, whatever the temperature is.
 """
 
 import click
@@ -21,7 +21,7 @@ PAIRS = [(0, 1), (0, 2), (1, 2)]
 
 
 def exact_correlations(pi):
-    """Of the bits, for each pair: (P(both) - pi_i pi_j) / (sd_i sd_j)."""
+    """The correlation of each pair of bits: (P(both) - pi_i pi_j) / (sd_i sd_j)."""
     probit, sd = norm.ppf(pi), np.sqrt(pi * (1 - pi))
     result = []
     for i, j in PAIRS:
@@ -32,7 +32,7 @@ def exact_correlations(pi):
 
 
 def compare(axis, title, names, exact, seen, error):
-    """Exact values as bars, what was seen as points with four standard errors."""
+    """Plot exact values as bars and observed values as points with four standard errors."""
     place = np.arange(len(names))
     axis.bar(place, exact, width=0.6, color="tab:blue", alpha=0.4, label="exact")
     axis.errorbar(place, seen, 4 * error, fmt="o", ms=4, color="black", capsize=3, label="seen")
@@ -42,12 +42,14 @@ def compare(axis, title, names, exact, seen, error):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--draws", type=click.IntRange(100, 10_000_000), default=200_000, help="Draws of all gates.")
+@click.option(
+    "--draws", type=click.IntRange(100, 10_000_000), default=200_000, help="Number of draws of all gates."
+)
 @click.option("--tau", type=TAU, default=0.1, help="Temperature of the gates.")
 @click.option("--seed", type=SEED, default=0, help="Seed of the draws.")
 @out_option
 def main(draws, tau, seed, out):
-    """Draw correlated relaxed gates, and hold their thresholded bits against the exact law."""
+    """Draw correlated relaxed gates, and compare their thresholded bits with the exact law."""
     out = output_folder(out, "correlated_gates")
     factor = jnp.asarray(np.linalg.cholesky(R), jnp.float32)
     logits = jnp.asarray(np.log(PI / (1 - PI)), jnp.float32)

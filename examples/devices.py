@@ -1,9 +1,9 @@
-"""Data-parallel training on all devices of this process and of others, by JAX's own distribution.
+"""Data-parallel training on all devices of this process and of others, with JAX's own distribution.
 
-The batch is split over a mesh of all devices, everything else is on each of them. Random numbers are those
-of the whole batch, wherever its parts are drawn, so that a run has the same losses on any number of devices.
-Where a process is lost, the others cannot go on: they end with a message, and the last checkpoint stays.
-Where one has other settings or data than the others, or cannot begin, all end with the line that says so.
+The batch is split over a mesh of all devices; everything else is replicated on each of them. Random numbers
+are those for the whole batch, wherever its parts are drawn, so a run has the same losses on any number of
+devices. If a process is lost, the others cannot continue: they end with a message, and the last checkpoint
+stays. If one has different settings or data, or cannot start, all end with a line that says so.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from common import UserError
 
-LETTERS = 1 << 14  # in what a process can tell the others
+LETTERS = 1 << 14  # letters of a message from one process to the others
 LOST = 3  # exit code of a process that has lost another
-STATUS = r"[A-Z_]+: "  # how the ValueError of a collective whose other end is gone begins
+STATUS = r"[A-Z_]+: "  # the start of the ValueError of a collective whose other end is gone
 SILENCE = 30  # seconds without a sign of life, after which a process counts as lost
 
 
@@ -43,15 +43,15 @@ class Cluster(NamedTuple):
         return self.process == 0
 
     def everywhere(self, tree):
-        """The same values on every device."""
+        """Put the same values on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def split(self, batch):
-        """Inside of a compiled function: the first axis split over the devices."""
+        """Inside a compiled function: split the first axis over the devices."""
         return jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, PartitionSpec("data")))
 
     def share(self, state, text):
-        """State and text of the leading process, on the devices of all."""
+        """State and text of the leading process, on the devices of all processes."""
         if self.processes > 1:
             share = multihost_utils.broadcast_one_to_all
             letters = np.frombuffer(text.encode(), np.uint8)
@@ -62,7 +62,7 @@ class Cluster(NamedTuple):
         return self.everywhere(state), text
 
     def together(self, action, *args):
-        """What the action returns. Where it is a UserError in one process, all of them end with its line."""
+        """Return the result of the action. A UserError in one process ends all of them with its line."""
         result = problem = None
         try:
             result = action(*args)
@@ -77,7 +77,7 @@ class Cluster(NamedTuple):
         return result
 
     def agree(self, settings):
-        """All processes have these settings, or all end with the line that names the others."""
+        """Check that all processes have these settings, or end all with the line that names the others."""
         everyone = self.ask(settings)
         differing = [name for name in everyone[0] if any(x[name] != everyone[0][name] for x in everyone)]
         if differing:
@@ -88,7 +88,7 @@ class Cluster(NamedTuple):
             raise UserError(f"the processes have different settings: {said}; give the same ones to all")
 
     def ask(self, said):
-        """What each process said, in their order."""
+        """The answers of all processes, in order."""
         if self.processes == 1:
             return [said]
         letters = np.frombuffer(json.dumps(said).encode().ljust(LETTERS), np.uint8)
@@ -103,9 +103,9 @@ class Cluster(NamedTuple):
 
 @functools.cache
 def stacked(processes):
-    """How to lay out a row of each process, and a function that gives all of them to each.
+    """The layout for one row from each process, and a function that gives all of them to each.
 
-    One device of each process takes part, as they may differ in how many they have.
+    One device of each process takes part, since they may differ in how many they have.
     """
     first = {device.process_index: device for device in reversed(jax.devices())}
     mesh = Mesh(np.array([first[i] for i in range(processes)]), ("process",), axis_types=(AxisType.Auto,))
@@ -114,7 +114,7 @@ def stacked(processes):
 
 
 def take_options(options):
-    """Those of `device_options`, taken out of all options of a command."""
+    """The values of `device_options`, taken out of all options of a command."""
     names = ("devices", "coordinator", "num_processes", "process_id", "join_timeout")
     return {name: options.pop(name) for name in names}
 
@@ -133,7 +133,7 @@ def device_options(command):
     options = [
         click.option(
             "--devices", type=click.IntRange(1, 1024), metavar="N", show_default=False,
-            help="Devices of this process that share each batch; of a CPU, that many virtual ones are made.  "
+            help="Number of devices of this process that share each batch; on a CPU they are virtual.  "
             "[default: all that JAX sees]",
         ),
         click.option(
@@ -168,7 +168,7 @@ def address(context, parameter, value):
 
 
 def join(*, devices, coordinator, num_processes, process_id, join_timeout):
-    """The cluster of these options. To be called before anything is computed."""
+    """The cluster for these options. Call this before anything is computed."""
     together = (coordinator, num_processes, process_id)
     if any(x is None for x in together) and any(x is not None for x in together):
         raise UserError("--coordinator, --num-processes and --process-id belong together; give all or none")
@@ -177,7 +177,7 @@ def join(*, devices, coordinator, num_processes, process_id, join_timeout):
             f"--process-id {process_id} is not below --num-processes {num_processes}; count from 0"
         )
     if devices:
-        with contextlib.suppress(RuntimeError):  # too late where JAX has started, as in a notebook
+        with contextlib.suppress(RuntimeError):  # too late if JAX has started, as in a notebook
             jax.config.update("jax_num_cpu_devices", devices)
     if coordinator is not None:
         meet(coordinator, num_processes, process_id, join_timeout)
@@ -188,7 +188,7 @@ def join(*, devices, coordinator, num_processes, process_id, join_timeout):
         cluster.agree({"devices": devices or len(here)})
     if coordinator is None:
         return Cluster(mesh_of(here[:devices]))
-    # as many of each process, in the order of the processes
+    # equally many from each process, in the order of the processes
     chosen = [
         device
         for process in range(num_processes)
@@ -203,7 +203,7 @@ def check_devices(wanted, seen):
 
 
 def check_port(coordinator):
-    """Where process 0 listens, nobody else may: JAX would share the port, and other runs' processes join."""
+    """Check that only process 0 listens: JAX would share the port, and other runs could join."""
     port = coordinator.rpartition(":")[2]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -239,10 +239,11 @@ if sys.stdin.buffer.read() != b"done":
 
 @contextlib.contextmanager
 def last_words(message):
-    """Print the message if this process ends inside, be it at once.
+    """Print the message if this process ends inside, even abruptly.
 
-    JAX aborts a process whose fellows it has lost, without a word that users understand: so a small process
-    beside it speaks when the pipe to it breaks. Yields a function that has it speak now.
+    JAX aborts a process that has lost another one, without a message that users understand. So a small
+    process next to it prints the message when the pipe to it breaks. Yields a function that prints it right
+    away.
     """
     command = [sys.executable, "-c", SPEAKER, message]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as speaker:
@@ -253,14 +254,14 @@ def last_words(message):
 
         try:
             yield speak
-        finally:  # an error of its own has its own words
+        finally:  # its own error has its own message
             if not speaker.stdin.closed:
                 speaker.stdin.write(b"done")
 
 
 @contextlib.contextmanager
 def guarded(cluster, out=None):
-    """If a process of the cluster is lost inside, the others end, with a word that says what to do."""
+    """If a process of the cluster is lost inside, end the others with a message that says what to do."""
     if cluster.processes == 1:
         yield
         return
@@ -278,4 +279,4 @@ def guarded(cluster, out=None):
                 raise
             click.echo(f"\n{str(reason).splitlines()[0][:200]}", err=True)
             speak()
-            os._exit(LOST)  # the usual end would wait for the others
+            os._exit(LOST)  # the usual exit would wait for the others

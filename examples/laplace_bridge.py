@@ -1,7 +1,7 @@
-"""The Laplace Bridge, seen: a Dirichlet, the logistic-normal it becomes, and the Dirichlet that this becomes.
+"""The Laplace Bridge in pictures: a Dirichlet, its logistic-normal, and the Dirichlet after the round trip.
 
-The bridge is the Laplace approximation of the Dirichlet on the logits, so the middle picture differs
-from the first where the Dirichlet is not a Gaussian there; the way back is exact.
+The bridge is the Laplace approximation of the Dirichlet on the logits, so the middle picture differs from the
+first where the Dirichlet is not Gaussian there; the way back is exact.
 """
 
 import click
@@ -27,7 +27,7 @@ CORNERS = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
 
 
 def simplex_grid(n):
-    """Centres of the cells of an n by n grid over two coordinates that lie inside the simplex."""
+    """Centers of those cells of an n by n grid over two coordinates that lie inside the simplex."""
     line = (np.arange(n) + 0.5) / n
     a, b = (x.ravel() for x in np.meshgrid(line, line))
     inside = a + b < 1 - 0.5 / n
@@ -60,10 +60,10 @@ def draw_densities(path, points, densities):
     show_default=False,
     help="Concentration of the Dirichlet.  [default: random, between 1.2 and 7.4]",
 )
-@click.option("--grid", type=click.IntRange(20, 1000), default=200, help="Points along an edge.")
+@click.option("--grid", type=click.IntRange(20, 1000), default=200, help="Number of points along an edge.")
 @out_option
 def main(seed, concentration, grid, out):
-    """Draw a Dirichlet, its logistic-normal by the Laplace Bridge, and the Dirichlet back."""
+    """Draw a Dirichlet, its logistic-normal from the Laplace Bridge, and the Dirichlet that returns."""
     if concentration is None:
         alpha = jnp.exp(jax.random.uniform(jax.random.key(seed), (3,), minval=0.2, maxval=2))
     else:

@@ -1,8 +1,8 @@
-"""The latents of examples/vae.py: families of variables.
+"""The families of latent variables in examples/vae.py.
 
-A family knows what the encoder has to give for each image (q) and what all images share (g), its KL,
-its exact draws with log p(z) - log q(z | x), and what the decoder sees of a draw. The methods that train
-them are in methods.py.
+A family defines the encoder's outputs for each image (q) and the parameters that all images share (g), its
+KL, its exact draws with log p(z) - log q(z | x), and the form in which the decoder sees a draw. The methods
+that train them are in methods.py.
 """
 
 import functools
@@ -29,7 +29,7 @@ class Bits:
         return {"prior": jnp.zeros(self.size)}
 
     def variables(self, q):
-        """As relaxit_jax.estimators takes them."""
+        """In the form that relaxit_jax.estimators needs."""
         return Bernoulli(q)
 
     def kl(self, key, q, g):
@@ -52,12 +52,12 @@ class Bits:
         return rj.straight_through_bernoulli(key, g["prior"], shape=(n, self.size))
 
     def code(self, z):
-        """What the decoder sees."""
+        """The form that the decoder sees."""
         return 2 * z - 1
 
 
 class TimesSmoothBits(Bits):
-    """Bits that the decoder sees as 0 and 1, since training draws are 0 or sqrt(p), nearer to 1."""
+    """Bits that the decoder sees as 0 and 1, since training draws are 0 or sqrt(p), which is closer to 1."""
 
     def code(self, z):
         return z
@@ -69,11 +69,11 @@ def gaussian_kl(loc, scale, prior_loc, prior_scale):
 
 
 class CorrelatedBits(Bits):
-    """Bits of the log-odds q, made dependent by a Gaussian copula whose correlation R is learned.
+    """Bits with log-odds q, made dependent by a Gaussian copula with a learned correlation R.
 
-    Bit i is 1[y_i > 0] with y ~ N(Phi^-1(pi), R). Their KL to an independent prior is the sum of the
-    KLs of the bits alone plus their total correlation, which has no closed form; that of y, which is
-    -log(det R) / 2, is above it. (The KL of y to N(0, I) is a bound as well, but a wider one.)
+    Bit i is 1[y_i > 0] with y ~ N(Phi^-1(pi), R). The KL to an independent prior is the sum of the KLs of
+    single bits plus their total correlation. The latter has no closed form; the total correlation of y,
+    -log(det R) / 2, is an upper bound. (The KL of y to N(0, I) is a bound as well, but a wider one.)
     """
 
     def shared(self):
@@ -87,7 +87,7 @@ class CorrelatedBits(Bits):
         return super().kl(key, q, g) - jnp.sum(jnp.log(jnp.diag(self.scale_tril(g))))
 
     def draw(self, key, q, g):
-        """Bits, and a ratio in which the noise v of the bits takes part, as in the bound."""
+        """Bits, and a ratio that includes the noise v of the bits, as in the ELBO."""
         factor = self.scale_tril(g)
         noise = jax.random.normal(key, q.shape)
         v = noise @ factor.T
@@ -97,7 +97,7 @@ class CorrelatedBits(Bits):
 
 
 class GaussianGates(Bits):
-    """Gates clip(y, 0, 1), y ~ N(loc, scale^2); their own law at test time too."""
+    """Gates clip(y, 0, 1), y ~ N(loc, scale^2), which keep their own law at test time."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -157,9 +157,10 @@ class Categories:
 
 
 class InvertibleGaussians(Categories):
-    """n points of the simplex of K classes, by the invertible Gaussian; their own law at test time.
+    """n points of the simplex of K classes (invertible Gaussian), with the same law at test time.
 
-    The map from y to the simplex is invertible, so the KL of the Gaussians is that of the points.
+    The map from y to the simplex is invertible, so the KL between the points equals the KL between the
+    Gaussians.
     """
 
     def __init__(self, config):
@@ -187,7 +188,7 @@ class InvertibleGaussians(Categories):
 class Subset(Bits):
     """A subset of k of n elements, as a k-hot vector; q and the prior are Plackett-Luce logits.
 
-    The KL is that of the order of the draws, step by step: what is drawn next, given what is left.
+    The KL is for the order of the draws, step by step: the next draw, given the elements left.
     """
 
     def __init__(self, config):
@@ -195,7 +196,7 @@ class Subset(Bits):
         self.k = config.subset_size
 
     def kl(self, key, q, g):
-        """Given the order that the key draws: an unbiased estimate of the KL of the orders."""
+        """An unbiased estimate of the KL of the orders, for the order that the key draws."""
         order, _ = rj.gumbel_top_k(key, q, self.k)
         taken = jax.nn.one_hot(order, self.size)
         left = jnp.cumsum(taken, -2) - taken == 0
@@ -213,7 +214,7 @@ class Subset(Bits):
 
 
 class ConditionalBits(Subset):
-    """n bits of which k are ones; q and the prior are log-odds of bits that do not know of each other."""
+    """n bits of which k are ones; q and the prior are log-odds of the bits before this condition."""
 
     def kl(self, key, q, g):
         return kl_divergence(SimpleTopK(logits=q, k=self.k), SimpleTopK(logits=g["prior"], k=self.k))
@@ -228,10 +229,11 @@ class ConditionalBits(Subset):
 
 
 class Counts(Bits):
-    """n counts; q and the prior are the log-odds of their means, as parts of the largest mean.
+    """n counts; q and the prior are the log-odds of their means as fractions of the largest mean.
 
-    The law is that of its name on finitely many values, all beyond them folded into the last. How many
-    leave out less than EPS at the largest mean is found once, here: inside of jit it has to be known.
+    The law is truncated to finitely many values, with the tail mass added to the last. How many values
+    leave out less than EPS at the largest mean is computed once, here, because it has to be known inside
+    jit.
     """
 
     EPS = 1e-4
@@ -282,14 +284,14 @@ class GeometricCounts(Counts):
 
 
 class NegativeBinomialCounts(GeometricCounts):
-    """Of the heads before the fourth tail."""
+    """The number of heads before the fourth tail."""
 
     def support(self, q, size=None):
         return rj.negative_binomial_support(4.0, self.log_mean(q) - math.log(4), size, eps=self.EPS)
 
 
 class BinomialCounts(Counts):
-    """Of as many trials as the largest mean, rounded up."""
+    """With as many trials as the largest mean, rounded up."""
 
     def support(self, q, size=None):
         return rj.binomial_support(math.ceil(self.largest), q, size, eps=self.EPS)

@@ -1,9 +1,9 @@
-"""The methods of examples/vae.py: a row of METHODS is how a family of latents.py is trained.
+"""The training methods of examples/vae.py: each entry of METHODS says how to train a family of latents.py.
 
-There are three kinds. Samplers draw relaxed or straight-through latents, with a gradient of their own that
-is biased for all but the simplest decoders. Unbiased estimators draw exact ones, give the right gradient
-in the mean, and may have a control variate whose parameters are trained on the gradient's variance. Bounds
-take the place of the expectation: of many exact draws, weighted.
+There are three kinds. Samplers draw relaxed or straight-through latents, with their own gradient, which is
+biased for all but the simplest decoders. Unbiased estimators draw exact latents, give the right gradient on
+average, and may have a control variate whose parameters are trained on the variance of the gradient. Bounds
+replace the expectation by a weighted bound over many exact draws.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ from latents import (
 )
 from relaxit_jax import estimators
 
-HIDDEN = 100  # units of the control variate of relax
+HIDDEN = 100  # units in the control variate of relax
 
 
 class Sampler(NamedTuple):
-    """How to draw in training, from which family; at which temperature, from the first to the last."""
+    """How to draw in training, from which family, and at which initial and final temperature."""
 
     about: str
     family: type
@@ -44,19 +44,19 @@ class Sampler(NamedTuple):
         return {}
 
     def expectation(self, family, key, f, q, g, tau, variate):
-        """f of one draw."""
+        """f at one draw."""
         return f(self.train(family, key, q, g, tau))
 
 
 class Estimator(NamedTuple):
-    """An unbiased gradient; a temperature is where that of its control variate starts."""
+    """An unbiased gradient. A temperature is the initial one of its control variate."""
 
     about: str
     family: type
-    estimate: Callable  # (key, f, q, variate) -> E f(z), with a gradient; with num_samples, where it has that
-    variate: Callable = lambda key, q, tau: {}  # the first parameters of the control variate
+    estimate: Callable  # (key, f, q, variate) -> E f(z), with a gradient; with num_samples, if it has that
+    variate: Callable = lambda key, q, tau: {}  # the initial parameters of the control variate
     tau: tuple[float, float] = (0.5, 0.5)
-    draws: int | None = None  # of one estimate, where that is a choice
+    draws: int | None = None  # for one estimate, if that is a choice
 
     def expectation(self, family, key, f, q, g, tau, variate):
         more = {} if self.draws is None else {"num_samples": self.draws}
@@ -64,7 +64,7 @@ class Estimator(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """The bound of many samples: of log p(x, z) and of the law that was drawn from."""
+    """The bound with many samples, from log p(x, z) and the law that was drawn from."""
 
     about: str
     family: type
@@ -75,14 +75,14 @@ class Bound(NamedTuple):
         return {}
 
     def expectation(self, family, key, f, q, g, tau, variate):
-        """With the KL, which the objective of all methods takes off again."""
+        """It includes the KL, which the objective of all methods subtracts again."""
         log_joint = lambda z: f(z) + family.log_prior(z, g)
         bound = estimators.vimco(key, log_joint, family.variables(q), num_samples=self.draws)
         return bound + family.kl(key, q, g)
 
 
 def reinforce(key, f, q, variate):
-    """The baseline is f at the mean of the latents, which does not depend on what is drawn."""
+    """The baseline is f at the mean of the latents, which does not depend on the draw."""
     return estimators.reinforce(key, f, q, baseline=f(q.relaxed(q.logits, 1.0)))
 
 
@@ -103,7 +103,7 @@ def rebar(key, f, q, variate):
 
 
 def relax_variate(key, q, tau):
-    """Those of rebar, and a network of the relaxed latents and their logits that begins at zero."""
+    """The parameters of rebar, and a network of the relaxed latents and their logits that starts at zero."""
     inputs = 2 * q.shape[-1]
     first = jax.random.normal(key, (inputs, HIDDEN)) / jnp.sqrt(inputs)
     layers = {"first": first, "bias": jnp.zeros(HIDDEN), "second": jnp.zeros(HIDDEN)}

@@ -1,13 +1,13 @@
-"""A mixture of Gaussians whose integer labels are trained by pathwise gradients, beside the known answer.
+"""A mixture of Gaussians whose integer labels are trained with pathwise gradients, next to the known answer.
 
-The model has a Categorical label for every point; `relax` makes it trainable and `AutoMeanField` writes its
-guide. The best guide of that family is known, by coordinate ascent in closed form, so that the bias of the
-relaxation can be seen. Between two neighbours at a distance of d standard deviations it is at most about
-tau d^2 / 20 in a probability p: for a relaxed label z a Gaussian log-likelihood at the mixed mean is
-d^2/2 z (1 - z) above the mixture of the two log-likelihoods, E z (1 - z) is tau p (1 - p) at low
-temperature, and the slope of that bonus moves p by tau d^2/2 p (1 - p) (1 - 2p), always towards 1/2.
-Straight-through draws take the slope at the corners instead, which moves p by 2 log 2 times as much. Where
-more than two clusters meet, the largest difference is somewhat above that of two.
+The model has a Categorical label for every point. `relax` makes it trainable and `AutoMeanField` writes its
+guide. The best guide of that family is known, by coordinate ascent in closed form, so the bias of the
+relaxation can be seen. Between two neighbors at a distance of d standard deviations it is at most about tau
+d^2 / 20 in a probability p: for a relaxed label z a Gaussian log-likelihood at the mixed mean is d^2/2 z (1 -
+z) above the mixture of the two log-likelihoods, E z (1 - z) is tau p (1 - p) at low temperature, and the
+slope of that bonus moves p by tau d^2/2 p (1 - p) (1 - 2p), always toward 1/2. Straight-through draws use the
+slope at the corners instead, which moves p by 2 log 2 times as much. Where more than two clusters meet, the
+largest difference is somewhat larger.
 """
 
 import functools
@@ -41,7 +41,7 @@ from common import (
 )
 from relaxit_jax.handlers import AutoMeanField, relax, take
 
-PRIOR_SCALE = 5.0  # of the centres, in standard deviations of a cluster
+PRIOR_SCALE = 5.0  # for the centers, in standard deviations of a cluster
 COLOURS = np.array(
     [[0.00, 0.45, 0.70], [0.90, 0.45, 0.00], [0.00, 0.62, 0.35], [0.80, 0.20, 0.55],
      [0.95, 0.80, 0.10], [0.40, 0.25, 0.10], [0.35, 0.75, 0.95], [0.35, 0.35, 0.35]]
@@ -56,7 +56,7 @@ def model(x, clusters):
 
 
 def make_data(clusters, points, separation, seed):
-    """Centres at the corners of a regular polygon, labels, and points around the centres."""
+    """Centers at the corners of a regular polygon, labels, and points around the centers."""
     rng = np.random.default_rng(seed)
     angle = 2 * np.pi * np.arange(clusters) / clusters
     centres = separation / (2 * np.sin(np.pi / clusters)) * np.stack([np.cos(angle), np.sin(angle)], -1)
@@ -65,7 +65,7 @@ def make_data(clusters, points, separation, seed):
 
 
 def coordinate_ascent(x, centres, rounds=5000, tolerance=1e-10):
-    """The best q(loc) q(z) near the given centres: responsibilities, centres and -ELBO."""
+    """The best q(loc) q(z) near the given centers: responsibilities, centers and -ELBO."""
     x, m, variance = x.astype(float), centres.astype(float), np.full(len(centres), 0.01)
     q = np.zeros((len(x), len(m)))
     for _ in range(rounds):
@@ -83,7 +83,7 @@ def coordinate_ascent(x, centres, rounds=5000, tolerance=1e-10):
 
 
 def order_like(centres, others):
-    """The order of `others` that brings each nearest to its centre."""
+    """The order of `others` that brings each one closest to its center."""
     return linear_sum_assignment(((centres[:, None] - others) ** 2).sum(-1))[1]
 
 
@@ -106,9 +106,14 @@ def draw(path, x, learned, known, title):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--clusters", type=click.IntRange(2, len(COLOURS)), default=4, help="Clusters of the mixture.")
 @click.option(
-    "--points", type=click.IntRange(20, 100_000), default=500, help="Points of all clusters together."
+    "--clusters", type=click.IntRange(2, len(COLOURS)), default=4, help="Number of clusters in the mixture."
+)
+@click.option(
+    "--points",
+    type=click.IntRange(20, 100_000),
+    default=500,
+    help="Number of points in all clusters together.",
 )
 @click.option(
     "--separation",
@@ -119,7 +124,7 @@ def draw(path, x, learned, known, title):
 @training_options
 @out_option
 def main(clusters, points, separation, tau, method, steps, particles, learning_rate, seed, out):
-    """Train the labels of a mixture of Gaussians, and hold them against the best mean-field guide."""
+    """Train the labels of a mixture of Gaussians, and compare them with the best mean-field guide."""
     true_centres, labels, x = make_data(clusters, points, separation, seed)
     if len(np.unique(labels)) < clusters:
         raise UserError(f"{points} points leave a cluster empty; raise --points")
@@ -142,7 +147,7 @@ def main(clusters, points, separation, tau, method, steps, particles, learning_r
     learned, known = (q[:, order], centres[order]), (known_q[:, known_order], known_centres[known_order])
     draw(out / "mixture.png", x, learned, known, f"{method}, tau = {tau:g}")
 
-    # the trained guide without `relax`, on the model that it is an answer to
+    # the trained guide without `relax`, on the model that it answers
     discrete = Trace_ELBO(num_particles=200).loss(
         jax.random.key(seed), result.params, model, guide, x, clusters
     )

@@ -1,14 +1,14 @@
 """A mixture of experts: which two of eight small networks look at an image?
 
 A router gives each expert a logit, k of them are chosen for each image, and their outputs are mixed. The
-choice is discrete. Left alone, it tends to a few experts that get most images and most of the training. Here
-are three ways to draw it, each with and without a loss that asks for balance:
+choice is discrete. Left alone, the router tends to use a few experts that get most images and most of the
+training. Here are three ways to draw the choice, each with and without a loss that encourages balance:
 
     gumbel_top_k    k different experts, mixed by the softmax of their logits; the choice has no gradient
     simple_top_k    an exact subset; its gradient is the gradient of its marginals
     relaxed_top_k   a relaxed subset: every expert has a share, k of them most of it
 
-The balance loss is the one of N. Shazeer et al. (2017), arXiv:1701.06538, and W. Fedus, B. Zoph, N. Shazeer
+The balance loss comes from N. Shazeer et al. (2017), arXiv:1701.06538, and W. Fedus, B. Zoph, N. Shazeer
 (2022), arXiv:2101.03961, for k experts: n times the sum of the squared shares, where a share is the mean
 probability of being chosen. It is 1 when all experts have the same share, and n / k when k of them have all.
 
@@ -45,11 +45,11 @@ from common import (
 )
 
 CLASSES = 10
-CHUNK = 50  # steps of training in one compiled call
+CHUNK = 50  # training steps in one compiled call
 
 
 class Mixture(nnx.Module):
-    """A linear router, and experts of one hidden layer each, all computed at once."""
+    """A linear router, and experts with one hidden layer each, all computed at once."""
 
     def __init__(self, experts, hidden, pixels, seed):
         rngs = nnx.Rngs(seed)
@@ -97,7 +97,7 @@ def best(logits, k):
 
 
 def train(name, balance, data, config):
-    """One mixture; its loss and the share of each expert over training."""
+    """Train one mixture; return its loss and the share of each expert during training."""
     x, labels = data
     graph, weights = nnx.split(Mixture(config["experts"], config["hidden"], x.shape[1], config["seed"]))
     route = functools.partial(ROUTERS[name], k=config["chosen"], tau=config["tau"])
@@ -166,22 +166,22 @@ def draw(results, config, path):
 
 @click.command(context_settings={"show_default": True})
 @click.option("--experts", type=click.IntRange(2, 4096), default=8, help="Number of experts.")
-@click.option("--chosen", type=SIZE, default=2, help="Experts that look at one image, k.")
-@click.option("--hidden", type=SIZE, default=16, help="Units of an expert's hidden layer.")
+@click.option("--chosen", type=SIZE, default=2, help="Number of experts that look at one image, k.")
+@click.option("--hidden", type=SIZE, default=16, help="Number of units in an expert's hidden layer.")
 @click.option("--balance", type=FloatRange(0, 1e6), default=0.1, help="Weight of the balance loss, in nats.")
 @click.option("--tau", type=TAU, default=0.5, help="Temperature of relaxed_top_k; the others have none.")
-@click.option("--steps", type=STEPS, default=1500, help="Steps of Adam, in rounds of 50.")
-@click.option("--batch-size", type=SIZE, default=128, help="Images in a step.")
+@click.option("--steps", type=STEPS, default=1500, help="Number of Adam steps, in rounds of 50.")
+@click.option("--batch-size", type=SIZE, default=128, help="Number of images in a step.")
 @click.option(
     "--learning-rate",
     type=FloatRange(0, 1, min_open=True),
     default=3e-3,
-    help="Learning rate of Adam at the start; it falls to zero by a cosine.",
+    help="Initial learning rate of Adam; it falls to zero along a cosine.",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights and of all draws.")
 @out_option
 def main(balance, out, **config):
-    """Train a mixture of experts by three routers, with and without a loss for balance.
+    """Train a mixture of experts with three routers, with and without a balance loss.
 
     Writes metrics.json and mixture_of_experts.png.
     """

@@ -24,7 +24,7 @@ class VAE(nnx.Module):
         self.shared = nnx.Dict({n: fixed.get(n, nnx.Param)(x) for n, x in family.shared().items()})
 
     def encode(self, x):
-        """The parameters q of each image, and those that all share."""
+        """The parameters q of each image, and the shared parameters."""
         return self.encoder(x - self.mean[...]), self.shared_parameters()
 
     def shared_parameters(self):

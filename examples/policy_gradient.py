@@ -1,30 +1,31 @@
-"""Policy gradients by three estimators, REINFORCE, RLOO and RELAX, on CartPole and Acrobot.
+"""Policy gradients with three estimators, REINFORCE, RLOO and RELAX, on CartPole and Acrobot.
 
-What is estimated. An episode runs for T steps at most; a_t ~ pi(. | s_t) is the action, r_t its reward,
-and m_t is 1 until the episode has ended, 0 from then on. The gradient is that of the undiscounted return
-J = E sum_t m_t r_t in the parameters of the policy. With G_t = sum_{u >= t} m_u r_u, the reward to go,
+This is what is estimated. An episode runs for at most T steps; a_t ~ pi(. | s_t) is the action, r_t is its
+reward, and m_t is 1 until the episode has ended and 0 afterwards. The objective is the undiscounted return
+J = E sum_t m_t r_t, and its gradient is taken in the parameters of the policy. With the reward to go
+G_t = sum_{u >= t} m_u r_u,
 
     grad J = E sum_t m_t G_t grad log pi(a_t | s_t),
 
-so that each step is one call of an estimator of the library with q = pi(. | s_t) and f(a_t) = G_t, which
-was measured. The estimators draw their sample from a key: the episode is played with the draws of the same
-keys, and so each of them finds the action for which G_t was measured.
+so each step is one call of an estimator of the library with q = pi(. | s_t) and f(a_t) = G_t, which was
+measured. The estimators draw their sample from a key: the episode is played with draws from the same keys,
+and so each of them finds the action for which G_t was measured.
 
 - reinforce: (G_t - V(s_t, t)) grad log pi(a_t | s_t). V is the time left times a network, fitted by least
-  squares to the rewards to go of earlier updates only, and so it does not know this update's actions.
-- rloo: the baseline is the mean G_t of the other --copies episodes that began in the same state, 0 where
-  they have ended. They have actions of their own, independent of this episode's given that state. The states
-  at time t differ between copies, so each has a q of its own: `rloo` of the library, which draws all of its
-  samples from one q, does not apply, and `reinforce` takes this baseline.
-- relax: (G_t - c(z~_t)) grad log pi(a_t | s_t) + grad c(z_t) - grad c(z~_t), with z_t the noisy logits
-  whose largest is the action, z~_t drawn again given the action, and c = V(s_t, t) + h(z_t, s_t, t). V is
-  that of reinforce; h is 0 at first, where the two agree, and is trained on |g|^2 of the whole update's
-  gradient g, of which the mean is the variance plus a constant (`value_and_grads`, exact).
+  squares to the rewards to go of earlier updates only, so it does not depend on this update's actions.
+- rloo: the baseline is the mean G_t of the other --copies episodes that began in the same state, 0 where they
+  have ended. They have their own actions, independent of this episode's given that state. The states at time
+  t differ between copies, so each has its own q: the library's `rloo`, which draws all of its samples from
+  one q, does not apply, and `reinforce` takes this baseline.
+- relax: (G_t - c(z~_t)) grad log pi(a_t | s_t) + grad c(z_t) - grad c(z~_t), with z_t the noisy logits whose
+  largest is the action, z~_t drawn again given the action, and c = V(s_t, t) + h(z_t, s_t, t). V is the same
+  as in reinforce; h is 0 at first, where the two agree, and is trained on |g|^2 of the whole update's
+  gradient g, whose mean is the variance plus a constant (`value_and_grads`, exact).
 
-All three are unbiased, whatever V and h earlier updates made: advantages are not normalised, rewards not
-discounted, and no entropy is added. (Drawn again, an action may be another one where the logits round to
-other float32 numbers than in the episode; in 900,000 steps of Acrobot none was.) Returns are divided by T,
-which Adam does not notice, so that V and h are of order 1 in every environment.
+All three are unbiased, whatever V and h earlier updates made: advantages are not normalized, rewards are not
+discounted, and no entropy is added. (When drawn again, an action may differ if the logits round to other
+float32 numbers than in the episode; in 900,000 steps of Acrobot none did.) Returns are divided by T, which
+Adam does not notice, so that V and h are of order 1 in every environment.
 """
 
 import importlib.metadata
@@ -56,13 +57,13 @@ from common import (
 )
 from relaxit_jax.estimators import OneHotCategorical, reinforce, relax, value_and_grads
 
-# The mean return at which each is called solved, and the size of its observations, which are divided by it.
+# The mean return at which each counts as solved, and the size of its observations, which are divided by it.
 ENVIRONMENTS = {"CartPole-v1": (475, (1, 1, 0.1, 1)), "Acrobot-v1": (-100, (1, 1, 1, 1, 3, 6))}
-ESTIMATORS = {"reinforce": "#0072B2", "rloo": "#D55E00", "relax": "#009E73"}  # with their colours
+ESTIMATORS = {"reinforce": "#0072B2", "rloo": "#D55E00", "relax": "#009E73"}  # with their colors
 
 
 class World(NamedTuple):
-    """An environment with the interface of gymnax, and what its observations are divided by."""
+    """An environment with the interface of gymnax, and the divisor of its observations."""
 
     env: object
     params: object
@@ -85,7 +86,7 @@ class Config(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The parameters of pi, V and h, or something for each of them."""
+    """The parameters of pi, V and h, or one thing for each of them."""
 
     policy: list
     baseline: list
@@ -93,7 +94,7 @@ class Networks(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """What many episodes saw: the time first, then the episode; one key for the actions of each time."""
+    """The record of many episodes: time, then episode; one key for the actions at each time."""
 
     key: jax.Array
     observation: jax.Array
@@ -117,7 +118,7 @@ def make_world(name, horizon):
 
 
 def init_mlp(key, *sizes, last):
-    """Layers of random weights; those of the last one are of scale `last`, for a small output."""
+    """Layers of random weights; the last layer has scale `last`, for a small output."""
     pairs = list(itertools.pairwise(sizes))
     scales = [math.sqrt(2)] * (len(pairs) - 1) + [last]
     keys = jax.random.split(key, len(pairs))
@@ -178,11 +179,11 @@ def roll_out(world, estimator, policy, key, episodes, copies=1):
 
 
 def surrogate(policy, variate, estimator, episodes, to_go, baseline, features):
-    """Minus a sum whose gradient in the policy estimates that of the mean return; its value means nothing."""
+    """Minus a sum whose gradient estimates the gradient of the mean return; its value is meaningless."""
 
     def at_one_time(key, logits, to_go, baseline, features):
         q = OneHotCategorical(logits, event_ndims=1)
-        f = lambda action: to_go  # of the action that the same key gave in the episode
+        f = lambda action: to_go  # for the action that the same key gave in the episode
         if estimator != "relax":
             return reinforce(key, f, q, baseline=baseline)
         return relax(key, f, q, control_variate=lambda z: baseline + scalar(variate, z, features))
@@ -199,7 +200,7 @@ def leave_one_out(to_go, copies):
 
 
 def gradients(world, config, networks, key):
-    """Play episodes; what each network is to descend, and the episodes."""
+    """Play episodes; return the loss of each network, and the episodes."""
     copies = config.copies if config.estimator == "rloo" else 1
     episodes = roll_out(world, config.estimator, networks.policy, key, config.environments, copies)
     horizon = len(episodes.reward)
@@ -228,7 +229,8 @@ def gradients(world, config, networks, key):
 
 def make_training(world, config):
     """The state of each seed before training, and a compiled function: some updates, an evaluation."""
-    # before V has found its size the gradient is nearly all noise, which Adam would make whole steps of
+    # until V has reached the right size the gradient is nearly all noise, and Adam would take whole steps
+    # along it
     wait = config.updates // 10
     falling = optax.cosine_decay_schedule(config.learning_rate, config.updates - wait, alpha=0.1)
     schedule = optax.join_schedules([optax.constant_schedule(0.0), falling], [wait])
@@ -256,7 +258,7 @@ def make_training(world, config):
 
 
 def train(name, world, config, seeds, seed):
-    """Train all seeds at once: the mean return of each after every few updates, and how long it took."""
+    """Train all seeds at once: the mean return of each after every few updates, and the time it took."""
     began, cpu = time.perf_counter(), time.process_time()
     start, advance = make_training(world, config)
     first, *keys = jax.random.split(jax.random.key(seed), 1 + config.updates // config.every)
@@ -294,7 +296,7 @@ def train(name, world, config, seeds, seed):
 
 
 def draw(results, settings, path):
-    """The learning curves, a panel for each environment."""
+    """Plot the learning curves, one panel for each environment."""
     figure, axes = plt.subplots(
         1, len(results), figsize=(4.8 * len(results), 3.9), squeeze=False, layout="constrained"
     )
@@ -323,7 +325,7 @@ def draw(results, settings, path):
     type=click.Choice(list(ENVIRONMENTS)),
     multiple=True,
     default=list(ENVIRONMENTS),
-    help="Environment of gymnax; may be given more than once.",
+    help="Gymnax environment; may be given more than once.",
 )
 @click.option(
     "--estimator",
@@ -333,36 +335,45 @@ def draw(results, settings, path):
     default=list(ESTIMATORS),
     help="Estimator of the gradient; may be given more than once.",
 )
-@click.option("--seeds", type=SIZE, default=5, help="Policies trained at once, each from a seed of its own.")
+@click.option(
+    "--seeds", type=SIZE, default=5, help="Number of policies trained at once, each from its own seed."
+)
 @click.option("--seed", type=SEED, default=0, help="Seed that all the others follow from.")
-@click.option("--updates", type=STEPS, default=200, help="Updates by Adam, each from new episodes.")
-@click.option("--environments", type=SIZE, default=32, help="Episodes played at once for an update.")
+@click.option("--updates", type=STEPS, default=200, help="Number of Adam updates, each from new episodes.")
+@click.option(
+    "--environments", type=SIZE, default=32, help="Number of episodes played at once for an update."
+)
 @click.option(
     "--copies",
     type=click.IntRange(2, 4096),
     default=8,
-    help="Episodes of rloo from the same first state, each the baseline of the others.",
+    help="Number of rloo episodes from the same first state, each a baseline of the others.",
 )
-@click.option("--horizon", type=SIZE, default=500, help="Longest episode, in steps.")
-@click.option("--every", type=STEPS, default=5, help="Updates between two evaluations.")
-@click.option("--evaluations", type=SIZE, default=32, help="New episodes of an evaluation, actions drawn.")
+@click.option("--horizon", type=SIZE, default=500, help="Length of the longest episode, in steps.")
+@click.option("--every", type=STEPS, default=5, help="Number of updates between two evaluations.")
+@click.option(
+    "--evaluations",
+    type=SIZE,
+    default=32,
+    help="Number of new episodes in an evaluation, with drawn actions.",
+)
 @click.option(
     "--hidden",
     type=click.IntRange(1, 1024),
     default=32,
-    help="Units in each of the two hidden layers of a network.",
+    help="Number of units in each of a network's two hidden layers.",
 )
 @click.option(
     "--learning-rate",
     type=RATE,
     default=0.005,
-    help="Learning rate of the policy; 0 for the first tenth of the updates, then falling by a cosine.",
+    help="Learning rate of the policy; 0 for the first tenth of the updates, then falling along a cosine.",
 )
 @click.option("--baseline-rate", type=RATE, default=0.01, help="Learning rate of V.")
-@click.option("--variate-rate", type=RATE, default=0.001, help="Learning rate of h, of relax.")
+@click.option("--variate-rate", type=RATE, default=0.001, help="Learning rate of h, for relax.")
 @out_option
 def main(names, estimators, seeds, seed, horizon, out, **options):
-    """Train policies by REINFORCE with a baseline, RLOO and RELAX.
+    """Train policies with REINFORCE and a baseline, RLOO and RELAX.
 
     Writes learning_curves.png and metrics.json.
     """

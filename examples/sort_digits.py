@@ -1,23 +1,23 @@
-"""Learning to sort sequences of digit images from their order alone, by Gumbel-Sinkhorn.
+"""Learning to sort sequences of digit images from their order alone, with Gumbel-Sinkhorn.
 
-A network looks at each image by itself and weighs the n places of the sorted sequence; the n x n weights
-go through `relaxit_jax.gumbel_sinkhorn`, and the loss is -log of the share of each image that the relaxed
-permutation puts where it belongs. It is never told a digit: only which places each image may take, several
-where digits are equal. At test time the best assignment of the weights, without noise, sorts new images.
+A network looks at each image on its own and weighs the n places of the sorted sequence. The n x n weights go
+through `relaxit_jax.gumbel_sinkhorn`, and the loss is -log of the share of each image that the relaxed
+permutation puts where it belongs. It is never told a digit, only which places each image may take, several if
+digits are equal. At test time the best assignment of the weights, without noise, sorts new images.
 
     python examples/sort_digits.py
 
-Beside it stands what the same network reaches with more knowledge: trained on the digits themselves as a
-classifier, on as many images, its sequences are sorted by the digits that it reads. A network that
-learns to sort has to learn to read, so this is what is hoped for, not what is given.
+For comparison there is the same network with more information: trained as a classifier on the digits
+themselves, on as many images, its sequences are sorted by the digits that it reads. A network that learns to
+sort has to learn to read, so this is the best one can hope for.
 
-From the order alone, 2,000 steps of 32 sequences and two seeds, 1,000 sequences of new images each: at
-n = 5 .92 of the places are right and .83 of the whole sequences, at n = 10 .89 and .62. Read and sorted
-they are .95 and .90, and .94 and .82. Without moved copies of the 4,000 images all of it is lower (.75
-and .44 of the whole sequences from the order): what is missing is mostly knowledge of digits.
+From the order alone, with 2,000 steps of 32 sequences and two seeds, on 1,000 sequences of new images each:
+at n = 5, .92 of the places and .83 of the whole sequences are right; at n = 10, .89 and .62. With digits read
+and sorted it is .95 and .90, and .94 and .82. Without moved copies of the 4,000 images all of it is lower
+(.75 and .44 of the whole sequences from the order): mostly the network lacks knowledge of digits.
 
-The method is that of G. Mena, D. Belanger, S. Linderman, J. Snoek (2018), Learning Latent Permutations
-with Gumbel-Sinkhorn Networks, arXiv:1802.08665, who sort numbers and the pieces of images.
+The method comes from G. Mena, D. Belanger, S. Linderman, J. Snoek (2018), Learning Latent Permutations with
+Gumbel-Sinkhorn Networks, arXiv:1802.08665, who sort numbers and the pieces of images.
 """
 
 import click
@@ -52,16 +52,16 @@ CHUNK = 50  # steps in one compiled call, after which the test sequences are sor
 
 
 def windows(images):
-    """The 12 x 12 windows of 5 x 5 pixels, two apart, of each image: convolutions are products then.
+    """The 12 x 12 windows of 5 x 5 pixels, two apart, for each image, so that convolutions are products.
 
-    XLA's own are slow in a loop on CPUs.
+    XLA's own convolutions are slow in a loop on CPUs.
     """
     views = np.lib.stride_tricks.sliding_window_view(images, (5, 5), axis=(-2, -1))[..., ::2, ::2, :, :]
     return jnp.asarray(views.reshape(len(images), 12, 12, 25))
 
 
 def moved_copies(images, digits, copies):
-    """The images and as many copies, moved a little, as make `copies` of each; 4,000 alone are too few."""
+    """The images and slightly moved copies, `copies` of each in total; 4,000 alone are too few."""
     keys = jax.random.split(jax.random.key(0), copies)[1:]
     moved = [np.asarray(augment(key, jnp.asarray(images))) for key in keys]
     return np.concatenate([images, *moved]), np.tile(digits, copies)
@@ -91,9 +91,9 @@ def places(digits):
 
 
 def misplacement(key, weights, digits, tau):
-    """-log of the share of each image that a relaxed permutation puts where it belongs, in the mean."""
+    """-log of the share of each image that a relaxed permutation puts where it belongs, averaged."""
     share = jnp.sum(rj.gumbel_sinkhorn(key, weights, tau) * places(digits), -1)
-    return -jnp.mean(jnp.log(share + 1e-6))  # an image that is surely misplaced costs 14, not infinity
+    return -jnp.mean(jnp.log(share + 1e-6))  # an image that is certainly misplaced costs 14, not infinity
 
 
 def training(loss, optimizer, images, digits, batch_shape):
@@ -111,17 +111,17 @@ def training(loss, optimizer, images, digits, batch_shape):
 
 
 def best_assignment(weights):
-    """Which image goes to each place, so that the weights of all together are largest."""
+    """Which image goes to each place, so that the total weight is largest."""
     return np.array([linear_sum_assignment(matrix.T, maximize=True)[1] for matrix in np.asarray(weights)])
 
 
 def by_class(weights):
-    """The same by the classes that were read."""
+    """The same from the classes that were read."""
     return np.argsort(np.asarray(weights).argmax(-1), -1, kind="stable")
 
 
 def scores(digits, order):
-    """The share of places with the right digit, and of sequences with nothing else."""
+    """The share of places with the right digit, and of sequences with only right digits."""
     right = np.take_along_axis(digits, order, -1) == np.sort(digits, -1)
     return float(right.mean()), float(right.all(-1).mean())
 
@@ -185,24 +185,26 @@ def draw(histories, pictures, path):
     "--lengths",
     type=Numbers(click.IntRange(2, 1000), "5,10"),
     default="5,10",
-    help="Images in a sequence, one training each.",
+    help="Number of images in a sequence, with one training each.",
 )
 @click.option("--tau", type=TAU, default=1.0, help="Temperature of the permutation.")
-@click.option("--steps", type=STEPS, default=2000, help="Steps of Adam, in rounds of 50.")
-@click.option("--copies", type=click.IntRange(1, 50), default=6, help="Moved copies of each image.")
-@click.option("--batch-size", type=SIZE, default=32, help="Sequences in a step.")
+@click.option("--steps", type=STEPS, default=2000, help="Number of Adam steps, in rounds of 50.")
+@click.option("--copies", type=click.IntRange(1, 50), default=6, help="Number of moved copies of each image.")
+@click.option("--batch-size", type=SIZE, default=32, help="Number of sequences in a step.")
 @click.option(
     "--learning-rate",
     type=RATE,
     default=0.005,
-    help="Learning rate of Adam at the start; it falls to zero by a cosine.",
+    help="Initial learning rate of Adam; it falls to zero along a cosine.",
 )
-@click.option("--seeds", type=SIZE, default=2, help="Trainings of each kind.")
-@click.option("--test-sequences", type=COUNT, default=1000, help="Sequences of the 1,000 test images.")
+@click.option("--seeds", type=SIZE, default=2, help="Number of trainings of each kind.")
+@click.option(
+    "--test-sequences", type=COUNT, default=1000, help="Number of sequences from the 1,000 test images."
+)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Seed of the first training.")
 @out_option
 def main(lengths, tau, steps, copies, batch_size, learning_rate, seeds, test_sequences, seed, out):
-    """Sort sequences of digit images by Gumbel-Sinkhorn, learned from their order alone."""
+    """Sort sequences of digit images with Gumbel-Sinkhorn, learned from their order alone."""
     out = output_folder(out, "sort_digits")
     (images, digits), (test_images, test_digits) = load_labelled()
     images, digits = moved_copies(images, digits, copies)

@@ -1,21 +1,23 @@
-"""A network that learns which of its neurons it needs, by hard concrete gates, beside magnitude pruning.
+"""A network that learns which of its neurons it needs, with hard concrete gates, next to magnitude pruning.
 
-A network 784-300-100-10 has a gate on each input of each layer, so 784 pixels and 400 neurons, as
-LeNet-300-100 has in C. Louizos, M. Welling and D. P. Kingma (2018, arXiv:1712.01312). Gates are drawn for
-each image; the loss is the cross-entropy plus a penalty times the expected share of weights that are kept,
-those between two neurons whose gates are not 0 (in closed form, `hard_concrete_l0`, as gates are
-independent). Whole neurons go, not single weights, so that what is left is a smaller dense network, and no
-sparse matrix: at test time `hard_concrete_gate` is exactly 0 for the rest. Biases are not counted.
+A network 784-300-100-10 has a gate on each input of each layer, so on 784 pixels and 400 neurons, as
+LeNet-300-100 in C. Louizos, M. Welling and D. P. Kingma (2018, arXiv:1712.01312). Gates are drawn for each
+image. The loss is the cross-entropy plus a penalty times the expected share of weights that are kept, those
+between two neurons whose gates are not 0 (in closed form, `hard_concrete_l0`, since gates are independent).
+Whole neurons are removed, not single weights, so the result is a smaller dense network and not a sparse
+matrix: at test time `hard_concrete_gate` is exactly 0 for the rest. Biases are not counted.
 
-Each penalty gives a share of the weights, and magnitude pruning has to keep the same: a trained dense network
-loses its smallest weights, or its neurons that add least to the next layer (root mean square times the norm
-of what goes out, relative to the layer's mean), and is trained on with the mask, half as many epochs more
-than gates have. Single weights are the finer choice, but their matrices stay as large.
+Each penalty gives a share of the weights, and magnitude pruning has to keep the same share. A trained dense
+network loses its smallest weights, or the neurons that add least to the next layer (root mean square times
+the norm of the outgoing weights, relative to the layer's mean), and is then trained on with the mask, for
+half as many epochs on top of those the gates have. Single weights are the finer choice, but their matrices
+stay as large.
 
     python examples/sparse_network.py
 
-Test accuracy after 20 epochs of 4,000 digits, on 1,000, mean of three seeds (deviations in brackets); the
-dense network has .927 (.003), and one such figure a standard error of .008 from the digits tested on:
+Test accuracy after 20 epochs of 4,000 digits, on 1,000, mean of three seeds (standard deviations in
+brackets). The dense network has .927 (.003), and one such figure has a standard error of .008 from the test
+digits:
 
     penalty   kept    neurons      gates        neurons by size   weights by size
       0.3    62.3 %  483-287-91   .926 (.003)     .930 (.003)       .930 (.004)
@@ -24,14 +26,14 @@ dense network has .927 (.003), and one such figure a standard error of .008 from
      10       3.1 %  192-27-82    .884 (.003)     .838 (.012)       .881 (.009)
      20       0.6 %  100-5-73     .763 (.019)     .429 (.028)       .278 (.064)
 
-Down to a half nothing is lost, by no method. Below it gates are better than magnitude at whole neurons; they
-are worse than single weights at a sixth, and as good at 3 %. At 0.6 % pruning in one go takes whole layers
-apart, and its last row is no measure of what magnitude can do: pruned in three rounds, which is not part of
+Down to one half no method loses anything. Below it gates are better than pruning whole neurons by magnitude;
+they are worse than single weights at a sixth, and as good at 3 %. Pruning to 0.6 % in one go removes whole
+layers, so its last line does not measure what magnitude can do: pruned in three rounds, which is not part of
 this example, one seed kept .58 with 0.65 % of the single weights, where its gates (penalty 30) had .56.
 
-The paper's own network, of 60,000 digits, has 266-88-33 neurons, 10 % of the weights, at an error of 1.6 % as
-quoted by U. Evci et al. (2020, arXiv:1911.11134, table 2). Ours sees a fifteenth of the digits for a tenth of
-the epochs, and its dense network errs on 7.3 %.
+The paper's own network, on 60,000 digits, has 266-88-33 neurons, 10 % of the weights, and an error of 1.6 %
+as quoted by U. Evci et al. (2020, arXiv:1911.11134, table 2). Ours sees a fifteenth of the digits for a tenth
+of the epochs, and its dense network errs on 7.3 %.
 """
 
 import functools
@@ -71,7 +73,7 @@ COLOURS = {
 
 
 class Network(NamedTuple):
-    """Matrices (inputs, outputs) and biases of the layers, and the logits of the gates of their inputs."""
+    """Matrices (inputs, outputs) and biases of the layers, and the logits of the gates on their inputs."""
 
     weights: list
     biases: list
@@ -87,7 +89,7 @@ def init(key, sizes):
 
 
 def forward(network, x, gates):
-    """The logits of the classes; `gates` multiply what each layer gets, alike or one set for each image."""
+    """The logits of the classes; `gates` multiply each layer's input, shared or one set per image."""
     for layer, (weights, bias, gate) in enumerate(zip(network.weights, network.biases, gates, strict=True)):
         x = (jax.nn.relu(x) if layer else x) * gate @ weights + bias
     return x
@@ -106,22 +108,22 @@ def test_gates(network):
 
 
 def weights_kept(kept):
-    """How many weights have both neurons, of the probabilities (or bits) that each layer's inputs are kept.
+    """How many weights have both neurons, from the probabilities (or bits) that each layer's inputs are kept.
 
-    The gates are independent, so that it is the expected number if `kept` are probabilities.
+    The gates are independent, so this is the expected number if `kept` are probabilities.
     """
     sums = [jnp.sum(keep) for keep in kept]
     return sum(a * b for a, b in zip(sums, [*sums[1:], CLASSES], strict=True))
 
 
 def expected_share(network):
-    """The penalty: the expected part of the weights whose gates are not 0."""
+    """The penalty: the expected share of the weights whose gates are not 0."""
     open_probabilities = [rj.hard_concrete_l0(logits, TAU) for logits in network.gates]
     return weights_kept(open_probabilities) / sum(w.size for w in network.weights)
 
 
 def prune(network, gates):
-    """The smaller network that is left, its gates multiplied into its weights."""
+    """The smaller network that is left, with its gates multiplied into its weights."""
     kept = [np.flatnonzero(gate) for gate in gates] + [np.arange(CLASSES)]
     weights = [
         (np.asarray(gate)[:, None] * np.asarray(w))[np.ix_(rows, columns)]
@@ -135,7 +137,7 @@ def prune(network, gates):
 
 
 def loss(network, key, x, labels, penalty, gated):
-    """Cross-entropy with drawn gates and the price of what is open; or without gates."""
+    """Cross-entropy with drawn gates and the penalty on open ones; or without gates."""
     gates = draw_gates(key, network, len(x)) if gated else [1.0] * len(network.gates)
     data = optax.softmax_cross_entropy_with_integer_labels(forward(network, x, gates), labels).mean()
     return data + penalty * expected_share(network) if gated else data
@@ -143,7 +145,7 @@ def loss(network, key, x, labels, penalty, gated):
 
 @functools.partial(jax.jit, static_argnames=("epochs", "batch", "rate", "gated"))
 def train(network, masks, key, x, labels, penalty, *, epochs, batch=100, rate=1e-3, gated=False):
-    """Adam; weights stay 0 where the masks are. The logits of the gates learn 20 times as fast."""
+    """Train with Adam; weights stay 0 where the masks are. The logits of the gates learn 20 times as fast."""
     steps = len(x) // batch
     schedule = optax.cosine_decay_schedule(rate, epochs * steps)
     labels_of = Network("slow", "slow", "gates")
@@ -182,10 +184,10 @@ def largest_weights(network, count):
 
 
 def largest_neurons(network, x, count):
-    """Masks that keep the neurons which add most to the next layer, as long as `count` weights suffice.
+    """Masks that keep the neurons that add most to the next layer, as long as `count` weights suffice.
 
-    A neuron adds its root mean square times the norm of its outgoing weights, relative to the mean of
-    those that its layer still has.
+    A neuron adds its root mean square times the norm of its outgoing weights, relative to the mean of the
+    neurons left in its layer.
     """
     scores = []
     for layer, (weights, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
@@ -209,7 +211,7 @@ def accuracy(network, gates, data):
 
 
 def compare(key, sizes, data, test, penalties, epochs):
-    """One seed: the dense network's accuracy, and for each penalty how the three methods do at one share."""
+    """One seed: the accuracy of the dense network, and for each penalty three methods at one share."""
     init_key, dense_key, *keys = jax.random.split(key, 2 + 2 * len(penalties))
     start = init(init_key, sizes)
     everything, ungated = [np.ones(w.shape, np.float32) for w in start.weights], [1.0] * len(start.weights)
@@ -259,15 +261,15 @@ def draw(dense, runs, total, path):
     "--penalties",
     type=Numbers(FloatRange(0, 1e6), "0.3,1,3"),
     default="0.3,1,3,10,20",
-    help="Prices of all weights in nats.",
+    help="Penalties on all weights in nats.",
 )
-@click.option("--seeds", type=SIZE, default=3, help="Runs of each penalty.")
-@click.option("--epochs", type=SIZE, default=20, help="Epochs of training; half as many to tune.")
-@click.option("--hidden", type=SIZE, nargs=2, default=(300, 100), help="Neurons of each layer.")
+@click.option("--seeds", type=SIZE, default=3, help="Number of runs for each penalty.")
+@click.option("--epochs", type=SIZE, default=20, help="Number of training epochs; tuning takes half as many.")
+@click.option("--hidden", type=SIZE, nargs=2, default=(300, 100), help="Number of neurons in each layer.")
 @click.option("--seed", type=SEED, default=0, help="Seed of all draws.")
 @out_option
 def main(penalties, seeds, epochs, hidden, seed, out):
-    """Prune a network by gates and by magnitude, and draw its test error over the weights that it keeps.
+    """Prune a network with gates and by magnitude, and plot its test error over the weights kept.
 
     Writes metrics.json and sparse_network.png.
     """

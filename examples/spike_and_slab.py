@@ -1,12 +1,12 @@
-"""Sparse linear regression: which columns matter, trained by pathwise gradients, beside the exact posterior.
+"""Sparse linear regression, trained with pathwise gradients and compared with the exact posterior.
 
 A bit for every column switches its slope on. `relax` makes the bits trainable and `AutoMeanField` writes the
 guide. Two answers are known: the exact posterior, from all 2^p supports with the slopes integrated out, and
-the best mean-field guide, which is what the trained guide can reach; its bound is known in closed form, and
-coordinate ascent from many starts finds it. That guide is surer than the posterior: bit and slope are
-independent in it, so that a column which is seldom on pays for a slope as wide as the prior. With columns
-correlated above about 0.7 its bound has several optima, and training may end in a lesser one: the -ELBO
-that is printed is then above the best.
+the best mean-field guide, the best that the trained guide can reach. Its ELBO is known in closed form, and
+coordinate ascent from many starts finds it. That guide is more certain than the posterior: bit and slope are
+independent in it, so a column that is rarely on pays for a slope as wide as the prior. If columns are
+correlated above about 0.7 the ELBO has several optima, and training may end in a worse one: the printed
+-ELBO is then above the best.
 """
 
 import functools
@@ -38,7 +38,11 @@ from common import (
 )
 from relaxit_jax.handlers import AutoMeanField, relax
 
-SLAB, NOISE, INCLUDED = 2.0, 1.0, 0.2  # of the slopes and the noise; the prior probability of a column
+SLAB, NOISE, INCLUDED = (
+    2.0,
+    1.0,
+    0.2,
+)  # standard deviations of the slopes and the noise; the prior probability of a column
 
 
 def model(x, y):
@@ -48,7 +52,7 @@ def model(x, y):
 
 
 def make_data(rows, columns, support, correlation, seed):
-    """Columns of variance 1 whose neighbours are correlated; slopes from 1.5 down to 0.6, spread out."""
+    """Columns of variance 1 whose neighbors are correlated; slopes from 1.5 down to 0.6, spread out."""
     rng = np.random.default_rng(seed)
     distance = np.abs(np.subtract.outer(np.arange(columns), np.arange(columns)))
     x = rng.normal(size=(rows, columns)) @ np.linalg.cholesky(correlation**distance).T
@@ -68,7 +72,7 @@ def enumerate_supports(x, y):
     evidence, mean = np.empty(2**p), np.empty((2**p, p))
     for part in np.array_split(np.arange(2**p), max(2**p // 4096, 1)):  # some MB at a time
         s = on[part]
-        # y ~ N(0, NOISE^2 I + SLAB^2 X_S X_S^T), by the p x p matrix that has the same determinant
+        # y ~ N(0, NOISE^2 I + SLAB^2 X_S X_S^T), through the p x p matrix with the same determinant
         a = np.eye(p) + ratio * s[:, :, None] * gram * s[:, None, :]
         mean[part] = ratio * np.linalg.solve(a, (s * xy)[..., None])[..., 0]
         evidence[part] = (mean[part] @ xy) / (2 * NOISE**2) - np.linalg.slogdet(a)[1] / 2
@@ -79,7 +83,7 @@ def enumerate_supports(x, y):
 
 
 def best_mean_field(x, y, starts=200, rounds=2000, tolerance=1e-9):
-    """The best q(on) q(slope), of all starts: probability of each column, mean of ``on * slope``, -ELBO."""
+    """The best q(on) q(slope) over all starts: probability of each column, mean of ``on * slope``, -ELBO."""
     x, y = x.astype(float), y.astype(float)
     n, p = x.shape
     gram, xy, size = x.T @ x, x.T @ y, (x**2).sum(0)
@@ -88,7 +92,9 @@ def best_mean_field(x, y, starts=200, rounds=2000, tolerance=1e-9):
     for _ in range(rounds):
         before = q.copy()
         for j in range(p):
-            fit = xy[j] - (q * m) @ gram[j] + q[:, j] * m[:, j] * size[j]  # what the others leave to j
+            fit = (
+                xy[j] - (q * m) @ gram[j] + q[:, j] * m[:, j] * size[j]
+            )  # the residual that the others leave to j
             v[:, j] = 1 / (1 / SLAB**2 + q[:, j] * size[j] / NOISE**2)
             m[:, j] = v[:, j] * q[:, j] * fit / NOISE**2
             gain = (m[:, j] * fit - (m[:, j] ** 2 + v[:, j]) * size[j] / 2) / NOISE**2
@@ -106,7 +112,7 @@ def best_mean_field(x, y, starts=200, rounds=2000, tolerance=1e-9):
 
 
 def draw(path, answers, slopes):
-    """Bars of the answers for each column; ticks of the columns that are truly on are bold."""
+    """Bars with the answers for each column; ticks of the columns that are truly on are bold."""
     figure, axes = plt.subplots(2, 1, figsize=(11, 6.4), layout="constrained", sharex=True)
     place = np.arange(len(slopes))
     for k, (name, (q, w), colour) in enumerate(
@@ -132,26 +138,26 @@ def draw(path, answers, slopes):
     "--columns",
     type=click.IntRange(1, 16),
     default=12,
-    help="Columns of the regression; the exact answer takes 2^N supports.",
+    help="Number of columns in the regression; the exact answer takes 2^N supports.",
 )
-@click.option("--support", type=click.IntRange(0, 16), default=3, help="Columns that truly matter.")
+@click.option("--support", type=click.IntRange(0, 16), default=3, help="Number of columns that truly matter.")
 @click.option(
     "--correlation",
     type=FloatRange(-0.999, 0.999),
     default=0.5,
-    help="Correlation of neighboring columns; it falls off with their distance.",
+    help="Correlation between neighboring columns; it falls off with their distance.",
 )
 @training_options
 @out_option
 def main(rows, columns, support, correlation, tau, method, steps, particles, learning_rate, seed, out):
-    """Train which columns of a regression matter, and hold that against two known answers."""
+    """Learn which columns of a regression matter, and compare with two known answers."""
     if support > columns:
         raise UserError(f"--support {support} is above the {columns} columns; lower it")
     out = output_folder(out, "spike_and_slab")
     x, y, slopes = make_data(rows, columns, support, correlation, seed)
 
     start = time.perf_counter()
-    # the mean of the prior is zero: slopes that start at random, of a wrong sign, switch their bits off
+    # the mean of the prior is zero: slopes that start at random, with a wrong sign, switch their bits off
     guide = AutoMeanField(model, continuous=functools.partial(AutoNormal, init_loc_fn=init_to_mean))
     soft = functools.partial(relax, tau=tau, method=method)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
@@ -171,7 +177,7 @@ def main(rows, columns, support, correlation, tau, method, steps, particles, lea
     }
     draw(out / "spike_and_slab.png", answers, slopes)
 
-    # the trained guide without `relax`, on the model that it is an answer to
+    # the trained guide without `relax`, on the model that it answers
     discrete = Trace_ELBO(num_particles=2000).loss(jax.random.key(seed), result.params, model, guide, x, y)
     metrics = {
         "settings": click.get_current_context().params | {"out": str(out)},

@@ -1,16 +1,16 @@
-"""How sure a classifier is of its digits: the Laplace Bridge in one pass, beside Monte Carlo.
+"""How certain a classifier is of its digits: the Laplace Bridge in one pass, next to Monte Carlo.
 
 The last layer of a small network, trained on 3,200 digits, has a Laplace approximation: its weights are
 Gaussian about their mode, with the inverse of the exact Hessian of softmax regression as their covariance
-(330 by 330, biases included). So each input has a Gaussian of its 10 logits, of which the mean of softmax is
-wanted. Monte Carlo draws logits; the bridge turns their mean and covariance into a Dirichlet; probit divides
-each logit by sqrt(1 + pi / 8 of its variance) (D. MacKay 1992); MAP leaves the covariance out. The normalised
-bridge is the correction of M. Hobbhahn, A. Kristiadi and P. Hennig (2022, arXiv:2003.01227): logits are first
-scaled to a mean variance of sqrt(K / 2). The prior's precision is that for which Monte Carlo has the least
-negative log-likelihood on 800 more digits. What is foreign is told by the entropy of the mean probabilities,
-for all methods alike: capitals in 20 fonts (as notMNIST has them), the test digits turned by 90 degrees, and
-cuttings of photographs, each against the 1,000 test digits. (Other digits would be no fair test: they are of
-the same ten classes.)
+(330 by 330, biases included). Each input therefore has a Gaussian over its 10 logits, and the goal is the
+mean of its softmax. Monte Carlo draws logits; the bridge turns their mean and covariance into a Dirichlet;
+probit divides each logit by sqrt(1 + pi / 8 of its variance) (D. MacKay 1992); MAP leaves the covariance out.
+The normalized bridge is the correction of M. Hobbhahn, A. Kristiadi and P. Hennig (2022, arXiv:2003.01227):
+logits are first scaled to a mean variance of sqrt(K / 2). The precision of the prior is the one for which
+Monte Carlo has the smallest negative log-likelihood on 800 more digits. For all methods the entropy of the
+mean probabilities detects foreign inputs: capital letters in 20 fonts (as in notMNIST), the test digits
+turned by 90 degrees, and crops of photographs, each compared with the 1,000 test digits. (Other digits would
+not be a fair test: they belong to the same ten classes.)
 
 AUROC and negative log-likelihood, means of three networks, and milliseconds from the Gaussians of 1,000
 inputs to their scores (two cores):
@@ -24,21 +24,21 @@ inputs to their scores (two cores):
     Monte Carlo, 100     .870     .895       .907       .180      29
     Monte Carlo, 1000    .872     .896       .909       .180     247
 
-The aim was an AUROC within .01 of 1,000 draws at 100 times their speed. Both bridges have the speed, 540
-and 240 times. The bridge misses the AUROC by .03 to .06 and is as good as MAP: if all variances grow by one
-factor, so does 1 / alpha, and the mean of the Dirichlet stays as it is; what else the Dirichlet has (its
-total, variance, mutual information, differential entropy; two networks) tells less. The normalised bridge is
-.009 better on letters, .012 worse on turned digits (.007 to .016 between networks) and .045 worse on
-photographs; its scale, unlike probit's, has no 1 + in it, and makes logits of small variance larger. Probit
-is the better one pass on two of the three sets. From the features on, where the covariances of the logits are
-to be found as well, the bridges are some 75 times as fast, and only 16 times if draws of the weights are
-shared by all inputs (51 ms). Monte Carlo's own noise is small: .001 to .003 at 10 draws and .0001 at 1,000,
-in standard deviations over keys. The width and the epochs of the network were settled with these figures in
-sight; widths 32 and 64 and 10 to 30 epochs were looked at.
+The aim was an AUROC within .01 of 1,000 draws at 100 times their speed. Both bridges have the speed, 540 and
+240 times. The bridge misses the AUROC by .03 to .06 and is as good as MAP: if all variances grow by one
+factor, so does 1 / alpha, and the mean of the Dirichlet stays the same; the other quantities of the Dirichlet
+(its total, variance, mutual information, differential entropy; two networks) say less. The normalized bridge
+is .009 better on letters, .012 worse on turned digits (.007 to .016 between networks) and .045 worse on
+photographs; its scale, unlike probit's, has no 1 + in it, and enlarges logits with a small variance. Probit
+is the better method with one pass on two of the three sets. Measured from the features on, where the
+covariances of the logits have to be computed as well, the bridges are some 75 times as fast, and only 16
+times if all inputs share the draws of the weights (51 ms). Monte Carlo's own noise is small: .001 to .003 at
+10 draws and .0001 at 1,000, in standard deviations over keys. The width and the epochs of the network were
+chosen with these figures in sight; widths 32 and 64 and 10 to 30 epochs were tried.
 
-The authors' own figures say the same of a last layer on MNIST (AUROC on FMNIST, notMNIST and KMNIST, by KFAC;
+The authors' own figures agree for a last layer on MNIST (AUROC on FMNIST, notMNIST and KMNIST, with KFAC;
 MNIST_results.csv of github.com/mariushobbhahn/LB_for_BNNs_official): MAP .977, .914, .959; the bridge .977,
-.912, .956; normalised .990, .986, .991; Monte Carlo .987, .974, .985.
+.912, .956; normalized .990, .986, .991; Monte Carlo .987, .974, .985.
 """
 
 import functools
@@ -61,7 +61,7 @@ from foreign import letters, photographs, rotated
 from relaxit_jax.laplace_bridge import gaussian_to_dirichlet
 
 CLASSES = 10
-PRECISIONS = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0)  # of the prior, to choose from
+PRECISIONS = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0)  # precisions of the prior to choose from
 DRAWS = (10, 100, 1000)
 ANGLES = tuple(range(0, 181, 30))
 
@@ -69,7 +69,7 @@ ANGLES = tuple(range(0, 181, 30))
 
 
 class Network(nnx.Module):
-    """Two convolutions and a layer of features, from which the last layer has the logits."""
+    """Two convolutions and a layer of features, from which the last layer computes the logits."""
 
     def __init__(self, width, rngs):
         convolution = functools.partial(nnx.Conv, kernel_size=(5, 5), strides=2, rngs=rngs)
@@ -83,7 +83,7 @@ class Network(nnx.Module):
 
 
 def train(seed, images, labels, width, epochs, batch=64):
-    """A network; each step is jitted, not their scan, which slows convolutions down."""
+    """Train a network; each step is jitted, not their scan, which slows convolutions down."""
     network, steps = Network(width, nnx.Rngs(seed)), len(images) // batch
     rate = optax.cosine_decay_schedule(2e-3, epochs * steps)
     optimizer = nnx.Optimizer(network, optax.adamw(rate, weight_decay=1e-4), wrt=nnx.Param)
@@ -105,7 +105,7 @@ def train(seed, images, labels, width, epochs, batch=64):
 
 @nnx.jit
 def features(network, images):
-    """With a column of ones, which makes the biases weights like all others."""
+    """Append a column of ones, which makes the biases weights like all others."""
     return jnp.pad(network.features(images), ((0, 0), (0, 1)), constant_values=1)
 
 
@@ -116,7 +116,7 @@ def laplace(phi, labels, precision, start):
     """Mode (features, classes) and covariance (features, classes, features, classes) of the weights.
 
     The loss is the negative log-posterior of softmax regression with a prior N(0, 1 / precision) on each
-    weight; its Hessian, which is exact, is the posterior's precision.
+    weight; its Hessian, which is exact, is the precision of the posterior.
     """
     phi, shape = np.asarray(phi, np.float64), start.shape
     target = np.eye(shape[1])[labels]
@@ -143,11 +143,11 @@ def logits_gaussian(phi, weights, covariance):
     return phi @ weights, jnp.einsum("nd,dkej,ne->nkj", phi, covariance, phi)
 
 
-# --- from the logits' Gaussian to probabilities ---------------------------------------------------
+# --- from the Gaussian of the logits to probabilities ---------------------------------------------
 
 
 def zero_sum(loc, covariance):
-    """The same law on the simplex, of logits that sum to 0."""
+    """The same law on the simplex, from logits that sum to 0."""
     centre = jnp.eye(CLASSES) - 1 / CLASSES
     return loc @ centre, centre @ covariance @ centre
 
@@ -163,7 +163,7 @@ def bridge(loc, covariance):
 
 
 def normalised_bridge(loc, covariance):
-    """With the logits scaled so that their mean variance is sqrt(K / 2), as the paper's correction has it."""
+    """The bridge for logits scaled to a mean variance of sqrt(K / 2), as in the paper's correction."""
     loc, covariance = zero_sum(loc, covariance)
     scale = jnp.trace(covariance, axis1=1, axis2=2) / CLASSES / (CLASSES / 2) ** 0.5
     return bridge(loc / jnp.sqrt(scale)[:, None], covariance / scale[:, None, None])
@@ -176,19 +176,19 @@ def monte_carlo(key, loc, covariance, *, draws):
         noise = jax.random.normal(key, (draws // chunks, *loc.shape))
         return jax.nn.softmax(loc + jnp.einsum("nkj,snj->snk", scale_tril, noise)).mean(0)
 
-    chunks = max(1, draws // 50)  # all of 1,000 draws at once take half as long again
+    chunks = max(1, draws // 50)  # all 1,000 draws at once take half as long again
     return jax.lax.map(some, jax.random.split(key, chunks)).mean(0)
 
 
 def monte_carlo_of_weights(key, phi, weights, scale_tril, *, draws):
-    """The same from draws of the weights, which all inputs share: no covariance of logits is needed."""
+    """The same from draws of the weights that all inputs share: no covariance of logits is needed."""
     noise = jax.random.normal(key, (draws, weights.size)) @ scale_tril.T
     drawn = weights + noise.reshape(draws, *weights.shape)
     return jax.nn.softmax(jnp.einsum("nd,sdk->snk", phi, drawn)).mean(0)
 
 
 def entropy(p):
-    """The score of what is foreign, for all methods."""
+    """The score for foreign inputs, for all methods."""
     return -jnp.sum(jax.scipy.special.xlogy(p, p), -1)
 
 
@@ -200,7 +200,7 @@ REFERENCE = f"Monte Carlo, {DRAWS[-1]}"
 COLOURS = dict(zip(METHODS, ("#999999", "#CC79A7", "#0072B2", "#009E73", *["#D55E00"] * 3), strict=True))
 PREDICT = {name: jax.jit(method) for name, method in METHODS.items()}
 
-# --- how good and how quick ------------------------------------------------------------------------
+# --- how good and how fast -------------------------------------------------------------------------
 
 
 def negative_log_likelihood(p, labels):
@@ -208,7 +208,7 @@ def negative_log_likelihood(p, labels):
 
 
 def calibration_error(p, labels, bins=15):
-    """The expected calibration error (ECE): of confidence and accuracy, over equal bins of confidence."""
+    """The expected calibration error (ECE) between confidence and accuracy, over equal bins of confidence."""
     confidence, right = p.max(-1), p.argmax(-1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)
     return float(np.abs(np.bincount(place, confidence - right)).sum() / len(p))
@@ -221,9 +221,9 @@ def auroc(inside, outside):
 
 
 def times(phi, weights, covariance, repeats):
-    """Median milliseconds for all inputs, jitted and interleaved: of the last step, and from features on.
+    """Median milliseconds for all inputs, jitted and interleaved: for the last step, and from features on.
 
-    Each ends with the probabilities' entropies.
+    Each ends with the entropies of the probabilities.
     """
     scale_tril = np.linalg.cholesky(covariance.reshape(weights.size, -1)).astype(np.float32)
     weights, covariance = weights.astype(np.float32), covariance.astype(np.float32)
@@ -253,7 +253,7 @@ def times(phi, weights, covariance, repeats):
 def posterior(phi, labels, key):
     """Precision of the prior, mode and covariance; four fifths fit them, a fifth chooses the precision.
 
-    By the negative log-likelihood of Monte Carlo with the most draws, so that no approximation is favoured.
+    It uses the negative log-likelihood of Monte Carlo with the most draws, so no approximation is favored.
     """
     n = len(labels) * 4 // 5
     weights, best = np.zeros((phi.shape[1], CLASSES)), (np.inf,)
@@ -271,9 +271,9 @@ def gaussian_of(phi, weights, covariance):
 
 
 def examine(seed, data, width, epochs, keys):
-    """Train a network: a row of figures for each method, and the last layer with the test's features."""
+    """Train a network: figures for each method, and the last layer with the test features."""
     (images, labels), (test, test_labels), foreign = data
-    fit = len(images) * 4 // 5  # the network does not see what chooses the precision either
+    fit = len(images) * 4 // 5  # the network does not see the images that choose the precision either
     see = functools.partial(features, train(seed, images[:fit], labels[:fit], width, epochs))
     precision, *law = posterior(see(images), labels, jax.random.key(seed))
     gaussians = {name: gaussian_of(see(x), *law) for name, x in {"test": test, **foreign}.items()}
@@ -322,17 +322,19 @@ def draw(results, clock, path):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--networks", type=SIZE, default=3, help="Networks, each trained with a seed of its own.")
-@click.option("--keys", type=SIZE, default=3, help="Keys of Monte Carlo for each network.")
-@click.option("--epochs", type=SIZE, default=10, help="Epochs of training.")
-@click.option("--width", type=click.IntRange(2, 500), default=32, help="Features that the last layer sees.")
-@click.option("--repeats", type=SIZE, default=5, help="Measurements that a time is the median of.")
+@click.option("--networks", type=SIZE, default=3, help="Number of networks, each trained with its own seed.")
+@click.option("--keys", type=SIZE, default=3, help="Number of Monte Carlo keys for each network.")
+@click.option("--epochs", type=SIZE, default=10, help="Number of training epochs.")
+@click.option(
+    "--width", type=click.IntRange(2, 500), default=32, help="Number of features that the last layer sees."
+)
+@click.option("--repeats", type=SIZE, default=5, help="Number of measurements for the median time.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**31), default=0, help="Seed of the first network and of all draws."
 )
 @out_option
 def main(networks, keys, epochs, width, repeats, seed, out):
-    """Predict with a Laplace approximation of the last layer: by the bridge, and by Monte Carlo.
+    """Predict with a Laplace approximation of the last layer: with the bridge, and with Monte Carlo.
 
     Writes metrics.json and uncertainty.png.
     """

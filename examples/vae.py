@@ -1,23 +1,22 @@
 """A variational autoencoder with discrete latents on real handwritten digits.
 
-One program for every method of relaxit_jax: a row of METHODS in methods.py says how latents are
-drawn in training, and their family in latents.py how at test time and which KL belongs to them.
+One program for every method of relaxit_jax. An entry of METHODS in methods.py says how to draw latents in
+training, and their family in latents.py says how to draw them at test time and which KL belongs to them.
 
-What is bounded. The model that is evaluated is p(z) p(x | z) with z drawn exactly from its law, bits
-or categories or counts or subsets, never relaxed; by Jensen's inequality
+The evaluated model is p(z) p(x | z) with z drawn exactly from its law, bits or categories or counts or
+subsets, never relaxed. By Jensen's inequality
 
     log p(x) >= E_q(z|x) log p(x | z) - KL(q(z | x) || p(z)),
 
-and this stays true with anything above the KL in its place. The families train on the exact KL of the
-discrete law (bits, categories, counts) or an upper bound of it, the KL between variables of which z is a
-function (data-processing inequality): of the Gaussians that gates clip, of the Gaussian dependence that
-correlated bits threshold, of the order in which a subset is drawn. Where a method has no discrete
-counterpart (clipped Gaussian gates, the invertible Gaussian), z keeps its own law at test time too. In
-training by a sampler a relaxed draw stands in for z in the first term, so that it has a gradient; there
-the sum is no bound of anything, and the curve calls it the training objective. The unbiased estimators
-draw exactly in training too. The test bounds average
-log p(x | z) + log p(z) - log q(z | x) over exact draws; for correlated bits with the density of the
-Gaussian noise, a bound again.
+and this stays true if the KL is replaced by anything above it. The families train on the exact KL of the
+discrete law (bits, categories, counts) or on an upper bound of it, the KL between variables of which z is a
+function (data-processing inequality): the Gaussians that gates clip, the dependent Gaussians that correlated
+bits threshold, the order in which a subset is drawn. If a method has no discrete counterpart (clipped
+Gaussian gates, the invertible Gaussian), z keeps its own law at test time too. When training with a sampler,
+a relaxed draw stands in for z in the first term, so that it has a gradient; the sum is then not a bound of
+anything, and the curve calls it the training objective. The unbiased estimators draw exactly in training
+too. The test bounds average log p(x | z) + log p(z) - log q(z | x) over exact draws; for correlated bits
+with the density of the Gaussian noise, which is again a bound.
 """
 
 import functools
@@ -63,11 +62,11 @@ from methods import METHODS, family_of
 from networks import VAE
 from relaxit_jax.estimators import value_and_grads
 
-SAMPLES = (1, 5, 50, 100)  # of the bounds of a trained model
+SAMPLES = (1, 5, 50, 100)  # for the bounds of a trained model
 
 
 class Config(NamedTuple):
-    """Everything that the result depends on, besides versions and the machine."""
+    """Everything that the result depends on, except versions and the machine."""
 
     method: str
     data: str
@@ -130,7 +129,7 @@ class Experiment:
         return jnp.mean(self.family.kl(key, q, g) - log_likelihood)
 
     def gradients(self, params, variate, x, key, tau):
-        """The training objective, its gradient, and that of the variance of its gradient in q."""
+        """The training objective, its gradient, and the gradient of that gradient's variance in q."""
         q, pull = jax.vjp(lambda params: self.model(params).encode(x)[0], params)
         value, (direct, slope), variate_gradient = value_and_grads(
             self.loss, (params, q), variate, x, key, tau
@@ -160,9 +159,9 @@ class Experiment:
 
     @functools.partial(jax.jit, static_argnums=(0, 3))
     def test_bounds(self, params, images, samples):
-        """Mean negative bounds of the test images, in nats, by how many of these samples each takes.
+        """Mean negative bounds of the test images, in nats, for each of these numbers of samples.
 
-        That of one is the negative ELBO, those of more are importance-weighted.
+        With one sample it is the negative ELBO, with more it is importance-weighted.
         """
         sizes = [k for k in SAMPLES if samples % k == 0]
         model = self.model(params)
@@ -192,9 +191,9 @@ class Experiment:
 
 
 def train(experiment, checkpoints, resume):
-    """All epochs that are still to do; the last state and the history of all."""
+    """Run all remaining epochs; return the last state and the history of all epochs."""
     cluster, state, first, history = experiment.cluster, experiment.state, 0, []
-    nothing = lambda *_: None  # the leading process alone has checkpoints
+    nothing = lambda *_: None  # only the leading process has checkpoints
     save, restore = (checkpoints.save, checkpoints.restore) if cluster.leads else (nothing, nothing)
     if resume:
         first, state, history = cluster.together(restore, state) or (first, state, history)
@@ -222,14 +221,14 @@ def train(experiment, checkpoints, resume):
 
 
 def results(experiment, state):
-    """The final bounds, and the pictures: of all processes, as they compute together."""
+    """The final bounds and the pictures, from all processes, since they compute together."""
     bounds = experiment.test_bounds(state[0], experiment.test, max(SAMPLES))
     bounds = {k: float(x) for k, x in bounds.items()}
     return bounds, [np.asarray(x) for x in experiment.pictures(state[0])]
 
 
 def report(experiment, history, bounds, pictures, out):
-    """Pictures, metrics and a line."""
+    """Write pictures, metrics and a line."""
     elbo, weighted = bounds[1], bounds[max(SAMPLES)]
     originals, reconstructions, samples = pictures
     titles = ["test images", "reconstructed from one exact draw of their latents"] * 2
@@ -245,7 +244,7 @@ def report(experiment, history, bounds, pictures, out):
     right.set_xticks(list(bounds), list(map(str, bounds)), minor=False)
     right.minorticks_off()
     axis.set(xlabel="epoch", ylabel="nats per image", title=f"{experiment.config.method}: {elbo:.1f} nats")
-    axis.legend(loc="upper right")  # the best place is searched for, with a warning if that takes long
+    axis.legend(loc="upper right")  # searching for the best place takes long and then warns
     save_figure(figure, out / "curve.png")
     seconds = [row["seconds"] for row in history]
     metrics = {
@@ -278,31 +277,34 @@ def report(experiment, history, bounds, pictures, out):
     type=click.Choice(list(METHODS)),
     default="relaxed_bernoulli",
     metavar="NAME",
-    help="How latents are drawn in training; see the list below.",
+    help="Method that draws latents in training; see the list below.",
 )
 @click.option(
     "--data",
     type=Path(),
     default="mnist5k",
     metavar="NAME|FILE.npz|FOLDER",
-    help="Images: mnist5k, 5,000 of MNIST, no network; digits, 1,797 of 8x8; mnist, all 70,000, "
+    help="Images: mnist5k, 5,000 of MNIST, no network needed; digits, 1,797 of 8x8; mnist, all 70,000, "
     "downloaded once; an .npz file of images in [0, 1], (n, height, width); or a folder with the four IDX "
     "files of MNIST or Fashion-MNIST, gzipped or not.",
 )
 @click.option(
-    "--epochs", type=click.IntRange(0, 100_000), default=50, help="Passes over the training images."
+    "--epochs", type=click.IntRange(0, 100_000), default=50, help="Number of passes over the training images."
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the initial weights and of all draws.")
 @click.option("--latents", type=SIZE, default=48, help="Number of bits, gates, elements or counts.")
 @click.option("--variables", type=SIZE, default=20, help="Number of categorical latents.")
 @click.option(
-    "--classes", type=click.IntRange(2, 4096), default=10, help="Classes of each categorical latent."
+    "--classes",
+    type=click.IntRange(2, 4096),
+    default=10,
+    help="Number of classes of each categorical latent.",
 )
 @click.option(
     "--subset-size",
     type=SIZE,
     show_default=False,
-    help="Elements in each subset.  [default: half of --latents]",
+    help="Number of elements in each subset.  [default: half of --latents]",
 )
 @click.option("--largest-mean", type=FloatRange(0.1, 100), default=8.0, help="Largest mean of each count.")
 @click.option(
@@ -352,12 +354,12 @@ def report(experiment, history, bounds, pictures, out):
 @click.option(
     "--augment/--no-augment",
     default=True,
-    help="Small random affine maps of the training images, against overfitting.",
+    help="Apply small random affine maps to the training images, against overfitting.",
 )
 @click.option(
     "--centre/--no-centre", default=True, help="Subtract the mean training image before the encoder."
 )
-@click.option("--batch-size", type=COUNT, default=100, help="Images in a step.")
+@click.option("--batch-size", type=COUNT, default=100, help="Number of images in a step.")
 @click.option(
     "--learning-rate", type=RATE, default=3e-3, help="Learning rate of Adam, at the peak of its schedule."
 )
@@ -406,7 +408,7 @@ def main(out, resume, tau, tau_end, subset_size, **options):
 
 
 def prepare(config, cluster):
-    """The images to train on and to test, and their digest: what each process reads and checks by itself."""
+    """The training and test images, and their digest, which each process reads and checks on its own."""
     if config.batch_size % cluster.mesh.size:
         raise UserError(
             f"--batch-size {config.batch_size} is no multiple of the {cluster.mesh.size} devices; change one"
@@ -420,7 +422,7 @@ def prepare(config, cluster):
 
 
 def open_run(out, name, settings, resume, cluster):
-    """The folder of the run and its checkpoints, of the leading process."""
+    """The folder of the run and its checkpoints, for the leading process."""
     if not cluster.leads:
         return "its folder", None
     if resume and not (out / "checkpoints").exists():

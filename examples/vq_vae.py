@@ -1,9 +1,9 @@
 """Images as codes: an autoencoder whose latents are quantized, by eight methods.
 
 A convolutional encoder turns each image into a grid of vectors, a quantizer replaces each vector by one of a
-few codes, and a decoder draws the image from the codes. An image of 28 x 28 pixels becomes 7 x 7 codes, with
-256 codes 392 bits. A small autoregressive model then learns which codes follow each other. It tells how many
-bits an image really takes, and new images are drawn from it.
+few codes, and a decoder draws the image from the codes. An image of 28 x 28 pixels becomes 7 x 7 codes, which
+take 392 bits with 256 codes. A small autoregressive model then learns which codes follow each other. It tells
+how many bits an image really takes, and generates new images.
 
     vq            nearest code of a trained codebook, straight-through gradient, no restarts
     vq_ema        the codebook follows moving averages, unused codes are restarted
@@ -49,19 +49,19 @@ from common import (
 )
 from relaxit_jax import quantizers as qz
 
-PATCH = 4  # pixels of a side that become one code
-CHUNK = 50  # steps between looks at the test images
-SHOWN = 16  # images of a row in the pictures
-COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.05  # weights beside the error, a share of the variance
-DECAY = 0.97  # of the moving averages
-LEAST_COUNT = 0.5  # vectors of a step; codes with fewer are restarted
+PATCH = 4  # pixels along a side that become one code
+CHUNK = 50  # steps between evaluations on the test images
+SHOWN = 16  # images per line in the pictures
+COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.05  # weights next to the error, a share of the variance
+DECAY = 0.97  # decay of the moving averages
+LEAST_COUNT = 0.5  # vectors per step; codes with fewer are restarted
 
 
 # --- the network -------------------------------------------------------------------------------
 
 
 def to_patches(images):
-    """Images as grids of patches, shape (n, rows, columns, PATCH^2), with zeros added at the edges."""
+    """Images as grids of patches, shape (n, rows, columns, PATCH^2), padded with zeros at the edges."""
     n, height, width = images.shape
     images = np.pad(images, ((0, 0), (0, -height % PATCH), (0, -width % PATCH)))
     grid = images.reshape(n, -1, PATCH, images.shape[2] // PATCH, PATCH).swapaxes(2, 3)
@@ -95,7 +95,7 @@ class Autoencoder(nnx.Module):
 
 
 class Quantizer:
-    """What differs between the methods. `learned` is trained by gradient, `state` by averages.
+    """The part that differs between methods: `learned` is trained by gradients, `state` by averages.
 
     `dim` numbers come from the encoder, `size` numbers go to the decoder.
     """
@@ -117,7 +117,7 @@ class Quantizer:
 
 
 class Vector(Quantizer):
-    """The nearest code of a codebook that the gradient trains."""
+    """The nearest code of a codebook trained by gradient descent."""
 
     def init(self, key, x):
         book = jax.random.uniform(key, (self.codes, self.dim), minval=-1, maxval=1) / self.codes
@@ -155,7 +155,7 @@ class Averages(Quantizer):
 
 
 class Residual(Averages):
-    """Two codebooks with the root of the number of codes each; the index counts pairs."""
+    """Two codebooks, each with the square root of the number of codes; the index counts pairs."""
 
     def init(self, key, x):
         self.each = math.isqrt(self.codes)
@@ -198,7 +198,7 @@ class FiniteScalar(Quantizer):
 
 
 class LookupFree(Quantizer):
-    """The sign of each number, with an entropy that wants sure samples and varied ones."""
+    """The sign of each number, with an entropy loss for certain samples and varied ones."""
 
     def __init__(self, codes, dim):
         super().__init__(codes, round(math.log2(codes)))
@@ -227,7 +227,7 @@ class Drawn(Quantizer):
         tau = 1 - 0.7 * done
         value = self.draw(key, x, tau) @ learned["codebook"]
         use = jnp.log(jnp.mean(jax.nn.softmax(x), (0, 1, 2)))
-        unused = math.log(self.codes) - rj.categorical_entropy(use)  # 0 if all codes are used alike
+        unused = math.log(self.codes) - rj.categorical_entropy(use)  # 0 if all codes are used equally
         return value, jnp.argmax(x, -1), BALANCE * unused
 
     def at_rest(self, key, x, learned, state):
@@ -254,7 +254,7 @@ METHODS = {
 
 
 def train(name, data, test, config):
-    """The autoencoder, its quantizer with what that has learned, and the history."""
+    """Train the autoencoder; return it with its quantizer's parameters and the history."""
     quantizer = METHODS[name](config["codes"], config["dim"])
     graph, weights = nnx.split(Autoencoder(quantizer.dim, quantizer.size, config["units"], config["seed"]))
     init_key, key = jax.random.split(jax.random.key(config["seed"]))
@@ -272,7 +272,7 @@ def train(name, data, test, config):
         error = jnp.mean((model.decoder(value) - batch) ** 2) / spread
         return error + extra, (error, x, index)
 
-    @jax.jit  # one step at a time: on CPUs XLA's convolutions are 18 times slower inside of a scan
+    @jax.jit  # one step at a time: on CPUs XLA's convolutions are 18 times slower inside a scan
     def step(carry, key, done):
         trained, state, moments = carry
         batch_key, draw_key, restart_key = jax.random.split(key, 3)
@@ -285,7 +285,7 @@ def train(name, data, test, config):
 
     @jax.jit
     def look(trained, state):
-        """Of the test images: error, index of each code, and what the decoder makes of them."""
+        """For the test images: error, index of each code, and the decoder's output."""
         weights, learned = trained
         model = nnx.merge(graph, weights)
         value, index = quantizer.at_rest(key, model.encoder(test), learned, state)
@@ -310,12 +310,14 @@ def train(name, data, test, config):
 
 
 class Prior(nnx.Module):
-    """The next code by the codes before it, row by row, and by its place."""
+    """Predict the next code from the codes before it, row by row, and from its place."""
 
     def __init__(self, codes, places, units, seed):
         rngs = nnx.Rngs(seed)
         self.embed = nnx.Embed(codes + 1, units, rngs=rngs)  # the last one stands before the first
-        self.place = nnx.Embed(max(2, places), units, rngs=rngs)  # Flax 0.12 takes no table of one row
+        self.place = nnx.Embed(
+            max(2, places), units, rngs=rngs
+        )  # Flax 0.12 does not accept a table with one row
         self.cell = nnx.GRUCell(2 * units, 2 * units, rngs=rngs)
         self.read = nnx.Linear(2 * units, codes, rngs=rngs)
         self.codes, self.units = codes, units
@@ -429,18 +431,21 @@ def draw_picture(results, config, path):
     default="256",
     help="Number of codes, a power of 4.",
 )
-@click.option("--dim", type=SIZE, default=16, help="Numbers of a vector; fsq and lfq choose their own.")
-@click.option("--units", type=SIZE, default=64, help="Channels of each layer.")
-@click.option("--steps", type=STEPS, default=1000, help="Steps of Adam, in rounds of 50.")
+@click.option("--dim", type=SIZE, default=16, help="Length of a vector; fsq and lfq choose their own.")
+@click.option("--units", type=SIZE, default=64, help="Number of channels in each layer.")
+@click.option("--steps", type=STEPS, default=1000, help="Number of Adam steps, in rounds of 50.")
 @click.option(
-    "--prior-steps", type=click.IntRange(0, 1_000_000), default=600, help="Steps of Adam for the prior."
+    "--prior-steps",
+    type=click.IntRange(0, 1_000_000),
+    default=600,
+    help="Number of Adam steps for the prior.",
 )
-@click.option("--batch-size", type=SIZE, default=64, help="Images in a step.")
+@click.option("--batch-size", type=SIZE, default=64, help="Number of images in a step.")
 @click.option(
     "--learning-rate",
     type=FloatRange(0, 1, min_open=True),
     default=3e-3,
-    help="Learning rate of Adam at the start; it falls to zero by a cosine.",
+    help="Initial learning rate of Adam; it falls to zero along a cosine.",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights and of all draws.")
 @out_option

@@ -1,15 +1,18 @@
-"""Which gradient estimator does a problem want? Three real ones, measured by `gradient_report`.
+"""Which gradient estimator does a problem need? Three real ones, measured with `gradient_report`.
 
-- `vae`: the encoder of examples/vae.py, trained for some epochs. Bits of a few test digits, f the
-  log-likelihood of their pixels; too many outcomes to sum over, so that a long unbiased run is the truth.
-- `regression`: which columns of scikit-learn's diabetes table belong into a linear model. A bit for each
-  column, f the log-evidence with all slopes integrated out; the truth is the sum over all 1,024 subsets.
-- `lake`: a policy for the slippery frozen lake, 4 x 4 fields. One of four moves for each field where there
-  is a choice, f the discounted chance to reach the goal, by the solution of Bellman's equations.
+- `vae`: the encoder of examples/vae.py, trained for some epochs. The variables are the bits of a few test
+  digits, and f is the log-likelihood of their pixels. There are too many outcomes to sum over, so a long
+  unbiased run serves as the truth.
+- `regression`: which columns of scikit-learn's diabetes table belong in a linear model. There is a bit for
+  each column, and f is the log-evidence with all slopes integrated out. The truth is the sum over all 1,024
+  subsets.
+- `lake`: a policy for the slippery frozen lake, with 4 x 4 fields. There is one of four moves for each field
+  with a choice, and f is the discounted probability of reaching the goal, from the solution of Bellman's
+  equations.
 
-Where it is measured matters: at a few steps of training, neither at the start nor at the end, where the
-gradient is that of nothing. What comes out is drawn as the error of an average of estimates over its cost,
-in calls of f and in seconds: the lowest line at the cost that you pay for a step is the one to take.
+It matters where you measure: a few steps into training, neither at the start nor at the end, where the
+gradient vanishes. The picture shows the error of an average of estimates over its cost, in calls of f and in
+seconds. Use the method with the lowest line at the cost that you pay for a step.
 """
 
 import functools
@@ -53,7 +56,7 @@ class Problem(NamedTuple):
 
 
 def encoder_of_digits(key, epochs, digits):
-    """20 bits for each of some test digits, by an encoder that disarm has trained."""
+    """20 bits for each of some test digits, from an encoder trained with disarm."""
     config = vae.Config(
         method="disarm", data="mnist5k", epochs=epochs, seed=0, latents=20, variables=20, classes=10,
         subset_size=10, largest_mean=8.0, correlation="identity", tau_start=0.5, tau_end=0.5, hidden=(400,),
@@ -71,7 +74,7 @@ def encoder_of_digits(key, epochs, digits):
 
 
 def log_evidence(x, y, slab=0.3, noise=0.7):
-    """Of the columns that are on, for slopes ~ N(0, slab^2) and y of variance 1; smooth between subsets."""
+    """Log-evidence of the selected columns: slopes ~ N(0, slab^2), y of variance 1; smooth in between."""
     gram, xy, ratio = x.T @ x, x.T @ y, (slab / noise) ** 2
 
     def f(b):
@@ -92,7 +95,7 @@ def columns_of_diabetes(key):
 
 
 def lake():
-    """P(next field | field, move), the reward of each next field, and the fields where there is a choice."""
+    """P(next field | field, move), the reward of each next field, and the fields with a choice."""
     fields = "".join(LAKE)
     n = len(LAKE)
     moves = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]])
@@ -110,7 +113,7 @@ def policy_of_the_lake(key):
     step, arrive = jnp.asarray(chance[free][:, :, free]), jnp.asarray(chance[free] @ goal)
 
     def f(b):
-        """The discounted chance to arrive from the start, times 100."""
+        """The discounted probability of arriving from the start, times 100."""
         transition = jnp.einsum("sa,sat->st", b, step)
         values = jnp.linalg.solve(jnp.eye(len(free)) - DISCOUNT * transition, jnp.sum(b * arrive, -1))
         return 100 * values[0]
@@ -120,7 +123,7 @@ def policy_of_the_lake(key):
 
 
 def ascend(key, f, q, steps):
-    """Some steps of Adam, by rloo of many draws."""
+    """Take some steps of Adam, with rloo and many draws."""
     adam = optax.adam(0.1)
     loss = lambda logits, key: -es.rloo(key, f, type(q)(logits, q.event_ndims), num_samples=64)
 
@@ -133,7 +136,7 @@ def ascend(key, f, q, steps):
 
 
 def learned_rebar(key, f, q, steps=200):
-    """REBAR with the eta and tau that 200 steps of Adam find, by the variance of its gradient."""
+    """REBAR with the eta and tau that 200 steps of Adam find from the variance of its gradient."""
     adam = optax.adam(0.02)
     variate = methods.rebar_variate(key, q, 0.5)
 
@@ -151,7 +154,7 @@ def learned_rebar(key, f, q, steps=200):
 
 
 def methods_of(key, problem):
-    """Every estimator that takes these variables, and the samplers that stand for them, biased."""
+    """Every estimator for these variables, and the samplers that can replace them, which are biased."""
     found = {
         "reinforce": es.reinforce, "reinforce, baseline": functools.partial(methods.reinforce, variate=None),
         "rloo": es.rloo, "rloo, 8 draws": functools.partial(es.rloo, num_samples=8),
@@ -178,7 +181,7 @@ PROBLEMS = {"vae": encoder_of_digits, "regression": columns_of_diabetes, "lake":
 
 
 def mean_squared_error(report, name, cost, budget):
-    """Of the average of as many estimates as the budget pays for; infinite if it does not pay for one."""
+    """For the average of as many estimates as the budget pays for; infinite if it does not pay for one."""
     row = report[name]
     draws = budget // row[cost]
     return (row["mse"] - row["variance"]) * row["biased"] + row["variance"] / draws if draws else np.inf
@@ -198,12 +201,20 @@ def best(report, budget):
     help="Problem to measure on; may be given more than once.",
 )
 @click.option(
-    "--num-samples", type=click.IntRange(100, 100_000), default=2000, help="Estimates of each method."
+    "--num-samples",
+    type=click.IntRange(100, 100_000),
+    default=2000,
+    help="Number of estimates from each method.",
 )
 @click.option(
-    "--epochs", type=click.IntRange(0, 10_000), default=10, help="Epochs of the VAE before it is measured."
+    "--epochs",
+    type=click.IntRange(0, 10_000),
+    default=10,
+    help="Number of epochs that the VAE is trained before measuring.",
 )
-@click.option("--digits", type=click.IntRange(1, 1000), default=10, help="Test digits that the VAE encodes.")
+@click.option(
+    "--digits", type=click.IntRange(1, 1000), default=10, help="Number of test digits that the VAE encodes."
+)
 @click.option("--seed", type=SEED, default=0, help="Seed of all draws.")
 @out_option
 def main(problems, num_samples, epochs, digits, seed, out):

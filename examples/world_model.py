@@ -10,9 +10,9 @@ and, in each step, a code z of categorical variables:
     posterior  q(z_t | h_t, x_t)
     frame      p(x_t | h_t, z_t)
 
-In training the codes come from the posterior, and the gradient goes through them: straight-through, by
+In training the codes come from the posterior, and the gradient goes through them: straight-through, with
 ReinMax, or through relaxed draws. After some frames the model is on its own. The codes then come from the
-prior, and the model imagines how the digit moves on.
+prior, and the model imagines how the digit continues.
 
     python examples/world_model.py
     python examples/world_model.py --method reinmax --variables 32 --classes 32
@@ -46,7 +46,7 @@ from common import (
     write_json,
 )
 
-CANVAS, DIGIT = 24, 14  # pixels of a side
+CANVAS, DIGIT = 24, 14  # pixels along a side
 CHUNK = 100  # steps of training in one compiled call
 SHOWN = 3  # sequences in the picture
 METHODS = {
@@ -61,7 +61,7 @@ COLORS = dict(zip(METHODS, ("C0", "C1", "C2"), strict=True))
 
 
 def small_digits(images):
-    """Each image at half of its size."""
+    """Shrink each image to half its size."""
     return jnp.asarray(images.reshape(-1, DIGIT, 2, DIGIT, 2).mean((2, 4)))
 
 
@@ -112,7 +112,7 @@ class WorldModel(nnx.Module):
         return self.logits(self.posterior_net(jnp.concatenate([h, self.encoder(x)], -1)))
 
     def logits(self, outputs):
-        """Of which one hundredth is shared out evenly, so that no class is ever given up."""
+        """Mix one hundredth of a uniform law into the logits, so that no class becomes impossible."""
         return rj.mix_uniform(outputs.reshape(-1, *self.shape), 0.01)
 
     def decode(self, h, z):
@@ -120,7 +120,7 @@ class WorldModel(nnx.Module):
 
 
 def watch(model, key, frames, draw):
-    """Along the frames, with codes of the posterior: logits of prior, posterior, frames; states."""
+    """Run along the frames, with codes from the posterior: logits of prior, posterior, frames; states."""
 
     def step(state, now):
         key, x = now
@@ -134,7 +134,7 @@ def watch(model, key, frames, draw):
 
 
 def imagine(model, key, state, steps):
-    """Frames that follow a state, with exact codes of the prior."""
+    """Frames that follow a state, with exact codes from the prior."""
 
     def step(state, key):
         h, prior = model.advance(state)
@@ -145,9 +145,9 @@ def imagine(model, key, state, steps):
 
 
 def two_sided_kl(posterior, prior, free):
-    """KL of the codes with a gradient of its own for each side, none below `free` nats; and the KL itself.
+    """KL of the codes with a separate gradient for each side, none below `free` nats; and the KL itself.
 
-    The prior is drawn to the posterior five times as strongly as the posterior to the prior.
+    The prior is pulled toward the posterior five times as strongly as the posterior toward the prior.
     """
     still = jax.lax.stop_gradient
     kl = lambda q, p: jnp.sum(rj.categorical_kl(q, p), -1)
@@ -156,12 +156,12 @@ def two_sided_kl(posterior, prior, free):
 
 
 def negative_log_likelihood(logits, x):
-    """Of the pixels of a frame in nats, grey ones as probabilities of being on."""
+    """Negative log-likelihood of a frame in nats, with gray values as probabilities of being on."""
     return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, x), -1)
 
 
 def loss(model, key, frames, draw, free):
-    """In nats per frame; and what it is made of."""
+    """The loss in nats per frame, and its parts."""
     prior, posterior, logits, _ = watch(model, key, frames, draw)
     error = jnp.mean(negative_log_likelihood(logits, frames))
     penalty, kl = two_sided_kl(posterior, prior, free)
@@ -172,7 +172,7 @@ def loss(model, key, frames, draw, free):
 
 
 def train(name, digits, config):
-    """Adam on new sequences in each step, all in one compiled scan: the model, and its parts of the loss."""
+    """Train with Adam on new sequences in each step; return the model and the parts of its loss."""
     model = WorldModel(config["variables"], config["classes"], config["units"], config["seed"])
     graph, parameters = nnx.split(model)
     draw = functools.partial(METHODS[name], tau=config["tau"])
@@ -199,7 +199,7 @@ def train(name, digits, config):
 
 
 def look_ahead(model, key, frames, context):
-    """Frames of the context by the posterior, and then imagined ones: probabilities of the pixels."""
+    """Frames of the context from the posterior, then imagined ones: probabilities of the pixels."""
     watch_key, key = jax.random.split(key)
     exact = lambda key, logits: rj.straight_through_categorical(key, logits)
     _, _, logits, states = watch(model, watch_key, frames[:context], exact)
@@ -255,27 +255,43 @@ def draw_picture(histories, errors, frames, predicted, context, path):
     type=click.Choice(list(METHODS)),
     multiple=True,
     default=list(METHODS),
-    help="How codes are drawn in training; may be given more than once.",
+    help="Method that draws codes in training; may be given more than once.",
 )
-@click.option("--variables", type=SIZE, default=16, help="Categorical variables of a code.")
-@click.option("--classes", type=click.IntRange(2, 4096), default=16, help="Classes of each variable.")
-@click.option("--units", type=SIZE, default=128, help="Units of each layer and of the recurrent state.")
-@click.option("--steps", type=STEPS, default=4000, help="Steps of Adam, in rounds of 100.")
-@click.option("--batch-size", type=SIZE, default=32, help="Sequences in a step.")
-@click.option("--length", type=click.IntRange(2, 1000), default=16, help="Frames of a training sequence.")
+@click.option("--variables", type=SIZE, default=16, help="Number of categorical variables in a code.")
 @click.option(
-    "--context", type=click.IntRange(1, 1000), default=6, help="Frames that are seen before imagining."
+    "--classes", type=click.IntRange(2, 4096), default=16, help="Number of classes of each variable."
 )
-@click.option("--horizon", type=click.IntRange(1, 1000), default=14, help="Frames that are imagined.")
+@click.option(
+    "--units", type=SIZE, default=128, help="Number of units in each layer and in the recurrent state."
+)
+@click.option("--steps", type=STEPS, default=4000, help="Number of Adam steps, in rounds of 100.")
+@click.option("--batch-size", type=SIZE, default=32, help="Number of sequences in a step.")
+@click.option(
+    "--length", type=click.IntRange(2, 1000), default=16, help="Number of frames in a training sequence."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1, 1000),
+    default=6,
+    help="Number of frames that are seen before imagining.",
+)
+@click.option(
+    "--horizon", type=click.IntRange(1, 1000), default=14, help="Number of frames that are imagined."
+)
 @click.option("--tau", type=TAU, default=0.7, help="Temperature of gumbel_softmax; the others have none.")
-@click.option("--free-nats", type=FloatRange(0, 1000), default=1.0, help="KL of a frame that costs nothing.")
+@click.option(
+    "--free-nats",
+    type=FloatRange(0, 1000),
+    default=1.0,
+    help="Largest KL of a frame that costs nothing, in nats.",
+)
 @click.option(
     "--learning-rate", type=FloatRange(0, 1, min_open=True), default=3e-3, help="Learning rate of Adam."
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights, the sequences and all draws.")
 @out_option
 def main(methods, out, context, horizon, **config):
-    """Train a world model on moving digits by each method, and let it imagine how they move on.
+    """Train a world model on moving digits with each method, and let it imagine how they continue.
 
     Writes metrics.json and world_model.png.
     """

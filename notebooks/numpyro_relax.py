@@ -199,7 +199,7 @@ drawn = predict(jax.random.key(2))
 assert jnp.issubdtype(drawn["z"].dtype, jnp.integer)
 low, high = np.quantile(drawn["mpg"], (0.05, 0.95), axis=0)
 inside = ((mpg >= low) & (mpg <= high)).mean()
-print(f"{inside:.0%} of the cars are inside of the 90 % band")
+print(f"{inside:.0%} of the cars are inside the 90 % band")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")

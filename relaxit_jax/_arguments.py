@@ -1,4 +1,4 @@
-"""What can be known before tracing is checked before tracing, by a ValueError that names the argument."""
+"""Check arguments before tracing where possible, and raise a ValueError that names the argument."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jax import export
 
 
 def require(condition, name, need, got):
-    """Raise ValueError naming the argument, what it needs and what it got."""
+    """Raise a ValueError that names the argument and says what it needs and what it got."""
     if not condition:
         raise ValueError(f"{name} must be {need}, got {got}.")
 
 
 def can_be_seen(x):
-    """Whether the values of x are known here: neither traced nor held by other processes."""
+    """Whether the values of x are known here, neither traced nor held by other processes."""
     parts = x if isinstance(x, (list, tuple)) else [x]
     traced = any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(parts))
     return not traced and getattr(x, "is_fully_addressable", True)
@@ -31,7 +31,7 @@ _values_are_checked = contextvars.ContextVar("_values_are_checked", default=True
 
 @contextlib.contextmanager
 def check_values(flag):
-    """Whether `require_values` looks, for the distributions whose `validate_args` is False."""
+    """Whether `require_values` checks values, for distributions whose `validate_args` is False."""
     token = _values_are_checked.set(flag)
     try:
         yield
@@ -40,15 +40,14 @@ def check_values(flag):
 
 
 def require_values(name, x, need, holds):
-    """`require` that `holds` of the values of x, where they can be seen.
+    """`require` that `holds` is true for the values of x, if they are concrete.
 
-    NumPy looks at them, since inside a jitted function even the operations of jax on constants are
-    traced.
+    NumPy checks them, since inside a jitted function even jax operations on constants are traced.
     """
     if _values_are_checked.get() and can_be_seen(x):
         try:
             values = np.asarray(x)
-        except (TypeError, ValueError):  # keys, a ragged list
+        except (TypeError, ValueError):  # keys, or a ragged list
             values = np.asarray(None)
         require(_is_real(values.dtype), name, "an array of numbers", shown(x))
         _refuse_narrow(name, values.dtype)
@@ -56,7 +55,7 @@ def require_values(name, x, need, holds):
 
 
 def shown(x):
-    """How an error shows an argument of the wrong kind: on one line, whatever it is."""
+    """How an error shows an argument of the wrong kind, always on one line."""
     dtype = getattr(x, "dtype", None)
     if dtype is not None and not isinstance(x, type) and not _is_real(dtype):
         return f"dtype {dtype}"
@@ -65,7 +64,7 @@ def shown(x):
 
 
 def _is_real(dtype):
-    """Whether values of this dtype are real numbers. NumPy takes bfloat16 for void; keys have no kind."""
+    """Whether values of this dtype are real numbers. NumPy treats bfloat16 as void; keys have no kind."""
     kind = getattr(dtype, "kind", "")
     return kind in set("biuf") or (kind == "V" and jnp.issubdtype(dtype, jnp.number))
 
@@ -103,7 +102,7 @@ def as_array(name, x, need="an array of numbers"):
 
 
 def as_number(name, x, *, maybe_complex=False):
-    """`x` as an array of booleans, integers or floats: a draw of an exact law may have any of these."""
+    """`x` as an array of booleans, integers or floats: a draw from an exact law may have any of these."""
     x = as_array(name, x)
     _refuse_narrow(name, x.dtype)
     good = _is_real(x.dtype) or (maybe_complex and jnp.issubdtype(x.dtype, jnp.complexfloating))
@@ -123,30 +122,30 @@ def as_float(name, x):
 
 
 def shape_of(name, x):
-    """The shape of an array, or of what stands for one."""
+    """The shape of an array, or of an object that stands for one."""
     return x.shape if isinstance(x, (jax.Array, np.ndarray, np.generic)) else as_array(name, x).shape
 
 
 def wide(dtype):
-    """float32 or wider, for what is computed with numbers of this dtype."""
+    """float32 or wider, for computations with numbers of this dtype."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def widen(**parameters):
-    """The dtype of a result in these parameters, then each of them in float32 or wider."""
+    """The dtype of a result from these parameters, then each of them in float32 or wider."""
     arrays = [as_float(name, x) for name, x in parameters.items()]
-    with jax.numpy_dtype_promotion("standard"):  # parameters of 16 bits have log-space values of 32
+    with jax.numpy_dtype_promotion("standard"):  # 16-bit parameters have 32-bit values in log space
         dtype = jnp.result_type(*arrays)
     return dtype, *(x.astype(wide(dtype)) for x in arrays)
 
 
 def as_tau(tau, dtype, name="tau"):
-    """A temperature in the dtype of the computation (a schedule's float32 never widens a result)."""
+    """A temperature in the dtype of the computation (a schedule in float32 never widens a result)."""
     return as_positive(name, tau, dtype)
 
 
 def as_positive(name, x, dtype):
-    """`x` in the dtype of the computation; NaN where it is not positive and a trace hid it."""
+    """`x` in the dtype of the computation; a traced value that is not positive becomes NaN."""
     with np.errstate(over="ignore"):
         require_values(name, x, "positive", lambda x: x.astype(dtype) > 0)
     array = as_float(name, x).astype(dtype)
@@ -155,7 +154,7 @@ def as_positive(name, x, dtype):
 
 
 def widen_with_scale(loc, scale):
-    """`widen` of a mean and a positive scale."""
+    """`widen` for a mean and a positive scale."""
     dtype, loc, _ = widen(loc=loc, scale=scale)
     return dtype, loc, as_positive("scale", scale, loc.dtype)
 
@@ -165,20 +164,20 @@ def require_positive(name, x):
 
 
 def require_event(name, x):
-    """The event axis is last, and not empty; its size."""
+    """Require that the last axis is an event axis that is not empty; return its size."""
     shape = shape_of(name, x)
     require(shape[-1:] not in ((), (0,)), name, "an array whose last axis is not empty", f"shape {shape}")
     return shape[-1]
 
 
 def require_same_event(value, parameter):
-    """A value has as many classes as the parameters."""
+    """Require that a value has as many classes as the parameters."""
     size = parameter.shape[-1]
     require(value.shape[-1] == size, "value", f"of shape (..., {size})", f"shape {value.shape}")
 
 
 def require_classes(logits, at_least=1, name="logits"):
-    """Categorical logits: an event axis, on which enough classes are possible; its size."""
+    """Require categorical logits with an event axis on which enough classes are possible; return its size."""
     size = require_event(name, logits)
     need = f"above -inf for at least {at_least} of the classes"
     require_values(name, logits, need, lambda x: (x == -np.inf).sum(-1) <= x.shape[-1] - at_least)
@@ -186,7 +185,7 @@ def require_classes(logits, at_least=1, name="logits"):
 
 
 def subset_args(logits, k):
-    """k, logits of which at least k are possible, widened, and the dtype of a result."""
+    """k, widened logits with at least k possible elements, and the dtype of a result."""
     k = as_static_int("k", k, 1, require_event("logits", logits))
     require_classes(logits, at_least=k)
     dtype, logits = widen(logits=logits)
@@ -194,19 +193,19 @@ def subset_args(logits, k):
 
 
 def require_square(name, x, size):
-    """Matrices of shape (..., size, size)."""
+    """Require matrices of shape (..., size, size)."""
     shape = shape_of(name, x)
     require(shape[-2:] == (size, size), name, f"of shape (..., {size}, {size})", f"shape {shape}")
 
 
 def require_scale_tril(scale_tril, size):
-    """A lower-triangular factor of shape (..., size, size)."""
+    """Require a lower-triangular factor of shape (..., size, size)."""
     require_square("scale_tril", scale_tril, size)
     require_values("scale_tril", scale_tril, "lower triangular", lambda x: x == np.tril(x))
 
 
 def as_static_int(name, x, low, high):
-    """A Python integer in [low, high]: it sets shapes, so it cannot be traced."""
+    """A Python integer in [low, high]. It sets shapes, so it cannot be traced."""
     need = f"an integer in [{low}, {high}]"
     try:
         number = operator.index(x)
@@ -222,19 +221,19 @@ def as_num_samples(x, least=1):
 
 
 def require_flags(**flags):
-    """Options that are on or off. Python would take "no", or "False", for True."""
+    """Require options that are True or False. Python would treat "no" and "False" as true."""
     for name, x in flags.items():
         require(isinstance(x, (bool, np.bool_)), name, "True or False, known before tracing", shown(x))
 
 
 def require_form(hard, log_space):
-    """A hard sample has no form in log space."""
+    """Require that a hard sample is not asked for in log space."""
     require_flags(hard=hard, log_space=log_space)
     require(not (hard and log_space), "log_space", "False for a hard sample", log_space)
 
 
 def require_choice(name, x, choices):
-    """One of these strings."""
+    """Require one of these strings."""
     words = [repr(choice) for choice in choices]
     need = " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
     require(isinstance(x, str) and x in choices, name, need, shown(x))
@@ -261,7 +260,7 @@ def as_shape(name, shape, need="a tuple of sizes"):
 def batch_shape(shape, *, per_event=(), **batches: tuple[int, ...]) -> tuple[int, ...]:
     """The batch shape of a result: `shape`, which the parameters must broadcast to, or their own.
 
-    ``per_event`` has the shapes of parameters that have no event axis, where others have one.
+    ``per_event`` has the shapes of parameters without an event axis, next to others that have one.
     """
     everything = batches | dict(per_event)
     try:
@@ -284,9 +283,9 @@ def batch_shape(shape, *, per_event=(), **batches: tuple[int, ...]) -> tuple[int
 
 
 def _refuse_event_axes(per_event, batches):
-    """No (B, 1) beside a batch of (B,): it would stand for B x B pairs where (B,) was meant.
+    """Refuse (B, 1) next to a batch of (B,): it would give B x B pairs where (B,) was meant.
 
-    It is one if the parameter has more axes than the batch, and fewer draws without its last ones of size 1.
+    It applies if the parameter has more axes than the batch, but not without its last axes of size 1.
     """
 
     def draws(*shapes):
@@ -305,7 +304,7 @@ def _refuse_event_axes(per_event, batches):
             if shape == without + (1,) * ones and draws(batch, without) not in (None, draws(batch, shape)):
                 index, axes = ", 0" * ones, ", ".join(["None"] * extra)
                 raise ValueError(
-                    f"{name} must have the batch shape and no axis for the event, got shape {shape} beside a "
+                    f"{name} must have the batch shape and no axis for the event, got shape {shape} with a "
                     f"batch of shape {batch}. Write {name}[...{index}]; if you want every pair of the two, "
                     f"write {next(iter(batches))}[{axes}], or give a sampler the shape of all pairs."
                 )

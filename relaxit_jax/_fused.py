@@ -1,4 +1,4 @@
-"""Draws by fused kernels where `fused_kernels` chooses them, and their derivatives."""
+"""Draws with fused kernels if `fused_kernels` selects them, and their derivatives."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from relaxit_jax import _placement as pl
 from relaxit_jax import _random as rng
 
 _chosen = jax.make_user_context(False)
-_interpreted = None  # tests set "cuda" or "tpu", whose kernels Pallas then interprets
-PIECE = 4096  # classes of a row that a program of a GPU holds at a time
-LONGEST = 16_384  # classes of a row of which a TPU holds all that a kernel needs in its fast memory
+_interpreted = None  # tests set "cuda" or "tpu"; Pallas then interprets those kernels
+PIECE = 4096  # classes that a GPU program holds at a time
+LONGEST = 16_384  # most classes for which a TPU holds everything a kernel needs in its fast memory
 
 
 def fused_kernels(enabled: bool) -> contextlib.AbstractContextManager[None]:
-    """Choose kernels that hash, perturb and normalize a row of logits in one pass, on GPUs and TPUs.
+    """Choose kernels that hash, perturb and normalize logits in one pass, on GPUs and TPUs.
 
     Inside ``with fused_kernels(True):`` these samplers have such kernels: `gumbel_softmax`,
     `straight_through_categorical`, `decoupled_gumbel_softmax`, `gapped_straight_through`, `reinmax`,
     `gumbel_rao` and `reinmax_rao`. The kernels use the same random numbers as the plain form, and draws and
     gradients agree with it up to rounding. The plain form is still used on CPUs, in float64, on explicit
-    meshes, for keys of other kinds than Threefry, where ``shape`` repeats the logits, for more than 16,384
+    meshes, for keys of other types than Threefry, if ``shape`` repeats the logits, for more than 16,384
     classes on a TPU, and for the gradients of `gumbel_rao` and `reinmax_rao` with more than 4,096 classes.
 
-    The kernels are off by default: they have been compiled for an H100 and a TPU v5e and run by an
+    The kernels are off by default: they have been compiled for an H100 and a TPU v5e and run in an
     interpreter, but not timed on a device. A compiler cannot partition a kernel. If arrays are sharded, call
-    the sampler inside `jax.shard_map`: otherwise a GPU program gathers all rows, and a TPU program does not
-    compile. Forward-mode derivatives of `gumbel_rao` and `reinmax_rao` are an error inside.
+    the sampler inside `jax.shard_map`: otherwise a GPU program gathers the whole array, and a TPU program
+    does not compile. Forward-mode derivatives of `gumbel_rao` and `reinmax_rao` are an error inside.
 
     Args:
       enabled: True or False.
@@ -61,7 +61,7 @@ def fused_kernels(enabled: bool) -> contextlib.AbstractContextManager[None]:
 
 
 def fits(key, logits, shape):
-    """Whether the kernels are chosen and can make a draw of this batch shape."""
+    """Whether the kernels are selected and can make a draw of this batch shape."""
     if not _chosen.value or (*shape, logits.shape[-1]) != logits.shape or logits.dtype == jnp.float64:
         return False
     return (
@@ -73,26 +73,26 @@ def fits(key, logits, shape):
 
 
 def categorical(key, logits, shape, given):
-    """The index of an exact draw, as `_random.categorical`. ``given`` is the dtype before it was widened."""
+    """The index of an exact draw, like `_random.categorical`. ``given`` is the dtype before widening."""
     if fits(key, logits, shape):
         return index(True, given, key, logits)
     return rng.categorical(key, logits, shape)
 
 
 def index_of_noisy(logits, noise):
-    """The index of argmax(logits + noise), in plain form."""
+    """The index of argmax(logits + noise), in the plain form."""
     return lm.index_of_largest(lm.centre(logits, for_index=True) + noise)
 
 
 def plain_softmax(log_space, dtype, shape, key, logits, tau):
-    """softmax((logits + G) / tau) of this batch shape, or its logarithm, in plain form."""
+    """softmax((logits + G) / tau) with this batch shape, or its logarithm, in the plain form."""
     perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, logits.shape[-1]), logits)
     return (gr.log_softmax if log_space else gr.softmax)(perturbed, tau).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def index(is_race, given, key, logits):
-    """The index of an exact draw, by a race of exponentials or as argmax(logits + G)."""
+    """The index of an exact draw, as a race of exponentials or as argmax(logits + G)."""
 
     def plain(key, logits, _):
         if is_race:
@@ -111,7 +111,7 @@ def noisy_softmax(log_space, given, dtype, key, logits, tau):
     """softmax((logits + G) / tau) in a dtype, or its logarithm. tau has an axis for the classes."""
     plain = functools.partial(plain_softmax, log_space, dtype, logits.shape[:-1])
     out = [_out(logits.shape, dtype, logits, tau)]
-    # one temperature for all rows, or one for each
+    # one temperature for the whole batch, or one for each element
     taus = (
         tau.reshape((1,) * logits.ndim) if tau.size == 1 else jnp.broadcast_to(tau, (*logits.shape[:-1], 1))
     )
@@ -120,7 +120,7 @@ def noisy_softmax(log_space, given, dtype, key, logits, tau):
 
 
 def _noisy_softmax_jvp(log_space, given, dtype, primals, tangents):
-    """log z is (logits + G) / tau minus a constant of its row, which changes no derivative."""
+    """log z is (logits + G) / tau minus a constant for each event, which changes no derivative."""
     (key, logits, tau), (_, logits_dot, tau_dot) = primals, tangents
     value = noisy_softmax(log_space, given, dtype, key, logits, tau)
     if log_space:
@@ -140,7 +140,7 @@ def mean_softmax(plain_slope, num_samples, shift, given, key, index, logits, tau
     """An unused value with the mean derivative of softmax((logits + sg(G)) / tau).
 
     G is Gumbel noise given that ``log_softmax(logits) + shift + G`` is largest at the index. ``plain_slope``
-    is the derivative in plain form, `_straight_through._mean_slope`.
+    is the derivative in the plain form, `_straight_through._mean_slope`.
     """
     return pl.placed(jnp.zeros_like(logits), index, tau)
 
@@ -178,7 +178,7 @@ def _out(shape, dtype, *like):
 
 
 def _by_platform(plain, kernel, classes, *arguments):
-    """A kernel, as its name and static arguments, where it can run; Pallas is imported only here."""
+    """A kernel, given by its name and static arguments, where it can run. Pallas is imported only here."""
     from relaxit_jax import _kernels
 
     name, *static = kernel

@@ -53,8 +53,8 @@ def embed(draw: ArrayLike, table: ArrayLike, *, soft: bool = False) -> Array:
     """Look up the rows of a table at one-hot draws, with the gradient of the product ``draw @ table``.
 
     ``table[argmax_k draw_k]``. The gradient in the draw is ``ct @ table.T``, which the draw's own gradient
-    passes on to its logits, and that in the table adds ``ct`` to the rows that were looked up: both are the
-    gradients of the product, which costs a matrix product more.
+    passes on to its logits. The gradient in the table adds ``ct`` to the rows that were looked up. Both equal
+    the gradients of the product, which would cost an additional matrix product.
 
     Args:
       draw: integer indices, shape (...), which have no gradient; or one-hot vectors in floating point, shape
@@ -64,13 +64,13 @@ def embed(draw: ArrayLike, table: ArrayLike, *, soft: bool = False) -> Array:
         trace: with ``soft=True`` the result is the product itself.
 
     Returns:
-      Rows of shape (..., d), in the dtype of ``table`` (of ``draw`` and ``table`` promoted if ``soft``).
-      They are NaN where a trace hid an index outside 0..K-1 or a vector that is not one-hot.
+      Rows of shape (..., d), in the dtype of ``table`` (of ``draw`` and ``table`` promoted if ``soft``). They
+      are NaN for a traced index outside 0..K-1 or a traced vector that is not one-hot.
 
     Raises:
       ValueError: for a ``table`` that is not of shape (K, d); a ``draw`` that has neither integers nor
-        vectors of K numbers; ``soft=True`` for indices; and, where they can be seen, an index outside 0..K-1
-        or, unless ``soft``, vectors that are not one-hot.
+        vectors of K numbers; ``soft=True`` for indices; and for a concrete index outside 0..K-1 or, unless
+        ``soft``, concrete vectors that are not one-hot.
 
     References:
       Y. Bengio, N. Leonard, A. Courville (2013), arXiv:1308.3432.
@@ -105,8 +105,8 @@ def _embed(draw, table):
 
 @jax.jit
 def _index_of(draw):
-    """The class of each one-hot vector, that of none for another vector."""
-    # reductions that CPUs do without an array of this size, which counts of comparisons would be
+    """The class of each one-hot vector, or an index outside the classes for any other vector."""
+    # CPUs do these reductions without an array of this size, which counting comparisons would need
     total = jnp.sum(draw, -1, dtype=arg.wide(draw.dtype))
     one_hot = (total == 1) & (jnp.max(draw, -1) == 1) & (jnp.min(draw, -1) >= 0)
     return where(one_hot, jnp.argmax(draw == 1, -1), draw.shape[-1])
@@ -144,8 +144,8 @@ def _exactly_jvp(primals, tangents):
 def one_hot(soft, index, logits, tau, *others):
     """The one-hot vectors of the classes of this index, with the gradient of soft(logits, tau, *others).
 
-    NaN where the index is that of no class or tau is NaN. The values of ``soft`` do not matter, and where no
-    gradient is asked for, they are not computed.
+    NaN if the index is not a class or tau is NaN. The values of ``soft`` do not matter, and they are computed
+    only for a gradient.
     """
     good = (index < logits.shape[-1]) & ~jnp.isnan(tau)
     return where(good, lm.is_class(index, logits).astype(logits.dtype), jnp.nan)
@@ -175,19 +175,19 @@ def softmax(x, tau):
 
 
 def slope_of_softmax(x, tau):
-    """The same, where its gradient alone is used."""
+    """The same, if only its gradient is used."""
     return _softmax(False, x, tau)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _softmax(is_value, x, tau):
-    """The derivative is made of the result, so that nothing else is kept, not even where x is infinite."""
+    """The derivative is computed from the result, so nothing else is kept, not even where x is infinite."""
     weights = jnp.exp(_below_largest(x, tau))
     return weights / jnp.sum(weights, -1, keepdims=True)
 
 
 def _below_largest(x, tau):
-    """x / tau less its largest, 0 exactly; a compiler that divides first may round the two apart."""
+    """x / tau minus its largest entry, exactly 0 there: dividing first may round the two apart."""
     return (x - jnp.max(x, -1, keepdims=True)) / tau
 
 
@@ -206,7 +206,7 @@ def read_once(p, dtype=None):
 
     XLA fuses a reduction with the code after it if both start from the same array. Dividing by the sum, which
     is 1, gives `softmax_tangent` that form. The barrier keeps it out of the kernel that computes p. It comes
-    before a change to another dtype, so that the narrow numbers are the ones that are kept and read.
+    before a cast to another dtype, so that the narrow numbers are the ones that are kept and read.
     """
     p = jax.lax.optimization_barrier(p).astype(dtype or p.dtype)
     return p / jnp.sum(p, -1, keepdims=True)

@@ -1,8 +1,8 @@
-"""Kernels of GPUs (Triton) and TPUs (Mosaic), by Pallas, that make noise and use it in one pass over a row.
+"""Kernels for GPUs (Triton) and TPUs (Mosaic), written in Pallas, that make noise and use it in one pass.
 
-A kernel hashes the place of each number, as `_random` does, so it draws what the plain form draws. Each
-program of its grid takes some rows. On a GPU it gets whole arrays and reads a long row in pieces, up to three
-times. On a TPU it gets blocks of whole rows.
+A kernel hashes the position of each number, as `_random` does, so it draws the same numbers as the plain
+form. Each program of its grid processes some rows of the array. On a GPU it gets whole arrays and reads a
+long row in pieces, up to three times. On a TPU it gets blocks of whole rows.
 """
 
 import functools
@@ -17,14 +17,14 @@ from relaxit_jax._fused import PIECE
 
 
 def draw(score, out, given, interpret, device, key, logits, tau):
-    """The index of the largest, by the score "race" or "gumbel", or a relaxed draw, by "softmax" or "log"."""
+    """The index of the largest ("race" or "gumbel"), or a relaxed draw ("softmax" or "log")."""
     rows = _Rows(device, interpret, logits)
     body = _search if score in ("race", "gumbel") else _relax
     return rows.call(functools.partial(body, score), out, key, logits.astype(given), tau)[0]
 
 
 def _noisy(score, rows, words, logits, top, c):
-    """exp(l) / E or l + G of a piece, which have the same largest; -inf outside of the array."""
+    """exp(l) / E or l + G for a piece, which have the same largest entry; -inf outside the array."""
     l = rows.read(logits, c, -jnp.inf).astype(jnp.float32) - top
     e = rng.exponential_of(rng.threefry(words[0], words[1], rows.place(c)))
     return jnp.where(rows.inside(c), jnp.exp(l) / e if score == "race" else l - jnp.log(e), -jnp.inf)
@@ -83,7 +83,7 @@ def _relax(score, rows, words, logits, tau, out):
 
 
 def mean_slope(num_samples, shift, out, given, interpret, device, key, index, logits, tau, cotangent):
-    """What `_straight_through._mean_slope` gives back to the logits and to tau."""
+    """The gradient in the logits and in tau that `_straight_through._mean_slope` returns."""
     keys = jax.vmap(jax.random.split)(jax.random.split(key, num_samples))
     rows = _Rows(device, interpret, logits)
     body = functools.partial(_slope, num_samples, shift)
@@ -119,7 +119,7 @@ def _slope(num_samples, shift, rows, words, logits, tau, index, cotangent, of_lo
 
 
 class _Rows:
-    """The rows that a program takes, how it reads and writes them, and the call of the kernel."""
+    """The rows that a program processes, how it reads and writes them, and the call of the kernel."""
 
     def __init__(self, device, interpret, logits):
         self.device, self.interpret = device, interpret
@@ -143,7 +143,7 @@ class _Rows:
         return c * self.width + jax.lax.broadcasted_iota(jnp.int32, (self.height, self.width), 1)
 
     def place(self, c):
-        """Of each number in the whole array, for the hash."""
+        """The position of each number in the whole array, for the hash."""
         return (self.row(self.width) * self.classes + self.place_in_row(c)).astype(jnp.uint32)
 
     def inside(self, c):
@@ -152,9 +152,7 @@ class _Rows:
     def _part(self, ref, c):
         rows = pallas.ds(self.first, self.height)
         if ref.shape[1] == self.classes:
-            start = (
-                c * self.width + 0 * self.first
-            )  # not static: a static slice has to lie inside of the array
+            start = c * self.width + 0 * self.first  # not static: a static slice has to be inside the array
             return ref.at[rows, pallas.ds(start, self.width)], self.inside(c)
         return ref.at[rows, pallas.ds(0, 1)], self.row(1) < self.count
 
@@ -172,7 +170,7 @@ class _Rows:
             triton.store(part, value.astype(ref.dtype), mask=mask)
 
     def call(self, body, out, keys, *arrays):
-        """Call it on the words of keys, which every row needs, and on arrays of all rows or of one."""
+        """Call the kernel on the words of keys, which every row needs, and on arrays of one or all rows."""
         arrays = [x.reshape(-1, x.shape[-1]) for x in arrays]
         shapes = [
             jax.ShapeDtypeStruct((self.count, x.shape[-1]), x.dtype, manual_axis_type=x.manual_axis_type)
@@ -180,7 +178,7 @@ class _Rows:
         ]
 
         def kernel(*refs):
-            self.first = pallas.program_id(0) * self.height  # not known inside of loops
+            self.first = pallas.program_id(0) * self.height  # not known inside loops
             body(self, *refs)
 
         def block(x):

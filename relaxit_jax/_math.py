@@ -1,8 +1,8 @@
 """Log-space functions and their derivatives, and selections along the last axis.
 
 Values and gradients are finite for logits within +-1e4 and temperatures in [1e-3, 1e3]. A logit of -inf is an
-impossible class with value 0 and gradient 0. Densities of a library's own draws are right at low temperature,
-because they are taken of log-space values.
+impossible class with value 0 and gradient 0. Densities of the library's own draws are right at a low
+temperature, because they are computed from log-space values.
 """
 
 import functools
@@ -17,34 +17,34 @@ from relaxit_jax._placement import where
 
 
 def largest(x):
-    """Which along the last axis is the largest, the first of equals, as booleans; of NaN none is."""
+    """Mark the largest along the last axis, the first of equals; nothing if there is a NaN."""
     return is_class(index_of_largest(x), x)
 
 
 def is_class(index, like):
-    """As booleans, which class of the last axis of `like` has this index, an array with an axis for it."""
+    """Mark the class of the last axis of `like` that has this index, an array with an axis for it."""
     return jnp.arange(like.shape[-1], dtype=index.dtype) == index
 
 
 @jax.jit
 def index_of_largest(x):
-    """The index of the largest along the last axis, which stays; the first of equals, K where one is NaN."""
+    """The index of the largest along the last axis, which is kept: the first of equals, K if one is NaN."""
     x = jax.lax.stop_gradient(x)
     return jax.lax.platform_dependent(x, cpu=largest_of_numbers, default=largest_of_pairs)
 
 
 def largest_of_numbers(x):
-    """By two plain reductions.
+    """Find it with two plain reductions.
 
-    CPUs run a reduction of pairs one number at a time: by it straight-through Gumbel-softmax takes half as
-    long again.
+    CPUs run a reduction of pairs one number at a time, which would make straight-through Gumbel-softmax half
+    as slow again.
     """
     at_top = x == jnp.max(x, -1, keepdims=True)
     return jnp.min(where(at_top, jnp.arange(x.shape[-1]), x.shape[-1]), -1, keepdims=True)
 
 
 def largest_of_pairs(x):
-    """The same by one reduction of pairs, of which accelerators need not store x, nor noise added to it."""
+    """Find it with one reduction of pairs, for which accelerators need not store x or noise added to it."""
     k = x.shape[-1]
 
     def larger(one, other):
@@ -61,10 +61,10 @@ def largest_of_pairs(x):
 
 @functools.partial(jax.jit, static_argnums=1)
 def top_k(x, k):
-    """The k largest of the last axis, decreasing, and their indices, wherever the other axes are sharded.
+    """The k largest along the last axis, decreasing, and their indices, however the other axes are sharded.
 
-    jax.lax.top_k has every device gather all rows, as the partitioner cannot look into it. On a CPU the
-    search that may be approximate is exact, becomes the same code, and is partitioned first.
+    jax.lax.top_k makes every device gather the whole array, because the partitioner cannot look into it. On a
+    CPU the search that may be approximate is exact, becomes the same code, and is partitioned first.
     """
     if k == 1:
         return _top_one(x)
@@ -74,22 +74,25 @@ def top_k(x, k):
 
 @functools.partial(jnp.vectorize, signature="(n)->(k),(k)")
 def _top_one(row):
-    """For k = 1 that search is a reduction of pairs with a select, in which LLVM (of JAX 0.10) looks for a
-    checksum, through all of the hash that is joined with it: for hours. argmax is compiled another way."""
+    """The largest of the last axis and its index, without that search.
+
+    For k = 1 it is a reduction of pairs with a select. LLVM (of JAX 0.10) looks for a checksum in it, through
+    the whole hash that is fused with it, for hours. argmax is compiled in another way.
+    """
     index = jax.lax.argmax(row, 0, jnp.int32)[None]
     return row[index], index
 
 
 @functools.partial(jnp.vectorize, signature="(k),(n)->(n)")
 def k_hot(indices, like):
-    """Ones at these indices of the last axis, and zeros; in every row alone, so that rows may be sharded."""
+    """Zeros, and ones at these indices of the last axis. The batch may be sharded."""
     return jnp.zeros_like(like).at[indices].set(1)
 
 
 def show_nan(x, *arguments, event=()):
-    """x, and NaN where an argument is: what is decided by cases must not hide it.
+    """x, or NaN where an argument is NaN, which a choice between cases must not hide.
 
-    Those of ``event`` have one axis more than x, or are scalars.
+    The arrays in ``event`` have one axis more than x, or are scalars.
     """
     hidden = [jnp.isnan(y) for y in arguments] + [jnp.any(jnp.isnan(jnp.atleast_1d(y)), -1) for y in event]
     # added, so that the gradient is not cut off there
@@ -106,7 +109,7 @@ def _over_tau_jvp(primals, tangents):
     y, (x, tau) = over_tau(*primals), primals
     infinite = jnp.isinf(x)
     slope = tempered_tangent(~infinite, x, tau, *tangents)
-    # NaN of tau is shown in both
+    # a NaN in tau is shown in both
     return y, pl.placed(where(infinite & ~jnp.isnan(y), 0, slope), y)
 
 
@@ -114,7 +117,7 @@ over_tau.defjvp(_over_tau_jvp, symbolic_zeros=True)
 
 
 def tempered_tangent(counts, x, tau, x_dot, tau_dot):
-    """The tangent of x / tau, in which what does not count may be infinite."""
+    """The tangent of x / tau, where entries that do not count may be infinite."""
     moved = 0 if isinstance(x_dot, SymbolicZero) else x_dot
     if not isinstance(tau_dot, SymbolicZero):
         moved = moved - where(counts, x, 0) / tau * tau_dot
@@ -122,11 +125,11 @@ def tempered_tangent(counts, x, tau, x_dot, tau_dot):
 
 
 def centre(logits, *, for_index=False):
-    """Logits less their largest: the same classes, and noise added to them is not rounded off.
+    """Logits minus their largest: the classes stay the same, and noise added to them is not rounded off.
 
-    At a logit of 1e4 float32 resolves 1e-3, which would quantise the Gumbel noise. Where the result is asked
-    for the index of its largest alone (``for_index``), a GPU that finds the largest logits on their own need
-    not store it.
+    At a logit of 1e4 float32 resolves 1e-3, which would quantize the Gumbel noise. If only the index of the
+    largest is needed (``for_index``), a GPU that finds the largest logits separately need not store the
+    result.
     """
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     if for_index:
@@ -157,13 +160,13 @@ def log_pmf_of_bits(logits):
 
 
 def expected_log_pmf(log_q, log_p):
-    """sum_k q_k log p_k over the last axis, in which 0 log 0 is 0."""
-    possible = ~(log_q == -jnp.inf)  # NaN too, so that it is seen
+    """sum_k q_k log p_k over the last axis, where 0 log 0 is 0."""
+    possible = ~(log_q == -jnp.inf)  # also NaN, so that it shows
     return jnp.sum(where(possible, jnp.exp(log_q) * where(possible, log_p, 0), 0), -1)
 
 
 def discrete_kl(log_q, log_p):
-    """sum_k q_k (log q_k - log p_k) over the last axis; inf, without a gradient, where p lacks what q has."""
+    """sum_k q_k (log q_k - log p_k) over the last axis; inf, without a gradient, if p lacks a value of q."""
     possible = ~(log_q == -jnp.inf)
     excluded = possible & (log_p == -jnp.inf)
     both = possible & ~excluded
@@ -173,7 +176,7 @@ def discrete_kl(log_q, log_p):
 
 
 def log_sum_exp(x):
-    """log sum exp(x) over the last axis; of nothing but -inf it is -inf, with gradient 0."""
+    """log sum exp(x) over the last axis; if all entries are -inf it is -inf, with gradient 0."""
     nothing = jnp.all(x == -jnp.inf, -1)
     return where(nothing, -jnp.inf, jax.nn.logsumexp(where(nothing[..., None], 0, x), -1))
 
@@ -233,7 +236,7 @@ def _log_min_gumbel_cdf_jvp(primals, tangents):
 
 @jax.custom_jvp
 def log_ndtr(x):
-    """log Phi(x), to the last digits of value and slope far into the lower tail."""
+    """log Phi(x), with value and slope accurate to the last digits far into the lower tail."""
     far, a, series = _lower_tail(x)
     return where(far, log_normal_pdf(a) - jnp.log(-a / series), jax.scipy.special.log_ndtr(x))
 
@@ -248,7 +251,8 @@ def log_ndtr_slope(x):
 def _lower_tail(x):
     """Where x is so low that Phi(x) = phi(x) / -x * series, the asymptotic one; x there, and the series.
 
-    A ratio of phi and Phi would be a difference of squares in the exponent, and Phi ends at the least float.
+    A ratio of phi and Phi would be a difference of squares in the exponent, and Phi ends at the smallest
+    float.
     """
     edge = -20 if x.dtype == jnp.float64 else -10
     far = x <= edge
@@ -275,7 +279,7 @@ def probit_to_logit(v):
 
 
 def _lower_mass(v, far):
-    """Phi(-|v|) to its last digits, where that is not far."""
+    """Phi(-|v|) to its last digits, where it is not far out."""
     return jax.scipy.special.erfc(where(far, 0, jnp.abs(v)) * math.sqrt(0.5)) / 2
 
 
@@ -293,8 +297,8 @@ def _probit_to_logit_jvp(primals, tangents):
 def logit_to_probit(x):
     """Phi^-1(s(x)), the inverse of `probit_to_logit`, without rounding s(x) to 0 or 1.
 
-    Newton's method on |x| = logit Phi(v), which is convex for v > 0. Both x sqrt(pi/8) and
-    sqrt(2 x) lie above the root, so the iterates fall to it monotonically.
+    Newton's method on |x| = logit Phi(v), which is convex for v > 0. Both x sqrt(pi/8) and sqrt(2 x) lie
+    above the root, so the iterates decrease to it monotonically.
     """
     a = where(jnp.isinf(x), 1, jnp.abs(x))
     v = jnp.minimum(a * math.sqrt(math.pi / 8), jnp.sqrt(2 * a))
@@ -318,10 +322,10 @@ def _logit_to_probit_jvp(primals, tangents):
 
 
 def as_log(value, log_space):
-    """log z of a simplex value given in either form, and whether z is outside [0, 1]."""
+    """log z for a simplex value given in either form, and whether z is outside [0, 1]."""
     if log_space:
-        # Where the compiler computes a draw twice, once with fused operations, its largest log z can
-        # come out above 0 by a rounding of what it was computed from.
+        # If the compiler computes a draw twice, once with fused operations, its largest log z can come out
+        # above 0, by the rounding of the values it was computed from.
         span = jnp.maximum(jnp.max(where(jnp.isfinite(value), jnp.abs(value), 0), -1, keepdims=True), 1)
         return value, jnp.any(value > 1e-5 * span, -1)
     outside = jnp.any((value < 0) | (value > 1), -1)
@@ -331,7 +335,7 @@ def as_log(value, log_space):
 
 
 def as_logit(value, log_space):
-    """logit(z) of a value given in either form, and whether z is outside [0, 1]."""
+    """logit(z) for a value given in either form, and whether z is outside [0, 1]."""
     if log_space:
         return value, jnp.zeros(value.shape, bool)
     outside = (value < 0) | (value > 1)
@@ -342,7 +346,7 @@ def as_logit(value, log_space):
 
 
 def binary_concrete_log_prob(y, logits, tau):
-    """The binary Concrete log-density of z = sigmoid(y)."""
+    """The binary Concrete log-density at z = sigmoid(y)."""
     vertex, certain = jnp.isinf(y), jnp.isinf(logits)
     y_in, logits_in = where(vertex, 0, y), where(certain, 0, logits)
     inside = jnp.log(tau) + log_logistic_pdf(tau * y_in - logits_in) - log_logistic_pdf(y_in)
@@ -352,12 +356,12 @@ def binary_concrete_log_prob(y, logits, tau):
 
 
 def apply_factor(scale_tril, noise):
-    """scale_tril noise over the last axis, batches broadcast, in full precision on every device."""
+    """scale_tril noise over the last axis, with broadcast batches, in full precision on every device."""
     return jnp.einsum("...j,...ij->...i", noise, scale_tril, precision="highest")
 
 
 def solve_lower(scale_tril, x):
-    """scale_tril^-1 x over the last axis, batches broadcast; a factor without a batch is not copied."""
+    """scale_tril^-1 x over the last axis, with broadcast batches; a factor without a batch is not copied."""
     solve = jax.lax.linalg.triangular_solve
     if scale_tril.ndim == 2 and pl.spec_of(x.shape, x) is None:
         rows = x.reshape(-1, x.shape[-1])
@@ -369,14 +373,14 @@ def solve_lower(scale_tril, x):
 
 
 def solve_lower_matrix(factor, x):
-    """factor^-1 x, of the same batch."""
+    """factor^-1 x, with the same batch."""
     solve = jax.lax.linalg.triangular_solve
     x = pl.placed(x, factor[..., :1])
     return pl.whole(lambda x, factor: solve(factor, x, left_side=True, lower=True), x, factor)
 
 
 def lower_factor(a):
-    """The lower-triangular factor of a a^T, by the QR of a^T: its condition number is not squared."""
+    """The lower-triangular factor of a a^T, from the QR of a^T: its condition number is not squared."""
     upper = pl.whole(functools.partial(jnp.linalg.qr, mode="r"), jnp.matrix_transpose(a))
     return jnp.matrix_transpose(upper)
 

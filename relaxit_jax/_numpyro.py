@@ -1,7 +1,7 @@
-"""Every name of NumPyro that is private, or that is relied on beyond its documentation.
+"""All names of NumPyro that are private, or that the library uses beyond their documentation.
 
-Each has a comment on what is relied upon, and a test in tests/test_numpyro_names.py that fails with NumPyro's
-version in its message when a release changes it.
+Each has a comment that says what is relied upon, and a test in tests/test_numpyro_names.py that fails with
+NumPyro's version in its message when a release changes it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from numpyro.handlers import replay
 from numpyro.primitives import _PYRO_STACK, _masked_observe
 from numpyro.util import _validate_model
 
-# Warns where a model's plates and sites do not fit together, as NumPyro's own bounds do.
+# Warns if a model's plates and sites do not fit together, as NumPyro's own ELBOs do.
 validate_model = _validate_model
 
 
 def active_handlers() -> Iterator[Any]:
-    """The handlers around the code that runs, innermost first: NumPyro keeps them in one list."""
+    """The handlers around the running code, innermost first: NumPyro keeps them in one list."""
     return reversed(_PYRO_STACK)
 
 
 def replayed_site(value: Any) -> dict[str, Any] | None:
-    """The guide's site whose value this is: `replay` has the guide's trace, and hands on the same objects."""
+    """The guide's site with this value: `replay` has the guide's trace, and hands on the same objects."""
     for handler in active_handlers():
         if isinstance(handler, replay):
             for site in handler.trace.values():
@@ -59,29 +59,29 @@ def is_reverse(scan: dict[str, Any]) -> bool:
 
 
 def comes_from_flow(msg: dict[str, Any]) -> bool:
-    """Whether a site comes out of a control flow that has run, whose sites go through the handlers again."""
+    """Whether a site comes out of a finished control flow, whose sites pass through the handlers again."""
     return bool(msg.get("_control_flow_done"))
 
 
 def is_subsampled(msg: dict[str, Any]) -> bool:
-    """Whether a plate shows a part of its rows: its arguments begin with its size and the subsample's."""
+    """Whether a plate shows only some elements: its arguments begin with its size and the subsample's."""
     size, subsample = msg["args"][:2]
     return subsample not in (None, size)
 
 
 def require_same_rows(msg: dict[str, Any], subsampled: set[str]) -> None:
-    """Refuse a site in a plate that is subsampled inside of a scan: `replay` does not hand on its indices."""
+    """Refuse a site in a plate that is subsampled inside a scan: `replay` does not hand on its indices."""
     if any(frame.name in subsampled for frame in msg["cond_indep_stack"]):
         raise ValueError(
-            f"The site '{msg['name']}' is in a subsampled plate inside of a scan, where NumPyro draws other "
-            "indices for the model than for the guide. Subsample before the scan."
+            f"The site '{msg['name']}' is in a subsampled plate inside a scan, where NumPyro draws "
+            "different indices for the model and the guide. Subsample before the scan."
         )
 
 
 def require_right_order(msg: dict[str, Any], scan: dict[str, Any] | None) -> None:
-    """Refuse a latent site of a scan of the model that runs backwards.
+    """Refuse a latent site in a scan of the model that runs backward.
 
-    `replay` hands the guide's first value to the step that runs first, which is the one of the last element.
+    `replay` hands the guide's first value to the step that runs first, which belongs to the last element.
     """
     latent = msg["type"] == "sample" and not msg["is_observed"] and comes_from_flow(msg)
     if latent and scan is not None and runs_scan(scan["fn"]) and is_reverse(scan):
@@ -92,7 +92,7 @@ def require_right_order(msg: dict[str, Any], scan: dict[str, Any] | None) -> Non
 
 
 def is_replaying() -> bool:
-    """Whether the code that runs is a model's, under `replay`; a guide may scan backwards."""
+    """Whether the running code is a model under `replay`; a guide may scan backward."""
     return any(isinstance(handler, replay) for handler in active_handlers())
 
 
@@ -102,7 +102,7 @@ def scan_index(infer: dict[str, Any]) -> Any:
 
 
 def is_within_obs_mask() -> bool:
-    """Whether the site being processed is one half of a site with `obs_mask`, which this function splits."""
+    """Whether the current site is one half of a site with `obs_mask`, which this function splits."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is _masked_observe.__code__:
@@ -125,7 +125,7 @@ class OnReplay(dict):
         return dict(self)
 
 
-# What JAX, NumPy and Python say of a vector of floats that is used as an index.
+# What JAX, NumPy and Python say when a vector of floats is used as an index.
 _AS_INDEX = (
     r"Indexer must have|indices must|used as indices|nly integer|list indices|__(index|array)__.* float"
 )

@@ -1,4 +1,4 @@
-"""Where arrays live: equal types inside of `jax.shard_map` and equal shardings on explicit meshes."""
+"""Placement of arrays: equal types inside `jax.shard_map` and equal shardings on explicit meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def where(condition, x, y):
 def rows_of(x, index):
     """`x[index]` along the first axis, which is not sharded.
 
-    An explicit mesh asks for the sharding of the result where vmap has put a sharded batch before `index`.
+    An explicit mesh needs the sharding of the result if vmap has put a sharded batch before `index`.
     """
     spec = jax.typeof(x).sharding.spec
     explicit = jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
@@ -44,7 +44,7 @@ def rows_of(x, index):
 
 
 def rows_at(table, index):
-    """`table[index]` along the first axis, sharded as `index` is; NaN for an index outside of the table."""
+    """`table[index]` along the first axis, sharded like `index`; NaN for an index outside the table."""
     spec = spec_of((*index.shape, 1), index[..., None])
     spec = spec and jax.sharding.PartitionSpec(*spec[:-1], *[None] * (table.ndim - 1))
     index = where(index < 0, len(table), index)  # a negative one would count from the end
@@ -63,6 +63,6 @@ def spec_of(shape, *others):
 
 
 def whole(function, x, *others):
-    """Call a function that has no sharding rule on explicit meshes; the result is sharded as x."""
+    """Call a function that has no sharding rule on explicit meshes; the result is sharded like x."""
     spec = spec_of(x.shape, x)
     return (function if spec is None else jax.sharding.auto_axes(function, out_sharding=spec))(x, *others)

@@ -1,4 +1,4 @@
-"""Noise with right tails, and exact draws, each compiled as one function where it is called eagerly.
+"""Noise with right tails, and exact draws, each compiled as one function when called eagerly.
 
 Noise is drawn and transformed in float32 or wider. An event of probability p is drawn with frequency p, down
 to 1e-8, in both tails. Every element of a batch has its own noise.
@@ -17,11 +17,11 @@ from relaxit_jax._placement import where
 
 
 def random_bits(key, shape, width, like=()):
-    """The numbers of jax.random.bits; those of 32 bits in a sixth to a half of the time on CPUs.
+    """The numbers of jax.random.bits; on CPUs the 32-bit ones take a sixth to a half of the time.
 
-    There JAX hashes in a loop that goes through memory eleven times. Unrolled, the hash is an expression of
-    a number's place, which the compiler joins with what uses it: no memory, no collective however the array
-    is sharded, and less to compile too.
+    There JAX hashes in a loop that passes through memory eleven times. Unrolled, the hash is an expression
+    of a number's position, which the compiler fuses with the code that uses it: no memory, no collective
+    however the array is sharded, and less to compile too.
     """
     spec = pl.spec_of(shape, *like)
     # the value of a symbolic size (jax.export) is unknown here, and may exceed 2^32
@@ -36,7 +36,7 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _threefry(key, shape, spec):
-    """Threefry of the count of each number, whose high word is 0."""
+    """Threefry of the count of each number, with a high word of 0."""
     place = jnp.zeros(shape, jnp.uint32, out_sharding=spec)
     for axis in range(len(shape)):
         index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=spec)
@@ -63,9 +63,9 @@ def threefry(k0, k1, place):
 def tail_uniform(key, shape, like):
     """Uniform noise U in (0, 1) as r in (-1/2, 1/2]: U = r if r > 0, else U = 1 - |r|.
 
-    Floats are dense near 0 only, so a plain uniform resolves 2^-24 near 1 and never draws a rare
-    event of that tail. Held this way both tails end at 0 and are resolved to 2^-32 (2^-64 in
-    float64), from the same number of random bits and symmetric to the last of them.
+    Floats are dense only near 0, so a plain uniform resolves 2^-24 near 1 and never draws a rare event in
+    that tail. Held this way, both tails end at 0 and are resolved to 2^-32 (2^-64 in float64), from the same
+    number of random bits and symmetric to the last of them.
 
     The noise has the dtype of the array `like`. On an explicit mesh it has the sharding of `like` too.
     """
@@ -84,7 +84,8 @@ def logistic(key, shape, like):
     """Logistic(0, 1) noise, log U - log(1 - U)."""
     r = tail_uniform(key, shape, like)
     v = jnp.abs(r)
-    # The logarithm comes last, as CPUs make it once; what is cheap after it would ask for r, so hash again.
+    # The logarithm comes last because CPUs compute it once; a cheap operation after it would need r, and so
+    # hash again.
     return jnp.log(where(r < 0, 1 - v, v) / where(r < 0, v, 1 - v))
 
 
@@ -95,15 +96,15 @@ def exponential(key, shape, like):
 
 
 def exponential_of(bits):
-    """The same in float32 of given bits."""
+    """The same in float32 from given bits."""
     return _exponential(_signed_uniform(bits, jnp.float32))
 
 
 def _exponential(r):
     v = jnp.abs(r)
     u = where(r < 0, 1 - v, v)
-    # In the upper half -log U is -log1p(-v). Kahan's form of it costs no second logarithm: the
-    # rounding of u = 1 - v is undone by the factor v / (1 - u), in which 1 - u is exact.
+    # In the upper half -log U is -log1p(-v). Kahan's form of it needs no second logarithm:
+    # the factor v / (1 - u), in which 1 - u is exact, undoes the rounding of u = 1 - v.
     gap = 1 - u
     lower = -jnp.log(u)
     upper = where(gap == 0, v, lower * v / where(gap == 0, 1, gap))
@@ -118,10 +119,10 @@ def gumbel(key, shape, like):
 
 @functools.partial(jax.jit, static_argnums=2)
 def categorical(key, logits, shape):
-    """The index of the class drawn, of shape (*shape, 1); K where the logits of an element are no law.
+    """The index of the drawn class, of shape (*shape, 1); K where the logits of an element are not a law.
 
-    The first to arrive in a race of exponentials, argmin E exp(-l). It is the law of argmax(l + G) at
-    half of the logarithms, and no class is too rare for it, as one is for a cumulative sum.
+    It is the first to arrive in a race of exponentials, argmin E exp(-l). This has the law of argmax(l + G)
+    with half the logarithms, and no class is too rare for it, unlike for a cumulative sum.
     """
     weights = jnp.exp(lm.centre(logits, for_index=True))
     return lm.index_of_largest(weights / exponential(key, (*shape, logits.shape[-1]), logits))
@@ -129,9 +130,9 @@ def categorical(key, logits, shape):
 
 @jax.jit
 def conditional_gumbel(key, log_p, winner):
-    """The largest of log_p + G, given which it is, and how far each lies below it; 0 or less.
+    """The largest of log_p + G, given its class, and how far each other entry is below it; 0 or less.
 
-    With normalised log_p the largest is -log E_i and any other -log(E_j / p_j + E_i), E standard
+    With normalized log_p the largest is -log E_i and any other is -log(E_j / p_j + E_i), where E is standard
     exponential (C. J. Maddison, D. Tarlow, T. Minka, 2014, A* Sampling, arXiv:1411.0030).
     """
     key, top_key = jax.random.split(key)
@@ -145,8 +146,8 @@ def conditional_gumbel(key, log_p, winner):
 
 # Phi^-1(v) = -(1 - 2 v) f(w) with w = -log(4 v (1 - v)), the form of M. Giles (2010), Approximating the
 # erfinv function. f is fitted by polynomials in w - 2.5 below w = 5.6 and in sqrt(w) - 3 above, up to
-# sqrt(w) = 4.72, to a relative error of 2e-7: all that v of 32 bits can be, where JAX's own fit for
-# erf_inv ends at 24 bits, and a tenth faster than jax.random.normal, where ndtri is a fifth slower.
+# sqrt(w) = 4.72, to a relative error of 2e-7. This covers every v of 32 bits, while JAX's own fit for
+# erf_inv ends at 24 bits. It is a tenth faster than jax.random.normal; ndtri is a fifth slower.
 _CENTRE = (2.1233133, 0.34880332, -5.9066069e-3, -1.7738284e-3, 3.0783393e-4, -5.9714189e-6, -4.6485725e-6,
            4.6515614e-7, 1.3105775e-8)  # fmt: skip
 
@@ -157,10 +158,11 @@ _TAIL = (4.0064340, 1.4165873, 1.3365363e-2, -1.0875810e-2, 8.0406026e-3, -4.781
 
 @functools.partial(jax.jit, static_argnums=1, static_argnames="used_twice")
 def normal(key, shape, like, *, used_twice=False):
-    """Normal(0, 1) noise, by the inverse of the distribution function.
+    """Normal(0, 1) noise, from the inverse of the distribution function.
 
-    On CPUs a division as the last operation keeps the noise where two results ask for it, as in `logistic`;
-    where one does, a division parts the noise, and each part hashes again. Values are the same.
+    On CPUs, a division as the last operation keeps the noise if two results use it, as in `logistic`. If one
+    result uses it, a division would split the noise, and each part would hash again. The values are the
+    same.
     """
     r = tail_uniform(key, shape, like)
     v = jnp.abs(r)
@@ -174,7 +176,7 @@ def normal(key, shape, like, *, used_twice=False):
 
 
 def _polynomial(coefficients, x):
-    """The first coefficient is that of x^0."""
+    """The first coefficient belongs to x^0."""
     *lower, y = coefficients
     for c in reversed(lower):
         y = y * x + c

@@ -1,4 +1,4 @@
-"""Terms of a bound: log-probabilities of the sites of a trace, and their sums over plates."""
+"""Terms of an ELBO: log-probabilities of the sites of a trace, and their sums over plates."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def scaled_log_prob(site: dict[str, Any]) -> Array:
 
 
 def sum_to(plates: Collection[Any], x: Array) -> Array:
-    """The sum over all axes but those of these plates; axes that no plate has declared are summed."""
+    """The sum over all axes except those of these plates; axes that no plate has declared are summed."""
     dims = {frame.dim for frame in plates}
     return jnp.sum(x, [axis for axis in range(-jnp.ndim(x), 0) if axis not in dims], keepdims=True)

@@ -1,4 +1,4 @@
-"""`RLOO_ELBO` and `VIMCO_ELBO`: SVI whose discrete sites stay discrete, by scores with a baseline."""
+"""`RLOO_ELBO` and `VIMCO_ELBO`: SVI with discrete sites, trained by scores with a baseline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["RLOO_ELBO", "VIMCO_ELBO"]
 
 
 class _Scored(ELBO):
-    """A bound of several particles, in which the discrete sites of the guide get a score."""
+    """A bound with several particles, in which the discrete sites of the guide get a score."""
 
     can_infer_discrete: bool = True
 
@@ -49,7 +49,7 @@ class _Scored(ELBO):
         *args: Any,
         **kwargs: Any,
     ) -> LossWithMutableState:
-        """The loss of `loss`, and the new values of the mutable sites, None if there are none."""
+        """Return the loss of `loss` and the new values of the mutable sites, None if there are none."""
         arg.check_key(rng_key, "rng_key")
         for name, f in {"model": model, "guide": guide}.items():
             arg.require(callable(f), name, "a function", arg.shown(f))
@@ -58,54 +58,53 @@ class _Scored(ELBO):
 
 
 class RLOO_ELBO(_Scored):
-    """The evidence lower bound, with an unbiased gradient of little variance where guide sites are discrete.
+    """Train discrete guide sites with an unbiased, low-variance gradient of the ELBO.
 
-    ``SVI(model, guide, optimizer, RLOO_ELBO(num_particles=10))`` trains any guide. What has a
-    pathwise gradient gets it, as under `Trace_ELBO`. A site z that has none (``has_rsample`` false:
-    Bernoulli, Categorical, Poisson, ..., and this library's straight-through classes and gates with atoms,
-    whose pathwise gradient is not the whole of it) gets the score of its law times what its draw has cost,
-    less what the other particles' draws have cost. With K particles, and C_k the sum of the terms
-    ``log p - log q`` of particle k that are downstream of z_k, the gradient is that of
+    ``SVI(model, guide, optimizer, RLOO_ELBO(num_particles=10))`` trains any guide. Sites with a pathwise
+    gradient get it, as under `Trace_ELBO`. Some sites have none (``has_rsample`` is false: Bernoulli,
+    Categorical, Poisson, ..., and this library's straight-through classes and gates with atoms, whose
+    pathwise gradient is not the whole gradient). Such a site z gets the score of its law, times the cost of
+    its draw minus the cost of the other particles' draws. With K particles, and C_k the sum of the terms
+    ``log p - log q`` of particle k that are downstream of z_k, the gradient is the gradient of
 
     ``mean_k elbo_k + mean_k sum_z stop_gradient(C_k - sum_{j != k} C_j / (K - 1)) log q(z_k)``.
 
-    No other particle knows of z_k, so the baseline leaves the mean as it is. Downstream is found as by
-    `TraceGraph_ELBO`: terms that z does not reach are left out, and in a plate every element has
-    a cost and a baseline of its own. A plate declares that its elements are independent; a model
-    in which they reach each other by a deterministic sum has to draw z outside of the plate (or as
-    ``to_event``). Where they do so by a guide's site outside of the plate, it is seen, and the
-    credit is shared by the whole plate. It is also shared along batch axes without a plate.
+    No other particle depends on z_k, so the baseline leaves the mean unchanged. Downstream terms are found as
+    in `TraceGraph_ELBO`: terms that z does not reach are left out, and in a plate every element has its own
+    cost and baseline. A plate declares that its elements are independent. If they reach each other through a
+    deterministic sum in the model, draw z outside the plate (or use ``to_event``). If they do so through a
+    site of the guide outside the plate, this is detected, and the whole plate shares the credit. It is also
+    shared along batch axes without a plate.
 
-    In a `scan` of the model, the draw of a step pays for that step and the steps that follow, with a
-    baseline of its own, because the steps before it cannot depend on it. The guide may draw such a site in a
-    `scan` or all at once, as `AutoMeanField` does. Where the guide scans backwards, or draws another site
-    from the finished scan, all steps share the costs: unbiased, with more variance.
+    In a `scan` of the model, the draw of a step pays for that step and the steps after it, with its own
+    baseline, because earlier steps cannot depend on it. The guide may draw such a site in a `scan` or all at
+    once, as `AutoMeanField` does. If the guide scans backward, or draws another site from the finished scan,
+    all steps share the costs: this is unbiased, with more variance.
 
-    A subsampled plate has one minibatch for all particles, so that the baseline of an element is
-    made of the same data point. Scales and masks belong to the cost, not to the score: a scaled or
-    masked site is drawn from its law all the same. (`TraceGraph_ELBO` of NumPyro 0.22 applies them to
-    both, and pairs costs and scores by steps of a `scan`: its gradient is biased there.) Sites under
-    `relaxit_jax.handlers.relax` have pathwise gradients and keep them. The new value of a `mutable`
-    site is the first particle's.
+    A subsampled plate has one minibatch for all particles, so the baseline of an element uses the same data
+    point. Scales and masks belong to the cost, not to the score: a scaled or masked site is still drawn from
+    its law. (NumPyro 0.22's `TraceGraph_ELBO` applies them to both, and pairs costs and scores by steps of a
+    `scan`: its gradient is biased there.) Sites under `relaxit_jax.handlers.relax` have pathwise gradients
+    and keep them. The new value of a `mutable` site comes from the first particle.
 
     Args:
-      num_particles: K, an integer of at least 2; 2 evaluations of the bound are one of them and its
-        baseline.
-      vectorize_particles: True to `jax.vmap` over the particles, False for `jax.lax.map`, or a function
-        to use in their place, called with the function of one particle and the keys.
+      num_particles: K, an integer of at least 2. With 2, one evaluation of the ELBO serves as the baseline of
+        the other.
+      vectorize_particles: True to `jax.vmap` over the particles, False for `jax.lax.map`, or a function to
+        use instead, called with the function of one particle and the keys.
 
-    Where the model gives a draw probability 0, the loss is infinite, and the gradient is NaN for the elements
-    whose cost has it, and for these alone. ``loss`` names the site and the draws if it is called outside of
+    If the model gives a draw probability 0, the loss is infinite, and the gradient is NaN for the elements
+    whose cost includes it, and only for these. ``loss`` names the site and the draws if it is called outside
     `jax.jit`.
 
     Returns:
-      From ``loss(key, params, model, guide, *args)``: the negative bound, averaged over the particles.
+      From ``loss(key, params, model, guide, *args)``: the negative ELBO, averaged over the particles.
 
     Raises:
-      ValueError: for a ``num_particles`` that is not such an integer, or a ``vectorize_particles``
-        that is none of these; by ``loss``, for an enumerated site (they are `TraceEnum_ELBO`'s), and
-        where NumPyro would not give model and guide the same draws: a latent site inside of a `cond`,
-        or in a subsampled plate inside of a `scan`.
+      ValueError: for a ``num_particles`` below 2 or not an integer, or a ``vectorize_particles`` that is none
+        of these; from ``loss``, for an enumerated site (use `TraceEnum_ELBO`), and where NumPyro would not
+        give model and guide the same draws: a latent site inside a `cond`, or in a subsampled plate inside a
+        `scan`.
 
     References:
       W. Kool, H. van Hoof, M. Welling (2019), Buy 4 REINFORCE Samples, Get a Baseline for Free!, ICLR
@@ -125,7 +124,7 @@ class RLOO_ELBO(_Scored):
     """
 
     def _loss(self, rng_key, param_map, model, guide, args, kwargs):
-        # the keys of the particles are Trace_ELBO's, and so are the draws where no plate is subsampled
+        # the keys of the particles are those of Trace_ELBO, and so are the draws if no plate is subsampled
         keys = jax.random.split(rng_key, self.num_particles)
         minibatch = jax.random.split(jax.random.fold_in(rng_key, self.num_particles))
         model, guide = (
@@ -140,7 +139,7 @@ class RLOO_ELBO(_Scored):
 
 
 class VIMCO_ELBO(_Scored):
-    """The importance-weighted bound, with an unbiased low-variance gradient for discrete guide sites.
+    """Train discrete guide sites with an unbiased, low-variance gradient of the importance-weighted bound.
 
     ``SVI(model, guide, optimizer, VIMCO_ELBO(num_particles=10))`` trains ``L = log mean_k w_k`` with the
     weights ``w_k = p(x, z_k) / q(z_k)``. This bound is closer to log p(x) than the mean of ``log w_k``, and
@@ -156,18 +155,18 @@ class VIMCO_ELBO(_Scored):
 
     Args:
       num_particles: K, an integer of at least 2.
-      vectorize_particles: True to `jax.vmap` over the particles, False for `jax.lax.map`, or a function
-        to use in their place, called with the function of one particle and the keys.
+      vectorize_particles: True to `jax.vmap` over the particles, False for `jax.lax.map`, or a function to
+        use instead, called with the function of one particle and the keys.
 
     Returns:
       From ``loss(key, params, model, guide, *args)``: the negative bound. A particle whose draws have
-      probability 0 under the model has weight 0. If all have, the loss is infinite, and names the sites when
-      it is called outside of `jax.jit`. The new value of a `mutable` site is the first particle's.
+      probability 0 under the model has weight 0. If all have, the loss is infinite, and outside `jax.jit` a
+      warning names the sites. The new value of a `mutable` site comes from the first particle.
 
     Raises:
-      ValueError: for arguments that are not as above; by ``loss``, for an enumerated or relaxed site, for a
-        latent site inside of a `cond` or in a subsampled plate inside of a `scan`, and for a subsampled plate
-        that does not enclose all sites.
+      ValueError: for arguments that are not as above; from ``loss``, for an enumerated or relaxed site, for a
+        latent site inside a `cond` or in a subsampled plate inside a `scan`, and for a subsampled plate that
+        does not enclose all sites.
 
     References:
       A. Mnih, D. J. Rezende (2016), Variational Inference for Monte Carlo Objectives, arXiv:1602.06725.
@@ -199,11 +198,11 @@ class VIMCO_ELBO(_Scored):
 
 
 def _leave_one_out(log_q, cost):
-    """0, with the gradient of ``mean_k (C_k - mean_{j != k} C_j) log q(z_k)`` of each element.
+    """0, with the gradient of ``mean_k (C_k - mean_{j != k} C_j) log q(z_k)`` for each element.
 
-    The particles' axis is first.
+    The axis of the particles is first.
     """
-    # One cost is taken off first: equal ones become 0 exactly, and large ones do not round the mean.
+    # One cost is subtracted first: equal ones become exactly 0, and large ones do not round the mean.
     cost = cost - cost[:1]
     return _slope(stop_gradient(cost - jnp.mean(cost, 0)) / (len(cost) - 1), log_q)
 
@@ -220,13 +219,13 @@ def _slope_jvp(primals, tangents):
 
 
 def _tell(impossible):
-    """Name the sites at which draws have probability 0, where that can be seen: outside of `jax.jit`."""
+    """Name the sites at which draws have probability 0, if this is known: outside `jax.jit`."""
     for name, draws in impossible.items():
         if not isinstance(draws, jax.core.Tracer) and (which := np.flatnonzero(draws)).size:
             warnings.warn(
                 f"the site '{name}' has probability 0 under the draws of the particles {which.tolist()}: the "
                 "loss is infinite, and the gradient of the latent elements that it depends on is NaN. Give "
-                "the guide no mass where the model has none, or the model a little everywhere.",
+                "the guide no mass where the model has none, or give the model some mass everywhere.",
                 stacklevel=5,
             )
 
@@ -235,7 +234,7 @@ def _traces(model, guide, args, kwargs, params, key):
     """The traces of guide and model, the scans of their sites, and the mutable values."""
     model_key, guide_key = jax.random.split(key)
     guide_flows, model_flows = _Draws(guide=True), _Draws()
-    with guide_flows:  # outside of the trace, which then sees what it has done
+    with guide_flows:  # outside the trace, which then sees its results
         guide_trace = trace(substitute(seed(guide, guide_key), params)).get_trace(*args, **kwargs)
     mutable = _values(guide_trace, "mutable")
     replayed = replay(seed(model, model_key), guide_trace)
@@ -252,7 +251,7 @@ def _drawn(guide_trace):
 
 
 def _impossible(model_trace):
-    """Of each site of the model, whether this particle's draws have probability 0 there."""
+    """For each site of the model, whether this particle's draws have probability 0 there."""
     sites = {name: s for name, s in model_trace.items() if s["type"] == "sample"}
     return {name: jnp.any(log_prob_of(s) == -jnp.inf) for name, s in sites.items()}
 
@@ -263,7 +262,7 @@ def _log_q(s):
 
 
 def _weighted_particle(model, guide, args, kwargs, params, key):
-    """log p - log q and log q of the sites that get a score, by element of the plates that enclose all sites.
+    """log p - log q and log q of the scored sites, by element of the plates that enclose all sites.
 
     Also the factor by which these plates are subsampled, the sites of probability 0, and the mutable values.
     """
@@ -272,7 +271,7 @@ def _weighted_particle(model, guide, args, kwargs, params, key):
     own = frozenset.intersection(*map(plates_of, sites)) if sites else frozenset()
     scale = 1.0
     for frame in frozenset().union(*map(plates_of, sites)):
-        plate = model_trace.get(frame.name)  # that of a plate inside of a scan is not here
+        plate = model_trace.get(frame.name)  # a plate inside a scan is not here
         whole = frame.size if plate is None else plate["args"][0]
         if frame in own:
             scale *= whole / frame.size
@@ -290,7 +289,7 @@ def _weighted_particle(model, guide, args, kwargs, params, key):
         if _scores_another_law(s["fn"]):
             raise ValueError(
                 f"the site '{name}' is relaxed, and importance weights need draws of the discrete law. "
-                "Remove relax, or train by Trace_ELBO."
+                "Remove relax, or train with Trace_ELBO."
             )
         if not s["fn"].has_rsample:
             log_q += sum_to(own, _log_q(s))
@@ -299,8 +298,11 @@ def _weighted_particle(model, guide, args, kwargs, params, key):
 
 
 def _particle(model, guide, args, kwargs, params, key):
-    """The bound with its pathwise gradient, each scored site's pair (log q, cost), the sites of probability
-    0 in the model, and the mutable values."""
+    """The ELBO with its pathwise gradient, and what else one particle gives.
+
+    These are the pair (log q, cost) of each scored site, the sites of probability 0 in the model, and the
+    mutable values.
+    """
     guide_trace, model_trace, guide_scans, model_scans, mutable = _traces(
         model, guide, args, kwargs, params, key
     )
@@ -328,7 +330,7 @@ def _particle(model, guide, args, kwargs, params, key):
     for name, s in scored.items():
         below = {other for other in drawn if other != name and name in guide_deps[other]}
         own = plates_of(s)
-        for other in below:  # what leaves a plate may come back anywhere
+        for other in below:  # anything that leaves a plate may come back anywhere
             own &= plates_of(drawn[other])
         log_q = _log_q(s)
         downstream = [term for term in terms if name in term.upstream]
@@ -343,7 +345,7 @@ def _particle(model, guide, args, kwargs, params, key):
 
 @dataclasses.dataclass(frozen=True)
 class _Term:
-    """A term of the bound: log p or -log q of a site."""
+    """A term of the ELBO: log p or -log q of a site."""
 
     site: str
     of_guide: bool
@@ -354,8 +356,10 @@ class _Term:
 
 
 def _scans_of(name, below, in_guide, in_model):
-    """The scans of the model and the guide in which this site is drawn step by step, if no step reaches
-    an earlier one; None for the guide's where it draws all steps at once, independently."""
+    """The scans of the model and the guide in which this site is drawn step by step.
+
+    No step may reach an earlier one. The guide's is None if it draws all steps at once, independently.
+    """
     own, model = in_guide.get(name), in_model.get(name)
     if model is None or any(own is None or in_guide.get(other) is not own for other in below):
         return None
@@ -363,8 +367,8 @@ def _scans_of(name, below, in_guide, in_model):
 
 
 def _from_each_step_on(name, log_q, own, downstream, model_scan, guide_scan):
-    """log q of the draw of each step, and the costs of this step and of all that follow."""
-    own = frozenset(frame for frame in own if frame.dim != -log_q.ndim)  # a plate of the steps
+    """log q of the draw of each step, and the costs of this step and of all steps after it."""
+    own = frozenset(frame for frame in own if frame.dim != -log_q.ndim)  # a plate over the steps
     ndim = max(log_q.ndim, *(term.value.ndim for term in downstream))
     cost = jnp.zeros(())
     for term in downstream:
@@ -380,7 +384,7 @@ def _from_each_step_on(name, log_q, own, downstream, model_scan, guide_scan):
 
 
 def _sum_steps(plates, x, ndim):
-    """As `sum_to`, of each step: the first axis stays the first of ndim axes."""
+    """`sum_to` for each step: the first axis stays the first of ndim axes."""
     x = jax.vmap(functools.partial(sum_to, plates))(x)
     return jnp.reshape(x, (len(x), *(1,) * (ndim - x.ndim), *x.shape[1:]))
 
@@ -390,7 +394,7 @@ def _values(sites, kind):
 
 
 def _scores_another_law(fn):
-    """Whether it is a site of `relax`, in whatever wrappers."""
+    """Whether it is a site of `relax`, in any wrappers."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return getattr(fn, "scores_another_law", False)
@@ -408,9 +412,9 @@ def _unmasked(fn):
 
 
 class _Draws(Messenger):
-    """Refuse what cannot be right; in the guide, stop the gradients of draws that get a score instead.
+    """Refuse sites that cannot be right; in the guide, stop the gradients of scored draws.
 
-    It goes into the body of a `scan` itself, where the values that are carried are the draws.
+    It enters the body of a `scan` itself, where the carried values are the draws.
     """
 
     def __init__(self, fn=None, guide=False, in_scan=False):
@@ -437,14 +441,14 @@ class _Draws(Messenger):
         name = f"the site '{msg['name']}'"
         if msg["infer"].get("enumerate"):
             raise ValueError(
-                f"{name} is enumerated, and this bound draws: use TraceEnum_ELBO, or do not enumerate it"
+                f"{name} is enumerated, but this ELBO draws it: use TraceEnum_ELBO, or do not enumerate it"
             )
         if npr.comes_from_flow(msg) and npr.runs_cond(self.flow["fn"]):
             raise ValueError(
-                f"{name} is inside of a cond, where NumPyro does not give the model the guide's draw: "
+                f"{name} is inside a cond, where NumPyro does not give the model the guide's draw: "
                 "draw it before the cond"
             )
         npr.require_same_rows(msg, self.subsampled)
         if self.guide and not msg["fn"].has_rsample:
             msg["value"] = stop_gradient(msg["value"])
-            msg["intermediates"] = None  # the density is that of the value, whatever it was made from
+            msg["intermediates"] = None  # the density is for the value, however it was made

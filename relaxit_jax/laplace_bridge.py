@@ -14,13 +14,13 @@ from relaxit_jax._placement import where
 
 
 def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
-    """The Gaussian whose softmax is close to a Dirichlet: its Laplace approximation in logit space.
+    """Convert a Dirichlet to a Gaussian in logit space, by a Laplace approximation there.
 
     ``mu_i = log alpha_i - mean log alpha``;
     ``Sigma_ij = delta_ij / alpha_i - (1/alpha_i + 1/alpha_j - (1/K) sum 1/alpha) / K``.
 
     Sigma is a covariance (its diagonal holds variances) and is singular along the all-ones vector,
-    which softmax does not see. For a `scale_tril` of the same law on the simplex add any positive
+    which softmax does not see. For a `scale_tril` of the same law on the simplex, add any positive
     constant c to all its entries: ``jnp.linalg.cholesky(covariance + c)``.
 
     Args:
@@ -50,31 +50,31 @@ def dirichlet_to_gaussian(concentration: ArrayLike) -> tuple[Array, Array]:
     loc = log_alpha - jnp.mean(log_alpha, -1, keepdims=True)
     pairs = inverse[..., :, None] + inverse[..., None, :]
     shared = (pairs - jnp.mean(inverse, -1)[..., None, None]) / k
-    # 1 - 2/K first: on the diagonal 1/alpha - 2/(K alpha) would cancel, wholly so for K = 2
+    # 1 - 2/K first: on the diagonal 1/alpha - 2/(K alpha) would cancel, completely so for K = 2
     diagonal = inverse * (1 - 2 / k) + jnp.mean(inverse, -1, keepdims=True) / k
     covariance = where(jnp.eye(k, dtype=bool), diagonal[..., None], -shared)
     return loc.astype(dtype), covariance.astype(dtype)
 
 
 def gaussian_to_dirichlet(loc: ArrayLike, covariance: ArrayLike, *, log_space: bool = False) -> Array:
-    """The Dirichlet whose Laplace approximation in logit space has this mean and these variances.
+    """Convert a Gaussian in logit space to the Dirichlet with this Laplace approximation.
 
     ``alpha_k = (1 - 2/K + exp(mu_k)/K^2 sum_l exp(-mu_l)) / Sigma_kk``, with mu and Sigma first
-    projected by ``I - 11^T/K``: the formula holds for logits that sum to 0, and softmax does not
-    see the difference. It inverts `dirichlet_to_gaussian` exactly. Of a covariance that grows by a
-    factor alpha shrinks by that factor, so that the mean of the Dirichlet, ``alpha / sum alpha``, does
-    not tell how large the covariance is; their total does.
+    projected by ``I - 11^T/K``: the formula holds for logits that sum to 0, and softmax does not see
+    the difference. It inverts `dirichlet_to_gaussian` exactly. If a covariance grows by a factor,
+    alpha shrinks by that factor, so the mean of the Dirichlet, ``alpha / sum alpha``, does not depend
+    on the size of the covariance; the total of alpha does.
 
     Args:
       loc: mu, shape (..., K) with K >= 2.
       covariance: Sigma, shape (..., K, K): variances on its diagonal, not standard deviations.
-      log_space: return ``log alpha`` in float32 or wider. The mean of the Dirichlet is its softmax,
-        also where ``alpha`` itself overflows.
+      log_space: return ``log alpha`` in float32 or wider. Its softmax is the mean of the Dirichlet,
+        even where ``alpha`` itself overflows.
 
     Returns:
       The concentration, shape (..., K), in the promoted dtype of ``loc`` and ``covariance``. It grows
       with the exponential of the distance between two logits: logits that are 90 apart have
-      concentrations near 1e39, which float32 has as inf. Such an entry has gradient 0 and leaves the
+      concentrations near 1e39, which are inf in float32. Such an entry has gradient 0 and leaves the
       others and their gradients right.
 
     Raises:

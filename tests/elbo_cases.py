@@ -433,7 +433,7 @@ def structured(model, discrete, scale=1.0, **more):
 
 
 def two_kinds_model(p, whole=False):
-    """Bits that meet in a sum outside of their plate, and classes of the same elements of another."""
+    """Bits that meet in a sum outside their plate, and classes of the same elements of another."""
     with numpyro.plate("bits", 2):
         b = numpyro.sample("b", dist.Bernoulli(np.array([0.3, 0.6], np.float32)))
     with numpyro.plate("points", 2):

@@ -238,7 +238,7 @@ class Call:
         self.function(**self.arguments | changed)
 
     def ways(self, name, bad):
-        """Outside of a jitted function, inside of one, and as an argument of one."""
+        """Outside a jitted function, inside one, and as an argument of one."""
         yield lambda: self.function(**self.arguments | {name: bad})
         yield lambda: jax.eval_shape(lambda: self.in_trace(**{name: bad}))
         if isinstance(bad, jax.Array) or (isinstance(bad, np.ndarray) and bad.dtype.kind in "bifc"):

@@ -38,7 +38,7 @@ STANDARD |= {"inspect", "itertools", "math", "operator", "os", "re", "time", "ty
 PURE = {"jax", "numpy"} | STANDARD
 NUMPYRO = {module: {"numpyro"} for module in ("_numpyro", "distributions", "elbo", "handlers")}
 OTHERS = NUMPYRO | {"diagnostics": {"matplotlib"}}
-SOLVERS = {"_permutation.py": {"optax", "scipy"}}  # of assignments, inside of the functions that need them
+SOLVERS = {"_permutation.py": {"optax", "scipy"}}  # of assignments, inside the functions that need them
 
 
 def imports(path):
@@ -143,7 +143,7 @@ CHECKS = ("pytest.raises", "pytest.warns", "np.testing.assert_", "chex.assert_")
 
 
 def own_nodes(function):
-    """What runs as the function does: the functions inside of it return to it."""
+    """What runs as the function does: the functions inside it return to it."""
     for node in ast.iter_child_nodes(function):
         if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
             yield node

@@ -417,7 +417,7 @@ def test_auto_mean_field_takes_plates_inside_of_scans(elbo):
 
 
 def test_auto_mean_field_refuses_rows_that_change_from_step_to_step():
-    with pytest.raises(ValueError, match="The plate 'rows' is subsampled inside of a scan"):
+    with pytest.raises(ValueError, match="The plate 'rows' is subsampled inside a scan"):
         handlers.seed(AutoMeanField(functools.partial(steps_of_rows, 2)), 0)()
 
 

@@ -192,7 +192,7 @@ def test_every_parameter_gets_a_gradient_under_relax(name):
 def test_relax_refuses_an_autoregressive_site():
     guide, params = untrained("causes")
     with pytest.raises(
-        ValueError, match=r"Train it by RLOO_ELBO, or pass independent=\['z'\] to AutoStructured"
+        ValueError, match=r"Train it with RLOO_ELBO, or pass independent=\['z'\] to AutoStructured"
     ):
         Trace_ELBO().loss(KEY, params, relax(causes, tau=0.5), relax(guide, tau=0.5))
     guide = AutoStructured(causes, independent=["z", "slope"])

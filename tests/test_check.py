@@ -115,7 +115,7 @@ def test_a_bound_that_is_hardly_better_counts_where_the_answer_differs():
     """The rival is .15 to 1 nats better, its weights can be trusted, and its answer is another."""
     exact = sp.expit(np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y))
     params = logit_of(exact + 0.4)
-    found = said("nats better. Train it in place of this guide", bit, bit_guide, params, rival=True)
+    found = said("nats better. Train it instead of this guide", bit, bit_guide, params, rival=True)
     assert 0.15 < found.rival[0] - found.bound < 1 and found.rival[2] < 0.7
     assert abs(found.sites["z"].rival - exact) < 0.05
 
@@ -201,7 +201,7 @@ def test_a_start_that_is_not_the_best():
         "loc_auto_loc": jnp.array([0.0, 20.0]),
         "loc_auto_scale": jnp.full(2, 0.1),
     }
-    found = said("nats better. Train it in place of this guide", mixture, guide, params, rival=True)
+    found = said("nats better. Train it instead of this guide", mixture, guide, params, rival=True)
     assert found.rival[0] > found.bound + 30
     two = one * np.where(POINTS < 0, 1, -1)[:, None]
     params = {
@@ -215,12 +215,12 @@ def test_a_start_that_is_not_the_best():
 def test_a_loss_that_still_falls():
     rng = np.random.default_rng(0)
     falling = 100 - 0.1 * np.arange(400) + rng.normal(size=400)
-    found = said("The loss still falls, by", bit, bit_guide, {"logits": jnp.array(0.0)}, losses=falling)
+    found = said("The loss is still falling, by", bit, bit_guide, {"logits": jnp.array(0.0)}, losses=falling)
     assert abs(found.trend[0] + 4) < 4.5 * found.trend[1]
     cooled = 5 * (1 + np.cos(np.pi * np.arange(1000) / 1000))  # as the noise of a rate that falls to 0
     for losses in (rng.normal(size=400), cooled + rng.normal(size=1000)):
         at_rest = check(bit, bit_guide, {"logits": jnp.array(0.0)}, losses=losses, rival=False)
-        assert not any("still falls" in sentence for sentence in at_rest.advice)
+        assert not any("still falling" in sentence for sentence in at_rest.advice)
 
 
 def test_a_site_that_has_not_moved():

@@ -1,4 +1,4 @@
-"""Every class inside of what users run it in: the right number, or a refusal whose sentence says what to do.
+"""Every class inside what users run it in: the right number, or a refusal whose sentence says what to do.
 
 One element of a plate is ``z ~ class(prior)``, ``y ~ N(f(z), 1)`` with ``f(z) = a . z + (b . z)^2``, and the
 guide is of the same class. The exact loss is a sum over the outcomes of z, or a quadrature. `OWED` says what
@@ -312,7 +312,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("case", "engine", "words"), REFUSED)
 def test_refusals_of_the_bounds(case, engine, words):
-    """While the program is traced and outside of jit, by an error that names the class or its density."""
+    """While the program is traced and outside jit, by an error that names the class or its density."""
     params = {name: jnp.asarray(x) for name, x in case.floats.items()}
     gradient = jax.grad(lambda p: loss(case, p, KEY, engine))
     for run in (functools.partial(jax.eval_shape, gradient), gradient):

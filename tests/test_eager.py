@@ -1,4 +1,4 @@
-"""Outside of jitted functions: what a call compiles, the next one has."""
+"""Outside jitted functions: what a call compiles, the next one has."""
 
 import jax
 import jax.numpy as jnp

@@ -66,7 +66,7 @@ def test_the_bound_of_two_is_exact(name):
     assert z_scores(losses, loss) < 4.5
     assert z_scores(gradients, flat(gradient)[0]).max() < 4.5
     assert z_scores(gradients, 0.8 * flat(gradient)[0]).max() > 6
-    if "scan" not in name:  # which does not know plates inside of a scan
+    if "scan" not in name:  # which does not know plates inside a scan
         model, guide = (lambda p, f=f: f(p) for f in (case.model, case.guide))
         theirs = jax.jit(lambda p: RenyiELBO(0, 2).loss(KEY, {}, model, guide, p))(case.params)
         ours = jax.jit(lambda p: VIMCO_ELBO(2).loss(KEY, {}, model, guide, p))(case.params)
@@ -494,14 +494,14 @@ def backwards():
 REFUSED = {
     "enumerated in the guide": (bit, lambda: bit(enumerate="parallel"), "'z' is enumerated"),
     "marginalised": (lambda: bit(enumerate="parallel"), lambda: None, "'z' is enumerated"),
-    "cond": (bit, lambda: cond(True, lambda _: bit(), lambda _: bit(), None), "'z' is inside of a cond"),
+    "cond": (bit, lambda: cond(True, lambda _: bit(), lambda _: bit(), None), "'z' is inside a cond"),
     "cond in the model": (lambda: cond(True, lambda _: bit(), lambda _: bit(), None), bit, "of a cond"),
     "backwards": (
         backwards,
         lambda: numpyro.sample("z", dist.Bernoulli(jnp.full(3, 0.5))),
         "with reverse=True",
     ),
-    "scan": (in_subsampled_scan, in_subsampled_scan, "'z' is in a subsampled plate inside of a scan"),
+    "scan": (in_subsampled_scan, in_subsampled_scan, "'z' is in a subsampled plate inside a scan"),
 }
 
 

@@ -1,6 +1,6 @@
 """Every public function is given a wrong kind of thing for each of its arguments, one at a time.
 
-The error is a ValueError that begins with the argument's name: outside of a jitted function, inside of one,
+The error is a ValueError that begins with the argument's name: outside a jitted function, inside one,
 and where the wrong array is traced.
 """
 
@@ -307,7 +307,7 @@ def test_a_number_of_values_is_looked_at_before_the_model_runs(number):
 
 
 def test_none_is_no_bad_number_of_values():
-    """In a dictionary as outside of one, it asks for as many as are needed."""
+    """In a dictionary as outside one, it asks for as many as are needed."""
     shapes = [
         jax.eval_shape(lambda n=n: relaxed_law(n)).shape for n in (None, {"z": None}, {}, 20, {"z": 20})
     ]

@@ -243,7 +243,7 @@ def unrelaxed_losses(model, params, *args, draws=2000):
     """-ELBO of the discrete guide with these parameters, one draw each."""
     guide = AutoMeanField(model)
     loss = lambda key: Trace_ELBO().loss(key, params, model, guide, *args)
-    loss(KEY)  # the guide reads the model on its first call, outside of the trace
+    loss(KEY)  # the guide reads the model on its first call, outside the trace
     return np.asarray(jax.jit(jax.vmap(loss))(jax.random.split(KEY, draws)), float)
 
 

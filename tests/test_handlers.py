@@ -145,7 +145,7 @@ def chain(body=lambda f: f):
 def test_scan_carries_every_step(kl, wrap):
     """A guide that is the prior costs nothing, also with the unrounded densities at tau = 0.01."""
     soft = functools.partial(relax, tau=0.01, kl=kl)
-    if wrap == "whole":  # a site inside of the scan is one of the model's
+    if wrap == "whole":  # a site inside the scan is one of the model's
         soft = functools.partial(soft, config={"z": "relaxed", "first": "relaxed"})
     whole = soft(chain) if wrap == "whole" else soft(functools.partial(chain, soft))
     other = soft(functools.partial(shifted, soft))
@@ -210,9 +210,13 @@ def test_only_one_of_model_and_guide_relaxed(site, elbo):
 
 
 def test_other_guides_that_do_not_fit():
-    with pytest.raises(ValueError, match="'z' must be relaxed alike in model and guide, got kl='discrete'"):
+    with pytest.raises(
+        ValueError, match="'z' must be relaxed in the same way in model and guide, got kl='discrete'"
+    ):
         loss(relax(bits, tau=0.5), lambda: numpyro.sample("z", rd.RelaxedBernoulli(logits=0.0, tau=0.5)))
-    with pytest.raises(ValueError, match="'z' must be relaxed alike in model and guide, got kl='relaxed'"):
+    with pytest.raises(
+        ValueError, match="'z' must be relaxed in the same way in model and guide, got kl='relaxed'"
+    ):
         loss(relax(bits, tau=0.5, kl="relaxed"), relax(bits, tau=0.5))
     soft = relax(bits, tau=0.5, kl="relaxed")
     with pytest.raises(ValueError, match="'z' has a point estimate in the guide"):
@@ -299,7 +303,7 @@ def test_bad_sites():
 def test_a_site_inside_of_cond():
     branch = lambda p: lambda _: numpyro.sample("z", dist.Bernoulli(p))
     inside = lambda: cond(jnp.array(True), branch(0.2), branch(0.4), None)
-    with pytest.raises(ValueError, match="'z' is inside of a cond"):
+    with pytest.raises(ValueError, match="'z' is inside a cond"):
         handlers.seed(relax(inside, tau=0.5), 0)()
     assert handlers.seed(relax(inside, tau=0.5, config={"z": None}), 0)() in (0, 1)
 
@@ -331,7 +335,7 @@ def test_rows_that_change_from_step_to_step_are_refused(handle, law):
 
         scan(step, 0.0, jnp.arange(3))
 
-    with pytest.raises(ValueError, match="site 'z' is in a subsampled plate inside of a scan"):
+    with pytest.raises(ValueError, match="site 'z' is in a subsampled plate inside a scan"):
         handlers.seed(handle(model), 0)(2)
     for whole in (None, 4):
         trace = handlers.trace(handlers.seed(handle(model), 0)).get_trace(whole)

@@ -258,7 +258,7 @@ def test_probs_are_logits(case):
         named = (
             f"^{case.distribution.__name__} distribution got invalid probs parameter: probs must be {need}"
         )
-        for made in (make, functools.partial(jax.eval_shape, make)):  # inside of a jitted function too
+        for made in (make, functools.partial(jax.eval_shape, make)):  # inside a jitted function too
             with pytest.raises(ValueError, match=named):
                 made()
         hidden = jnp.isnan(make(validate_args=False).logits)
@@ -279,7 +279,7 @@ def test_bad_values_are_named_if_validated(case):
         bad = jnp.full_like(x, BAD.get(name, np.nan))
         for known in (bad, np.asarray(bad), bad.tolist()):
             build = functools.partial(case.build, **{name: known})
-            for made in (build, functools.partial(jax.eval_shape, build)):  # inside of a jitted function too
+            for made in (build, functools.partial(jax.eval_shape, build)):  # inside a jitted function too
                 with pytest.raises(ValueError, match=f"invalid {name} parameter"):
                     made()
             build(validate_args=False)

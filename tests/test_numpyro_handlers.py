@@ -1,4 +1,4 @@
-"""Models inside of NumPyro's own handlers, and in plates of both orders: the right answer by each guide."""
+"""Models inside NumPyro's own handlers, and in plates of both orders: the right answer by each guide."""
 
 import functools
 

@@ -66,7 +66,7 @@ def test_replay_copies_the_infer_of_the_guides_site():
     trace = handlers.trace(handlers.seed(normal, KEY)).get_trace()
     trace["x"]["infer"] = npr.OnReplay({"a": 1}, lambda: called.append(True))
     trace["x"]["infer"].copy()
-    assert not called  # outside of replay
+    assert not called  # outside replay
     handlers.seed(handlers.replay(normal, trace=trace), KEY)()
     assert called, f"{CHANGED} how replay hands on what a site infers by"
 
@@ -90,7 +90,7 @@ def test_control_flows_are_messages_of_two_wrappers():
 
 
 def test_the_body_of_a_scan_is_its_first_argument():
-    """Read by `wrap_scan_body`: inside of the body handlers see each site without the steps' axis."""
+    """Read by `wrap_scan_body`: inside the body handlers see each site without the steps' axis."""
     shapes = []
 
     def inside(body):

@@ -206,7 +206,7 @@ def test_refusals():
             started(mixture, init_logits={"z": np.full((36, 3), wrong)})
     with pytest.raises(ValueError, match=r"init_logits\['z'\] must be finite, got \[-inf\]"):
         started(lambda: numpyro.sample("z", dist.Bernoulli(0.3)), init_logits={"z": -np.inf})
-    with pytest.raises(ValueError, match=r"outside of jax\.jit"):
+    with pytest.raises(ValueError, match=r"outside jax\.jit"):
         jax.jit(lambda key: handlers.seed(AutoMeanField(mixture, init="data"), key)()["loc"])(KEY)
 
 

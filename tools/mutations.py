@@ -782,7 +782,7 @@ MUTATIONS = [
         "what_f_returns or a_pair_of",
     ),
     (
-        "no plate inside of a scan is seen to be subsampled",
+        "no plate inside a scan is seen to be subsampled",
         "relaxit_jax/_numpyro.py",
         "return subsample not in (None, size)",
         "return False",

@@ -1,4 +1,4 @@
-"""How the numbers of a report are measured."""
+"""Measurements behind a report."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from relaxit_jax.diagnostics._report import NUMBERS, GradientReport
 from relaxit_jax.estimators._estimate import Estimator, Law, Q, as_result, check
 
 MOST_ENUMERATED = 2**14  # outcomes that "auto" sums over
-LONG_RUN = 16  # draws of one estimate of the long run
+LONG_RUN = 16  # draws for one estimate of the long run
 
 
 def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Law]:
-    """A relaxed or straight-through sampler, as an estimator that `gradient_report` takes.
+    """Turn a relaxed or straight-through sampler into an estimator for `gradient_report`.
 
-    ``estimator(key, f, q) = f(sampler(key, q.logits))``, with the gradient that the draw has.
+    ``estimator(key, f, q) = f(sampler(key, q.logits))``, with the gradient of the draw.
 
     Args:
       sampler: ``sampler(key, logits)`` to a sample of the shape of the logits, such as
@@ -38,7 +38,7 @@ def from_sampler(sampler: Callable[[Array, Array], Array]) -> Estimator[Law]:
       A function ``(key, f, q)`` to values of shape ``q.batch_shape``.
 
     Raises:
-      ValueError: when called, for a ``sampler`` whose draws have another shape than the logits.
+      ValueError: when called, if the draws of ``sampler`` do not have the shape of the logits.
 
     References:
       Y. Bengio, N. Leonard, A. Courville (2013), Estimating or Propagating Gradients Through Stochastic
@@ -75,45 +75,46 @@ def gradient_report(
     reference: Literal["auto", "exact", "long_run"] = "auto",
     reference_samples: int | None = None,
 ) -> GradientReport:
-    """Measure how well, and at what cost, estimators know the gradient of E f(b) in the logits or in params.
+    """Measure the bias, variance and cost of gradient estimators, in the logits or in params.
 
-    With ``g_1 .. g_n`` gradients of one estimator and G the true one: bias ``mean g - G``, variance
-    ``sum |g_i - mean g|^2 / (n - 1)``, mean squared error ``|bias|^2 + variance``. Of single estimates:
-    averaging m of them divides the variance by m, and leaves the bias. G is the sum over all outcomes or,
-    where they are many, a long run of `rloo` with 16 draws, whose own error is in that of the bias.
+    With ``g_1 .. g_n`` gradients from one estimator and G the true one: bias ``mean g - G``, variance
+    ``sum |g_i - mean g|^2 / (n - 1)``, mean squared error ``|bias|^2 + variance``. These are for single
+    estimates: averaging m of them divides the variance by m and leaves the bias. G is the sum over all
+    outcomes or, if there are many, a long run of `rloo` with 16 draws, whose own error is included in the
+    error of the bias.
 
-    No more than ``batch_size`` estimates are in memory at a time, whatever ``num_samples``. Each
-    estimator is compiled once, and once more, without its gradient, to count the calls of f. Batches of
-    all estimators take turns, so that what slows the machine slows all.
+    No more than ``batch_size`` estimates are in memory at a time, whatever ``num_samples`` is. Each
+    estimator is compiled once, and once more without its gradient, to count the calls of f. Batches of all
+    estimators alternate, so anything that slows the machine slows them all.
 
     Args:
       key: a JAX random key.
-      f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``; differentiable, and
-        defined between the outcomes, for estimators that ask for it. With ``params``, it is called as
+      f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``; differentiable, and defined
+        between the outcomes, for estimators that need it. With ``params``, it is called as
         ``f(params, sample)``.
       q: `relaxit_jax.estimators.Bernoulli`, `OneHotCategorical`, `Subset` or `PlackettLuce`; with
         ``params``, a function from them to one of these.
       estimators: a dictionary, or another mapping, from names to ``estimator(key, f, q)``, which returns
         an array of shape ``q.batch_shape`` whose gradient in the logits, or in ``params``, is the
         estimate; samplers through `from_sampler`.
-      num_samples: estimates of each, a Python integer, 2 or more; rounded up to whole batches.
-      params: a pytree of floating-point arrays that f and q depend on, such as the weights of networks.
-        The report is then about the gradient in all of them, through the logits and through f, and has a
-        report of each leaf in `GradientReport.leaves`.
-      batch_size: estimates at once, a Python integer. So many gradients are in memory: choose a small
-        one for large ``params``.
-      reference: "exact", "long_run", or "auto" for the first where there are at most 2^14 outcomes.
-      reference_samples: estimates of the long run, by default as many as of the others, each of 16 calls.
+      num_samples: estimates from each estimator, a Python integer, 2 or more; rounded up to whole batches.
+      params: a pytree of floating-point arrays that f and q depend on, such as the weights of networks. The
+        report then covers the gradient in all of them, through the logits and through f, and has a report
+        for each leaf in `GradientReport.leaves`.
+      batch_size: estimates at once, a Python integer. This many gradients are in memory: choose a small one
+        for large ``params``.
+      reference: "exact", "long_run", or "auto", which is exact up to 2^14 outcomes.
+      reference_samples: estimates in the long run, each of 16 calls; by default ``num_samples``.
 
     Returns:
       A `GradientReport`.
 
     Raises:
       ValueError: for an f as in `relaxit_jax.estimators.reinforce`, a q that is not a family of
-        `relaxit_jax.estimators`, or with ``params`` a function to one, ``params`` that are not as above,
-        an estimator whose values have another shape, a ``num_samples``,
-        ``batch_size`` or ``reference_samples`` that is not an integer in range, an unknown
-        ``reference``, or "exact" with too many outcomes for `relaxit_jax.estimators.exact`.
+        `relaxit_jax.estimators` (or, with ``params``, not a function to one), ``params`` that are not as
+        above, an estimator whose values have another shape, a ``num_samples``, ``batch_size`` or
+        ``reference_samples`` that is not an integer in range, an unknown ``reference``, or "exact" with too
+        many outcomes for `relaxit_jax.estimators.exact`.
 
     References:
       C. J. Maddison, A. Mnih, Y. W. Teh (2017), arXiv:1611.00712, and G. Tucker et al. (2017),
@@ -168,7 +169,7 @@ def gradient_report(
             totals[name] = _merge(totals.get(name), part, size)
 
     def report(place, leaves):
-        """Of the leaves of the group at this place."""
+        """The report on the leaves of the group at this place."""
         group = point.groups[place]
         pick = lambda arrays: point.joined([arrays[leaf] for leaf in group])
         gradient, gradient_error = pick(truth), pick(truth_error)
@@ -184,7 +185,8 @@ def gradient_report(
                 "bias_norm": norm,
                 "bias_norm_error": noise_norm,
                 "variance": variance.sum(),
-                "mse": variance.sum() + max(norm**2 - noise_norm**2, 0),  # the noise is in the norm as well
+                "mse": variance.sum()
+                + max(norm**2 - noise_norm**2, 0),  # the norm contains the noise as well
                 "mse_error": math.sqrt(squares["length"][place] / (count - 1) / count),
                 "cosine": _cosine([gradient + bias], [gradient]),
                 "mean_cosine": means["cosine"][place],
@@ -201,9 +203,9 @@ def gradient_report(
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """Where a gradient is measured: the arrays it is in, and f and q as functions of them.
+    """The place where a gradient is measured: its arrays, and f and q as functions of them.
 
-    Statistics are of groups of leaves: the first group is all of them, then comes each one that has a name.
+    Statistics are for groups of leaves: the first group has all of them, then each named leaf has one.
     """
 
     leaves: tuple[Array, ...]
@@ -212,14 +214,14 @@ class _Point:
 
     @classmethod
     def of(cls, f, q, params):
-        """In the logits of q, or in params."""
+        """A point in the logits of q, or in params."""
         if params is None:
             check(q, kind=Law, f=f)
             return cls((q.logits,), lambda leaves: (f, q.with_logits(leaves[0])), ())
         paths, tree = jax.tree_util.tree_flatten_with_path(params)
         arg.require(bool(paths), "params", "a pytree with an array at least", arg.shown(params))
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-        if len({*names}) < len(names):  # some key has a slash in it
+        if len({*names}) < len(names):  # some key contains a slash
             names = [jax.tree_util.keystr(path) for path, _ in paths]
         leaves = [arg.as_array("params", x) for _, x in paths]
         for name, leaf in zip(names, leaves, strict=True):
@@ -234,7 +236,7 @@ class _Point:
         )
         family = bind(leaves)[1]
         arg.require(isinstance(family, Law), "q", given, f"one that returns {arg.shown(family)}")
-        return cls(tuple(leaves), bind, tuple(names) if paths[0][0] else ())  # an array alone has no name
+        return cls(tuple(leaves), bind, tuple(names) if paths[0][0] else ())  # a single array has no name
 
     @property
     def groups(self):
@@ -242,23 +244,23 @@ class _Point:
         return [tuple(every), *((leaf,) for leaf in every[: len(self.names)])]
 
     def joined(self, arrays):
-        """Leaves as one array: one after the other, flat, unless it is a single one."""
+        """Leaves as one array: flat and one after the other, unless there is only one."""
         return arrays[0] if len(arrays) == 1 else np.concatenate([np.ravel(x) for x in arrays])
 
 
 def _takes(f, count):
-    """Whether a function can be called with so many arguments, as far as Python knows."""
+    """Whether a function can be called with this many arguments, as far as Python knows."""
     try:
         inspect.signature(f).bind(*[None] * count)
     except TypeError:
         return False
-    except ValueError:  # it has no signature, as some that are written in C
+    except ValueError:  # it has no signature, like some functions written in C
         return callable(f)
     return True
 
 
 def _sampler_in(function):
-    """The name of a sampler of this library, also inside of a `functools.partial`; None of anything else."""
+    """The name of a sampler of this library, also inside a `functools.partial`; None for anything else."""
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__name__", "")
@@ -267,7 +269,7 @@ def _sampler_in(function):
 
 
 def _reference(key, point, reference, samples, size):
-    """The true gradient, its standard error, and what it is in words."""
+    """The true gradient, its standard error, and a description of it in words."""
     arg.require_choice("reference", reference, ("auto", "exact", "long_run"))
     samples = arg.as_static_int("reference_samples", samples, 2, 10**9)
     outcomes = point.bind(point.leaves)[1].outcomes()[0]
@@ -288,7 +290,7 @@ def _reference(key, point, reference, samples, size):
 
 
 def _estimate(name, estimator, key, f, q):
-    """What an estimator of the user's returns, checked."""
+    """The checked return value of a user's estimator."""
     which, need = f"estimators[{name!r}]", f"a function to the batch shape {q.batch_shape} of q"
     value = as_result(which, estimator(key, f, q))
     arg.require(value.shape == q.batch_shape, which, need, f"shape {value.shape}")
@@ -296,7 +298,7 @@ def _estimate(name, estimator, key, f, q):
 
 
 def _compile(name, estimator, key, point, truth, size):
-    """A compiled function of leaves and key: means of a batch, and sums of squares about them."""
+    """A compiled function of leaves and key: means over a batch, and sums of squares about them."""
     truth = [jnp.asarray(x, arg.wide(leaf.dtype)) for x, leaf in zip(truth, point.leaves, strict=True)]
 
     def total(leaves, key):
@@ -311,7 +313,7 @@ def _compile(name, estimator, key, point, truth, size):
 
     def moments(leaves, key):
         keys = jax.random.split(key, size)
-        # the values are not looked at, but who trains computes them: they belong to the time
+        # the values are not used, but training computes them, so they belong to the time
         values, gradients = jax.vmap(jax.value_and_grad(total), (None, 0))(leaves, keys)
         errors = [g.astype(x.dtype) - x for g, x in zip(gradients, truth, strict=True)]
         groups = [([errors[i] for i in group], [truth[i] for i in group]) for group in point.groups]
@@ -328,7 +330,7 @@ def _compile(name, estimator, key, point, truth, size):
 
 
 def _merge(total, part, size):
-    """How many, their means and sums of squares about them, with those of another batch; in float64."""
+    """Merge the counts, means and sums of squares of two batches, in float64."""
     means, squares = jax.tree.map(lambda x: np.asarray(x, float), part)
     if total is None:
         return size, means, squares
@@ -340,7 +342,7 @@ def _merge(total, part, size):
 
 
 def _cosine(xs, ys, np=np):
-    """Of two vectors, each given as a list of arrays."""
+    """The cosine between two vectors, each given as a list of arrays."""
     dot = lambda xs, ys: sum(np.sum(x * y) for x, y in zip(xs, ys, strict=True))
     lengths = np.sqrt(dot(xs, xs) * dot(ys, ys))
     return np.where(lengths > 0, dot(xs, ys) / np.where(lengths > 0, lengths, 1), np.nan)

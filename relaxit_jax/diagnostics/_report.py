@@ -1,4 +1,4 @@
-"""The report of a measurement: its numbers, its table and its picture."""
+"""The report on a measurement: its numbers, its table and its picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from relaxit_jax import _arguments as arg
 
-ROUNDING = 1e-5  # of float32, in units of the gradient
+ROUNDING = 1e-5  # float32, in units of the gradient
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
 NUMBERS = ("bias_norm", "bias_norm_error", "variance", "mse", "mse_error")
 NUMBERS += ("cosine", "mean_cosine", "calls", "seconds")
@@ -21,35 +21,39 @@ NUMBERS += ("cosine", "mean_cosine", "calls", "seconds")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GradientReport:
-    """Bias, variance and cost of estimators of one gradient, as `gradient_report` measures them.
+    """Bias, variance and cost of several estimators of one gradient, as measured by `gradient_report`.
 
-    With ``g`` an estimate of the true gradient ``G``: ``mse = E |g - G|^2 = |E g - G|^2 + variance``,
-    ``variance`` the sum of the variances of all coordinates. All arrays are NumPy's; those of E numbers
-    have one for each of the E estimators. ``report["rloo"]`` are those of one, ``str(report)`` is a table.
+    With ``g`` an estimate of the true gradient ``G``: ``mse = E |g - G|^2 = |E g - G|^2 + variance``, where
+    ``variance`` is the sum of the variances of all coordinates. All arrays are NumPy arrays; an array of E
+    numbers has one for each of the E estimators. ``report["rloo"]`` returns the numbers of one estimator, and
+    ``str(report)`` is a table.
 
     Args:
-      names: of the E estimators.
-      reference: in words, what stands for G.
+      names: the names of the E estimators.
+      reference: a description of G in words.
       num_samples: estimates drawn from each.
-      gradient: G, of the shape of the logits; with ``params``, all leaves in one flat array, or the only one.
+      gradient: G, in the shape of the logits; with ``params``, all leaves in one flat array, or the only
+        leaf.
       gradient_error: its standard error, 0 if it is exact, of the same shape.
       bias: ``mean g - G``, of shape (E, *gradient.shape).
-      bias_error: its standard error, that of G included, of the same shape.
+      bias_error: its standard error, including the error of G, of the same shape.
       bias_norm: ``|mean g - G|``, E numbers.
-      bias_norm_error: the root mean square of that norm where there is no bias at all; where there is
-        one, the standard error of the norm is at most this.
-      variance: of one estimate, the sum over all coordinates, E numbers.
-      mse: E numbers; bias^2 in it is without what the noise adds to it, at least 0.
-      mse_error: its standard error, that of G not included.
-      cosine: of the angle between mean g and G, E numbers; NaN where one of them is 0.
-      mean_cosine: the mean of that of single estimates, an estimate of 0 counted as 0.
-      calls: of f for one estimate, E integers. Of f for a whole batch of q; a gradient of f is no call.
-      seconds: for one estimate, forward and backward: the median over compiled batches, by their size.
-      leaves: with ``params``, from the name of each leaf, such as "encoder/kernel", to a report about the
-        coordinates of that leaf alone, of its shape; ``calls`` and ``seconds`` are of the whole.
+      bias_norm_error: the root mean square of that norm if there is no bias at all; if there is one, the
+        standard error of the norm is at most this.
+      variance: of one estimate, summed over all coordinates, E numbers.
+      mse: E numbers; its squared bias excludes the part due to noise, and is at least 0.
+      mse_error: its standard error, not including the error of G.
+      cosine: cosine of the angle between mean g and G, E numbers; NaN if one of them is 0.
+      mean_cosine: mean cosine of single estimates, where an estimate of 0 counts as 0.
+      calls: calls of f for one estimate, E integers. One call covers a whole batch of q; a gradient of f does
+        not count.
+      seconds: time for one estimate, forward and backward: the median over compiled batches, divided by their
+        size.
+      leaves: with ``params``, a dictionary from the name of each leaf, such as "encoder/kernel", to a report
+        on the coordinates of that leaf alone, in its shape; ``calls`` and ``seconds`` are for the whole.
 
     Raises:
-      ValueError: by `plot`, for a ``cost`` that it does not know.
+      ValueError: from `plot`, for an unknown ``cost``.
 
     References:
       T. van Krieken, J. Tomczak, A. ten Teije (2021), Storchastic: A Framework for General Stochastic
@@ -83,9 +87,9 @@ class GradientReport:
 
     @property
     def biased(self) -> NDArray[np.bool_]:
-        """Whether the norm of the bias is above what noise alone exceeds once in a thousand reports.
+        """Whether the norm of the bias exceeds what noise alone reaches once in a thousand reports.
 
-        No coordinate is judged alone: that of a bit which is on once in a million shows no spread.
+        No single coordinate is tested: a bit that is on once in a million shows no spread.
         """
         squares = self.bias_error.reshape(len(self.names), -1) ** 2
         total = np.maximum(squares.sum(1), np.finfo(float).tiny)
@@ -100,7 +104,7 @@ class GradientReport:
         return np.isfinite(self.bias_norm) & np.isfinite(self.variance)
 
     def __getitem__(self, name: str) -> dict[str, float]:
-        """The numbers of one estimator."""
+        """Return the numbers of one estimator."""
         arg.require_choice("name", name, self.names)
         row = self.names.index(name)
         numbers: dict[str, float] = {field: getattr(self, field)[row].item() for field in NUMBERS}
@@ -108,7 +112,7 @@ class GradientReport:
         return numbers
 
     def as_dict(self) -> dict[str, Any]:
-        """What `json.dumps` takes: all but the arrays of coordinates; None for a cosine that is not."""
+        """Return a dictionary for `json.dumps`, without arrays of coordinates; undefined cosines are None."""
         rows: dict[str, dict[str, Any]] = {name: {**self[name]} for name in self.names}
         for row in rows.values():
             row.update({k: None for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)})
@@ -144,7 +148,7 @@ class GradientReport:
         return "\n".join(lines)
 
     def _lines(self, width):
-        """Each name, and its line of the table as far as it does not depend on the cost."""
+        """Each name, and the part of its line in the table that does not depend on the cost."""
         for name, good in zip(self.names, self.finite, strict=True):
             row = self[name]
             seen = "biased" if good and row["biased"] else "" if good else "NaN"
@@ -160,10 +164,10 @@ class GradientReport:
         *,
         cost: Literal["calls", "seconds"] = "calls",
     ) -> None:
-        """Draw the error that is left when estimates are averaged, against what they cost together.
+        """Plot the error that is left when estimates are averaged, against their total cost.
 
-        Each line starts at one estimate. It falls as the root of the cost, and towards its bias where
-        one is seen: the lowest line at the cost that you pay for a step is the estimator to take.
+        Each line starts at one estimate. It falls as the square root of the cost, and toward its bias if one
+        is seen. Use the estimator with the lowest line at the cost that you pay for a step.
 
         Args:
           where: the path of a picture, or axes of matplotlib.
@@ -190,7 +194,7 @@ class GradientReport:
 def recommend(report: GradientReport, *, calls: int) -> str:
     """Say in a sentence which estimator of a report to use, given how often f may be called.
 
-    It averages as many estimates as the calls allow, and takes the estimator whose mean has the least
+    It averages as many estimates as the calls allow, and picks the estimator whose mean has the smallest
     squared error, ``|bias|^2 + variance / (calls // calls of one estimate)``.
 
     Args:
@@ -201,8 +205,8 @@ def recommend(report: GradientReport, *, calls: int) -> str:
       A sentence with the name, its error in units of the gradient, and the next best.
 
     Raises:
-      ValueError: for arguments that are not as above, a report without a finite estimator, or fewer
-        ``calls`` than any finite estimator takes.
+      ValueError: for arguments that are not as above, a report without a finite estimator, or fewer ``calls``
+        than any finite estimator needs.
 
     References:
       T. van Krieken, J. Tomczak, A. ten Teije (2021), Storchastic, arXiv:2104.00428.
@@ -236,7 +240,7 @@ def recommend(report: GradientReport, *, calls: int) -> str:
 
 
 def _squared_biases(report):
-    """The error that stays however many estimates are averaged: 0 where no bias is seen."""
+    """The error that remains however many estimates are averaged: 0 if no bias is seen."""
     return np.where(report.biased, np.maximum(report.mse - report.variance, 0), 0)
 
 
@@ -261,7 +265,7 @@ def _draw(report, axis, cost):
     axis.set_xlabel({"calls": "calls of f, all estimates together", "seconds": "seconds"}[cost])
     axis.set_ylabel("rms error of their mean" + (" / |gradient|" if norm > 0 else ""))
     axis.grid(alpha=0.3)
-    # names at the right ends, moved apart so far that none covers another
+    # names at the right ends, moved apart so that none covers another
     low, high = np.log(axis.get_ylim())
     ends.sort()
     heights = (np.log([error for error, *_ in ends]) - low) / (high - low)

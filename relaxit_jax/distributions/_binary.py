@@ -21,7 +21,7 @@ from relaxit_jax.distributions import _sampler_distribution as sd
 
 
 class RelaxedBernoulli(sd.Bit):
-    """The binary Concrete distribution, `relaxit_jax.relaxed_bernoulli`.
+    """Relaxed bits (binary Concrete), see `relaxit_jax.relaxed_bernoulli`.
 
     ``z = sigmoid((logits + L) / tau)``, L standard logistic.
 
@@ -72,10 +72,10 @@ class RelaxedBernoulli(sd.Bit):
 
 
 class StraightThroughBernoulli(sd.Bit):
-    """Exact bits with the gradient of their probability, `relaxit_jax.straight_through_bernoulli`.
+    """Exact bits with the gradient of their probability, see `relaxit_jax.straight_through_bernoulli`.
 
-    Forward ``Bernoulli(sigmoid(logits))``, backward as if the value were ``sigmoid(logits)``. The
-    support is the unit interval, so that NumPyro takes the draws as differentiable.
+    Forward ``Bernoulli(sigmoid(logits))``; backward as if the value were ``sigmoid(logits)``. The support is
+    the unit interval, so NumPyro treats the draws as differentiable.
 
     Args:
       logits: log-odds of a one.
@@ -137,9 +137,9 @@ class StraightThroughBernoulli(sd.Bit):
 
 
 class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
-    """Exact bits with the gradient of the relaxed one, `relaxit_jax.relaxed_bernoulli` with ``hard``.
+    """Exact bits with the gradient of a relaxed bit, see `relaxit_jax.relaxed_bernoulli` with ``hard``.
 
-    Forward ``1[logits + L > 0]``, a Bernoulli; backward that of ``sigmoid((logits + L) / tau)``.
+    Forward ``1[logits + L > 0]``, a Bernoulli; backward is the gradient of ``sigmoid((logits + L) / tau)``.
 
     Args:
       logits: log-odds of a one.
@@ -174,7 +174,7 @@ class StraightThroughRelaxedBernoulli(StraightThroughBernoulli):
 
 
 class StochasticTimesSmooth(sd.SamplerDistribution):
-    """A bit times the root of its probability, `relaxit_jax.stochastic_times_smooth`.
+    """A bit times the square root of its probability, see `relaxit_jax.stochastic_times_smooth`.
 
     ``z = b sqrt(p)``, ``b ~ Bernoulli(sqrt(p))``, ``p = sigmoid(logits)``: mean p, variance
     ``p sqrt(p) (1 - sqrt(p))``. The second atom depends on the parameter, so the support is not
@@ -201,8 +201,8 @@ class StochasticTimesSmooth(sd.SamplerDistribution):
     support: ct.Constraint = ct.draws_in_unit_interval
     _pathwise = False
     _no_slope = (
-        "its upper value is the root of its own probability, so that no law of other logits gives it a "
-        "probability. Use it in a loss, and another bit, such as StraightThroughBernoulli, as a latent site"
+        "its upper value is the root of its own probability, so a law with other logits gives it no "
+        "probability. Use it in a loss; as a latent site, use another bit, such as StraightThroughBernoulli"
     )
     _sampler = staticmethod(samplers.stochastic_times_smooth)
     _density = staticmethod(samplers.stochastic_times_smooth_log_prob)
@@ -231,7 +231,7 @@ class StochasticTimesSmooth(sd.SamplerDistribution):
     def cdf(self, value: ArrayLike) -> Array:
         value = arg.as_number("value", value)
         root = jnp.sqrt(sigmoid(self.logits))
-        # a draw is the root only to the rounding of its dtype, as for the density
+        # a draw equals the root only to the rounding of its dtype, as for the density
         at_root = value >= root * (1 - 4 * float(jnp.finfo(jnp.result_type(value, root, 0.0)).eps))
         inside = where(at_root & (value > 0), 1, sigmoid(-self.logits) / (1 + root))
         return where(value < 0, 0, inside)
@@ -242,7 +242,7 @@ class StochasticTimesSmooth(sd.SamplerDistribution):
 
 
 class CorrelatedRelaxedBernoulli(sd.SamplerDistribution):
-    """Correlated binary Concrete gates, `relaxit_jax.correlated_bernoulli`.
+    """Correlated relaxed bits, see `relaxit_jax.correlated_bernoulli`.
 
     ``z = sigmoid((logits + logit Phi(v)) / tau)``, ``v ~ N(0, R)``,
     ``R = scale_tril scale_tril^T``.
@@ -305,13 +305,13 @@ def _log_odds(d):
     (BernoulliLogits, StraightThroughBernoulli),
 )
 def _kl_of_bits(p, q):
-    """The KL of the bits that the two stand for."""
+    """The KL between the bits that the two stand for."""
     return samplers.bernoulli_kl(_log_odds(p), _log_odds(q))
 
 
 @_kl.kl_rule((RelaxedBernoulli, RelaxedBernoulli))
 def _kl_of_concretes(p, q):
-    """At one temperature the KL of two logistic distributions, ``d coth(d / 2) - 2``, d the shift."""
+    """At equal temperatures, the KL of two logistic laws, ``d coth(d / 2) - 2``, with d the shift."""
     if not _kl.known_equal("tau", p, q):
         return _kl.concrete_kl((p.logits, p.tau), (q.logits, q.tau))
     _, a, b = arg.widen(p=p.logits, q=q.logits)

@@ -20,12 +20,12 @@ from relaxit_jax.distributions import _sampler_distribution as sd
 
 
 class GumbelSoftmax(sd.OneHot):
-    """The Concrete distribution on the simplex, `relaxit_jax.gumbel_softmax`.
+    """Relaxed one-hot vectors (Gumbel-softmax, Concrete), see `relaxit_jax.gumbel_softmax`.
 
     ``z = softmax((logits + G) / tau)``, G standard Gumbel.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature, positive, of the batch shape.
       probs: probabilities, shape (..., K), instead of ``logits``.
       validate_args: as in NumPyro.
@@ -76,7 +76,7 @@ def RelaxedOneHotCategorical(
 
 
 class InvertibleGaussian(sd.SamplerDistribution):
-    """Softmax++ of a Gaussian, `relaxit_jax.invertible_gaussian`.
+    """Softmax++ of a Gaussian, see `relaxit_jax.invertible_gaussian`.
 
     ``z_k = exp(y_k / tau) / (sum_j exp(y_j / tau) + delta)`` for k < K, ``y ~ N(loc, scale^2)``.
 
@@ -127,14 +127,14 @@ class InvertibleGaussian(sd.SamplerDistribution):
 
 
 class LogisticNormalSoftmax(sd.SamplerDistribution):
-    """Softmax of a Gaussian, `relaxit_jax.logistic_normal`.
+    """Softmax of a Gaussian, see `relaxit_jax.logistic_normal`.
 
     ``z = softmax(y)``, ``y ~ N(loc, Sigma)`` in R^K, Sigma ``diag(scale^2)`` or
     ``scale_tril scale_tril^T``.
 
     Args:
       loc: means, shape (..., K).
-      scale: standard deviations, positive, shape (..., K). Give this or the next.
+      scale: standard deviations, positive, shape (..., K). Pass this or ``scale_tril``.
       scale_tril: Cholesky factor of Sigma, shape (..., K, K).
       validate_args: as in NumPyro.
 
@@ -151,7 +151,7 @@ class LogisticNormalSoftmax(sd.SamplerDistribution):
     """
 
     loc: Array
-    # both can be read, whichever was given
+    # both can be read, whichever was passed
     scale: Array = sd.derived(lambda d: jnp.sqrt(jnp.sum(d.scale_tril**2, -1)))
     scale_tril: Array = sd.derived(lambda d: _diagonal(d.scale))
     arg_constraints: dict[str, Any] = {
@@ -183,7 +183,7 @@ class LogisticNormalSoftmax(sd.SamplerDistribution):
 
     @property
     def covariance_matrix(self) -> Array:
-        """Sigma, of the logits, shape (..., K, K)."""
+        """Sigma, the covariance of the logits, shape (..., K, K)."""
         a = self.scale_tril
         covariance = jnp.matmul(a, jnp.matrix_transpose(a), precision="highest")
         return jnp.broadcast_to(covariance, self.batch_shape + 2 * self.event_shape)
@@ -194,7 +194,7 @@ class LogisticNormalSoftmax(sd.SamplerDistribution):
 
 @_kl.kl_rule((InvertibleGaussian, InvertibleGaussian))
 def _kl_of_invertible_gaussians(p, q):
-    """The KL of the Gaussian log-ratios, ``log z_k - log z_K``."""
+    """The KL between the Gaussian log-ratios, ``log z_k - log z_K``."""
     _, loc, other_loc, scale, other = arg.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
     if not (_kl.known_equal("tau", p, q) and _kl.known_equal("delta", p, q)):
         (loc, scale), (other_loc, other) = (
@@ -202,14 +202,14 @@ def _kl_of_invertible_gaussians(p, q):
             for d, loc, scale in ((p, loc, scale), (q, other_loc, other))
         )
     ratio = scale / other
-    # ratio^2 - 1 - log ratio^2 without its cancellation near 1
+    # ratio^2 - 1 - log ratio^2 without cancellation near 1
     excess = (ratio - 1) * (ratio + 1) - 2 * jnp.log(ratio)
     return jnp.sum(((loc - other_loc) / other) ** 2 + excess, -1) / 2
 
 
 @_kl.kl_rule((LogisticNormalSoftmax, LogisticNormalSoftmax))
 def _kl_of_logistic_normals(p, q):
-    """That of the Gaussians of the K - 1 log-ratios."""
+    """The KL between the Gaussians of the K - 1 log-ratios."""
     half = (p.event_shape[-1] - 1) / 2
     _, loc, other_loc = arg.widen(p=p.loc, q=q.loc)
     shift = loc - other_loc
@@ -225,7 +225,7 @@ def _kl_of_logistic_normals(p, q):
 
 @_kl.kl_rule((Dirichlet, LogisticNormalSoftmax))
 def _kl_of_dirichlet_and_logistic_normal(p, q):
-    """-H(Dirichlet) - E log q, in which log z has mean psi(a_k) - psi(a_0) and variance psi1(a_k)."""
+    """-H(Dirichlet) - E log q, where log z has mean psi(a_k) - psi(a_0) and variance psi1(a_k)."""
     _, a, loc = arg.widen(p=p.concentration, q=q.loc)
     k = a.shape[-1]
     total = jnp.sum(a, -1)
@@ -256,14 +256,14 @@ def _diagonal(scale):
 
 
 def _log_volume(scale):
-    """Half the log-determinant of the log-ratios' covariance, for a diagonal Sigma."""
+    """Half the log-determinant of the covariance of the log-ratios, for a diagonal Sigma."""
     smallest = jnp.min(scale, -1, keepdims=True)
     log_total = jnp.log(jnp.sum((smallest / scale) ** 2, -1)) - 2 * jnp.log(smallest[..., 0])
     return jnp.sum(jnp.log(scale), -1) + log_total / 2
 
 
 def _mean_square(shift, variance, scale):
-    """E sum_k w_k (r_k - m)^2 for r of this mean and variance, w = 1/scale^2, m the weighted mean of r."""
+    """E sum_k w_k (r_k - m)^2 for r with this mean and variance, w = 1/scale^2, m the weighted mean of r."""
     weight = 1 / scale**2
     share = weight / jnp.sum(weight, -1, keepdims=True)
     centred = shift - jnp.sum(share * shift, -1, keepdims=True)
@@ -286,7 +286,7 @@ def _ratio_factor(d):
 
 
 def _solve(factor, matrix):
-    """factor^-1 matrix, batches broadcast."""
+    """factor^-1 matrix, with broadcast batches."""
     batch = jnp.broadcast_shapes(factor.shape[:-2], matrix.shape[:-2])
     factor, matrix = (jnp.broadcast_to(x, batch + x.shape[-2:]) for x in (factor, matrix))
     return lm.solve_lower_matrix(factor, matrix)

@@ -24,10 +24,10 @@ MOST_OUTCOMES = 2**20
 
 
 class LinearChain(sd.SamplerDistribution):
-    """Sequences of a linear chain as one-hot vectors, `relaxit_jax.structured.chain_sample`.
+    """Sequences of a linear chain as one-hot vectors, see `relaxit_jax.structured.chain_sample`.
 
-    ``P(z)`` proportional to ``exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)])``. Draws are
-    exact, with the gradient of their mean, the marginals. The KL of two chains is in closed form.
+    ``P(z)`` is proportional to ``exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)])``. Draws are
+    exact, with the gradient of their mean, the marginals. The KL between two chains has a closed form.
 
     Args:
       unary: log-weights of the classes at each step, shape (..., T, K); -inf is a forbidden class.
@@ -35,8 +35,8 @@ class LinearChain(sd.SamplerDistribution):
       validate_args: as in NumPyro.
 
     Raises:
-      ValueError: for arguments that are not floating point, or shapes that do not fit together; for more than
-        2^20 sequences by `enumerate_support`.
+      ValueError: for arguments that are not floating point, or shapes that do not fit together; in
+        `enumerate_support`, for more than 2^20 sequences.
 
     References:
       J. Lafferty, A. McCallum, F. Pereira (2001), Conditional Random Fields, ICML; M. B. Paulus, D. Choi,
@@ -91,7 +91,7 @@ class LinearChain(sd.SamplerDistribution):
         return self._batched(-_expected_log_prob(self, self))
 
     def enumerate_support(self, expand: bool = True) -> Array:
-        """All K^T sequences, on a first axis; `expand` with the batch axes in full, else of size one."""
+        """All K^T sequences, on a first axis; the batch axes have size one without `expand`."""
         steps, k = self.event_shape
         number = k**steps
         arg.require(number <= MOST_OUTCOMES, "K^T", f"at most {MOST_OUTCOMES} to enumerate", number)
@@ -101,7 +101,7 @@ class LinearChain(sd.SamplerDistribution):
 
 
 def _expected_log_prob(p, q):
-    """E_p log q(z), of each class given the one after it: nothing large cancels."""
+    """E_p log q(z), summed over each class given the next one, so nothing large cancels."""
     (last_p, before_p), (last_q, before_q) = p._conditionals(), q._conditionals()
     mean = jnp.moveaxis(p.mean.astype(last_p.dtype), -2, 0)
     weighted = lm.expected_log_pmf(jnp.moveaxis(before_p, -2, -1), jnp.moveaxis(before_q, -2, -1))
@@ -111,6 +111,6 @@ def _expected_log_prob(p, q):
 
 @_kl.kl_rule((LinearChain, LinearChain))
 def _kl_linear_chain(p, q):
-    """E_p log p(z) - E_p log q(z); inf where p draws what q cannot."""
+    """E_p log p(z) - E_p log q(z); inf if p draws a sequence that q excludes."""
     arg.require(p.event_shape == q.event_shape, "q", f"of event shape {p.event_shape}", q.event_shape)
     return _expected_log_prob(p, p) - _expected_log_prob(p, q)

@@ -1,4 +1,4 @@
-"""The constraints that NumPyro lacks: parameters that may be infinite, and values up to rounding."""
+"""Constraints that NumPyro lacks: parameters that may be infinite, and values up to rounding."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Constraint = constraints.Constraint[Any]
 
 
 class _LogOdds(constraints.ParameterFreeConstraint):
-    """Real numbers and both infinities: certain bits are bits."""
+    """Real numbers and both infinities, because a certain bit is still a bit."""
 
     def __call__(self, x):
         return x == x  # not NaN
@@ -33,7 +33,7 @@ class _LogPotential(constraints.ParameterFreeConstraint):
 
 
 class _LogWeights(constraints.ParameterFreeConstraint):
-    """Categorical logits: -inf is an impossible class, but one class has to be possible."""
+    """Categorical logits: -inf is an impossible class, but at least one class must be possible."""
 
     event_dim = 1
 
@@ -45,12 +45,12 @@ class _LogWeights(constraints.ParameterFreeConstraint):
 
 
 class _Simplex(constraints.ParameterFreeConstraint):
-    """The simplex, to the rounding of the dtype: NumPyro's own allows 1e-6, which bfloat16 misses."""
+    """The simplex, to the rounding of the dtype. NumPyro's own allows 1e-6, which bfloat16 exceeds."""
 
     event_dim = 1
 
     def __call__(self, x):
-        exact = not jnp.issubdtype(x.dtype, jnp.floating)  # the zeros and ones of a vertex
+        exact = not jnp.issubdtype(x.dtype, jnp.floating)  # the zeros and ones of a corner
         slack = 0 if exact else 8 * float(jnp.finfo(x.dtype).eps)
         total = x.astype(arg.wide(x.dtype)).sum(-1)
         return (x >= 0).all(-1) & (abs(total - 1) <= slack)
@@ -73,10 +73,10 @@ class _OneHot(constraints.ParameterFreeConstraint):
 
 
 class Draws(constraints.ParameterFreeConstraint):
-    """A support without a bijection from the real numbers, and that NumPyro must not take for discrete.
+    """A support that has no bijection from the real numbers, and that NumPyro must not treat as discrete.
 
-    NUTS and the continuous automatic guides ask for that bijection. They would lose the probabilities of
-    single values without a word.
+    NUTS and the continuous automatic guides ask for that bijection. They would silently lose the
+    probabilities of single values.
     """
 
     def __init__(self, hull):
@@ -106,8 +106,8 @@ def _no_bijection(constraint):
     raise ValueError(
         "NUTS and the continuous automatic guides, such as AutoNormal, need a density on the real numbers. "
         "This site has none: single values of it have a probability (straight-through draws, gates with "
-        "atoms at 0 and 1), or it is scored by those of a discrete site (relax). Train it by SVI with a "
-        "guide that has a distribution of the same kind there."
+        "atoms at 0 and 1), or it is scored by the law of a discrete site (relax). Train it by SVI "
+        "with a guide that has a distribution of the same kind there."
     )
 
 

@@ -21,17 +21,17 @@ from relaxit_jax.distributions import _sampler_distribution as sd
 
 
 class GeneralizedGumbelSoftmax(sd.SamplerDistribution):
-    """A relaxed number from a finite list, `relaxit_jax.generalized_gumbel_softmax`.
+    """Relaxed counts, or other numbers from a finite list, see `relaxit_jax.generalized_gumbel_softmax`.
 
-    ``z = sum_k w_k values_k``, ``w = softmax((logits + G) / tau)``. With ``hard`` it is a value of
-    the list, whose mass is `log_prob`; the relaxed number has no density in closed form.
+    ``z = sum_k w_k values_k``, ``w = softmax((logits + G) / tau)``. With ``hard`` the draw is a value of the
+    list, and `log_prob` is its mass; the relaxed number has no density in closed form.
 
-    The log-mass is known at the values alone. Its slope in the value, which a straight-through draw passes
-    on, is that of the line through the log-masses of both neighbors, or of the one neighbor that is
-    possible: exact where the log-mass is linear in the value.
+    The log-mass is known only at the values. Its slope in the value, which a straight-through draw passes on,
+    is the slope of the line through the log-masses of both neighbors, or of the one neighbor that is
+    possible. It is exact where the log-mass is linear in the value.
 
     Args:
-      logits: unnormalised log-probabilities of the values, shape (..., K).
+      logits: unnormalized log-probabilities of the values, shape (..., K).
       values: the numbers, shape (..., K), different from each other.
       tau: temperature, positive, of the batch shape.
       probs: probabilities, shape (..., K), instead of ``logits``.
@@ -81,7 +81,7 @@ class GeneralizedGumbelSoftmax(sd.SamplerDistribution):
 
     def _log_pmf(self):
         if not self.hard:
-            raise NotImplementedError("a relaxed number has no closed form; give hard=True")
+            raise NotImplementedError("a relaxed number has no closed form; pass hard=True")
         return _kl.log_pmf_of_classes(self.logits)
 
     @property
@@ -116,7 +116,7 @@ class GeneralizedGumbelSoftmax(sd.SamplerDistribution):
 
 
 def _slopes(log_pmf, values):
-    """Of the log-mass at each value, by the line through the possible values next to it on both sides."""
+    """The slope of the log-mass at each value, from the line through its possible neighbors."""
     values, log_pmf = jnp.broadcast_arrays(values, log_pmf)
     values = pl.placed(values, log_pmf)
     order = lm.argsort(where(log_pmf > -jnp.inf, values, jnp.inf))  # the impossible ones last
@@ -133,9 +133,9 @@ def _slopes(log_pmf, values):
 
 @_kl.kl_rule((GeneralizedGumbelSoftmax, GeneralizedGumbelSoftmax))
 def _kl_of_counts(p, q):
-    """The KL of the discrete laws, if both are drawn exactly; inf where q lacks a value of p."""
+    """The KL between the discrete laws, if both are drawn exactly; inf if q lacks a value of p."""
     if not (p.hard and q.hard):
-        raise NotImplementedError("a relaxed number has no density in closed form, and no KL; give hard=True")
+        raise NotImplementedError("a relaxed number has no density in closed form, and no KL; pass hard=True")
     log_p = p._log_pmf()
     if _kl.known_equal("values", p, q):
         return lm.discrete_kl(log_p, q._log_pmf())

@@ -1,4 +1,4 @@
-"""Stochastic gates, which are exactly 0 or 1 with positive probability, as NumPyro distributions."""
+"""Stochastic gates that are exactly 0 or 1 with positive probability, as NumPyro distributions."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from relaxit_jax.distributions import _sampler_distribution as sd
 class Gate(sd.Bit):
     """A law with atoms at 0 and 1.
 
-    Under an ELBO the pathwise gradient misses the mass that crosses into the atoms, so that these classes
-    count as not reparametrized: score-function gradients are right. `relaxit_jax.handlers.unrounded` and
-    `relax` add the missing term, and the KL of two of a kind is in closed form.
+    Under an ELBO the pathwise gradient misses the mass that crosses into the atoms, so these classes count
+    as not reparametrized, and score-function gradients are right. `relaxit_jax.handlers.unrounded` and
+    `relax` add the missing term, and the KL between two gates of one class has a closed form.
     """
 
     support: ct.Constraint = ct.draws_in_unit_interval
@@ -34,11 +34,11 @@ class Gate(sd.Bit):
     _no_slope = (
         "the gradient of the log-probability in a draw misses the mass that crosses into the atoms at 0 "
         "and 1. Put relaxit_jax.handlers.unrounded around both the model and the guide, or train with "
-        "RLOO_ELBO, or, where model and guide have the same class, with TraceMeanField_ELBO"
+        "RLOO_ELBO or, if model and guide have the same class, with TraceMeanField_ELBO"
     )
 
     def _ends(self):
-        """The log-masses at 0 and 1, and the log-densities beside them, on a last axis."""
+        """The log-masses at 0 and 1, and the log-densities next to them, on a last axis."""
         info = jnp.finfo(jnp.float32)
         at, beside = (
             jnp.stack([self._law(jnp.float32(z)) for z in pair], -1)
@@ -55,12 +55,12 @@ class Gate(sd.Bit):
 
 
 class GaussianRelaxedBernoulli(Gate):
-    """A Gaussian clipped to [0, 1], `relaxit_jax.gaussian_bernoulli`.
+    """Gaussians clipped to [0, 1], see `relaxit_jax.gaussian_bernoulli`.
 
-    ``z = clip(loc + scale eps, 0, 1)``, eps standard normal. `log_prob` is the log-mass at 0 and 1
-    and the log-density between. It stands for the bit ``z > 1/2``. As a latent site it needs
-    `relaxit_jax.handlers.unrounded`, `TraceMeanField_ELBO` or `RLOO_ELBO`: elsewhere the gradient of its
-    log-probability in a draw, which misses the mass that crosses into the atoms, is an error.
+    ``z = clip(loc + scale eps, 0, 1)``, eps standard normal. `log_prob` is the log-mass at 0 and 1 and the
+    log-density in between. It stands for the bit ``z > 1/2``. As a latent site it needs
+    `relaxit_jax.handlers.unrounded`, `TraceMeanField_ELBO` or `RLOO_ELBO`. Elsewhere the gradient of its
+    log-probability in a draw is an error, because it misses the mass that crosses into the atoms.
 
     Args:
       loc: mean before clipping.
@@ -88,15 +88,15 @@ class GaussianRelaxedBernoulli(Gate):
 
     @property
     def log_odds(self) -> Array:
-        """Log-odds of ``z > 1/2``, in float32 or wider."""
+        """The log-odds of ``z > 1/2``, in float32 or wider."""
         _, loc, scale = self._wide()
         return lm.probit_to_logit((loc - 0.5) / scale)
 
     def _wide(self):
-        return arg.widen(loc=self.loc, scale=self.scale)  # ndtr knows no half precision
+        return arg.widen(loc=self.loc, scale=self.scale)  # ndtr does not support half precision
 
     def _moments(self):
-        """Mean and variance, of the parts between 0 and 1 and of the atoms there."""
+        """Mean and variance, from the part between 0 and 1 and the atoms."""
         dtype, loc, scale = self._wide()
         low, high = -loc / scale, (1 - loc) / scale
         inside = ndtr(high) - ndtr(low)
@@ -129,13 +129,13 @@ class GaussianRelaxedBernoulli(Gate):
 
 
 class HardConcrete(Gate):
-    """A stretched and clipped binary Concrete gate, `relaxit_jax.hard_concrete`.
+    """Stretched and clipped binary Concrete gates, see `relaxit_jax.hard_concrete`.
 
-    ``z = clip(a + (b - a) v, 0, 1)``, ``v = sigmoid((logits + L) / tau)``, ``stretch = (a, b)``.
-    `log_prob` is the log-mass at 0 and 1 and the log-density between. It stands for the bit
-    ``z > 1/2``. As a latent site it needs `relaxit_jax.handlers.unrounded`, `TraceMeanField_ELBO` or
-    `RLOO_ELBO`: elsewhere the gradient of its log-probability in a draw, which misses the mass that crosses
-    into the atoms, is an error.
+    ``z = clip(a + (b - a) v, 0, 1)``, ``v = sigmoid((logits + L) / tau)``, ``stretch = (a, b)``. `log_prob`
+    is the log-mass at 0 and 1 and the log-density in between. It stands for the bit ``z > 1/2``. As a latent
+    site it needs `relaxit_jax.handlers.unrounded`, `TraceMeanField_ELBO` or `RLOO_ELBO`. Elsewhere the
+    gradient of its log-probability in a draw is an error, because it misses the mass that crosses into the
+    atoms.
 
     Args:
       logits: log-odds; infinite ones are certain bits.
@@ -181,13 +181,13 @@ class HardConcrete(Gate):
 
     @property
     def log_odds(self) -> Array:
-        """Log-odds of ``z > 1/2``, which are ``logits`` if the stretch is symmetric."""
+        """The log-odds of ``z > 1/2``, which equal ``logits`` if the stretch is symmetric."""
         a, b = self.stretch
         return self.logits - self.tau * math.log((0.5 - a) / (b - 0.5))
 
     @property
     def l0(self) -> Array:
-        """The probability of not being 0, `relaxit_jax.hard_concrete_l0`."""
+        """The probability that the gate is not 0, see `relaxit_jax.hard_concrete_l0`."""
         return self._full(samplers.hard_concrete_l0(self.logits, self.tau, stretch=self.stretch))
 
     def cdf(self, value: ArrayLike) -> Array:
@@ -214,7 +214,7 @@ def _kl_of_atoms(p, q):
 
 @_kl.kl_rule((GaussianRelaxedBernoulli, GaussianRelaxedBernoulli))
 def _kl_of_gaussian_gates(p, q):
-    """The atoms', and between them a quadratic function of eps against the truncated normal density."""
+    """The atoms, and between them a quadratic function of eps under the truncated normal density."""
     _, loc, other_loc, scale, other = arg.widen(a=p.loc, b=q.loc, c=p.scale, d=q.scale)
     low, high = -loc / scale, (1 - loc) / scale
     at_low, at_high = jnp.exp(lm.log_normal_pdf(low)), jnp.exp(lm.log_normal_pdf(high))
@@ -230,11 +230,11 @@ def _kl_of_gaussian_gates(p, q):
 
 @_kl.kl_rule((HardConcrete, HardConcrete))
 def _kl_of_hard_concretes(p, q):
-    """The atoms', and between them the KL of the two underlying binary Concrete variables.
+    """The atoms, and between them the KL between the two underlying binary Concrete variables.
 
-    At one temperature it is ``m (log A + log B - d + r coth(r / 2) - 2)``, with m the mass of p there, d how
-    far the logits of q lie above those of p, A and B the values of ``u + exp(d) (1 - u)`` at both ends, u
-    the distribution function of p, and ``r = log B - log A``.
+    At equal temperatures it is ``m (log A + log B - d + r coth(r / 2) - 2)``, with m the mass of p there, d
+    how far the logits of q lie above the logits of p, A and B the values of ``u + exp(d) (1 - u)`` at both
+    ends, u the distribution function of p, and ``r = log B - log A``.
     """
     if p.stretch != q.stretch:
         raise NotImplementedError(

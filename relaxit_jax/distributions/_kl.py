@@ -1,4 +1,4 @@
-"""KL divergences: the rule that registers them, and the closed forms and quadratures that families share."""
+"""KL divergences: the rule that registers them, and closed forms and quadratures that families share."""
 
 import math
 
@@ -14,7 +14,7 @@ from relaxit_jax._placement import where
 
 
 def kl_rule(*pairs):
-    """Register a KL for these pairs of classes; its result gets the batch shape of both together."""
+    """Register a KL for these pairs of classes. Its result gets the broadcast batch shape of both."""
 
     def register(rule):
         def kl(p, q):
@@ -33,13 +33,13 @@ def log_pmf_of_bits(logits):
 
 
 def log_pmf_of_classes(logits):
-    """Normalised log-probabilities, float32 or wider."""
+    """Normalized log-probabilities, float32 or wider."""
     _, logits = arg.widen(logits=logits)
     return jax.nn.log_softmax(logits, -1)
 
 
 def known_equal(name, p, q):
-    """Whether a parameter is the same in both for certain. Traced values may be, and may not be."""
+    """Whether a parameter is certainly the same in both. Traced values may or may not be."""
     a, b = (getattr(d, "_given", {}).get(name, getattr(d, name)) for d in (p, q))
     if isinstance(a, Tracer) or isinstance(b, Tracer):
         return a is b
@@ -47,7 +47,7 @@ def known_equal(name, p, q):
 
 
 def coth_excess(d):
-    """``d coth(d / 2) - 2``, the KL of two logistic distributions that lie d apart."""
+    """``d coth(d / 2) - 2``, the KL between two logistic distributions at distance d."""
     near = jnp.abs(d) < 0.5  # there the difference would cancel
     s = where(near, d, 0) ** 2
     series = s / 6 * (1 - s / 60 * (1 - s / 42 * (1 - s / 40 * (1 - s * 25 / 990))))
@@ -56,14 +56,14 @@ def coth_excess(d):
 
 
 def concrete_kl(p, q, low=-math.inf, high=math.inf):
-    """The integral of ``p log(p / q)``, of two binary Concrete laws on the logit scale, from low to high.
+    """The integral of ``p log(p / q)`` for two binary Concrete laws on the logit scale, from low to high.
 
-    By tanh-sinh quadrature in the distribution function of p, on both sides of the point where log q
-    bends: exact to the rounding of float32 whatever the two temperatures are.
+    It uses tanh-sinh quadrature in the distribution function of p, on both sides of the point where log q
+    bends, and is exact to the rounding of float32 whatever the two temperatures are.
 
     Args:
-      p: ``(logits, tau)`` of the law that the expectation is taken under.
-      q: the same of the other law.
+      p: ``(logits, tau)`` of the law under which the expectation is taken.
+      q: ``(logits, tau)`` of the other law.
       low: lower end, a logit.
       high: upper end, a logit.
     """

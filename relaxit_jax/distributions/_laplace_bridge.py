@@ -19,10 +19,10 @@ def to_logistic_normal(dirichlet: Dirichlet) -> LogisticNormalSoftmax: ...
 @overload
 def to_logistic_normal(dirichlet: Distribution) -> Any: ...
 def to_logistic_normal(dirichlet: Distribution) -> Distribution:
-    """The logistic-normal close to a Dirichlet: its Laplace approximation in logit space.
+    """Convert a Dirichlet to the logistic-normal close to it (Laplace approximation in logit space).
 
-    ``relaxit_jax.laplace_bridge.dirichlet_to_gaussian``, whose covariance is singular along the
-    all-ones vector; softmax does not see what is added there to factor it.
+    Uses ``relaxit_jax.laplace_bridge.dirichlet_to_gaussian``, whose covariance is singular along the
+    all-ones vector. A constant is added there to factor it, which softmax does not see.
 
     Args:
       dirichlet: a `numpyro.distributions.Dirichlet` of any batch shape, expanded or not.
@@ -45,7 +45,7 @@ def to_logistic_normal(dirichlet: Distribution) -> Distribution:
     arg.require(isinstance(d, Dirichlet), "dirichlet", "a Dirichlet", type(d).__name__)
     dtype, alpha = arg.widen(dirichlet=d.concentration)
     loc, covariance = laplace_bridge.dirichlet_to_gaussian(alpha)
-    # of the size of the others, so that the factor is as well conditioned as it can be
+    # as large as the others, so that the factor is as well conditioned as possible
     extra = jnp.mean(jnp.diagonal(covariance, axis1=-2, axis2=-1), -1)[..., None, None]
     factor = pl.whole(jnp.linalg.cholesky, covariance + extra)
     return LogisticNormalSoftmax(loc=loc.astype(dtype), scale_tril=factor.astype(dtype))
@@ -56,9 +56,9 @@ def to_dirichlet(logistic_normal: LogisticNormalSoftmax) -> Dirichlet: ...
 @overload
 def to_dirichlet(logistic_normal: Distribution) -> Any: ...
 def to_dirichlet(logistic_normal: Distribution) -> Distribution:
-    """The Dirichlet close to a logistic-normal, which inverts `to_logistic_normal` exactly.
+    """Convert a logistic-normal to the Dirichlet close to it, the exact inverse of `to_logistic_normal`.
 
-    ``relaxit_jax.laplace_bridge.gaussian_to_dirichlet``.
+    Uses ``relaxit_jax.laplace_bridge.gaussian_to_dirichlet``.
 
     Args:
       logistic_normal: a `LogisticNormalSoftmax`, diagonal or full, of any batch shape, expanded or

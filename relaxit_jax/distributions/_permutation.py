@@ -15,17 +15,17 @@ from relaxit_jax.distributions import _sampler_distribution as sd
 
 
 class GumbelSinkhorn(sd.SamplerDistribution):
-    """Relaxed permutation matrices, `relaxit_jax.gumbel_sinkhorn`.
+    """Relaxed permutation matrices, see `relaxit_jax.gumbel_sinkhorn`.
 
-    ``S((logits + G) / tau)``, S the scaling to rows and columns that sum to 1. With ``hard`` it is
-    the permutation matrix of the best assignment for the same noise. Neither has a density in closed
-    form. The support is that of the entries.
+    ``S((logits + G) / tau)``, where S scales rows and columns to sum to 1. With ``hard`` the draw is the
+    permutation matrix of the best assignment for the same noise. Neither has a density in closed form. The
+    support is a constraint on the entries.
 
     Args:
-      logits: weights of row i to go to column j, shape (..., n, n); -inf is impossible.
+      logits: the weight of row i for column j, shape (..., n, n); -inf is impossible.
       tau: temperature, positive, of the batch shape.
-      num_iters: steps of Newton's method, at most.
-      probs: the same as probabilities of each row, shape (..., n, n), instead of ``logits``.
+      num_iters: maximum number of Newton steps.
+      probs: the same weights as probabilities in each row, shape (..., n, n), instead of ``logits``.
       hard: exact permutations with the gradient of the relaxed ones.
       validate_args: as in NumPyro.
 
@@ -74,14 +74,14 @@ class GumbelSinkhorn(sd.SamplerDistribution):
 
 
 class RelaxedPermutation(sd.SamplerDistribution):
-    """Relaxed orders of items with one logit each, `relaxit_jax.relaxed_permutation`.
+    """Relaxed orders of items with one logit each, see `relaxit_jax.relaxed_permutation`.
 
     ``Z_ij = softmax_j(-|sort(s)_i - s_j| / tau)``, ``s = logits + G``; row i is the item at place i. With
-    ``hard`` it is the permutation matrix of the decreasing order of s, of the law of Plackett and Luce, and
-    `log_prob` is its mass. The relaxed matrix has no density in closed form.
+    ``hard`` the draw is the permutation matrix of the decreasing order of s. It follows the Plackett-Luce
+    law, and `log_prob` is its mass. The relaxed matrix has no density in closed form.
 
     Args:
-      logits: of the items, shape (..., n); -inf, of one item at most, is the last.
+      logits: one per item, shape (..., n). At most one item may have -inf; it comes last.
       tau: temperature, positive, of the batch shape.
       probs: probabilities of the first item, shape (..., n), instead of ``logits``.
       hard: exact permutations with the gradient of the relaxed ones.
@@ -134,5 +134,5 @@ class RelaxedPermutation(sd.SamplerDistribution):
 
     def _density(self, value, logits, **_):
         if not self.hard:
-            raise NotImplementedError("a relaxed permutation has no density in closed form; give hard=True")
+            raise NotImplementedError("a relaxed permutation has no density in closed form; pass hard=True")
         return samplers.relaxed_permutation_log_prob(value, logits)

@@ -1,4 +1,4 @@
-"""The thin NumPyro class over a sampler and its density, and its parameters as users give them."""
+"""The thin NumPyro class around a sampler and its density, and its parameters as users pass them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from relaxit_jax import _arguments as arg
 from relaxit_jax._placement import where
 from relaxit_jax.distributions import _constraints as ct
 
-# --- parameters as they come ------------------------------------------------------------------
+# --- parameters as users pass them ---------------------------------------------------------------
 
 
-SLACK = 1e-4  # by which rounding may have moved a probability, or a sum of them, above 1
+SLACK = 1e-4  # how far rounding may have moved a probability, or a sum of them, above 1
 
 
 def bit_logits(probs) -> Array:
-    """The log-odds; a probability of 0 or 1 is an infinite one. What rounding left above 1 is 1."""
+    """The log-odds; infinite for a probability of 0 or 1. Rounding above 1 is treated as 1."""
     dtype, p = arg.widen(probs=probs)
     most = 1 + SLACK + 2 * float(jnp.finfo(dtype).eps)
     arg.require_values("probs", probs, "in [0, 1]", lambda p: (p >= 0) & (p <= most))
@@ -47,14 +47,14 @@ def class_logits(probs) -> Array:
 
 
 def check_temperature(temperature, validate_args):
-    """What Pyro's signature calls `temperature`, before the class calls it `tau`."""
+    """Check the parameter that Pyro's signature calls `temperature`, before the class calls it `tau`."""
     arg.as_float("temperature", temperature)
     with arg.check_values(Distribution._validate_args if validate_args is None else validate_args):
         arg.require_positive("temperature", temperature)
 
 
 def per_coordinate(scale, size):
-    """A scale with an event axis of this size."""
+    """Require a scale whose event axis has this size."""
     fits = scale.shape[-1:] in ((), (1,), (size,))
     arg.require(fits, "scale", f"of shape (..., {size})", f"shape {scale.shape}")
     numpy = np if isinstance(scale, np.ndarray) else jnp
@@ -62,30 +62,30 @@ def per_coordinate(scale, size):
 
 
 class _Derived(lazy_property):
-    """Computed each time: what NumPyro's keeps would look like a parameter that was given."""
+    """A property computed each time: NumPyro's cached one would look like a parameter that was passed."""
 
     def __get__(self, instance: Any, obj_type: Any = None) -> Any:
         return self if instance is None else self.wrapped(instance)
 
 
 def derived(of: Callable[[Any], Array]) -> Any:
-    """A parameter that is computed where another was given in its place."""
+    """A parameter that is computed because another was passed instead."""
     return _Derived(of)
 
 
 def _values(x, array):
-    """The values of x in the dtype of its array, as NumPy has them; the array, where they cannot be seen."""
-    with np.errstate(all="ignore"):  # what overflows is stored as an infinity, and checked as one
+    """The values of x in the dtype of its array, as NumPy values; the array itself if they are traced."""
+    with np.errstate(all="ignore"):  # overflow is stored as an infinity, and checked as one
         return np.asarray(x, array.dtype) if arg.can_be_seen(x) else array
 
 
 def logit_quantile(logits, q):
-    """The q-quantile of logits + L, L standard logistic; certain bits are certain at q = 0 and 1 too."""
+    """The q-quantile of logits + L, L standard logistic; certain bits stay certain at q = 0 and 1 too."""
     return where(jnp.isinf(logits), logits, logits + jnp.log(q) - jnp.log1p(-q))
 
 
 def without_batch_of_one(x, event_dim):
-    """A matrix without its batch axes, if they are all of size one: the samplers do not copy it then."""
+    """A matrix without its batch axes if they all have size one, so the samplers do not copy it."""
     shared = event_dim == 2 and x.size == x.shape[-1] * x.shape[-2]
     return x.reshape(x.shape[-2:]) if shared else x
 
@@ -97,7 +97,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def validated(log_prob: F) -> F:
-    """NumPyro's `validate_sample`, whose constraints take arrays of numbers and nothing else."""
+    """NumPyro's `validate_sample`, whose constraints accept only arrays of numbers."""
     check_support = validate_sample(log_prob)
 
     @functools.wraps(log_prob)
@@ -109,7 +109,7 @@ def validated(log_prob: F) -> F:
 
 
 class Made(DistributionMeta):
-    """NumPyro's metaclass. A type checker learns here that calling a class makes one of its instances."""
+    """NumPyro's metaclass. It tells type checkers that calling a class creates one of its instances."""
 
     if TYPE_CHECKING:
 
@@ -126,24 +126,24 @@ class Made(DistributionMeta):
 
 
 class Carried(NamedTuple):
-    """What a draw hands on to whoever scores it, beside its value."""
+    """Extra information that a draw hands on for scoring, next to its value."""
 
     unrounded: Array | None  # the draw in the form of `_log_space`, with the axes of the value
-    atoms: Array | None  # P(0) and P(1) of the law that it was drawn from, on an axis more
+    atoms: Array | None  # P(0) and P(1) of the law it was drawn from, on one more axis
 
 
 def _crossing(atoms, jumps):
-    """A term of value 0 whose gradient is that of the mass which moves into the atoms.
+    """A term with value 0 whose gradient comes from the mass that moves into the atoms.
 
-    E g(z) changes by ``dP (g(atom) - g(beside it))`` where mass dP enters an atom, and no draw has a
-    derivative that tells of it. Here g is a log-law, which jumps there by ``-jumps``.
+    E g(z) changes by ``dP (g(atom) - g(next to it))`` where mass dP enters an atom, and the derivative of a
+    draw does not include that. Here g is a log-law, which jumps there by ``-jumps``.
     """
     jumps = jax.lax.stop_gradient(where(jnp.isfinite(jumps), jumps, 0))
     return jnp.sum((atoms - jax.lax.stop_gradient(atoms)) * jumps, -1)
 
 
 def without_slope(value, message):
-    """The value; whoever asks for a derivative in it gets an error, while the program is traced."""
+    """The value. Taking a derivative in it is an error while the program is traced."""
 
     @jax.custom_jvp
     def held(value):
@@ -159,11 +159,11 @@ def without_slope(value, message):
 
 
 class SamplerDistribution(Distribution, metaclass=Made):
-    """A NumPyro distribution made of a sampler and its density.
+    """A NumPyro distribution made from a sampler and its density.
 
-    A subclass names them (`_sampler`, `_density`), its parameters (`arg_constraints`, the arguments
-    of the sampler), what of the sampler's options is static (`pytree_aux_fields`), and `_event`, the
-    event shape by the parameters' shapes.
+    A subclass sets them (`_sampler`, `_density`), its parameters (`arg_constraints`, the arguments of the
+    sampler), the static options of the sampler (`pytree_aux_fields`), and `_event`, the event shape as a
+    function of the parameters' shapes.
     """
 
     support: ct.Constraint  # type: ignore[assignment]  # NumPyro's is a property
@@ -171,10 +171,10 @@ class SamplerDistribution(Distribution, metaclass=Made):
     reparametrized_params: list[str] = []
     _sampler: Callable[..., Array]
     _density: Callable[..., Array] | None = None
-    _log_space: Hashable = None  # what the sampler returns unrounded, for the density
-    _pathwise: bool = True  # the derivative of the draws is the whole of what their law changes
-    _either: tuple[str, str] = ("logits", "probs")  # one of the two is given
-    _per_coordinate: tuple[str, ...] = ()  # of these a scalar counts for the whole event
+    _log_space: Hashable = None  # the unrounded form that the sampler returns for the density
+    _pathwise: bool = True  # whether the derivative of a draw is the whole gradient of its law
+    _either: tuple[str, str] = ("logits", "probs")  # exactly one of the two is passed
+    _per_coordinate: tuple[str, ...] = ()  # a scalar for one of these counts for the whole event
     _event: Callable[..., tuple[int, ...]] = staticmethod(lambda shapes: ())
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -193,7 +193,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
         for name, x in parameters.items():
             arg.require(x is not None or name in self._either, name, "given", None)
         arrays = {name: arg.as_float(name, x) for name, x in parameters.items() if x is not None}
-        # NumPyro's checks see the values as they came: an array made inside of a jitted function is traced
+        # NumPyro's checks see the values as they came: an array made inside a jitted function is traced
         values = {name: _values(parameters[name], x) if checked else x for name, x in arrays.items()}
         for name in arrays:
             if name in self._per_coordinate:
@@ -205,14 +205,14 @@ class SamplerDistribution(Distribution, metaclass=Made):
         for name, x in (values | dict(static or {})).items():
             setattr(self, name, x)
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
-        self._given = parameters  # constants, where they were given as such inside of a jitted function
-        # all of one rank, as NumPyro's own: what vmap or scan put in front then lines up
+        self._given = parameters  # constants, if they were passed as constants inside a jitted function
+        # all of one rank, as in NumPyro: axes that vmap or scan put in front then line up
         for name, x in arrays.items():
             missing = len(batch_shape) + self.arg_constraints[name].event_dim - x.ndim
             setattr(self, name, x.reshape((1,) * missing + x.shape) if missing else x)
 
     def validate_args(self, strict: bool = True) -> None:
-        """Check concrete values as NumPyro does; skip traced ones: its check fails on them in shard_map."""
+        """Check concrete values as NumPyro does; skip traced ones, on which its check fails in shard_map."""
         for name, x in self.get_args().items():
             if arg.can_be_seen(x):
                 with jax.ensure_compile_time_eval():
@@ -223,7 +223,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
                 raise RuntimeError("Cannot validate arguments inside jitted code.")
 
     def _logits(self, logits, probs, checked):
-        """From exactly one of the two, of bits or of classes."""
+        """Get the logits of bits or classes from exactly one of the two."""
         arg.require((logits is None) != (probs is None), "logits", "given, or else probs", "both or neither")
         if probs is None:
             return logits
@@ -237,7 +237,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
             raise ValueError(f"{kind} distribution got invalid probs parameter: {error}") from None
 
     def _arguments(self):
-        """What the sampler and the density take beside key and value."""
+        """The arguments of the sampler and the density besides key and value."""
         shared = {name: without_batch_of_one(x, self.arg_constraints[name].event_dim)
                   for name, x in self.get_args().items()}  # fmt: skip
         return shared | {name: getattr(self, name) for name in self.pytree_aux_fields}
@@ -253,7 +253,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
 
     @classmethod
     def _calls(cls) -> str:
-        """The calls that an error shows: with the parameters that have no default."""
+        """The calls that an error shows, with the parameters that have no default."""
         taken = inspect.signature(cls).parameters.values()
         needed = [p.name for p in taken if p.default in (None, p.empty) and p.name != "validate_args"]
         first, second = cls._either
@@ -280,13 +280,13 @@ class SamplerDistribution(Distribution, metaclass=Made):
             return self._sampler(key, shape=(*sample_shape, *self.batch_shape), **self._arguments(), **extra)
 
     def _checks(self):
-        """Those of the sampler and the density: of the values as well, unless `validate_args` is False."""
+        """The checks of the sampler and the density, including values unless `validate_args` is False."""
         return arg.check_values(self._validate_args is not False)
 
     def sample_with_intermediates(
         self, key: Array | None, sample_shape: tuple[int, ...] = ()
     ) -> tuple[Array, list[Carried]]:
-        """The draw, and what its law is to be taken from where rounding or atoms would falsify it."""
+        """The draw, and the form in which its law must be evaluated if rounding or atoms would falsify it."""
         value = self.sample(key, sample_shape)
         shape = (*sample_shape, *self.batch_shape)
         unrounded, atoms = None, self._atoms()
@@ -317,19 +317,19 @@ class SamplerDistribution(Distribution, metaclass=Made):
 
     @property
     def _no_slope(self) -> str | None:
-        """Why the log-probability must not be differentiated in a draw alone, None if it may be."""
+        """Why the log-probability must not be differentiated in a draw alone, or None if it may be."""
         return None
 
     def _atoms(self) -> Array | None:
-        """P(0) and P(1) of a law with these atoms, on a last axis."""
+        """P(0) and P(1) for a law with these atoms, on a last axis."""
         return None
 
     def _jumps(self) -> Array:
-        """How far the log-law rises from each of these atoms to the density beside it."""
+        """How far the log-law rises from each atom to the density next to it."""
         raise NotImplementedError
 
     def _batched(self, x):
-        """Of the batch shape also where a parameter that has it does not count, as tau of exact bits."""
+        """Broadcast to the batch shape, even if only an unused parameter (tau of exact bits) has it."""
         return jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, self.batch_shape))
 
     def _full(self, x):
@@ -338,7 +338,7 @@ class SamplerDistribution(Distribution, metaclass=Made):
 
 
 class Bit(SamplerDistribution):
-    """A distribution that stands for a Bernoulli, of these log-odds."""
+    """A distribution that stands for a Bernoulli with these log-odds."""
 
     @property
     def log_odds(self) -> Array:
@@ -351,7 +351,7 @@ class Bit(SamplerDistribution):
 
 
 class OneHot(SamplerDistribution):
-    """A distribution that stands for a one-hot categorical, of these logits."""
+    """A distribution that stands for a one-hot categorical with these logits."""
 
     logits: Array
     _event = staticmethod(lambda shapes: shapes["logits"][-1:])

@@ -1,4 +1,4 @@
-"""Exact subsets of k elements, bits given their sum, as a NumPyro distribution."""
+"""Exact subsets of k elements (bits given their sum) as a NumPyro distribution."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from relaxit_jax.distributions import _sampler_distribution as sd
 
 
 class SimpleTopK(sd.SamplerDistribution):
-    """Independent bits given that k of them are ones, `relaxit_jax.simple_top_k`.
+    """Independent bits given that k of them are ones, see `relaxit_jax.simple_top_k`.
 
-    ``P(z)`` proportional to ``exp(logits . z)`` over the k-hot z. Draws are exact, with the gradient of
-    their mean, the marginals. The KL of two of them is in closed form.
+    ``P(z)`` is proportional to ``exp(logits . z)`` over the k-hot z. Draws are exact, with the gradient
+    of their mean, the marginals. The KL between two of them has a closed form.
 
     Args:
       logits: log-odds of the elements up to a shared constant, shape (..., n); -inf is never drawn.
       k: number of elements, from 1 to n, known before tracing.
       probs: weights of the elements that sum to 1, shape (..., n), instead of ``logits``: ``P(z)`` is
-        proportional to the product of those chosen.
+        proportional to the product of the weights of the chosen elements.
       validate_args: as in NumPyro.
 
     Raises:
@@ -89,7 +89,7 @@ def _expected_log_prob(p, q):
 
 @_kl.kl_rule((SimpleTopK, SimpleTopK))
 def _kl_simple_top_k(p, q):
-    """E_p log p(z) - E_p log q(z); inf where p draws what q cannot."""
+    """E_p log p(z) - E_p log q(z); inf if p draws a subset that q excludes."""
     beyond = jnp.any((p.logits > -jnp.inf) & (q.logits == -jnp.inf), -1) | (p.k != q.k)
     shared = SimpleTopK(logits=q.logits, k=min(p.k, q.logits.shape[-1]))
     kl = _expected_log_prob(p, p) - _expected_log_prob(p, shared)

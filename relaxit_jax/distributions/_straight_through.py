@@ -19,12 +19,12 @@ from relaxit_jax.distributions import _sampler_distribution as sd
 
 
 class OneHotCategorical(sd.OneHot):
-    """The categorical distribution over one-hot vectors: exact draws, no gradient through them.
+    """One-hot vectors from a categorical distribution: exact draws without a gradient.
 
     ``P(z = e_k) = softmax(logits)_k``.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       probs: probabilities, shape (..., K), instead of ``logits``.
       validate_args: as in NumPyro.
 
@@ -78,7 +78,7 @@ class OneHotCategorical(sd.OneHot):
 
 
 class _StraightThrough(OneHotCategorical):
-    """Exact one-hot draws with a gradient, whose support NumPyro has to take for a continuous one."""
+    """Exact one-hot draws with a gradient, whose support NumPyro must treat as continuous."""
 
     support: ct.Constraint = ct.draws_in_simplex
 
@@ -86,11 +86,11 @@ class _StraightThrough(OneHotCategorical):
 class StraightThroughGumbelSoftmax(_StraightThrough):
     """Exact one-hot draws with the gradient of `GumbelSoftmax`.
 
-    Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau)``. The
-    support is the simplex, so that NumPyro takes the draws as differentiable.
+    Forward ``one_hot(argmax(logits + G))``; backward is the gradient of ``softmax((logits + G) / tau)``.
+    The support is the simplex, so NumPyro treats the draws as differentiable.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape.
       probs: probabilities, shape (..., K), instead of ``logits``.
       validate_args: as in NumPyro.
@@ -139,12 +139,12 @@ def RelaxedOneHotCategoricalStraightThrough(
 
 
 class StraightThroughCategorical(_StraightThrough):
-    """Exact one-hot draws with the gradient of probabilities, `relaxit_jax.straight_through_categorical`.
+    """Exact one-hot draws with a straight-through gradient, see `relaxit_jax.straight_through_categorical`.
 
-    Forward ``D ~ OneHotCategorical(logits)``, backward that of ``softmax(logits / tau)``.
+    Forward ``D ~ OneHotCategorical(logits)``; backward is the gradient of ``softmax(logits / tau)``.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape.
       probs: probabilities, shape (..., K), instead of ``logits``.
       validate_args: as in NumPyro.
@@ -175,14 +175,14 @@ class StraightThroughCategorical(_StraightThrough):
 
 
 class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
-    """Exact one-hot draws with a Gumbel-softmax gradient, `relaxit_jax.decoupled_gumbel_softmax`.
+    """Exact one-hot draws with a Gumbel-softmax gradient, see `relaxit_jax.decoupled_gumbel_softmax`.
 
-    Forward ``one_hot(argmax(logits + G))``, backward that of ``softmax((logits + G) / tau_backward)``.
-    ``tau_forward`` does not matter to draws that are exact; it is the sampler's, whose soft draws have
-    it.
+    Forward ``one_hot(argmax(logits + G))``; backward is the gradient of
+    ``softmax((logits + G) / tau_backward)``. ``tau_forward`` does not affect exact draws; it is a
+    parameter because the sampler's soft draws use it.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau_forward: temperature of the value, positive, of the batch shape.
       tau_backward: temperature of the gradient, positive, of the batch shape.
       probs: probabilities, shape (..., K), instead of ``logits``.
@@ -222,15 +222,15 @@ class DecoupledStraightThroughGumbelSoftmax(_StraightThrough):
 
 
 class GappedStraightThrough(_StraightThrough):
-    """Exact one-hot draws with a gapped gradient, `relaxit_jax.gapped_straight_through`.
+    """Exact one-hot draws with a gapped gradient, see `relaxit_jax.gapped_straight_through`.
 
-    Backward that of ``softmax((logits + sg(m1 - m2)) / tau)``, in which the class drawn has the
-    largest logit and leads by ``gap``.
+    Backward is the gradient of ``softmax((logits + sg(m1 - m2)) / tau)``, in which the drawn class has
+    the largest logit and leads by ``gap``.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape.
-      gap: by how much the class drawn leads, positive, of the batch shape.
+      gap: by how much the drawn class leads, positive, of the batch shape.
       probs: probabilities, shape (..., K), instead of ``logits``.
       validate_args: as in NumPyro.
 
@@ -266,13 +266,13 @@ class GappedStraightThrough(_StraightThrough):
 
 
 class ReinMax(_StraightThrough):
-    """Exact one-hot draws with a gradient of second order, `relaxit_jax.reinmax`.
+    """Exact one-hot draws with a second-order gradient, see `relaxit_jax.reinmax`.
 
-    Backward that of ``2 p1 - softmax(logits) / 2``, p1 the softmax of value
+    Backward is the gradient of ``2 p1 - softmax(logits) / 2``, where p1 is the softmax with value
     ``(D + softmax(logits / tau)) / 2``.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape.
       probs: probabilities, shape (..., K), instead of ``logits``.
       validate_args: as in NumPyro.
@@ -303,20 +303,20 @@ class ReinMax(_StraightThrough):
 
 
 class GumbelRao(_StraightThrough):
-    """Exact one-hot draws with a Rao-Blackwellised Gumbel-softmax gradient, `relaxit_jax.gumbel_rao`.
+    """Exact one-hot draws with a Rao-Blackwellized Gumbel-softmax gradient, see `relaxit_jax.gumbel_rao`.
 
-    Backward the mean over ``num_samples`` of that of ``softmax((logits + sg(G_k)) / tau)``, given
-    that ``logits + G_k`` is largest at the class drawn.
+    Backward is the mean over ``num_samples`` gradients of ``softmax((logits + sg(G_k)) / tau)``, given
+    that ``logits + G_k`` is largest at the drawn class.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape.
-      num_samples: Gumbel vectors a draw, a Python integer, 1 or more.
+      num_samples: Gumbel vectors per draw, a Python integer, 1 or more.
       probs: probabilities, shape (..., K), instead of ``logits``.
       validate_args: as in NumPyro.
 
     Raises:
-      ValueError: as for `GumbelSoftmax`, or for a ``num_samples`` that is no such integer.
+      ValueError: as for `GumbelSoftmax`, or for a ``num_samples`` that is not a positive integer.
 
     References:
       M. B. Paulus, C. J. Maddison, A. Krause (2021), arXiv:2010.04838.
@@ -345,15 +345,15 @@ class GumbelRao(_StraightThrough):
 
 
 class ReinMaxRao(_StraightThrough):
-    """Exact one-hot draws with a Rao-Blackwellised gradient of second order, `relaxit_jax.reinmax_rao`.
+    """Exact one-hot draws with a Rao-Blackwellized second-order gradient, see `relaxit_jax.reinmax_rao`.
 
-    Backward ``2 J - J0 / 2``, J a mean over ``num_samples`` Gumbel vectors, J0 the Jacobian of
-    ``softmax(logits)``.
+    Backward ``2 J - J0 / 2``, where J is a mean over ``num_samples`` Gumbel vectors and J0 is the
+    Jacobian of ``softmax(logits)``.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape.
-      num_samples: Gumbel vectors a draw, a Python integer, 1 or more.
+      num_samples: Gumbel vectors per draw, a Python integer, 1 or more.
       probs: probabilities, shape (..., K), instead of ``logits``.
       validate_args: as in NumPyro.
 
@@ -391,5 +391,5 @@ class ReinMaxRao(_StraightThrough):
 
 @_kl.kl_rule((sd.OneHot, OneHotCategorical))
 def _kl_of_classes(p, q):
-    """The KL of the categoricals that the two stand for."""
+    """The KL between the categoricals that the two stand for."""
     return samplers.categorical_kl(p.logits, q.logits)

@@ -18,14 +18,14 @@ from relaxit_jax.distributions import _sampler_distribution as sd
 
 
 class GumbelSoftmaxTopK(sd.SamplerDistribution):
-    """Relaxed k-hot vectors, `relaxit_jax.relaxed_top_k`.
+    """Relaxed k-hot vectors, see `relaxit_jax.relaxed_top_k`.
 
-    The sum of k Gumbel-softmax draws without replacement. With ``hard`` it is an exact k-hot vector
-    whose mass, that of the set of `relaxit_jax.gumbel_top_k`, is `log_prob`; the relaxed vector has
-    no density in closed form. The support is that of its entries, which sum to k.
+    The sum of k Gumbel-softmax draws without replacement. With ``hard`` the draw is an exact k-hot vector,
+    and `log_prob` is its mass, the mass of the set in `relaxit_jax.gumbel_top_k`. The relaxed vector has no
+    density in closed form. The support is a constraint on its entries, which sum to k.
 
     Args:
-      logits: unnormalised log-probabilities of the first draw, shape (..., n).
+      logits: unnormalized log-probabilities of the first draw, shape (..., n).
       k: number of elements, from 1 to n, known before tracing.
       tau: temperature, positive, of the batch shape.
       probs: probabilities of the first draw, shape (..., n), instead of ``logits``.
@@ -82,7 +82,7 @@ class GumbelSoftmaxTopK(sd.SamplerDistribution):
 
     def _density(self, value, logits, **_):
         if not self.hard:
-            raise NotImplementedError("a relaxed k-hot vector has no density in closed form; give hard=True")
+            raise NotImplementedError("a relaxed k-hot vector has no density in closed form; pass hard=True")
         value = arg.as_number("value", value).astype(arg.wide(logits.dtype))
         arg.require_event("value", value)
         arg.require_same_event(value, logits)

@@ -19,14 +19,14 @@ from relaxit_jax.structured import _tree as tree
 
 
 class SpanningTree(sd.SamplerDistribution):
-    """Spanning trees as adjacency matrices, `relaxit_jax.structured.tree_sample`.
+    """Spanning trees as adjacency matrices, see `relaxit_jax.structured.tree_sample`.
 
-    ``P(T)`` proportional to ``exp(sum_(ij in T) w_ij)``. Draws are exact, with the gradient of their mean,
-    the probability of each edge. The KL of two of them is in closed form.
+    ``P(T)`` is proportional to ``exp(sum_(ij in T) w_ij)``. Draws are exact, with the gradient of their
+    mean, the probability of each edge. The KL between two of them has a closed form.
 
     Args:
       weights: log-weights of the edges, shape (..., n, n), n at least 2; the upper triangle counts, and -inf
-        is an edge that is not there.
+        is an edge that does not exist.
       validate_args: as in NumPyro.
 
     Raises:
@@ -67,7 +67,7 @@ class SpanningTree(sd.SamplerDistribution):
 
 
 def _expected_log_prob(p, q):
-    """E_p log q(T), the sum of mu_ij w_ij less A, with the largest weight taken off both."""
+    """E_p log q(T), the sum of mu_ij w_ij minus A, with the largest weight subtracted from both."""
     (_, of_p), (_, of_q) = (tree.as_edges(x.weights) for x in (p, q))
     mean = structured.tree_marginals(of_p)
     edges = of_q - jnp.max(of_q, (-1, -2), keepdims=True)
@@ -77,6 +77,6 @@ def _expected_log_prob(p, q):
 
 @_kl.kl_rule((SpanningTree, SpanningTree))
 def _kl_spanning_tree(p, q):
-    """E_p log p(T) - E_p log q(T); inf where p draws what q cannot."""
+    """E_p log p(T) - E_p log q(T); inf if p draws a tree that q excludes."""
     arg.require(p.event_shape == q.event_shape, "q", f"of event shape {p.event_shape}", q.event_shape)
     return _expected_log_prob(p, p) - _expected_log_prob(p, q)

@@ -1,4 +1,4 @@
-"""Score-function estimators with a control variate on relaxed draws, and how the variate is trained."""
+"""Score-function estimators with a control variate on relaxed draws, and the training of the variate."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def rebar(
     eta: ArrayLike = 1.0,
     has_aux: bool = False,
 ) -> Any:
-    """REBAR: f at a relaxed draw as control variate.
+    """Estimate a gradient with f at a relaxed draw as the control variate (REBAR).
 
-    Gradient ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with
-    ``c(z) = eta f(relaxed(z))``: z are the noisy logits that gave b, z~ those drawn again given b,
-    relaxed is the sigmoid or softmax of ``z / tau``. Value f(b). Three calls of f; for the
-    parameters of f only that at b counts. Second derivatives in two different variables have the
+    The gradient is ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with
+    ``c(z) = eta f(relaxed(z))``. z are the noisy logits that gave b, z~ are noisy logits drawn again given
+    b, and relaxed is the sigmoid or softmax of ``z / tau``. The value is f(b). f is called three times; only
+    the call at b counts for the parameters of f. Second derivatives in two different variables have the
     variance of `reinforce`, without a control variate.
 
     Args:
       key: a JAX random key.
-      f: from a sample of shape ``q.shape``, also a relaxed one, to values of shape ``q.batch_shape``.
+      f: from a sample of shape ``q.shape``, exact or relaxed, to values of shape ``q.batch_shape``.
       q: `Bernoulli` or `OneHotCategorical`.
       tau: temperature of the relaxation, a positive scalar.
       eta: scale of the control variate, a scalar. Both are trained by `value_and_grads`; the value
@@ -42,7 +42,7 @@ def rebar(
       has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and the aux at b.
+      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` a pair of it and the aux at b.
 
     Raises:
       ValueError: for an f as in `reinforce`, a ``tau`` that is not positive, or a ``tau`` or ``eta``
@@ -52,7 +52,7 @@ def rebar(
       G. Tucker, A. Mnih, C. J. Maddison, D. Lawson, J. Sohl-Dickstein (2017), REBAR: Low-variance,
       unbiased gradient estimates for discrete latent variable models, arXiv:1703.07370.
 
-    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+    The mean of 100,000 estimates, one for each batch element, agrees with the exact gradient:
 
     >>> from relaxit_jax.estimators import Bernoulli, exact
     >>> f = lambda b: (b.sum(-1) - 2) ** 2
@@ -71,8 +71,8 @@ def rebar(
     for name, x in {"tau": tau, "eta": eta}.items():
         arg.require(x.shape == (), name, "a scalar", f"shape {x.shape}")
 
-    # the control variate adds nothing to the mean, so derivatives in what f closes over can leave it out;
-    # with it they would be wrong for an f with kinks
+    # the control variate adds nothing to the mean, so derivatives in the variables f closes over can leave
+    # it out; with it they would be wrong for an f with kinks
     def variate_at(logits):
         value_of = (lambda b: f(b)[0]) if has_aux else f
         frozen, closed_over = jax.closure_convert(value_of, logits.astype(q.logits.dtype))
@@ -95,27 +95,27 @@ def relax(
     control_variate: Callable[[Array], ArrayLike],
     has_aux: bool = False,
 ) -> Any:
-    """RELAX: any function of the noisy logits as control variate.
+    """Estimate a gradient with any function of the noisy logits as the control variate (RELAX).
 
-    Gradient ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, with c the control
-    variate, z the noisy logits that gave b and z~ those drawn again given b. Value f(b). One call of
-    f, two of c. For bits z is ``logits + L`` and ``b = 1[z > 0]``, for classes
-    ``log_softmax(logits) + G`` and b its largest. Second derivatives in two different variables have
-    the variance of `reinforce`, without a control variate.
+    The gradient is ``(f(b) - c(z~)) grad log P(b) + grad c(z) - grad c(z~) + grad f(b)``, where c is the
+    control variate, z are the noisy logits that gave b, and z~ are noisy logits drawn again given b. The
+    value is f(b). f is called once and c twice. For bits z is ``logits + L`` and ``b = 1[z > 0]``; for
+    classes z is ``log_softmax(logits) + G`` and b marks its largest entry. Second derivatives in two
+    different variables have the variance of `reinforce`, without a control variate.
 
     Args:
       key: a JAX random key.
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``; it need not be
-        differentiable, nor known.
+        differentiable, or even known.
       q: `Bernoulli` or `OneHotCategorical`.
       control_variate: from noisy logits of shape ``q.shape`` to values of shape ``q.batch_shape``,
-        differentiable. What it depends on is trained by `value_and_grads`. If it also depends on the
-        logits or on parameters of f, put those behind `jax.lax.stop_gradient`: otherwise a control
-        variate with kinks, such as one made of relu, biases second derivatives in them.
+        differentiable. `value_and_grads` trains the parameters it depends on. If it also depends on the
+        logits or on parameters of f, put those behind `jax.lax.stop_gradient`: otherwise a control variate
+        with kinks, such as one made of relu, biases second derivatives in them.
       has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and aux.
+      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` a pair of it and aux.
 
     Raises:
       ValueError: for an f or ``control_variate`` as in `reinforce`.
@@ -124,7 +124,7 @@ def relax(
       W. Grathwohl, D. Choi, Y. Wu, G. Roeder, D. Duvenaud (2018), Backpropagation through the Void:
       Optimizing control variates for black-box gradient estimation, arXiv:1711.00123.
 
-    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+    The mean of 100,000 estimates, one for each batch element, agrees with the exact gradient:
 
     >>> from relaxit_jax.estimators import Bernoulli, exact
     >>> f = lambda b: (b.sum(-1) - 2) ** 2
@@ -145,7 +145,8 @@ def relax(
 
 def _with_variate(key, f, q, variate_at, has_aux):
     """Estimate with the control variate ``variate_at(logits)``, built for noisy logits of the same type."""
-    # z and z~ are functions of the logits whose gradients are wanted here, not those of what made them
+    # z and z~ are functions of the logits, and their gradients are needed here, not those of the inputs
+    # behind them
     logits = jax.lax.stop_gradient(q.logits.astype(arg.wide(q.logits.dtype)))
     sample, noisy, again = q.coupled(key)
     value, aux = es.call(f, q, sample, has_aux=has_aux)
@@ -170,20 +171,21 @@ def _with_variate(key, f, q, variate_at, has_aux):
 def value_and_grads(
     loss: Callable[..., ArrayLike], params: Any, variate: Any, *args: Any, **kwargs: Any
 ) -> tuple[Array, Any, Any]:
-    """A loss, its gradient, and how the gradient's variance falls with the control variate, in one pass.
+    """Compute a loss, its gradient, and the gradient that lowers its variance, in one pass.
 
-    With ``g = grad_params loss(params, variate, ...)``, a single estimate whose mean does not depend
-    on the control variate, the last is ``grad_variate |g|^2``: an unbiased gradient of the variance
-    ``E |g|^2 - |E g|^2``, summed over all parameters. Each is ready for an Optax optimiser of its own.
+    Let ``g = grad_params loss(params, variate, ...)``, a single estimate whose mean does not depend on the
+    control variate. The last result is ``grad_variate |g|^2``, an unbiased gradient of the variance
+    ``E |g|^2 - |E g|^2``, summed over all parameters. Each gradient is ready for its own Optax optimizer.
 
-    That holds where, at fixed noise, the gradient is a continuous function of ``variate``. It is not where f
-    calls another estimator whose logits depend on the draw: at a relaxed draw the inner bits jump with tau,
-    and the slope in tau is off (-1.0 was found for -3.2). That in eta stays right: train eta alone there.
+    This holds if, at fixed noise, the gradient is a continuous function of ``variate``. It is not if f calls
+    another estimator whose logits depend on the draw: at a relaxed draw the inner bits jump with tau, and
+    the slope in tau is wrong (-1.0 instead of -3.2 in one case). The slope in eta stays right, so train eta
+    alone there.
 
     Args:
-      loss: ``loss(params, variate, *args, **kwargs)`` to a scalar, by `rebar` or `relax` with what
-        ``variate`` holds (eta, tau or its logarithm, the parameters of a network).
-      params: a pytree of what is learned.
+      loss: ``loss(params, variate, *args, **kwargs)`` to a scalar, computed with `rebar` or `relax` from the
+        contents of ``variate`` (eta, tau or its logarithm, the parameters of a network).
+      params: a pytree of the learned parameters.
       variate: a pytree of the control variate's own parameters.
       *args: further arguments of ``loss``, such as a key and data.
       **kwargs: the same, by keyword.

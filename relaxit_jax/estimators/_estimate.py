@@ -1,4 +1,4 @@
-"""What the estimators share: what they ask of q, calling f, and a value with derivatives of its own."""
+"""Shared parts of the estimators: the protocol of q, calling f, and a value with its own derivatives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from relaxit_jax._placement import where
 
 @runtime_checkable
 class Law(Protocol):
-    """What the score function needs to know of the variables, which may depend on each other."""
+    """The part of a distribution that the score function needs. Its variables may depend on each other."""
 
     @property
     def logits(self) -> Array: ...
@@ -34,7 +34,7 @@ class Law(Protocol):
 
 @runtime_checkable
 class Family(Law, Protocol):
-    """Independent variables, as the estimators see them: `Bernoulli` and `OneHotCategorical`."""
+    """Independent variables, in the form the estimators use: `Bernoulli` and `OneHotCategorical`."""
 
     def score(self, sample: ArrayLike) -> Array: ...
     def log_masses(self, sample: ArrayLike) -> Array: ...
@@ -44,13 +44,13 @@ class Family(Law, Protocol):
 
 
 class Antithetic(Family, Protocol):
-    """A family with the draws of `arms`: `Bernoulli` and `OneHotCategorical`."""
+    """A family with the draws that `arms` needs: `Bernoulli` and `OneHotCategorical`."""
 
     def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]: ...
 
 
 class Bits(Antithetic, Protocol):
-    """A family with the draws of `arm` and `disarm` as well: `Bernoulli`."""
+    """A family with the draws that `arm` and `disarm` need as well: `Bernoulli`."""
 
     def antithetic(self, key: Array) -> tuple[Array, Array, Array]: ...
 
@@ -60,7 +60,7 @@ Estimator = Callable[[Array, Callable[[Array], ArrayLike], Q], ArrayLike]
 
 
 def check(q, *, has_aux=False, kind=Family, **functions):
-    """What every estimator is given: a family, and functions of its samples."""
+    """Check the arguments of every estimator: a family, and functions of its samples."""
     arg.require_flags(has_aux=has_aux)
     need = "a family of estimators, such as estimators.Bernoulli(logits) or "
     need += "estimators.OneHotCategorical(logits)"
@@ -72,9 +72,9 @@ def check(q, *, has_aux=False, kind=Family, **functions):
 
 
 def call(f, q, sample, name="f", *, has_aux=False, finite=True):
-    """f of a sample, or of several that are stacked on a leading axis, and the aux of the first of them.
+    """f of one sample, or of several that are stacked on a leading axis, and the aux of the first.
 
-    Its shape and its values are checked; those that need not be finite may be -inf.
+    Its shape and its values are checked; values that need not be finite may be -inf.
     """
 
     def checked(sample):
@@ -82,7 +82,7 @@ def call(f, q, sample, name="f", *, has_aux=False, finite=True):
         if not has_aux:
             return as_result(name, result), None
         pair = isinstance(result, tuple) and len(result) == 2
-        need = "a function that returns (value, aux), as has_aux=True says"
+        need = "a function that returns (value, aux), because has_aux=True"
         arg.require(pair, name, need, f"a {type(result).__name__}")
         return as_result(name, result[0]), result[1]
 
@@ -100,12 +100,12 @@ def call(f, q, sample, name="f", *, has_aux=False, finite=True):
 
 
 def with_aux(value, aux, has_aux):
-    """What an estimator returns."""
+    """The return value of an estimator."""
     return (value, aux) if has_aux else value
 
 
 def as_result(name, value):
-    """The value of a function that was given, as an array of floats."""
+    """The value of a user's function, as an array of floats."""
     need = "a function with floating-point values"
     # a list or a tuple of arrays would become one array
     arg.require(jax.tree.structure(value) == jax.tree.structure(0), name, need, f"a {type(value).__name__}")
@@ -115,28 +115,28 @@ def as_result(name, value):
 
 
 def per_event(x, q):
-    """An array of the batch shape, against arrays of a sample's shape, in float32 or wider as scores are."""
+    """An array of the batch shape, broadcast against samples, in float32 or wider like the scores."""
     return x.reshape(x.shape + (1,) * q.event_ndims).astype(arg.wide(x.dtype))
 
 
 def estimate(q, samples, values, gradient, parts, *, baselines=None, rest=None):
     """The mean of the values, whose gradient is `gradient` in the logits and the mean of their own in f.
 
-    The gradient is a number for the draws that were made, but its mean depends on the logits: the draws do,
-    and so does the formula. Therefore it has derivatives of its own, those of the estimate that the same
-    draws give at logits nearby. There each draw counts with the ratio of its probabilities there and here,
-    and each element with `Family.with_own_derivatives`. The mean of that estimate is the gradient of E f at
-    the logits nearby, exactly, so derivatives of every order are unbiased.
+    The gradient is a number for the draws that were made, but its mean depends on the logits, because the
+    draws and the formula do. So it has derivatives of its own: the derivatives of the estimate that the same
+    draws give at nearby logits. There each draw is weighted by the ratio of its probabilities there and here,
+    and each element uses `Family.with_own_derivatives`. The mean of that estimate is exactly the gradient of
+    E f at the nearby logits, so derivatives of every order are unbiased.
 
     Args:
-      q: the family that was drawn from.
-      samples: the draws, stacked on a first axis, as values, parts and baselines are.
+      q: the family the draws come from.
+      samples: the draws, stacked on a first axis, as are values, parts and baselines.
       values: f of each draw.
-      gradient: of the shape of the logits; at infinite ones 0 takes its place.
+      gradient: an array in the shape of the logits; it is replaced by 0 at infinite logits.
       parts: these and `rest` add up to the gradient. Each is f of its draw times a factor for each variable
         that depends on the noise of this variable only.
-      baselines: for each value a guess of it that does not depend on its draw, such as the mean of the
-        others. It lowers the variance of derivatives in the parameters of f, then in the logits.
+      baselines: a guess for each value that does not depend on its draw, such as the mean of the others. It
+        lowers the variance of derivatives in the parameters of f, then in the logits.
       rest: the remaining part of the gradient, whose mean is 0 at all logits.
     """
     return _estimate(q, samples, values, gradient, parts, baselines, rest)
@@ -190,7 +190,7 @@ def _nearby_jvp(primals, tangents):
 
 @jax.custom_jvp
 def likelihood_ratio(log_p: Array) -> Array:
-    """P(draw) over P(draw) where the draw was made, which is 1, with its derivatives of every order.
+    """P(draw) over P(draw) at the parameters of the draw, which is 1, with its derivatives of every order.
 
     J. Foerster et al. (2018), DiCE: The Infinitely Differentiable Monte Carlo Estimator, arXiv:1802.05098.
     """

@@ -1,4 +1,4 @@
-"""The distributions whose draws the estimators differentiate through."""
+"""Distributions whose draws the estimators differentiate through."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from relaxit_jax.estimators import _estimate as es
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Variables:
-    """Variables, a pytree of their parameters; a sample has the shape of the logits."""
+    """Variables as a pytree of their parameters. A sample has the shape of the logits."""
 
     logits: Array
     event_ndims: int
@@ -50,12 +50,12 @@ class Variables:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """The shape of what f returns."""
+        """The shape of the values that f returns."""
         return self.logits.shape[: self.logits.ndim - self.event_ndims]
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """The shape of one event: all that f takes together."""
+        """The shape of one event, which f takes together."""
         return self.shape[len(self.batch_shape) :]
 
     def with_logits(self, logits: ArrayLike) -> Variables:
@@ -63,7 +63,7 @@ class Variables:
         return type(self)(logits, self.event_ndims)  # type: ignore[call-arg]
 
     def _set(self, logits, event_ndims, least):
-        """Both fields, once everything about them that can be known is checked."""
+        """Set both fields after checking everything about them that can be known."""
         logits = arg.as_float("logits", logits)
         ndims = arg.as_static_int("event_ndims", event_ndims, least, logits.ndim)
         event = logits.shape[logits.ndim - ndims :]
@@ -73,7 +73,7 @@ class Variables:
         object.__setattr__(self, "event_ndims", ndims)
 
     def _checked(self, sample):
-        """A draw, or several of them stacked on leading axes, as an array."""
+        """A draw, or several draws stacked on leading axes, as an array."""
         sample = arg.as_number("sample", sample)
         fits = arg.broadcasts_to(self.shape, sample.shape)
         arg.require(fits, "sample", f"of shape {self.shape}, or several of them", f"shape {sample.shape}")
@@ -95,11 +95,11 @@ class Bernoulli(Variables):
     ``P(b = 1) = sigmoid(logits)``.
 
     Args:
-      logits: log-odds, of the shape of a sample.
-      event_ndims: how many of the last axes belong to one call of f; those before are the batch.
+      logits: log-odds, with the shape of a sample.
+      event_ndims: how many of the last axes belong to one call of f; the axes before them are the batch.
 
     Raises:
-      ValueError: for logits that are not floating point, NaN or of no variable, or more
+      ValueError: for logits that are not floating point, contain NaN or have no elements, or for more
         ``event_ndims`` than axes.
 
     References:
@@ -127,7 +127,7 @@ class Bernoulli(Variables):
         return self._as_sample(rng.bernoulli(key, p, q, (*shape, *self.shape)))
 
     def score(self, sample: ArrayLike) -> Array:
-        """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
+        """The gradient of log P(sample) in the logits, b - p, computed without cancellation."""
         p, q = self._probabilities()
         return where(self._checked(sample) != 0, q, -p)
 
@@ -136,28 +136,29 @@ class Bernoulli(Variables):
         return self._over_event(self.log_masses(sample))
 
     def log_masses(self, sample: ArrayLike) -> Array:
-        """log P of each bit's own value."""
+        """log P for each bit's own value."""
         logits = self._wide()
         return jax.nn.log_sigmoid(where(self._checked(sample) != 0, logits, -logits))
 
     def with_own_derivatives(self, gradient: Array) -> Array:
         """A gradient of E f, with its derivatives in each bit's own logit.
 
-        E f is linear in the probability p of a bit. So its gradient is p'(l) times a factor without l.
+        E f is linear in the probability p of a bit, so its gradient is p'(l) times a factor that does not
+        depend on l.
         """
         return gradient * es.likelihood_ratio(lm.log_logistic_pdf(self._wide()))
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
-        """How many events there are, and a function from some of their numbers to the events."""
+        """The number of events, and a function that maps their indices to the events."""
         n = math.prod(self.event_shape)
         digits = lambda index: (index[:, None] >> jnp.arange(n)) & 1
         return 2**n, lambda index: digits(index).reshape(-1, *self.event_shape).astype(self.logits.dtype)
 
     def coupled(self, key: Array) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]:
-        """Noisy logits z with b = 1[z > 0], and z drawn again given b; as functions of the logits.
+        """Noisy logits z with b = 1[z > 0], and z drawn again given b, both as functions of the logits.
 
         With V logistic, ``z~ = softplus(V + softplus(l))`` given a one and ``-softplus(V + softplus(-l))``
-        given a zero, which are l + logit u' of Tucker et al. (2017) without a probability to round.
+        given a zero. This equals l + logit u' of Tucker et al. (2017) without a probability to round.
         """
         arg.check_key(key)
         noise_key, again_key = jax.random.split(key)
@@ -173,14 +174,14 @@ class Bernoulli(Variables):
         )
 
     def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array:
-        """The relaxed sample of noisy logits."""
+        """The relaxed sample for noisy logits."""
         return jax.nn.sigmoid(jnp.asarray(z) / tau).astype(self.logits.dtype)
 
     def antithetic(self, key: Array) -> tuple[Array, Array, Array]:
-        """The draws 1[1 - u < p] and 1[u < p] of one uniform u, and u - 1/2."""
+        """The draws 1[1 - u < p] and 1[u < p] from one uniform u, and u - 1/2."""
         arg.check_key(key)
         p, q = self._probabilities()
-        r = rng.tail_uniform(key, self.shape, p)  # of u; that of 1 - u is -r
+        r = rng.tail_uniform(key, self.shape, p)  # for u; for 1 - u it is -r
         below = lambda r: where(r < 0, -r > q, r < p)
         return self._as_sample(below(-r)), self._as_sample(below(r)), where(r < 0, r + 0.5, r - 0.5)
 
@@ -203,14 +204,14 @@ class OneHotCategorical(Variables):
     ``P(b = e_k) = softmax(logits)_k`` on the last axis.
 
     Args:
-      logits: unnormalised log-probabilities, of the shape of a sample, the classes last; -inf is an
+      logits: unnormalized log-probabilities, with the shape of a sample and the classes last; -inf is an
         impossible class.
-      event_ndims: how many of the last axes belong to one call of f, that of the classes among them;
-        those before are the batch.
+      event_ndims: how many of the last axes belong to one call of f, including the axis of the classes; the
+        axes before them are the batch.
 
     Raises:
-      ValueError: for logits that are not floating point, NaN, all -inf or of no variable, or more
-        ``event_ndims`` than axes.
+      ValueError: for logits that are not floating point, contain NaN, are all -inf or have no elements, or
+        for more ``event_ndims`` than axes.
 
     References:
       R. J. Williams (1992), Machine Learning 8.
@@ -238,7 +239,7 @@ class OneHotCategorical(Variables):
         return self._as_sample(lm.is_class(index, self.logits))
 
     def score(self, sample: ArrayLike) -> Array:
-        """The gradient of log P(sample) in the logits, b - p, without its cancellation."""
+        """The gradient of log P(sample) in the logits, b - p, computed without cancellation."""
         p, drawn = self._probabilities(), self._checked(sample) != 0
         return where(drawn, jnp.sum(where(drawn, 0, p), -1, keepdims=True), -p)
 
@@ -247,22 +248,22 @@ class OneHotCategorical(Variables):
         return self._over_event(self.log_masses(sample))
 
     def log_masses(self, sample: ArrayLike) -> Array:
-        """log P of each variable's own class; the last axis has one element."""
+        """log P for each variable's own class; the last axis has one element."""
         return jnp.sum(where(self._checked(sample) != 0, self._log_probabilities(), 0), -1, keepdims=True)
 
     def with_own_derivatives(self, gradient: Array) -> Array:
         """A gradient of E f, with its derivatives in each variable's own logits.
 
-        E f is linear in the probabilities p of a variable. So its gradient is p_k (a_k - sum_j p_j a_j) with
-        factors a without the logits. A constant in a drops out, so p_k a_k may be the gradient itself where
-        the draw was made.
+        E f is linear in the probabilities p of a variable, so its gradient is p_k (a_k - sum_j p_j a_j) with
+        factors a that do not depend on the logits. A constant in a drops out, so p_k a_k may be the gradient
+        itself at the parameters of the draw.
         """
         log_p = self._log_probabilities()
         scaled = gradient * es.likelihood_ratio(log_p)
         return scaled - jnp.exp(log_p) * jnp.sum(scaled, -1, keepdims=True)
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
-        """How many events there are, and a function from some of their numbers to the events."""
+        """The number of events, and a function that maps their indices to the events."""
         *variables, k = self.event_shape
         n = math.prod(variables)
         powers = np.array([k**i for i in range(n)], dtype=object)
@@ -275,9 +276,9 @@ class OneHotCategorical(Variables):
         return total, events
 
     def coupled(self, key: Array) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]:
-        """Noisy logits z with b their argmax, and z drawn again given b; as functions of the logits.
+        """Noisy logits z with b as their argmax, and z drawn again given b, both as functions of the logits.
 
-        The logits are normalised first: the largest of z~ is then a Gumbel number whatever b is.
+        The logits are normalized first, so the largest entry of z~ is a Gumbel variable whatever b is.
         """
         arg.check_key(key)
         noise_key, again_key = jax.random.split(key)
@@ -292,14 +293,14 @@ class OneHotCategorical(Variables):
         return self._as_sample(winner), lambda l: jax.nn.log_softmax(l) + noise, again
 
     def relaxed(self, z: ArrayLike, tau: ArrayLike) -> Array:
-        """The relaxed sample of noisy logits."""
+        """The relaxed sample for noisy logits."""
         return jax.nn.softmax(lm.over_tau(z, tau)).astype(self.logits.dtype)
 
     def antithetic_group(self, key: Array, n: int) -> tuple[Array, Array]:
         """n draws that repel each other, and the factor of each in the estimate of `arms`.
 
-        A class is drawn by its binary digits, the lowest first. The m draws that agree so far repel each
-        other in the next digit, as m draws of a bit do.
+        A class is drawn through its binary digits, the lowest first. The m draws that agree so far repel
+        each other in the next digit, just as m draws of a bit do.
         """
         log_p = jax.lax.stop_gradient(self._log_probabilities())
         *variables, k = self.shape
@@ -334,7 +335,7 @@ class OneHotCategorical(Variables):
         return jax.nn.softmax(jax.lax.stop_gradient(self._wide()))
 
     def _log_probabilities(self):
-        """log softmax; jax.nn.log_softmax rounds that of a class that is nearly sure to 0."""
+        """log softmax; jax.nn.log_softmax would round it to 0 for a class that is nearly certain."""
         logits = self._wide()
         first = lm.largest(logits)
         below = where(first, 0, logits - jnp.sum(where(first, logits, 0), -1, keepdims=True))
@@ -342,12 +343,12 @@ class OneHotCategorical(Variables):
 
 
 def _repelling(e, others, m, logits):
-    """Bits of draws that repel each other, and 1 - rho of two of them.
+    """Bits from draws that repel each other, and 1 - rho for two of them.
 
-    Each draw has an exponential number e, and `others` sums the m other ones. The rarer value comes where
+    Each draw has an exponential variable e, and `others` sums the m other ones. The rarer value comes where
     ``1 - d_i = sum_(j != i) e_j / sum_j e_j`` is below ``s = r^(1/m) = exp(-t)``: that is, where the sum of
-    the others is below e_i / (e^t - 1), in which nothing is subtracted. And ``2 - 1/s`` is 1 less e^t - 1. A
-    draw without others is independent.
+    the others is below e_i / (e^t - 1), in which nothing is subtracted. And ``2 - 1/s`` is 1 minus e^t - 1.
+    A draw without others is independent.
     """
     surprise = jax.nn.softplus(jnp.abs(logits))  # -log r
     at_least_one = jnp.maximum(m, 1)

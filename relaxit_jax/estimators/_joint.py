@@ -27,16 +27,16 @@ from relaxit_jax.structured import _tree as tree
 class Subset(Variables):
     """Subsets of k of n elements as k-hot vectors, for `reinforce`, `rloo` and `exact`.
 
-    ``law="simple"``: bits of these log-odds given that k are on, ``P(b) ~ exp(sum_i l_i b_i)``, as
-    `simple_top_k` draws them. ``law="top_k"``: the k largest of ``logits + Gumbel``, which are k draws
-    without replacement, as `gumbel_top_k` gives them, their order forgotten.
+    ``law="simple"``: bits with these log-odds given that k are on, ``P(b) ~ exp(sum_i l_i b_i)``, as in
+    `simple_top_k`. ``law="top_k"``: the k largest of ``logits + Gumbel`` without their order, which are k
+    draws without replacement, as in `gumbel_top_k`.
 
     Args:
-      logits: of the shape of a sample, the elements last; -inf is an element that is never in.
-      k: elements of each subset, a Python integer from 1 to n.
+      logits: with the shape of a sample and the elements last; -inf is an element that is never included.
+      k: size of each subset, a Python integer from 1 to n.
       law: "simple" or "top_k".
-      event_ndims: how many of the last axes belong to one call of f, the elements' axis included; the axes
-        before them are the batch.
+      event_ndims: how many of the last axes belong to one call of f, including the axis of the elements;
+        the axes before them are the batch.
 
     Raises:
       ValueError: for logits that are not floating point, NaN or all -inf, a ``k`` or ``event_ndims`` out of
@@ -65,7 +65,7 @@ class Subset(Variables):
         object.__setattr__(self, "law", law)
 
     def with_logits(self, logits: ArrayLike) -> Subset:
-        """The same with other logits."""
+        """The same family with other logits."""
         return Subset(logits, self.k, self.law, self.event_ndims)  # type: ignore[arg-type]
 
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
@@ -89,7 +89,7 @@ class Subset(Variables):
         return self._over_event(each[..., None])
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
-        """How many events there are, and a function from some of their numbers to the events."""
+        """The number of events, and a function that maps their indices to the events."""
         *several, n = self.event_shape
         one = lambda: [np.isin(np.arange(n), c) for c in itertools.combinations(range(n), self.k)]
         return _events(math.comb(n, self.k), math.prod(several), one, self.event_shape, self.logits.dtype)
@@ -99,11 +99,11 @@ class Subset(Variables):
 class PlackettLuce(Variables):
     """Orders of n items as permutation matrices, for `reinforce`, `rloo` and `exact`.
 
-    Row i of a sample is the item at place i: the first is drawn with the probabilities softmax(logits), the
-    next from those that are left, and so on.
+    Row i of a sample is the item at place i: the first is drawn with probabilities softmax(logits), the
+    next from the remaining items, and so on.
 
     Args:
-      logits: of the items, on the last axis; finite.
+      logits: one per item, on the last axis; finite.
       event_ndims: how many of the last axes of the logits belong to one call of f.
 
     Raises:
@@ -123,7 +123,7 @@ class PlackettLuce(Variables):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a sample, which has an axis more than the logits."""
+        """The shape of a sample, which has one axis more than the logits."""
         return (*self.logits.shape, self.logits.shape[-1])
 
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
@@ -140,7 +140,7 @@ class PlackettLuce(Variables):
         return self._over_event(each[..., None])
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
-        """How many events there are, and a function from some of their numbers to the events."""
+        """The number of events, and a function that maps their indices to the events."""
         *several, n, _ = self.event_shape
         one = lambda: np.eye(n)[list(itertools.permutations(range(n)))]
         return _events(math.factorial(n), math.prod(several), one, self.event_shape, self.logits.dtype)
@@ -150,19 +150,19 @@ class PlackettLuce(Variables):
 class LinearChain(Variables):
     """Sequences of linear chains as one-hot vectors, for `reinforce`, `rloo` and `exact`.
 
-    ``P(z) ~ exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)])``, as
-    `relaxit_jax.structured.chain_sample` draws them. Gradients reach both potentials; `gradient_report`
-    measures the gradient in the first, which are the family's logits.
+    ``P(z) ~ exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)])``, as in
+    `relaxit_jax.structured.chain_sample`. Gradients reach both potentials; `gradient_report` measures the
+    gradient in the first, which are the logits of the family.
 
     Args:
-      unary: log-weights of the classes at each step, of the shape of a sample, (..., T, K); -inf is
+      unary: log-weights of the classes at each step, with the shape of a sample, (..., T, K); -inf is
         forbidden.
       transition: log-weights of class j after class i, shape (K, K), (..., T - 1, K, K) or (..., 1, K, K).
-      event_ndims: how many of the last axes belong to one call of f, the two of a chain included.
+      event_ndims: how many of the last axes belong to one call of f, including the two axes of a chain.
 
     Raises:
-      ValueError: for potentials that are not floating point, NaN, or leave no sequence possible, for shapes
-        that do not fit together, or ``event_ndims`` out of range.
+      ValueError: for potentials that are not floating point, contain NaN, or leave no sequence possible,
+        for shapes that do not fit together, or for ``event_ndims`` out of range.
 
     References:
       J. Lafferty, A. McCallum, F. Pereira (2001), Conditional Random Fields, ICML.
@@ -185,7 +185,7 @@ class LinearChain(Variables):
         arg.require(arg.broadcasts_to(batch, self.shape[:-2]), "transition", need, f"{batch}")
 
     def with_logits(self, logits: ArrayLike) -> LinearChain:
-        """The same with other log-weights of the classes."""
+        """The same family with other log-weights for the classes."""
         return LinearChain(logits, self.transition, self.event_ndims)
 
     def sample(self, key: Array, shape: Sequence[int] = ()) -> Array:
@@ -201,7 +201,7 @@ class LinearChain(Variables):
         return self._over_event(each[..., None, None])
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
-        """How many events there are, and a function from some of their numbers to the events."""
+        """The number of events, and a function that maps their indices to the events."""
         *several, steps, k = self.event_shape
         one = lambda: np.eye(k)[list(itertools.product(range(k), repeat=steps))]
         return _events(k**steps, math.prod(several), one, self.event_shape, self.logits.dtype)
@@ -211,16 +211,16 @@ class LinearChain(Variables):
 class SpanningTree(Variables):
     """Spanning trees as adjacency matrices, for `reinforce`, `rloo` and `exact`.
 
-    ``P(T) ~ exp(sum_(ij in T) w_ij)``, as `relaxit_jax.structured.tree_sample` draws them.
+    ``P(T) ~ exp(sum_(ij in T) w_ij)``, as in `relaxit_jax.structured.tree_sample`.
 
     Args:
-      weights: log-weights of the edges, of the shape of a sample, (..., n, n), n at least 2; the upper
-        triangle counts, and -inf is an edge that is not there. They are the family's logits.
-      event_ndims: how many of the last axes belong to one call of f, the two of a matrix included.
+      weights: log-weights of the edges, with the shape of a sample, (..., n, n), n at least 2. The upper
+        triangle counts, and -inf is an edge that does not exist. They are the logits of the family.
+      event_ndims: how many of the last axes belong to one call of f, including the two axes of a matrix.
 
     Raises:
-      ValueError: for weights that are not floating point, NaN, not square or leave the graph without a
-        spanning tree, or ``event_ndims`` out of range.
+      ValueError: for weights that are not floating point, contain NaN, are not square or leave the graph
+        without a spanning tree, or for ``event_ndims`` out of range.
 
     References:
       G. Kirchhoff (1847), Annalen der Physik 148, doi:10.1002/andp.18471481202.
@@ -245,7 +245,7 @@ class SpanningTree(Variables):
         return self._over_event(tree.tree_log_prob(self._checked(sample), self.logits)[..., None, None])
 
     def outcomes(self) -> tuple[int, Callable[[Array], Array]]:
-        """How many events there are, and a function from some of their numbers to the events."""
+        """The number of events, and a function that maps their indices to the events."""
         *several, n, _ = self.event_shape
         return _events(
             n ** (n - 2), math.prod(several), lambda: _trees(n), self.event_shape, self.logits.dtype
@@ -253,7 +253,7 @@ class SpanningTree(Variables):
 
 
 def _trees(n):
-    """Adjacency matrices of all trees of n nodes, by their Pruefer codes."""
+    """Adjacency matrices of all trees with n nodes, from their Pruefer codes."""
     codes = np.array(list(itertools.product(range(n), repeat=n - 2)), int).reshape(-1, n - 2)
     trees = np.zeros((len(codes), n, n))
     degree = 1 + (codes[:, :, None] == np.arange(n)).sum(1)
@@ -268,10 +268,10 @@ def _trees(n):
 
 
 def _events(count, several, one, shape, dtype):
-    """Of `several` independent variables, each with `count` outcomes: those that ``one()`` lists."""
+    """The events of `several` independent variables, each with the `count` outcomes that ``one()`` lists."""
 
     def events(index):
-        listed = jnp.asarray(np.array(one()), dtype)  # only now: nobody may want to sum over so many
+        listed = jnp.asarray(np.array(one()), dtype)  # only now: often nobody sums over so many
         digits = jnp.stack([index // count**i % count for i in range(several)], -1)
         return listed[digits].reshape(-1, *shape)
 

@@ -1,4 +1,4 @@
-"""Bounds of several draws together, and their gradient."""
+"""Bounds that use several draws together, and their gradient."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def vimco(
     num_samples: int = 2,
     has_aux: bool = False,
 ) -> Any:
-    """VIMCO: the bound of K samples, with a leave-one-out baseline for each.
+    """Estimate the multi-sample bound on log p(x), with a leave-one-out baseline for each draw (VIMCO).
 
-    With ``w_k = p(x, b_k) / q(b_k)`` of draws ``b_k ~ q``, the value is ``L = log mean_k w_k``. Its mean is
-    at most log p(x) and rises with K. Its gradient is that of L with the draws held fixed, through log_joint
-    and through log q in the weights, plus ``sum_k (L - L_k) grad log q(b_k)``. L_k is L with w_k replaced by
-    the geometric mean of the others. K calls of log_joint, as one under `jax.vmap`.
+    With ``w_k = p(x, b_k) / q(b_k)`` and draws ``b_k ~ q``, the value is ``L = log mean_k w_k``. Its mean is
+    at most log p(x) and rises with K. Its gradient is the gradient of L with the draws held fixed, through
+    log_joint and through log q in the weights, plus ``sum_k (L - L_k) grad log q(b_k)``. L_k is L with w_k
+    replaced by the geometric mean of the others. log_joint is called K times, batched under `jax.vmap`.
 
     Args:
       key: a JAX random key.
@@ -37,7 +37,7 @@ def vimco(
       has_aux: whether log_joint returns ``(value, aux)``, as f does in `reinforce`.
 
     Returns:
-      L, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and the aux of the
+      L, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` a pair of it and the aux of the
       first draw.
 
     Raises:
@@ -48,7 +48,8 @@ def vimco(
       Y. Burda, R. Grosse, R. Salakhutdinov (2016), Importance Weighted Autoencoders, arXiv:1509.00519, for
       the bound.
 
-    Two bits of which one at least is on: the bounds of 4 and of 50 draws, below log p(x) = log(3 / 4):
+    For two bits, at least one of which is on: the bounds with 4 and with 50 draws, below log p(x) = log(3 /
+      4):
 
     >>> from relaxit_jax.estimators import Bernoulli
     >>> log_joint = lambda b: jnp.where(b.sum(-1) > 0, jnp.log(0.25), -jnp.inf)

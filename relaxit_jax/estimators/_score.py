@@ -26,9 +26,10 @@ def reinforce(
     baseline: ArrayLike = 0.0,
     has_aux: bool = False,
 ) -> Any:
-    """The score-function estimator, with an optional baseline.
+    """Estimate a gradient with the score function (REINFORCE), with an optional baseline.
 
-    Gradient ``(f(b) - baseline) grad log P(b) + grad f(b)``, ``b ~ q``; value f(b). One call of f.
+    The gradient is ``(f(b) - baseline) grad log P(b) + grad f(b)`` with ``b ~ q``, and the value is f(b). f
+    is called once.
 
     Args:
       key: a JAX random key.
@@ -39,18 +40,17 @@ def reinforce(
         state of a module.
 
     Returns:
-      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and aux.
+      f(b), of shape ``q.batch_shape``, with that gradient; with ``has_aux`` a pair of it and aux.
 
     Raises:
-      ValueError: for an f whose values are of another shape, not floating point or not finite (where
-        that can be seen), a q that is not a family, or a ``baseline`` that does not broadcast to the
-        batch shape.
+      ValueError: for an f whose values have another shape, are not floating point or (if concrete) not
+        finite, a q that is not a family, or a ``baseline`` that does not broadcast to the batch shape.
 
     References:
       R. J. Williams (1992), Simple statistical gradient-following algorithms for connectionist
       reinforcement learning, Machine Learning 8, doi:10.1007/BF00992696.
 
-    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+    The mean of 100,000 estimates, one for each batch element, agrees with the exact gradient:
 
     >>> from relaxit_jax.estimators import Bernoulli, exact
     >>> f = lambda b: (b.sum(-1) - 2) ** 2
@@ -81,10 +81,10 @@ def reinforce(
 def rloo(
     key: Array, f: Callable[[Array], Any], q: es.Law, *, num_samples: int = 2, has_aux: bool = False
 ) -> Any:
-    """The score-function estimator with a leave-one-out baseline.
+    """Estimate a gradient with the score function and a leave-one-out baseline (RLOO).
 
-    Gradient ``sum_k (f(b_k) - mean f) grad log P(b_k) / (K - 1) + mean grad f(b_k)``; value mean
-    f(b_k). K calls of f, as one under `jax.vmap`, so that memory grows with K.
+    The gradient is ``sum_k (f(b_k) - mean f) grad log P(b_k) / (K - 1) + mean grad f(b_k)``, and the value
+    is the mean of f(b_k). f is called K times, batched under `jax.vmap`, so memory grows with K.
 
     Args:
       key: a JAX random key.
@@ -94,7 +94,7 @@ def rloo(
       has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      The mean of f, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it and the
+      The mean of f, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` a pair of it and the
       aux of the first draw.
 
     Raises:
@@ -104,7 +104,7 @@ def rloo(
       W. Kool, H. van Hoof, M. Welling (2019), Buy 4 REINFORCE Samples, Get a Baseline for Free!,
       ICLR workshop, openreview:r1lgTGL5DE.
 
-    The mean of 100,000 estimates, here the rows of one batch, agrees with the exact gradient:
+    The mean of 100,000 estimates, one for each batch element, agrees with the exact gradient:
 
     >>> from relaxit_jax.estimators import Bernoulli, exact
     >>> f = lambda b: (b.sum(-1) - 2) ** 2
@@ -131,9 +131,9 @@ def rloo(
 
 
 def exact(f: Callable[[Array], Any], q: es.Law, *, has_aux: bool = False) -> Any:
-    """E f(b) itself, with its gradient, by the sum over all outcomes.
+    """Compute E f(b) and its gradient exactly, as the sum over all outcomes.
 
-    ``sum_b P(b) f(b)``. As many calls of f as there are outcomes, 256 at once under `jax.vmap`.
+    ``sum_b P(b) f(b)``. f is called once per outcome, in groups of 256 under `jax.vmap`.
 
     Args:
       f: from a sample of shape ``q.shape`` to values of shape ``q.batch_shape``.
@@ -141,7 +141,7 @@ def exact(f: Callable[[Array], Any], q: es.Law, *, has_aux: bool = False) -> Any
       has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      The expectation, of shape ``q.batch_shape``; with ``has_aux`` the pair of it and the aux of the first
+      The expectation, of shape ``q.batch_shape``; with ``has_aux`` a pair of it and the aux of the first
       outcome.
 
     Raises:
@@ -166,9 +166,11 @@ def exact(f: Callable[[Array], Any], q: es.Law, *, has_aux: bool = False) -> Any
         sample = jnp.broadcast_to(events(index[None])[0], q.shape)
         p = jnp.exp(q.log_prob(sample))
         value, aux = es.call(f, q, sample, has_aux=has_aux)
-        return where(p > 0, p.astype(value.dtype) * value, 0), aux  # of what is impossible f may be anything
+        return where(
+            p > 0, p.astype(value.dtype) * value, 0
+        ), aux  # f of an impossible outcome may be anything
 
     every = jnp.arange(total)
-    # outside of a jitted function a loop is compiled anew at each call
+    # outside a jitted function a loop is recompiled at each call
     terms, aux = jax.vmap(term)(every) if total <= AT_ONCE else jax.lax.map(term, every, batch_size=AT_ONCE)
     return es.with_aux(jnp.sum(terms, 0), jax.tree.map(lambda x: x[0], aux), has_aux)

@@ -26,13 +26,13 @@ def unordered_set(
     num_samples: int = 2,
     has_aux: bool = False,
 ) -> Any:
-    """The unordered set estimator: k different classes of one categorical variable.
+    """Estimate a gradient from k different classes of one categorical variable (unordered set estimator).
 
-    With S the k classes that Gumbel top-k draws, P(S) their probability as a set, and P_-s that of a law
-    without class s: value ``sum_s w_s f(s)`` with ``w_s = p_s P_-s(S - s) / P(S)``, gradient
-    ``sum_s w_s (f(s) - sum_t p_t r_st f(t)) grad log p_s``, with ``r_st = P_-st(S - s - t) / P_-s(S - s)``
-    and 1 for t = s. With all classes, k = K, both are exact. k calls of f, as one under `jax.vmap`; k^2
-    probabilities of sets by one integral of 160 nodes (850 in float64).
+    Let S be the k classes that Gumbel top-k draws, P(S) their probability as a set, and P_-s the same for a
+    law without class s. The value is ``sum_s w_s f(s)`` with ``w_s = p_s P_-s(S - s) / P(S)``. The gradient
+    is ``sum_s w_s (f(s) - sum_t p_t r_st f(t)) grad log p_s``, with ``r_st = P_-st(S - s - t) / P_-s(S - s)``
+    and 1 for t = s. With all classes, k = K, both are exact. f is called k times, batched under `jax.vmap`.
+    The k^2 probabilities of sets take one integral with 160 nodes (850 in float64).
 
     Args:
       key: a JAX random key.
@@ -42,8 +42,8 @@ def unordered_set(
       has_aux: whether f returns ``(value, aux)``, as in `reinforce`.
 
     Returns:
-      The estimate of E f, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` the pair of it
-      and the aux of the first class.
+      The estimate of E f, of shape ``q.batch_shape``, with that gradient; with ``has_aux`` a pair of it and
+      the aux of the first class.
 
     Raises:
       ValueError: for an f as in `reinforce`, a q of bits or of several variables, or a ``num_samples`` out of
@@ -53,7 +53,7 @@ def unordered_set(
       W. Kool, H. van Hoof, M. Welling (2020), Estimating Gradients for Discrete Random Variables by Sampling
       without Replacement, arXiv:2002.06043.
 
-    Two of three classes, the mean of 100,000 estimates; and all three:
+    With two of three classes, the mean of 100,000 estimates; and with all three:
 
     >>> from relaxit_jax.estimators import OneHotCategorical, exact
     >>> f = lambda b: b @ jnp.array([0.0, 1.0, 3.0])
@@ -83,7 +83,7 @@ def unordered_set(
 
 
 def from_set(values: ArrayLike, log_prob: ArrayLike) -> Array:
-    """An expectation and its gradient from k different outcomes, as drawn by `stochastic_beam_search`.
+    """Estimate an expectation and its gradient from k different outcomes, such as sequences.
 
     This is the estimate ``sum_s w_s f(s)`` of `unordered_set`, with its gradient, for variables with too many
     outcomes to list, such as sequences. It needs f and the log-probability of each drawn outcome. The k
@@ -91,22 +91,22 @@ def from_set(values: ArrayLike, log_prob: ArrayLike) -> Array:
     `stochastic_beam_search`.
 
     Args:
-      values: f of the outcomes, shape (k, ...): differentiable in what f depends on.
+      values: f of the outcomes, shape (k, ...), differentiable in the parameters of f.
       log_prob: their log-probabilities, shape (k, ...), as a differentiable function of the parameters of
         the law, with the outcomes held constant.
 
     Returns:
-      The estimate of E f, of the shape without the first axis; its gradient is an unbiased one of E f.
+      The estimate of E f, with the shape without the first axis; its gradient is an unbiased gradient of E f.
 
     Raises:
-      ValueError: for arrays that are not floating point, of different shapes or of fewer than two outcomes,
-        or, where it can be seen, log-probabilities above 0.
+      ValueError: for arrays that are not floating point, have different shapes or fewer than two outcomes, or
+        for concrete log-probabilities above 0.
 
     References:
       W. Kool, H. van Hoof, M. Welling (2020), Estimating Gradients for Discrete Random Variables by Sampling
       without Replacement, arXiv:2002.06043.
 
-    Four sequences of two bits; all of them give the expectation itself:
+    For four sequences of two bits, all of them together give the expectation itself:
 
     >>> def gradient(logits):
     ...     log_p = lambda bits: jnp.sum(jax.nn.log_sigmoid(jnp.where(bits, logits, -logits)), -1)
@@ -123,20 +123,20 @@ def from_set(values: ArrayLike, log_prob: ArrayLike) -> Array:
     arg.require_values("log_prob", log_prob, "logarithms of probabilities", lambda x: ~(x > 1e-4))
     log_prob = log_prob.astype(arg.wide(log_prob.dtype))
     total = lm.log_sum_exp(jnp.moveaxis(log_prob, 0, -1))
-    below = total < 0  # what is left; rounding may make all outcomes together a little more than 1
+    below = total < 0  # the mass left; rounding may make all outcomes together slightly more than 1
     rest = where(below, jnp.log(-jnp.expm1(where(below, total, -1))), -jnp.inf)
     return _from_set(values, log_prob, rest)
 
 
 def _from_set(values, log_p, rest):
-    """Values and log-probabilities of the outcomes on the first axis, and the log-mass of what is left."""
-    possible = log_p > -jnp.inf  # fewer outcomes may be possible than were asked for
+    """Values and log-probabilities of the outcomes on the first axis, and the log-mass left."""
+    possible = log_p > -jnp.inf  # fewer outcomes may be possible than were requested
     value = _estimate_of_set(values.astype(log_p.dtype), log_p, rest, possible)
     return value.astype(values.dtype)
 
 
 def _weights(log_p, rest, possible):
-    """log P(S), the weights w_s, and p_t r_st of the baselines."""
+    """log P(S), the weights w_s, and the p_t r_st of the baselines."""
     chosen = jnp.moveaxis(where(possible, log_p, 0), 0, -1)
     log_set, one, two = subset.leave_out_log_probs(chosen, rest)
     p = where(possible, jnp.exp(where(possible, log_p, 0)), 0)

@@ -34,39 +34,39 @@ from relaxit_jax.handlers import _wrappers as wr
 class AutoMeanField(AutoGuide):
     """A mean-field guide for a model with discrete latents.
 
-    Every element of every discrete latent site gets its own logits. They start at the logits of the
-    prior, or at equal logits if the prior depends on other draws. Poisson and other counts get one logit
-    for each of finitely many values. Continuous sites get NumPyro's `AutoNormal`. The guide has discrete
-    sites: wrap it in `relax` to train it by pathwise gradients, or train it as it is with `RLOO_ELBO`;
-    leave it unwrapped to draw from the trained guide.
+    Every element of every discrete latent site gets its own logits. They start at the logits of the prior, or
+    at equal logits if the prior depends on other draws. Poisson and other counts get one logit for each of
+    finitely many values. Continuous sites get NumPyro's `AutoNormal`. The guide has discrete sites: wrap it
+    in `relax` to train it with pathwise gradients, or train it as it is with `RLOO_ELBO`; leave it unwrapped
+    to draw from the trained guide.
 
-    The guide reads the model when it is first called. Make that call outside of `jax.jit`, as `SVI.init`
-    does: inside, the prior's probabilities cannot be seen, and the logits start at zero.
+    The guide reads the model when it is first called. Make that call outside `jax.jit`, as `SVI.init` does:
+    inside, the prior's probabilities are not known, and the logits start at zero.
 
-    Sites that the model masks are masked in the guide too, by the mask of each call, which must not depend on
-    draws. Sites in subsampled plates get parameters for the whole plate.
+    Sites that the model masks are masked in the guide too, with the mask of each call, which must not depend
+    on draws. Sites in subsampled plates get parameters for the whole plate.
 
     Args:
       model: the model, not relaxed.
       prefix: part of the parameters' names, ``<site>_<prefix>_logits``.
-      init_loc_fn: where continuous sites start, one of NumPyro's initialization strategies. Default: the
-        strategy of the guide of the continuous sites. `AutoNormal` starts at random, where a coefficient
-        of the wrong sign can switch a bit off.
-      create_plates: as in NumPyro's guides: a function of the model's arguments that returns the plates
-        to be used in place of the model's, for example with other subsample sizes.
-      continuous: makes the guide of the continuous sites from a model: an `AutoGuide` class, or a class
+      init_loc_fn: where continuous sites start, one of NumPyro's initialization strategies. By default, the
+        strategy of the guide for the continuous sites. `AutoNormal` starts at random, where a coefficient
+        with the wrong sign can switch a bit off.
+      create_plates: as in NumPyro's guides: a function of the model's arguments that returns the plates to
+        use instead of the model's, for example with other subsample sizes.
+      continuous: creates the guide for the continuous sites from a model: an `AutoGuide` class, or a class
         with options, ``functools.partial(AutoNormal, init_scale=0.01)``. A joint guide, such as
-        `AutoMultivariateNormal`, is made once, for all continuous sites.
-      init: where the discrete sites start. "prior": at the prior, as said above. "data": by coordinate
-        ascent on their log-joint and on a point of the continuous sites, from eight random points, of which
-        the best is kept and the continuous sites start there too. With an ``init_loc_fn`` these stay where it
-        puts them, and the discrete sites start at their laws given that.
-        The logits of every element become the log-joint of its values: the exact posterior, for mixtures
-        and other models whose elements do not meet. It takes some seconds, in the first call.
-      init_logits: logits to start from, by name of the site: an array, or a function of the model's
-        arguments that returns one. Log-odds, of the shape of the site, for bits; with a last axis for the
-        values for others, where ``-inf`` leaves a value out of the guide, as for a count that the data bound
-        below. With ``init="data"`` the ascent starts from them.
+        `AutoMultivariateNormal`, is created once, for all continuous sites.
+      init: where the discrete sites start. "prior": at the prior, as described above. "data": at the result
+        of coordinate ascent on their log-joint and on a point of the continuous sites. It runs from eight
+        random points and keeps the best; the continuous sites start there too. With an ``init_loc_fn`` these
+        stay where it puts them, and the discrete sites start at their laws given that. The logits of every
+        element become the log-joint of its values: the exact posterior, for mixtures and other models whose
+        elements do not interact. This takes some seconds, in the first call.
+      init_logits: logits to start from, by name of the site: an array, or a function of the model's arguments
+        that returns one. For bits, log-odds in the shape of the site; for others, with a last axis for the
+        values, where ``-inf`` excludes a value from the guide, such as a count below a bound that the data
+        set. With ``init="data"`` the ascent starts from them.
       num_values: how many values a count takes, as in `relax`. It must be given for counts whose
         parameters are draws of other sites, because one draw does not tell how many are enough.
 
@@ -74,8 +74,8 @@ class AutoMeanField(AutoGuide):
       A guide: a callable with the arguments of the model that returns the drawn values by site.
 
     Raises:
-      ValueError: when first called, for a site that cannot be relaxed or that is marked to be
-        enumerated; when it is read before it was called.
+      ValueError: when first called, for a site that cannot be relaxed or that is marked to be enumerated;
+        when the guide is read before it was called.
 
     References:
       D. M. Blei, A. Kucukelbir, J. D. McAuliffe (2017), Variational Inference: A Review for
@@ -128,7 +128,7 @@ class AutoMeanField(AutoGuide):
         self._sites: dict[str, DiscreteSite] = {}
         self._parts: list[DiscreteSite | AutoGuide] = []  # in the order of the model
 
-    _sure: float = np.inf  # the log-odds that elements which meet start with at most
+    _sure: float = np.inf  # the largest log-odds at which interacting elements start
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         if self.prototype_trace is None:
@@ -155,7 +155,7 @@ class AutoMeanField(AutoGuide):
         sample_shape: tuple[int, ...] = (),
         **kwargs: Any,
     ) -> dict[str, Array]:
-        """Draws of all latent sites from the trained guide, by name; of the whole of a subsampled plate."""
+        """Draw all latent sites from the trained guide, by name, for the whole of a subsampled plate."""
         self._require_called()
         values = {}
         for part, key in zip(self._parts, jax.random.split(rng_key, len(self._parts)), strict=True):
@@ -168,12 +168,12 @@ class AutoMeanField(AutoGuide):
         return values
 
     def probs(self, params: Mapping[str, Array]) -> dict[str, Array]:
-        """The probabilities of the discrete sites, by name: of a one for bits, else of every value."""
+        """Return the probabilities of the discrete sites, by name: of a one for bits, else of all values."""
         self._require_called()
         return {name: s.probs(params[s.param(self.prefix)]) for name, s in self._sites.items()}
 
     def median(self, params: Mapping[str, Array]) -> dict[str, Array]:
-        """The medians of continuous sites, bits and counts, by name. Classes have no order: see `probs`."""
+        """Return medians of continuous sites, bits and counts, by name. For classes, see `probs`."""
         self._require_called()
         values = {name: x[0] for name, x in self._quantiles_of_discrete(params, [0.5]).items()}
         for part in self._continuous_parts():
@@ -181,9 +181,9 @@ class AutoMeanField(AutoGuide):
         return values
 
     def quantiles(self, params: Mapping[str, Array], quantiles: ArrayLike) -> dict[str, Array]:
-        """Quantiles of continuous sites, bits and counts, by name, with an axis for the quantiles in front.
+        """Return quantiles of continuous sites, bits and counts, by name, with their axis in front.
 
-        A quantile of a bit or a count is the least value whose cumulative probability reaches it.
+        A quantile of a bit or a count is the smallest value whose cumulative probability reaches it.
         """
         self._require_called()
         levels = as_levels(quantiles)
@@ -193,7 +193,7 @@ class AutoMeanField(AutoGuide):
         return values
 
     def values(self, name: str) -> Array:
-        """The values of a count, in the order of its probabilities."""
+        """Return the values of a count, in the order of its probabilities."""
         self._require_called()
         counts = [key for key, s in self._sites.items() if s.kind == "count"]
         arg.require(name in counts, "name", f"one of the counts {counts}", repr(name))
@@ -243,10 +243,10 @@ class AutoMeanField(AutoGuide):
         for name, frame in frames.items():
             if name not in trace and sizes.get(name, frame.size) != frame.size:
                 raise ValueError(
-                    f"The plate '{name}' is subsampled inside of a scan, where each step has other rows. "
-                    "Open the plate outside of the scan."
+                    f"The plate '{name}' is subsampled inside a scan, where each step has different rows. "
+                    "Open the plate outside the scan."
                 )
-        # The plates inside of a scan are not the guide's: the trace has their sites in their whole shape.
+        # The plates inside a scan do not belong to the guide: the trace has their sites in their whole shape.
         self._prototype_frames = {name: frame for name, frame in frames.items() if name in trace}
         self._prototype_frame_full_sizes = {name: sizes[name] for name in self._prototype_frames}
         self._sites = {
@@ -263,11 +263,11 @@ class AutoMeanField(AutoGuide):
             self._start_from_data(latent, args, kwargs)
         with handlers.block():
             self._parts = self._make_parts(trace, latent, args, kwargs)
-        # Of a trace NumPyro asks a guide for its deterministic sites; the values may be tracers.
+        # NumPyro asks a guide for the deterministic sites of a trace; the values may be tracers.
         self.prototype_trace: Any = {name: {"type": s["type"]} for name, s in trace.items()}
 
     def _make_parts(self, trace, latent, args, kwargs):
-        """Of every site its guide, in the order of the model, so that NumPyro sees that it is mean-field."""
+        """The guide of every site, in the order of the model, so that NumPyro sees that it is mean-field."""
         parts, joint = [], None
         for discrete, group in itertools.groupby(latent, lambda s: wr.is_discrete(s["fn"])):
             if discrete:
@@ -283,12 +283,12 @@ class AutoMeanField(AutoGuide):
         return parts
 
     def _first_place(self):
-        """The strategy by which continuous sites start; it may be bound to the class of their guide."""
+        """The strategy with which continuous sites start; it may be bound to the class of their guide."""
         bound = getattr(self.continuous, "keywords", {}).get("init_loc_fn", self.init_loc_fn)
         return self._start.get("init_loc_fn", bound)
 
     def _points(self, args, kwargs):
-        """A function of a key: where the continuous sites start, by name."""
+        """A function of a key that returns where the continuous sites start, by name."""
 
         def points(key):
             started = handlers.substitute(handlers.seed(self.model, key), substitute_fn=self._first_place())
@@ -303,16 +303,16 @@ class AutoMeanField(AutoGuide):
         for frame in self._prototype_frames.values():
             if frame.size != (whole := self._prototype_frame_full_sizes[frame.name]):
                 return (
-                    f"init='data' reads all rows, and the plate '{frame.name}' shows {frame.size} of "
-                    f"{whole}. Call the guide once with the whole plate, or give init_logits."
+                    f"init='data' needs all rows, but the plate '{frame.name}' shows {frame.size} of "
+                    f"{whole}. Call the guide once with the whole plate, or pass init_logits."
                 )
         seen = jax.tree.leaves((args, kwargs, [s["value"] for s in latent]))
         if any(isinstance(x, jax.core.Tracer) for x in seen):
-            return "init='data' needs values: call the guide once outside of jax.jit, as svi.init does."
+            return "init='data' needs values: call the guide once outside jax.jit, as svi.init does."
         return None
 
     def _start_from_data(self, latent, args, kwargs):
-        """The starts of the discrete sites, and of the continuous ones if nothing else says where."""
+        """The starts of the discrete sites, and of the continuous ones if nothing else sets them."""
         if reason := self._why_not_from_data(latent, args, kwargs):
             raise ValueError(reason)
         points = self._points(args, kwargs)
@@ -343,14 +343,14 @@ class AutoMeanField(AutoGuide):
         return super().__getstate__() | {"_plates": {}}
 
     def _masks(self, rows, args, kwargs):
-        """The masks of the model in this call, with these rows of its plates."""
+        """The masks of the model in this call, with these elements of its plates."""
         with handlers.block():
             model = handlers.seed(handlers.substitute(self.model, data=rows), jax.random.key(0))
             trace = handlers.trace(model).get_trace(*args, **kwargs)
         return {name: _mask(trace[name]["fn"])[0] for name in self._sites}
 
     def _discrete(self, message, depends):
-        """The guide of a site; what was seen of its prior tells little if that depends on other draws."""
+        """The guide of a site. One value of its prior says little if the prior depends on other draws."""
         name, fn = message["name"], message["fn"]
         stack = [frame for frame in message["cond_indep_stack"] if frame.name in self._prototype_frames]
         d = wr.innermost(fn)
@@ -361,7 +361,7 @@ class AutoMeanField(AutoGuide):
             endless = law.kind == "count" and getattr(d.support, "upper_bound", None) is None
             need = f"given for the site '{name}', a {type(d).__name__} whose parameters are draws"
             arg.require(given is not None or not endless, "num_values", need, None)
-            if law.kind == "bit":  # what one draw makes certain, another does not
+            if law.kind == "bit":  # one draw may make a value certain that another does not
                 possible = np.ones_like(possible)
             law = dataclasses.replace(law, log_pmf=np.where(possible, 0.0, -np.inf))
         shape = fn.shape()[: len(fn.shape()) - d.event_dim]
@@ -383,7 +383,7 @@ class AutoMeanField(AutoGuide):
         )
 
     def _start_of(self, law, possible, shape, batch_ndim, stack):
-        """The prior's logits as a start, for the whole of a plate that the model has seen a part of."""
+        """The prior's logits as a start, for the whole of a plate of which the model has seen a part."""
         log_pmf = law.log_pmf
         if isinstance(log_pmf, jax.core.Tracer):
             log_pmf = np.zeros(log_pmf.shape, np.float32)
@@ -398,30 +398,32 @@ class AutoMeanField(AutoGuide):
         return prior[..., 1] - prior[..., 0] if law.kind == "bit" else prior, possible
 
 
-# Log-odds at which the other value has probability 0 in every floating-point type; NumPyro's BernoulliLogits
+# Log-odds at which the other value has probability 0 in every floating-point type. NumPyro's BernoulliLogits
 # has no log-probability at infinite ones.
 CERTAIN = 1e4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DiscreteSite:
-    """The guide of one discrete site: independent elements, each with logits of its own."""
+    """The guide of one discrete site: independent elements, each with its own logits."""
 
     name: str
     kind: str  # bit, class or count
     vector: bool  # whether a value is a one-hot vector
-    values: np.ndarray | None  # of a count
+    values: np.ndarray | None  # for a count
     start: np.ndarray  # where the parameters start
-    possible: np.ndarray  # of the parameters' shape, with an axis for the values
-    like: Callable[[Array], dist.Distribution]  # a distribution of the model's kind, by its logits
+    possible: np.ndarray  # in the shape of the parameters, with an axis for the values
+    like: Callable[
+        [Array], dist.Distribution
+    ]  # a distribution of the same type as the model's, from its logits
     frames: list[str]  # names of the plates
-    param_dim: int  # trailing axes of the parameters that are no plates
-    inside: int  # axes made event axes inside of the mask
+    param_dim: int  # trailing axes of the parameters that are not plates
+    inside: int  # axes that become event axes inside the mask
     outside: int  # and outside
     masked: bool
 
     def starting_at(self, logits):
-        """The same with these logits; of classes and counts, -inf leaves a value out for good."""
+        """The same site with these logits; for classes and counts, -inf excludes a value for good."""
         name, logits = f"init_logits['{self.name}']", np.asarray(logits, np.float32)
         shape = self.start.shape
         arg.require(logits.shape == shape, name, f"of shape {shape}", f"shape {logits.shape}")
@@ -438,7 +440,7 @@ class DiscreteSite:
 
     @property
     def elements(self):
-        """The shape of the elements, of the whole of a subsampled plate."""
+        """The shape of the elements, for the whole of a subsampled plate."""
         return self.first_logits.shape[:-1]
 
     @property
@@ -462,7 +464,7 @@ class DiscreteSite:
         return index if self.values is None else index + int(self.values[0])
 
     def weights(self, value):
-        """Of each value of the site one number: a one-hot vector, or what stands for it in a relaxed draw."""
+        """One number for each value of the site: a one-hot vector, or its counterpart in a relaxed draw."""
         if self.kind == "class" and not (self.vector or jnp.issubdtype(value.dtype, jnp.inexact)):
             return jax.nn.one_hot(value, self.size)
         value = jnp.asarray(value, jnp.result_type(float))
@@ -479,7 +481,7 @@ class DiscreteSite:
             return {self.name: numpyro.sample(self.name, self.as_event(law, masks.get(self.name)))}
 
     def as_event(self, law, mask):
-        """A law of all elements in the event axes and the mask of the model's."""
+        """The law of all elements with the event axes and the mask of the model's site."""
         law = law.to_event(self.inside)
         return (law if mask is None else law.mask(mask)).to_event(self.outside)
 
@@ -487,7 +489,7 @@ class DiscreteSite:
         return self.like(self.logits(parameters))
 
     def law_of(self, logits):
-        """The law of logits that have an axis for the values, bits as well, from `without_impossible`."""
+        """The law with these logits from `without_impossible`, with an axis for the values even for bits."""
         if self.kind == "bit":
             return self.like(jnp.clip(logits[..., 1] - logits[..., 0], -CERTAIN, CERTAIN))
         return self.like(jnp.where(logits < -CERTAIN / 2, -jnp.inf, logits))
@@ -499,7 +501,7 @@ class DiscreteSite:
         return jnp.where(possible, logits, -CERTAIN)
 
     def logits(self, parameters):
-        """The logits of the site, in which impossible values are left out."""
+        """The logits of the site, without impossible values."""
         if self.kind != "bit":
             return jnp.where(self.possible, parameters, -jnp.inf)
         zero, one = self.possible[..., 0], self.possible[..., 1]
@@ -510,7 +512,7 @@ class DiscreteSite:
         return jax.nn.sigmoid(logits) if self.kind == "bit" else jax.nn.softmax(logits, -1)
 
     def quantiles(self, parameters, levels):
-        """The least values whose cumulative probability reaches the levels; the levels' axis is first."""
+        """The smallest values whose cumulative probability reaches the levels; the levels' axis is first."""
         probs = self.probs(parameters)
         below = 1 - probs[..., None] if self.kind == "bit" else jnp.cumsum(probs, -1)[..., :-1]
         levels = jnp.asarray(levels, below.dtype).reshape(-1, *(1,) * below.ndim)
@@ -525,9 +527,9 @@ def as_levels(quantiles):
 
 
 class _Noted(Messenger):
-    """Notes the full size of every plate, and the sites whose values are substituted, in scans too.
+    """Record the full size of every plate, and the sites whose values are substituted, also in scans.
 
-    It refuses a model that no guide could be replayed into.
+    It refuses a model into which no guide could be replayed.
     """
 
     def __init__(self, fn, sizes, given):
@@ -552,7 +554,7 @@ def _is_other_latent(names, msg):
 
 
 def _like(d, law, logits):
-    """The discrete distribution of the guide, of the kind of the model's."""
+    """The discrete distribution of the guide, of the same type as the model's."""
     if law.kind == "bit":
         return dist.BernoulliLogits(logits, validate_args=False)
     if law.kind == "count":
@@ -565,7 +567,7 @@ def _like(d, law, logits):
 
 
 def _mask(fn):
-    """The mask, or None; and how many axes are made event axes outside of it."""
+    """The mask, or None; and how many axes become event axes outside it."""
     outside = 0
     while not isinstance(fn, dist.MaskedDistribution):
         if not hasattr(fn, "base_dist"):

@@ -30,12 +30,12 @@ from relaxit_jax.handlers._auto_mean_field import AutoMeanField, DiscreteSite, a
 from relaxit_jax.handlers._autoregressive import Autoregressive
 from relaxit_jax.handlers._marginals import marginals
 
-MOST_ROWS = 64  # of a table with a row for every combination of the parents' values; then one for each value
-# Of elements that meet, in one autoregressive site: 15 bits. Thirty, with 3,600 weights, ended at a bound
-# worse than that of independent ones.
+MOST_ROWS = 64  # entries of a table for all combinations of parents' values; else one for each value
+# The most interacting elements in one autoregressive site: 15 bits. Thirty, with 3,600 weights, ended at a
+# worse ELBO than independent ones.
 MOST_WEIGHTS = 1000
 DRAWS = 1000  # for medians and quantiles
-SCALE = 0.1  # of continuous sites, at the start
+SCALE = 0.1  # standard deviation of continuous sites at the start
 
 
 class AutoStructured(AutoMeanField):
@@ -43,34 +43,34 @@ class AutoStructured(AutoMeanField):
 
     `AutoMeanField` with these additions:
 
-    - **Markov chains**: a discrete site in a `scan` is drawn step by step, each element given its last value,
-      and given the other discrete sites of the scan. For a hidden Markov model the exact posterior is of this
-      family.
-    - **Autoregressive sites**: the elements of a discrete site that meet in the likelihood (several causes of
-      one finding) are drawn one after another, with logits that are linear in the elements before. This is
-      for up to 1,000 weights, such as 15 bits; more elements stay independent.
-    - **Given the same plate element**: a discrete or continuous site in a plate is conditioned on the
-      discrete sites before it in the same plate, where the model connects them: the slope given the bit that
-      switches it on.
+    - **Markov chains**: a discrete site in a `scan` is drawn step by step. Each element depends on its
+      previous value and on the other discrete sites of the scan. For a hidden Markov model this family
+      contains the exact posterior.
+    - **Autoregressive sites**: elements of a discrete site that meet in the likelihood (several causes of one
+      finding) are drawn one after another, with logits that are linear in the elements before them. This
+      works up to 1,000 weights, such as 15 bits; more elements stay independent.
+    - **Same plate element**: a discrete or continuous site in a plate is conditioned on the discrete sites
+      before it in the same plate, if the model connects them, such as a slope given the bit that switches it
+      on.
 
-    Train it by `RLOO_ELBO`. Chains and conditioned sites can be wrapped in `relax` as well. Autoregressive
-    ones cannot, and `relax` says so.
+    Train it with `RLOO_ELBO`. You can also wrap chains and conditioned sites in `relax`, but not
+    autoregressive ones, and `relax` says so.
 
     Args:
       model: the model, not relaxed.
-      independent: names of sites that are to have independent elements, as in `AutoMeanField`.
-      init: as for `AutoMeanField`. Default: "data", or "prior" where the first call sees only some rows of a
-        plate or is inside of a jitted function. With "data", chains and autoregressive sites start with
-        log-odds of at most 2, because the ascent has seen only one of their modes.
+      independent: names of sites to keep with independent elements, as in `AutoMeanField`.
+      init: as for `AutoMeanField`. The default is "data", or "prior" if the first call sees only part of a
+        plate or is inside a jitted function. With "data", chains and autoregressive sites start with log-odds
+        of at most 2, because the ascent has seen only one of their modes.
       prefix, init_loc_fn, create_plates, continuous, init_logits, num_values: as for `AutoMeanField`.
-        ``continuous`` makes the guide of the continuous sites that are not conditioned on a discrete one.
+        ``continuous`` creates the guide for the continuous sites that are not conditioned on a discrete one.
 
     Returns:
-      A guide, as `AutoMeanField`. Its ``probs``, ``median``, ``quantiles`` and ``sample_posterior`` draw from
-      the guide: they take the model's arguments after ``params``.
+      A guide, as for `AutoMeanField`. Its ``probs``, ``median``, ``quantiles`` and ``sample_posterior`` draw
+      from the guide, so they take the model's arguments after ``params``.
 
     Raises:
-      ValueError: as `AutoMeanField`; for a name in ``independent`` that no latent site has.
+      ValueError: as for `AutoMeanField`, and for a name in ``independent`` that no latent site has.
 
     References:
       Z. Ghahramani, M. I. Jordan (1997), Factorial Hidden Markov Models, Machine Learning 29.
@@ -88,7 +88,7 @@ class AutoStructured(AutoMeanField):
     0.0
     """
 
-    # one path of a chain hides the others, and one of the modes of elements that meet
+    # one path of a chain hides the others, as does one mode of interacting elements
     _sure: float = 2.0
 
     def __init__(
@@ -121,7 +121,7 @@ class AutoStructured(AutoMeanField):
         sample_shape: tuple[int, ...] = (),
         **kwargs: Any,
     ) -> dict[str, Array]:
-        """Draws of all latent sites from the trained guide, by name; of a subsampled plate, its rows."""
+        """Draw all latent sites from the trained guide, by name; for a subsampled plate, its elements."""
         self._require_called()
 
         def draw(key):
@@ -133,18 +133,18 @@ class AutoStructured(AutoMeanField):
         return {name: jnp.reshape(x, (*sample_shape, *x.shape[1:])) for name, x in drawn.items()}
 
     def probs(self, params: Mapping[str, Array], *args: Any, **kwargs: Any) -> dict[str, Array]:
-        """The marginal probabilities of the discrete sites, by name, as means over draws: see `marginals`."""
+        """Return marginal probabilities of the discrete sites, as means over draws: see `marginals`."""
         self._require_called()
         return marginals(self, params, *args, **kwargs)
 
     def median(self, params: Mapping[str, Array], *args: Any, **kwargs: Any) -> dict[str, Array]:
-        """The medians of 1,000 draws of continuous sites, bits and counts, by name."""
+        """Return the medians of 1,000 draws of continuous sites, bits and counts, by name."""
         return {name: x[0] for name, x in self.quantiles(params, 0.5, *args, **kwargs).items()}
 
     def quantiles(
         self, params: Mapping[str, Array], quantiles: ArrayLike, *args: Any, **kwargs: Any
     ) -> dict[str, Array]:
-        """Quantiles of 1,000 draws of continuous sites, bits and counts, with an axis for them in front."""
+        """Return quantiles of 1,000 draws of continuous sites, bits and counts, with their axis in front."""
         self._require_called()
         levels = as_levels(quantiles)
         drawn = self.sample_posterior(jax.random.key(0), params, *args, sample_shape=(DRAWS,), **kwargs)
@@ -236,10 +236,12 @@ class AutoStructured(AutoMeanField):
             return None
         transform = biject_to(fn.support)
         free = transform.inv(self._points(args, kwargs)(jax.random.key(1))[name])
-        if isinstance(free, jax.core.Tracer):  # a first call inside of jit, as for logits
+        if isinstance(free, jax.core.Tracer):  # a first call inside jit, as for logits
             free = np.zeros(free.shape)
         free = np.asarray(free, np.float32)
-        for frame in message["cond_indep_stack"]:  # a subsampled plate starts with the rows that were seen
+        for frame in message[
+            "cond_indep_stack"
+        ]:  # a subsampled plate starts with the elements that were seen
             axis, size = len(batch) + frame.dim, batch[frame.dim]
             free = np.take(free, np.arange(size) % free.shape[axis], axis)
         return _Given(name, free, len(batch), transform, parents, frames)
@@ -249,12 +251,12 @@ class AutoStructured(AutoMeanField):
 
 
 def _rows(sizes):
-    """How many rows a table has for parents of so many values."""
+    """The number of entries in a table for parents with these many values."""
     return math.prod(sizes) if math.prod(sizes) <= MOST_ROWS else sum(sizes)
 
 
 def _weights_of_rows(weights, sizes):
-    """Weights of the rows of a table, from the weights of each parent's values."""
+    """Weights of the entries of a table, from the weights of each parent's values."""
     if math.prod(sizes) > MOST_ROWS:
         shape = jnp.broadcast_shapes(*(w.shape[:-1] for w in weights))
         return jnp.concatenate([jnp.broadcast_to(w, (*shape, w.shape[-1])) for w in weights], -1)
@@ -266,7 +268,7 @@ def _weights_of_rows(weights, sizes):
 
 
 def _table(first, sizes, axis=-2):
-    """What a table starts with: the same in every row; where rows of parents are added, the first has it."""
+    """The start of a table: the same in every entry, or in the first one if entries of parents are added."""
     table = np.repeat(np.expand_dims(first, axis), _rows(sizes), axis)
     if math.prod(sizes) > MOST_ROWS:
         np.moveaxis(table, axis, 0)[sizes[0] :] = 0
@@ -274,12 +276,12 @@ def _table(first, sizes, axis=-2):
 
 
 def _looked_up(weights, table):
-    """The sum of the rows: a row itself, for weights that are one-hot."""
+    """The weighted sum of the entries: a single entry if the weights are one-hot."""
     return jnp.sum(weights[..., None] * table, -2)
 
 
 def _first(s):
-    """The first logits of a site, with an axis for the values, bits as well."""
+    """The first logits of a site, with an axis for the values even for bits."""
     return np.maximum(s.first_logits, -30)
 
 
@@ -320,7 +322,9 @@ class _Given:
 
     def draw(self, prefix, plates, masks, values):
         sizes = [p.size for p in self.parents]
-        axis = self.batch_ndim - self.free.ndim - 1  # of the rows: after the plates, before the event
+        axis = (
+            self.batch_ndim - self.free.ndim - 1
+        )  # the axis of the elements: after the plates, before the event
         event = -1 - axis
         parameter = lambda kind, first: numpyro.param(
             f"{self.name}_{prefix}_{kind}", _table(first, sizes, axis), event_dim=event + 1
@@ -341,19 +345,19 @@ class _Given:
 
 
 class _Chain:
-    """The discrete sites of one scan, each given its last value and the others of the scan before it."""
+    """The discrete sites of one scan, each given its previous value and the sites of the scan before it."""
 
     def __init__(self):
         self.sites = []
-        self.first = {}  # the site before the scan that each begins with, or None
-        self.plates = {}  # inside of the scan
+        self.first = {}  # for each, the site before the scan that it begins with, or None
+        self.plates = {}  # plates inside the scan
 
     def add(self, s, first, plates):
         self.sites.append(s)
         self.first[s.name], self.plates[s.name] = first, plates
 
     def parents(self, s):
-        """The sites of the last step, and those of this step before it, whose elements fit its own."""
+        """The sites of the last step, and the earlier sites of this step, whose elements match its own."""
         fit = [p for p in self.sites if _fits(p.elements[1:], s.elements[1:])]
         return fit, [p for p in fit if self.sites.index(p) < self.sites.index(s)]
 
@@ -393,7 +397,7 @@ def _fits(inner, outer):
 
 
 class _Scans(Messenger):
-    """Notes of every site the scan that it comes from."""
+    """Record for every site the scan that it comes from."""
 
     def __init__(self, fn):
         super().__init__(fn)
@@ -423,7 +427,7 @@ def _wrappers(fn):
 
 @dataclasses.dataclass(frozen=True)
 class _AutoregressiveSite:
-    """The guide of a site whose elements meet: one after another, outside of the plates that they share."""
+    """The guide of a site with interacting elements, drawn one after another outside their shared plates."""
 
     site: DiscreteSite
     coupled: tuple[int, ...]

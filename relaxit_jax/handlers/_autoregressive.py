@@ -14,10 +14,10 @@ from numpyro.distributions import constraints
 
 
 class Autoregressive(dist.Distribution):
-    """Elements that are drawn one after another, with logits that are linear in the ones before.
+    """Elements drawn one after another, with logits that are linear in the elements before them.
 
-    ``logits_i = bias_i + sum_{j < i} weights_ji[z_j]``. Its log_prob has the batch shape of independent
-    elements, and holds the log-probability of every element given the ones before.
+    ``logits_i = bias_i + sum_{j < i} weights_ji[z_j]``. The log_prob has the batch shape of independent
+    elements, and holds the log-probability of every element given the elements before it.
     """
 
     arg_constraints: dict[str, Any] = {"bias": constraints.real_vector}
@@ -34,14 +34,14 @@ class Autoregressive(dist.Distribution):
         return self.site.law_of(self.bias).support
 
     def _flat(self, x, extra):
-        """The coupled axes as one, before the values' axis."""
+        """Merge the coupled axes into one, before the axis of the values."""
         axes = [extra + axis for axis in self.coupled]
         kept = [axis for axis in range(x.ndim - 1) if axis not in axes]
         x = jnp.transpose(x, (*kept, *axes, x.ndim - 1))
         return x.reshape(*x.shape[: len(kept)], -1, x.shape[-1])
 
     def _unflat(self, x, extra):
-        """Back, without the values' axis."""
+        """Split them again, without the axis of the values."""
         shape = self.bias.shape[:-1]
         axes = [extra + axis for axis in self.coupled]
         kept = [axis for axis in range(extra + len(shape)) if axis not in axes]
@@ -56,7 +56,7 @@ class Autoregressive(dist.Distribution):
         def draw(logits, number_and_key):
             number, key = number_and_key
             z = jax.random.categorical(key, logits[..., number, :])
-            row = jnp.take(self.weights, number, -4)  # (..., n, K, K): what z says to the others
+            row = jnp.take(self.weights, number, -4)  # (..., n, K, K): the effect of z on the others
             after = jnp.arange(n)[:, None] > number
             said = jnp.sum(row * jax.nn.one_hot(z, size)[..., None, :, None], -2)
             return jnp.where(after, logits + said, logits), z

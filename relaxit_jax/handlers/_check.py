@@ -1,4 +1,4 @@
-"""`check`: what a trained guide has found, what it has not, and what to do."""
+"""`check`: what a trained guide has found, what it has missed, and what to do."""
 
 from __future__ import annotations
 
@@ -28,30 +28,31 @@ from relaxit_jax.handlers._auto_structured import AutoStructured
 from relaxit_jax.handlers._marginals import discrete_latents, law_and_value, marginals
 from relaxit_jax.handlers._relax import relax
 
-PARTICLES, GRADIENTS = 10, 100  # of one estimate of a gradient; estimates
-INNER = 200  # draws of the discrete sites beside one draw of the others
+PARTICLES, GRADIENTS = 10, 100  # for one estimate of a gradient; number of estimates
+INNER = 200  # draws of the discrete sites for one draw of the others
 RIVAL_STEPS, RIVAL_RATE = 1500, 0.05
-GAP, BETTER, TREND = 1.5, 1.0, 1.0  # in nats: what is worth a word
-OFF, CLOSER = 0.05, 0.15  # of a probability; and of a bound in nats, where such a probability differs
-TRUSTED = 0.7  # the Pareto k above which importance weights tell nothing
+GAP, BETTER, TREND = 1.5, 1.0, 1.0  # in nats: the size that is worth reporting
+OFF, CLOSER = 0.05, 0.15  # for a probability; and for an ELBO in nats, if such a probability differs
+TRUSTED = 0.7  # the Pareto k above which importance weights say nothing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteCheck:
-    """What `check` found of one discrete site.
+    """The findings of `check` for one discrete site.
 
     Args:
-      probs: the guide's marginal probabilities: of a one for bits, else of all values on a last axis.
-      weighted: the same with draws weighted by ``p / q``; None where these weights cannot be trusted.
+      probs: the guide's marginal probabilities: of a one for bits, otherwise of all values on a last axis.
+      weighted: the same with draws weighted by ``p / q``; None if these weights cannot be trusted.
       weighted_error: the standard errors of ``weighted``; None if ``weighted`` is.
-      gradient: the norm of the mean gradient of the loss in the parameters of this site, by `RLOO_ELBO`.
-      noise: the standard deviation of one such estimate of ten particles, as the root of the sum of squares.
-      relaxed_bias: the norm of the difference of the mean gradient under `relax`, beyond what noise explains;
-        None where `relax` refuses the model.
+      gradient: the norm of the mean gradient of the loss in the parameters of this site, with `RLOO_ELBO`.
+      noise: the standard deviation of one such estimate with ten particles, as the root of the sum of
+        squares.
+      relaxed_bias: the norm of the difference of the mean gradient under `relax`, beyond the noise; None if
+        `relax` refuses the model.
       relaxed_noise: the standard deviation under `relax`.
-      swallowed: whether no draw has a slope under `relax`, because of a comparison, say.
+      swallowed: whether no draw has a slope under `relax`, for example because of a comparison.
       moved: the largest change of a probability since the start.
-      rival: the marginal probabilities of the `AutoStructured` guide that was trained beside; None without.
+      rival: the marginal probabilities of the `AutoStructured` guide trained for comparison; None without it.
     """
 
     probs: np.ndarray
@@ -68,24 +69,24 @@ class SiteCheck:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Check:
-    """What `check` returns. ``str`` of it is what it prints.
+    """Result of `check`. Its ``str`` is the printed table and advice.
 
     Args:
-      bound: the evidence lower bound of the discrete model, in nats.
+      bound: the ELBO of the discrete model, in nats.
       bound_error: its standard error.
-      relaxed_bound: the mean of the relaxed objective, which is no bound; None where `relax` refuses the
+      relaxed_bound: the mean of the relaxed objective, which is not a bound; None if `relax` refuses the
         model.
-      gap: how far the guide's discrete sites are from their posterior at least, in nats: so much does the
-        bound rise if 200 weighted draws stand for one. Sites whose elements are independent are drawn anew
-        element by element, given the others; else all sites are.
+      gap: a lower limit on how far the guide's discrete sites are from their posterior, in nats: the rise of
+        the ELBO if 200 weighted draws replace one. If the elements of the sites are independent, each is
+        redrawn given the others; otherwise all sites are redrawn together.
       gap_error: its standard error.
-      rival: the bound of an `AutoStructured` guide that was trained beside it, its standard error and its
-        Pareto k; None if it was not tried, or could not be made.
+      rival: the ELBO of an `AutoStructured` guide that was trained for comparison, its standard error and its
+        Pareto k; None if it was not tried or could not be created.
       pareto_k: the shape of the tail of the importance weights, by NumPyro's `psis_diagnostic`.
-      trend: the change of the loss over its last tenth and the standard error, None without losses.
-      impossible: by site of the model, the share of draws that have probability 0 there.
-      sites: a `SiteCheck` by name of the discrete site.
-      refused: why `relax` or `AutoStructured` could not take this model and guide, by their names.
+      trend: the change of the loss over its last tenth and its standard error; None without losses.
+      impossible: for each site of the model, the share of draws that have probability 0 there.
+      sites: a `SiteCheck` for each discrete site, by name.
+      refused: why `relax` or `AutoStructured` could not handle this model and guide, by their names.
       advice: sentences that say what to do; empty if nothing was found.
     """
 
@@ -148,14 +149,14 @@ def check(
 
     It prints a table and advice, and returns the same numbers:
 
-    - the bound of the discrete model, beside the mean relaxed objective;
+    - the ELBO of the discrete model, next to the mean relaxed objective;
     - for each discrete site the size of the gradient, its noise under `RLOO_ELBO`, its bias and noise under
       `relax`, whether a comparison swallows it there, how far the probabilities moved from their start, and
-      how far they are from those of importance-weighted draws, where these can be trusted;
-    - draws of probability 0, by the site of the model that makes them so;
-    - whether the guide's family holds the posterior: the gap, and Pareto k of the importance weights;
-    - whether another guide, trained here from the data, reaches a better bound;
-    - whether the loss still falls.
+      how far they are from importance-weighted draws, if these can be trusted;
+    - draws of probability 0, by the site of the model that causes them;
+    - whether the guide's family contains the posterior: the gap, and the Pareto k of the importance weights;
+    - whether another guide, trained here from the data, reaches a better ELBO;
+    - whether the loss is still falling.
 
     Args:
       model: the model, not relaxed.
@@ -163,21 +164,21 @@ def check(
       params: its trained parameters.
       args, kwargs: the arguments of model and guide.
       tau: the temperature under `relax`, positive.
-      losses: of the training, one for each step, to tell whether it has come to an end.
-      rival: whether to train an `AutoStructured` guide beside it, which takes most of the time.
-      num_samples: number of draws for the bound and the weights, at least 100.
+      losses: the losses of the training, one for each step, to tell whether it has converged.
+      rival: whether to train an `AutoStructured` guide for comparison, which takes most of the time.
+      num_samples: number of draws for the ELBO and the weights, at least 100.
       num_values: how many values a count takes, as in `relax`.
-      rng_key: key of the draws. Default: ``jax.random.key(0)``.
+      rng_key: key for the draws. Default: ``jax.random.key(0)``.
 
     Returns:
-      What was printed, as an object with these attributes. Bounds are in nats, gradients in nats for a unit
-      of the parameters. ``bound`` and ``bound_error``; ``relaxed_bound``; ``gap`` and ``gap_error``;
+      The printed findings, as an object with these attributes. Bounds are in nats, gradients in nats for a
+      unit of the parameters. ``bound`` and ``bound_error``; ``relaxed_bound``; ``gap`` and ``gap_error``;
       ``rival``, a bound, its error and Pareto k; ``pareto_k``; ``trend``, the change of the loss over its
-      last tenth and its error; ``impossible``, shares of draws by site of the model; ``refused``, reasons
-      by ``"relax"`` and ``"AutoStructured"``; ``advice``, a tuple of sentences, empty if nothing is wrong;
-      and ``sites``, by name: ``probs``, ``weighted`` probabilities and their ``weighted_error``,
-      ``gradient``, ``noise``, ``relaxed_bias``, ``relaxed_noise``, ``swallowed``, ``moved`` and the
-      probabilities of the ``rival``.
+      last tenth and its error; ``impossible``, shares of draws by site of the model; ``refused``, reasons by
+      ``"relax"`` and ``"AutoStructured"``; ``advice``, a tuple of sentences, empty if nothing is wrong; and
+      ``sites``, by name: ``probs``, ``weighted`` probabilities and their ``weighted_error``, ``gradient``,
+      ``noise``, ``relaxed_bias``, ``relaxed_noise``, ``swallowed``, ``moved`` and the probabilities of the
+      ``rival``.
 
     Raises:
       ValueError: for arguments that are not as above, and a guide without discrete sites.
@@ -206,7 +207,7 @@ def check(
     key = jax.random.key(0) if rng_key is None else rng_key
     arg.check_key(key, "rng_key")
     soft = functools.partial(relax, tau=tau, num_values=num_values)
-    soft()  # what is wrong with these two is said before anything is drawn
+    soft()  # anything wrong with these two is reported before anything is drawn
     run = _Run(model, guide, dict(params), args, kwargs, num_values)
     keys = jax.random.split(key, 8)
     trend = None if losses is None else _trend(losses)
@@ -237,7 +238,7 @@ def check(
     if rival:
         try:
             *other, probs_of_other = run.rival(keys[7], names)
-        except (ValueError, TypeError) as reason:  # a model that AutoStructured has no guide for
+        except (ValueError, TypeError) as reason:  # a model for which AutoStructured has no guide
             refused["AutoStructured"] = str(reason).splitlines()[0]
     sites = {}
     for name in names:
@@ -249,7 +250,7 @@ def check(
         bias = None
         if relaxed is not None:
             both = {p: relaxed[0][p] - means[p] for p in means}
-            expected = (norm(spreads) ** 2 + norm(relaxed[1]) ** 2) / GRADIENTS  # of noise alone
+            expected = (norm(spreads) ** 2 + norm(relaxed[1]) ** 2) / GRADIENTS  # from noise alone
             bias = math.sqrt(max(norm(both) ** 2 - expected, 0))
         sites[name] = SiteCheck(
             probs=probs, weighted=weighted, weighted_error=of_share, gradient=norm(means),
@@ -274,7 +275,9 @@ def _trend(losses):
     losses = np.asarray(losses)
     good = losses.dtype.kind in "if" and losses.ndim == 1 and losses.size >= 100
     arg.require(good, "losses", "numbers, one for each of 100 steps or more", arg.shown(losses))
-    last = losses[-(losses.size // 10) :]  # a rate that falls to 0 makes losses fall before, as noise fades
+    last = losses[
+        -(losses.size // 10) :
+    ]  # a learning rate that falls to 0 lowers earlier losses too, as noise fades
     blocks = np.array([block.mean() for block in np.array_split(last, 10)])
     x = np.linspace(-0.45, 0.45, 10)  # the middles of the blocks, in tenths
     slope = x @ blocks / (x @ x)
@@ -283,7 +286,7 @@ def _trend(losses):
 
 
 def _advice(found, coupled):
-    """What is wrong, and what to do, a sentence or two each."""
+    """The problems found and what to do, a sentence or two each."""
     for name, share in found.impossible.items():
         if share:
             yield (
@@ -298,21 +301,21 @@ def _advice(found, coupled):
         )
         if gain > (CLOSER if differs else BETTER) + noise:
             yield (
-                f"AutoStructured(model), trained by RLOO_ELBO for {RIVAL_STEPS:,} steps, has a bound that "
-                f"is {gain:.1f} nats better. Train it in place of this guide, or start with init='data'."
+                f"AutoStructured(model), trained with RLOO_ELBO for {RIVAL_STEPS:,} steps, has an ELBO that "
+                f"is {gain:.1f} nats better. Train it instead of this guide, or start with init='data'."
             )
     if found.trend is not None and found.trend[0] < -max(TREND, 3 * found.trend[1]):
-        yield f"The loss still falls, by {-found.trend[0]:.1f} nats in its last tenth: train longer."
+        yield f"The loss is still falling, by {-found.trend[0]:.1f} nats over its last tenth: train longer."
     if coupled and found.gap > GAP + 3 * found.gap_error:
         yield (
             f"The draws of this guide are at least {found.gap:.1f} nats from the posterior: its sites depend "
-            "on each other in a way that the guide cannot say, or training has not ended. See AutoStructured."
+            "on each other in a way that the guide cannot represent, or training has not ended. Try AutoStructured."
         )
     for name, s in found.sites.items():
         if s.swallowed:
             yield (
                 f"Under relax the site '{name}' has no gradient: a comparison, a cond or a cast swallows it. "
-                "Write it by select, take or less, or train by RLOO_ELBO."
+                "Write it with select, take or less, or train with RLOO_ELBO."
             )
         if s.weighted is not None and (off := _off(s)) > OFF:
             yield (
@@ -321,11 +324,11 @@ def _advice(found, coupled):
                 "init='data', or use the weighted probabilities."
             )
         if s.moved < 1e-3 and s.gradient > 0.5 * s.noise:
-            yield f"The site '{name}' has not moved from its start, and has a gradient: train longer."
+            yield f"The site '{name}' has not moved from its start but has a gradient: train longer."
 
 
 def _off(s):
-    """How far a probability is from that of weighted draws, less what noise explains."""
+    """How far a probability is from weighted draws, beyond the noise."""
     return float(np.max(np.abs(s.weighted - s.probs) - 4.5 * s.weighted_error))
 
 
@@ -367,7 +370,7 @@ class _Run:
         return jax.tree.map(np.asarray, sites), np.asarray(weights, np.float64), shares
 
     def gap(self, key, names):
-        """The rise of the bound if weighted draws stand for one, by elements where they are independent."""
+        """The rise of the ELBO if weighted draws replace one, element by element if they are independent."""
         trace = self.guide_trace(key)
         model = self.model_trace(key, trace)
         with handlers.block():
@@ -399,7 +402,7 @@ class _Run:
             fixed = {n: s["value"] for n, s in base.items() if s["type"] == "sample" and n not in alone}
 
             def inner(key):
-                if together:  # all sites anew: they may depend on each other in any way
+                if together:  # redraw all sites: they may depend on each other in any way
                     return weights(self.guide_trace(key), key)
                 again = self.guide_trace(key, self.params | fixed)
                 return weights(again, key)
@@ -432,7 +435,7 @@ class _Run:
         return float(jnp.mean(losses)), {n: g.mean(0) for n, g in found.items()}, spreads
 
     def slopes(self, key, model, guide, names):
-        """Of each site whether the log-probability of the model has a slope in any of its relaxed draws."""
+        """For each site, whether the log-probability of the model has a slope in any of its relaxed draws."""
         run = _Run(model, guide, self.params, self.args, self.kwargs, self.num_values)
 
         def slope(key):
@@ -451,7 +454,7 @@ class _Run:
         return {n: bool(jnp.any(found[n])) if n in found else True for n in names}
 
     def parameters_of(self, key, names):
-        """The parameters that the law of each site depends on, its draws and those before it given."""
+        """The parameters that the law of each site depends on, given its draws and the draws before it."""
         trace = self.guide_trace(key)
         values = {n: s["value"] for n, s in trace.items() if s["type"] == "sample"}
 
@@ -474,11 +477,11 @@ class _Run:
                 chunk_size=100, **self.kwargs,
             )  # fmt: skip
         largest = np.sort(weights)[-len(weights) // 5 :]
-        # the largest weights are all alike, so there is no tail
+        # the largest weights are all equal, so there is no tail
         return -math.inf if found == math.inf and largest[-1] - largest[0] < 600 else found
 
     def rival(self, key, names):
-        """Of a new guide that is trained here: the bound, its standard error, Pareto k and the marginals."""
+        """The ELBO, its standard error, Pareto k and marginals of a new guide that is trained here."""
         guide = AutoStructured(self.model, num_values=self.num_values)
         optimizer = optim.Adam(lambda i: RIVAL_RATE * (1 + jnp.cos(math.pi * i / RIVAL_STEPS)) / 2)
         svi = SVI(self.model, guide, optimizer, RLOO_ELBO(PARTICLES))

@@ -26,9 +26,9 @@ def marginals(
     num_values: int | dict[str, int] | None = None,
     **kwargs: Any,
 ) -> dict[str, Array]:
-    """The marginal probabilities of the discrete latent sites of a guide.
+    """Compute the marginal probabilities of the discrete latent sites of a guide.
 
-    The mean, over draws of the guide, of the law of each site given the draws before it:
+    This is the mean, over draws of the guide, of the law of each site given the draws before it:
     ``q(z) = E q(z | sites before)``. It is exact for a site that depends on no other draw, and has less noise
     than frequencies for any other, such as the states of a chain in a `scan`.
 
@@ -37,12 +37,12 @@ def marginals(
       params: its trained parameters.
       args, kwargs: the arguments of the guide.
       num_samples: number of draws, at least 1.
-      rng_key: key of the draws. Default: ``jax.random.key(0)``.
+      rng_key: key for the draws. Default: ``jax.random.key(0)``.
       num_values: how many values a count takes, as in `relax`.
 
     Returns:
-      By name of the site: the probability of a one for bits, of the site's shape; for others the
-      probabilities of all values, on a last axis. Of a subsampled plate, the rows that the guide draws.
+      By name of the site: for bits the probability of a one, in the shape of the site; for others the
+      probabilities of all values, on a last axis. For a subsampled plate, the elements that the guide draws.
 
     Raises:
       ValueError: for a guide that is relaxed, and for arguments that are not as above.
@@ -91,7 +91,7 @@ def discrete_latents(trace):
 def law_and_value(name, message, num_values=None):
     """The law of a site given the draws before it, and its draw in the same form.
 
-    Both are the probability of a one for bits, else probabilities of all values on a last axis.
+    For bits, both are the probability of a one; otherwise probabilities of all values on a last axis.
     """
     d, value = wr.innermost(message["fn"]), jnp.asarray(message["value"])
     if isinstance(d, Autoregressive):
@@ -100,7 +100,7 @@ def law_and_value(name, message, num_values=None):
         law = site.law_of(name, d, rl.num_values_of(num_values, name))
         p, kind, size = jnp.exp(law.log_pmf), law.kind, law.log_pmf.shape[-1]
         low = 0 if law.values is None else int(law.values[0])
-        # what is beyond the last value of a count is folded into it
+        # mass beyond the last value of a count is added to it
         weights = value if d.event_dim else jax.nn.one_hot(jnp.minimum(value - low, size - 1), size)
         p = jnp.broadcast_to(p, weights.shape)
     return (p[..., 1], weights[..., 1]) if kind == "bit" else (p, weights)

@@ -1,4 +1,4 @@
-"""`relax`: a model with discrete latents made trainable."""
+"""`relax`: make a model with discrete latents trainable."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from relaxit_jax.handlers import _wrappers as wr
 from relaxit_jax.handlers._site import Relaxed
 from relaxit_jax.handlers._unrounded import unrounded
 
-OBSERVED = "_observed"  # how NumPyro calls the first half of a site with obs_mask
+OBSERVED = "_observed"  # NumPyro's name for the first half of a site with obs_mask
 
 
 class relax(unrounded):
     """Replace the discrete latent sites of a model, and of its guide, by relaxed ones.
 
     ``SVI(relax(model, tau=0.1), relax(guide, tau=0.1), optimizer, Trace_ELBO())`` trains a guide with
-    discrete sites by pathwise gradients. A relaxed draw z goes into the rest of the model; the site
-    itself costs the KL of the two discrete laws, in closed form: the objective is
-    ``E log p(x | z) - sum_sites KL(q || p)``, under `Trace_ELBO`, `TraceMeanField_ELBO` and
-    `TraceGraph_ELBO` alike. The trained parameters belong in the unrelaxed model and guide, whose
-    draws are discrete; the loss of the relaxed ones may lie below that of any discrete guide, so
-    take the bound from the unrelaxed ones as well: ``Trace_ELBO().loss(key, params, model, guide)``.
+    discrete sites with pathwise gradients. A relaxed draw z enters the rest of the model, and the site itself
+    costs the KL between the two discrete laws, in closed form: the objective is
+    ``E log p(x | z) - sum_sites KL(q || p)``, under `Trace_ELBO`, `TraceMeanField_ELBO` and `TraceGraph_ELBO`
+    alike. Use the trained parameters in the unrelaxed model and guide, whose draws are discrete. The relaxed
+    loss may be lower than the loss of any discrete guide, so compute the ELBO from the unrelaxed model and
+    guide as well: ``Trace_ELBO().loss(key, params, model, guide)``.
 
-    Relaxed are: Bernoulli (to a number in [0, 1]), Categorical, `OneHotCategorical` and Multinomial
-    of one trial (to a point of the simplex: a Categorical site becomes a vector, see `take`),
-    DiscreteUniform, Binomial, BetaBinomial, Poisson, Geometric, NegativeBinomial and other integers
-    (to a number, a weighted mean of finitely many values); in plates, under `to_event`, `expand` and
-    masks, and inside of `scan`. Observed, conditioned, substituted and enumerated sites stay as they are;
-    of a site with `obs_mask` the unobserved elements are relaxed.
+    These sites are relaxed: Bernoulli (to a number in [0, 1]); Categorical, `OneHotCategorical` and
+    Multinomial with one trial (to a point of the simplex: a Categorical site becomes a vector, see `take`);
+    DiscreteUniform, Binomial, BetaBinomial, Poisson, Geometric, NegativeBinomial and other integers (to a
+    number, a weighted mean of finitely many values). This works in plates, under `to_event`, `expand` and
+    masks, and inside `scan`. Observed, conditioned, substituted and enumerated sites stay as they are; for a
+    site with `obs_mask`, the unobserved elements are relaxed.
 
-    What runs, but loses the gradient of a relaxed site: `jnp.where` and `jax.lax.cond` of it (see
-    `select`), comparing it (see `less`), rounding it. What is not meant: MCMC on the relaxed model, whose
-    posterior is another one; RenyiELBO, whose importance weights need draws of the discrete law;
-    `flax.nnx.Rngs` inside the model with several particles (take keys from `numpyro.prng_key()`).
+    Some code runs but loses the gradient of a relaxed site: `jnp.where` and `jax.lax.cond` on it (see
+    `select`), comparing it (see `less`), and rounding it. Some uses are not supported: MCMC on the relaxed
+    model, whose posterior is a different one; RenyiELBO, whose importance weights need draws of the discrete
+    law; and `flax.nnx.Rngs` inside the model with several particles (take keys from `numpyro.prng_key()`).
 
     To anneal without recompiling, let the model take the temperature:
     ``lambda data, tau: relax(model, tau=tau)(data)``.
@@ -48,27 +48,26 @@ class relax(unrounded):
     Args:
       fn: a model or a guide; or nothing, to use it as a context or a decorator.
       tau: temperature, positive, scalar; may be traced.
-      method: "relaxed" (Gumbel-softmax, relaxed Bernoulli), "straight_through" (exact values forward,
-        the gradient of the relaxed ones), or a class of `relaxit_jax.distributions` that takes
-        ``logits`` and ``tau``.
-      kl: "discrete", or "relaxed" for the densities of the relaxed draws themselves. The latter
-        shrinks towards the prior, the more the more classes there are, and has no form for counts.
-      config: what to do with single sites, by name: a method as above, "one_hot" for a vector of weights over
-        the values 0, 1, ... in place of a number (for `take`, `less`, `greater` and `equal`), a function of
+      method: "relaxed" (Gumbel-softmax, relaxed Bernoulli), "straight_through" (exact values forward, the
+        gradient of the relaxed ones), or a class of `relaxit_jax.distributions` that takes ``logits`` and
+        ``tau``.
+      kl: "discrete", or "relaxed" for the densities of the relaxed draws themselves. The latter shrinks
+        toward the prior, the more so with more classes, and has no form for counts.
+      config: how to treat single sites, by name: a method as above, "one_hot" for a vector of weights over
+        the values 0, 1, ... instead of a number (for `take`, `less`, `greater` and `equal`), a function of
         the site's discrete distribution that returns one of this library's, or None to leave the site alone.
-      num_values: how many values a count takes, an integer or a dictionary by site. Default: so many
-        that less than 1e-8 is beyond them, if the parameters are known before tracing; what is
-        beyond is folded into the last value. It has to be the same for model and guide.
+      num_values: how many values a count takes, an integer or a dictionary by site. By default enough to
+        leave out less than 1e-8, if the parameters are known before tracing; the tail mass left out is added
+        to the last value. It must be the same for model and guide.
 
     Returns:
       The handled callable.
 
     Raises:
-      ValueError: for arguments that are not as above, or that name a site that is not there; for a
-        site that cannot be relaxed; for a model that is relaxed and a guide that is not, or the other
-        way; for a site that is conditioned after it was relaxed: write
-        ``relax(condition(model, data))``.
-      TypeError: where a relaxed Categorical is used as an index: use `take`.
+      ValueError: for arguments that are not as above, or that name a site that does not exist; for a site
+        that cannot be relaxed; for a model that is relaxed and a guide that is not, or the reverse; for a
+        site that is conditioned after it was relaxed: write ``relax(condition(model, data))``.
+      TypeError: if a relaxed Categorical is used as an index: use `take`.
 
     References:
       C. J. Maddison, A. Mnih, Y. W. Teh (2017), The Concrete Distribution, arXiv:1611.00712.
@@ -117,7 +116,9 @@ class relax(unrounded):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: Any
     ) -> None:
         super().__exit__(exc_type, exc, traceback)
-        inside = any(isinstance(handler, relax) for handler in npr.active_handlers())  # as a scan's body is
+        inside = any(
+            isinstance(handler, relax) for handler in npr.active_handlers()
+        )  # inside another one, as the body of a scan is
         if exc is None and not inside:
             self.options.check_names(self._met)
         if npr.is_used_as_index(exc) and self._vectors and not isinstance(exc, _NotAnIndex):
@@ -140,7 +141,7 @@ class relax(unrounded):
         super().process_message(msg)
 
     def _relax(self, msg):
-        """Put the relaxation of a site in the place of its distribution."""
+        """Replace the distribution of a site by its relaxation."""
         name = msg["name"]
         if self.options.method_of(name) is None:
             return
@@ -155,14 +156,14 @@ class relax(unrounded):
             self._relaxed.add(id(msg))
         elif npr.comes_from_flow(msg) and npr.runs_cond(self._flow["fn"]):
             raise ValueError(
-                f"the site '{name}' is inside of a cond, where NumPyro replays nothing: draw it before the "
-                "cond, or leave it as it is by config"
+                f"the site '{name}' is inside a cond, where NumPyro does not replay it. Draw it before the "
+                f"cond, or leave it discrete with config={{'{name}': None}}"
             )
 
     def _observe_a_part(self, msg):
         """The first half of a site with `obs_mask`: NumPyro joins it with the second by ``where(mask, ...)``.
 
-        A mask has no axis for classes. Where the second half is a vector of weights both halves are handed to
+        A mask has no axis for classes. If the second half is a vector of weights, both halves are handed to
         NumPyro with the classes first, and the deterministic site of the two puts them last.
         """
         whole = msg["name"].removesuffix(OBSERVED)
@@ -183,7 +184,7 @@ class relax(unrounded):
         super().postprocess_message(msg)
         if msg["type"] != "sample":
             return
-        # a `trace` further out has the value already; this is what NumPyro goes on with
+        # a `trace` further out already has the value; NumPyro continues with this one
         if msg["is_observed"] and (size := self._partly.get(msg["name"].removesuffix(OBSERVED))):
             msg["value"] = jnp.moveaxis(jax.nn.one_hot(msg["value"], size), -1, 0)
         elif not msg["is_observed"] and msg["name"].removesuffix(rl.UNOBSERVED) in self._partly:
@@ -191,13 +192,13 @@ class relax(unrounded):
 
 
 def _require_relaxed_model():
-    """Of the model to which a relaxed site of the guide is handed."""
+    """Require that the model is relaxed if a relaxed site of the guide is handed to it."""
     if not any(isinstance(handler, relax) for handler in npr.active_handlers()):
         raise ValueError("a site is relaxed in the guide, not in the model: wrap the model in relax as well")
 
 
 def _check_use(msg, kl):
-    """What a relaxed site must not be: conditioned, or replayed from a guide that was not relaxed."""
+    """Refuse a relaxed site that is conditioned, or replayed from a guide that was not relaxed."""
     name = f"the site '{msg['name']}'"
     if msg["is_observed"]:
         raise ValueError(
@@ -211,14 +212,16 @@ def _check_use(msg, kl):
     if wr.is_discrete(guide):
         raise ValueError(f"{name} is relaxed in the model, not in the guide: wrap the guide in relax as well")
     if isinstance(guide, Delta):
-        raise ValueError(f"{name} has a point estimate in the guide; a relaxed density has no largest value")
+        raise ValueError(
+            f"{name} has a point estimate in the guide, but a relaxed density has no maximum: use AutoMeanField there"
+        )
     if isinstance(guide, Relaxed) != (kl == "discrete"):
         raise ValueError(
-            f"{name} must be relaxed alike in model and guide, got kl={kl!r} in the model and a "
-            f"{type(guide).__name__} in the guide: give the guide a discrete distribution there, and relax "
-            "with the same kl around it"
+            f"{name} must be relaxed in the same way in model and guide, got kl={kl!r} in the model and a "
+            f"{type(guide).__name__} in the guide. Give the guide a discrete distribution there, and relax "
+            "it with the same kl"
         )
 
 
 class _NotAnIndex(TypeError):
-    """A relaxed value where NumPyro or the model asks for an integer."""
+    """A relaxed value where NumPyro or the model needs an integer."""

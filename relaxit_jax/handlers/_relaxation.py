@@ -1,4 +1,4 @@
-"""What `relax` makes of one site: its options, the finite law of the site, and the relaxation of that law."""
+"""The relaxation of one site in `relax`: its options, the finite law of the site, and the relaxed law."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS = {
         "count": functools.partial(rd.GeneralizedGumbelSoftmax, hard=True),
     },
 }
-UNOBSERVED = "_unobserved"  # how NumPyro calls the second half of a site with obs_mask
+UNOBSERVED = "_unobserved"  # NumPyro's name for the second half of a site with obs_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Options:
         site.check_num_values(self.num_values)
 
     def method_of(self, name: str) -> Any:
-        """The method of a site; None if it is to be left as it is."""
+        """The method of a site, or None to leave it as it is."""
         return _of_site(self.config, name, self.method)
 
     def has_own_method(self, name: str) -> bool:
@@ -65,14 +65,14 @@ class Options:
         return num_values_of(self.num_values, name)
 
     def check_names(self, met: Collection[str]) -> None:
-        """The sites that the options name are among those that were met."""
+        """Check that the sites in the options exist."""
         check_names("config", self.config, met)
         check_names("num_values", self.num_values, met)
 
 
 def check_names(option: str, table: Any, met: Collection[str]) -> None:
-    """The sites that a table names are among those that were met."""
-    # the guide of a site with obs_mask has its unobserved part alone
+    """Check that the sites in a table exist."""
+    # the guide of a site with obs_mask has only its unobserved part
     known = set(met) | {name.removesuffix(UNOBSERVED) for name in met}
     unknown = set(table) - known if isinstance(table, Mapping) else ()
     need = f"names of the sites {sorted(met)}"
@@ -112,13 +112,13 @@ def _takes_logits(kind):
 
 
 def law_and_method(name: str, d: Distribution, options: Options) -> tuple[site.Law, Any]:
-    """The finite law of a site, as classes where the method makes vectors of it; and the method."""
+    """The finite law of a site, as classes if the method makes vectors of it; and the method."""
     law, method = site.law_of(name, d, options.num_values_of(name)), options.method_of(name)
     if isinstance(method, str) and method == "one_hot":
         method = METHODS[options.method]["class"] if isinstance(options.method, str) else options.method
-        need = "another than 'one_hot' beside a method of numbers"
+        need = "something other than 'one_hot' if the method draws numbers"
         arg.require(_is_one_hot(method), f"config['{name}']", need, f"method={method.__name__}")
-    # a method for all sites makes no vectors of bits and counts
+    # a method for all sites does not make vectors of bits and counts
     as_vector = options.has_own_method(name) and _is_one_hot(method)
     return (site.as_classes(name, law) if as_vector else law), method
 
@@ -128,7 +128,7 @@ def _is_one_hot(kind):
 
 
 def relaxed_site(name: str, d: Distribution, law: site.Law, method: Any, options: Options) -> Distribution:
-    """The distribution that stands in a model for a discrete one of this law."""
+    """The distribution that replaces a discrete one with this law in a model."""
     relaxation = method(d) if is_function(method) else _relaxation(name, law, method, options.tau)
     event = law.log_pmf.shape[-1:] if law.kind == "class" else ()
     need = f"a relaxation of batch shape {d.batch_shape} and event shape {event} for the site '{name}'"
@@ -145,7 +145,7 @@ def relaxed_site(name: str, d: Distribution, law: site.Law, method: Any, options
 
 
 def _relaxation(name, law, method, tau):
-    """The relaxation of a law by a method of the library."""
+    """The relaxation of a law with a method of the library."""
     kind = METHODS[method][law.kind] if isinstance(method, str) else method
     given = {"logits": law.logits, "values": law.values, "tau": jnp.asarray(tau)}
     cls = getattr(kind, "func", kind)

@@ -11,9 +11,9 @@ from relaxit_jax import _arguments as arg
 
 
 def take(table: ArrayLike, z: ArrayLike) -> Array:
-    """``table[z]`` for an index z, or for the one-hot or relaxed vector that stands for it.
+    """Return ``table[z]`` for an index z, or for the one-hot or relaxed vector that stands for it.
 
-    ``sum_k z_k table_k``: a model written with it works with `relax` and without.
+    ``sum_k z_k table_k``: a model written with it works both with `relax` and without it.
 
     Args:
       table: array of shape (K, ...), finite.
@@ -46,10 +46,10 @@ def take(table: ArrayLike, z: ArrayLike) -> Array:
 
 
 def select(bit: ArrayLike, if_one: ArrayLike, if_zero: ArrayLike) -> Array:
-    """``where(bit, if_one, if_zero)`` that keeps the gradient of a relaxed bit.
+    """Return ``where(bit, if_one, if_zero)``, keeping the gradient of a relaxed bit.
 
-    ``bit if_one + (1 - bit) if_zero``: the same for 0 and 1, and the mixture between them, where
-    `jnp.where` and `jax.lax.cond` would round and lose the gradient.
+    ``bit if_one + (1 - bit) if_zero``: the same for 0 and 1, and the mixture in between, where `jnp.where`
+    and `jax.lax.cond` would round and lose the gradient.
 
     Args:
       bit: zeros and ones, or numbers between them.
@@ -77,10 +77,10 @@ def select(bit: ArrayLike, if_one: ArrayLike, if_zero: ArrayLike) -> Array:
 
 
 def less(t: ArrayLike, s: ArrayLike) -> Array:
-    """``t < s`` for the value s of a discrete site, with the gradient of a relaxed one.
+    """Return ``t < s`` for the value s of a discrete site, with the gradient of a relaxed one.
 
     ``sum_k s_k 1[t < k]`` for a vector of weights over the values 0, 1, ...; 0 or 1 for an integer. With it,
-    ``select(less(t, s), before, after)`` is a change point at s that works with `relax` and without.
+    ``select(less(t, s), before, after)`` is a change point at s that works both with `relax` and without it.
 
     Args:
       t: numbers of shape (...).
@@ -91,7 +91,8 @@ def less(t: ArrayLike, s: ArrayLike) -> Array:
       The probability that t is less, of the broadcast shape.
 
     Raises:
-      ValueError: for an ``s`` that is a single number but no integer: a relaxed number has no such weights.
+      ValueError: for an ``s`` that is a single number but not an integer: a relaxed number has no such
+        weights.
 
     References:
       E. Jang, S. Gu, B. Poole (2017), arXiv:1611.01144.
@@ -103,7 +104,7 @@ def less(t: ArrayLike, s: ArrayLike) -> Array:
 
 
 def greater(t: ArrayLike, s: ArrayLike) -> Array:
-    """``t > s`` for the value s of a discrete site, with the gradient of a relaxed one.
+    """Return ``t > s`` for the value s of a discrete site, with the gradient of a relaxed one.
 
     ``sum_k s_k 1[t > k]`` for a vector of weights over the values 0, 1, ...; 0 or 1 for an integer.
 
@@ -127,7 +128,7 @@ def greater(t: ArrayLike, s: ArrayLike) -> Array:
 
 
 def equal(t: ArrayLike, s: ArrayLike) -> Array:
-    """``t == s`` for the value s of a discrete site, with the gradient of a relaxed one.
+    """Return ``t == s`` for the value s of a discrete site, with the gradient of a relaxed one.
 
     ``sum_k s_k 1[t = k]`` for a vector of weights over the values 0, 1, ...; 0 or 1 for an integer.
 

@@ -1,4 +1,4 @@
-"""A discrete latent site: the finite law of its distribution, and the relaxed site that stands for it."""
+"""A discrete latent site: the finite law of its distribution, and the relaxed site that replaces it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from relaxit_jax.samplers import _count as counts
 class Relaxed(dist.Distribution):
     """Draws of a relaxation, scored as the discrete law they stand for.
 
-    Where the guide's law q is known (as the intermediate of its draw), `log_prob` is the expected
-    log-mass ``sum_k q_k log p_k``: of the guide -H(q), of the model less the guide -KL(q || p),
-    under every ELBO. Elsewhere it is the log-mass, interpolated linearly between the values.
+    If the guide's law q is known (as the intermediate of its draw), `log_prob` is the expected log-mass
+    ``sum_k q_k log p_k``. This gives -H(q) for the guide and -KL(q || p) for the model minus the guide,
+    under every ELBO. Otherwise it is the log-mass, interpolated linearly between the values.
     """
 
     arg_constraints: dict[str, Any] = {"log_pmf": ct.log_weights}
@@ -45,8 +45,8 @@ class Relaxed(dist.Distribution):
         self.relaxation, self.log_pmf, self.values = relaxation, log_pmf, values
         super().__init__(relaxation.batch_shape, relaxation.event_shape, validate_args=False)
 
-    has_rsample: bool = True  # of the objective, which takes the relaxed draw for what it is
-    scores_another_law: bool = True  # so that no ratio of densities is a weight of the draw
+    has_rsample: bool = True  # of the objective, which uses the relaxed draw as it is
+    scores_another_law: bool = True  # so that no ratio of densities is used as a weight of the draw
 
     @property
     def support(self) -> ct.Constraint | None:
@@ -86,7 +86,7 @@ def weights_of_number(value, values=None):
 
 
 def check_num_values(num_values):
-    """An integer, or a dictionary of them by site; None stands for as many as are needed."""
+    """Require an integer, or a dictionary of them by site; None stands for as many as are needed."""
     own = num_values if isinstance(num_values, Mapping) else {None: num_values}
     for name, number in own.items():
         if number is not None:
@@ -115,7 +115,7 @@ class FiniteDiscrete(dist.Distribution):
 
     @property
     def has_enumerate_support(self) -> bool:
-        return self.low == 0  # NumPyro puts 0, 1, ... in the place of the values
+        return self.low == 0  # NumPyro replaces the values by 0, 1, ...
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)  # type: ignore[arg-type]
     def support(self) -> ct.Constraint:  # type: ignore[override]  # NumPyro's is a property
@@ -137,7 +137,7 @@ class FiniteDiscrete(dist.Distribution):
 
 CLASSES = (dist.CategoricalProbs, dist.CategoricalLogits, sd.OneHot)
 TRIALS = (dist.MultinomialProbs, dist.MultinomialLogits)
-TAIL = 1e-8  # mass that a truncated count may leave to its last value
+TAIL = 1e-8  # mass that a truncated count may add to its last value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,19 +145,19 @@ class Law:
     """The finite law of a discrete site."""
 
     kind: str  # bit, class, count
-    log_pmf: Array  # of the batch shape and a last axis for the values, normalised
-    values: np.ndarray | None = None  # of a count
+    log_pmf: Array  # with the batch shape and a last axis for the values, normalized
+    values: np.ndarray | None = None  # for a count
 
     @property
     def logits(self) -> Array:
-        """What the relaxations of this kind take."""
+        """The parameter that relaxations of this type take."""
         if self.kind != "bit":
             return self.log_pmf
         return self.log_pmf[..., 1] - self.log_pmf[..., 0]
 
 
 def as_classes(name, law):
-    """The law of a bit or a count as one of classes: class k stands for the value k."""
+    """The law of a bit or a count as a law of classes, where class k stands for the value k."""
     if law.kind != "count":
         return Law("class", law.log_pmf)
     low = int(law.values[0])
@@ -167,8 +167,8 @@ def as_classes(name, law):
 
 
 def possible(law, d):
-    """Which values can be drawn, as far as that is known: of a traced law it is all of them."""
-    at_probs = isinstance(d, dist.BernoulliProbs)  # whose law is finite at 0 and 1, as NumPyro scores it
+    """Which values can be drawn, as far as this is known; for a traced law all of them."""
+    at_probs = isinstance(d, dist.BernoulliProbs)  # NumPyro scores it with a finite law at 0 and 1
     seen = d.probs if at_probs else law.log_pmf
     if isinstance(seen, Tracer):
         return np.ones(law.log_pmf.shape, bool)
@@ -195,7 +195,7 @@ def law_of(name, d, num_values=None):
     if isinstance(d, Autoregressive):
         raise ValueError(
             f"The site '{name}' is autoregressive in the guide, which relax cannot score. "
-            f"Train it by RLOO_ELBO, or pass independent=['{name}'] to AutoStructured."
+            f"Train it with RLOO_ELBO, or pass independent=['{name}'] to AutoStructured."
         )
     if isinstance(d, FiniteDiscrete):
         low, k = d.low, d.logits.shape[-1]
@@ -203,13 +203,13 @@ def law_of(name, d, num_values=None):
     arg.require(
         getattr(d, "event_dim", 1) == 0 and _lower_bound(d.support) is not None,
         f"site '{name}'", "observed, enumerated, or one of the discrete distributions that relax knows, or "
-        "else left as it is by config={'" + name + "': None}", type(d).__name__,
+        "left as it is with config={'" + name + "': None}", type(d).__name__,
     )  # fmt: skip
     return _law_of_count(name, d, num_values)
 
 
 def _lower_bound(support) -> Any:
-    """The least value of a support of integers, None of any other."""
+    """The smallest value of a support of integers, None for any other."""
     if isinstance(support, type(constraints.nonnegative_integer)):
         return 0
     return getattr(support, "lower_bound", None)
@@ -218,7 +218,7 @@ def _lower_bound(support) -> Any:
 def _law_of_count(name, d, num_values):
     low, high = _lower_bound(d.support), getattr(d.support, "upper_bound", None)
     seen = lambda x: not isinstance(x, Tracer)
-    arg.require(seen(low), f"site '{name}'", "a count whose least value is known before tracing", low)
+    arg.require(seen(low), f"site '{name}'", "a count whose smallest value is known before tracing", low)
     low = int(np.min(np.asarray(low)))
     bounded = high is not None and seen(high)
     whole = int(np.max(np.asarray(high))) - low + 1 if bounded else None
@@ -241,7 +241,7 @@ def _law_of_count(name, d, num_values):
 def _log_pmf(d, values):
     """log P(value) on a last axis; -inf outside the support."""
     quiet = copy.copy(d)
-    quiet._validate_args = False  # values outside are meant
+    quiet._validate_args = False  # values outside are intended
     at = jnp.asarray(values).reshape(-1, *(1,) * len(d.batch_shape))
     inside = jnp.broadcast_to(quiet.support(at), (len(values), *d.batch_shape))
     safe = where(inside, at, _lower_bound(d.support))
@@ -249,7 +249,7 @@ def _log_pmf(d, values):
 
 
 def _enough_values(name, d, low):
-    """So many values that what is beyond them has less mass than TAIL."""
+    """Enough values to leave out less mass than TAIL."""
     need = (
         f"given for the site '{name}', a {type(d).__name__} whose parameters are traced: the number of its "
         "values is fixed before tracing (for a mean m and a standard deviation s, m + 6 s is enough)"

@@ -20,16 +20,16 @@ from relaxit_jax import samplers
 from relaxit_jax._terms import plates_of, scaled_log_prob, sum_to
 
 STARTS, STARTS_IF_COUPLED = 8, 4  # each with other draws, and another point of the continuous sites
-PASSES = 6  # where there are discrete sites alone
-PASSES_WITH_STEPS, STEPS, RATE = 50, 12, 0.1  # of Adam, on the continuous sites in each pass
-GIVEN = 20  # times as many steps before the first pass, if the first logits are the user's
-COLD, WARM = 1.5, 0.05  # what multiplies the logits in the last pass, where it is at most 1, and in the first
-DRAWS = 1  # of all discrete sites, for a gradient: the passes average
+PASSES = 6  # if there are only discrete sites
+PASSES_WITH_STEPS, STEPS, RATE = 50, 12, 0.1  # steps of Adam on the continuous sites in each pass
+GIVEN = 20  # times as many steps before the first pass, if the user gave the first logits
+COLD, WARM = 1.5, 0.05  # factors of the logits in the last pass (at most 1) and in the first
+DRAWS = 1  # draws of all discrete sites for a gradient: the passes average
 DRAWS_OF_BOUND = 64
-OTHERS, OTHERS_LAST = 2, 8  # draws of the other elements, for the law of one; and in the last pass
-MOST_ELEMENTS = 2000  # of a site that are visited one after another
-FLOOR = -6.0  # the logarithm of the probability that the values far below the best one share in the end
-NEVER = -30.0  # of a value that the data rule out
+OTHERS, OTHERS_LAST = 2, 8  # draws of the other elements for the law of one, and in the last pass
+MOST_ELEMENTS = 2000  # elements of a site that are visited one after another
+FLOOR = -6.0  # the logarithm of the probability that values far below the best one share in the end
+NEVER = -30.0  # for a value that the data rule out
 
 
 def from_data(
@@ -43,18 +43,18 @@ def from_data(
     sure: float,
     points: Any,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Logits of the discrete sites and values of the continuous ones, of high posterior probability.
+    """Find logits of the discrete sites and values of the continuous ones with high posterior probability.
 
     Each pass sets the logits of every element to the expected log-joint of its values, which is the best law
-    of that element for the others as they are (coordinate ascent), and then follows the gradient of the
-    expected log-joint in the continuous sites. Elements that no term of the model couples are set at once.
-    The first passes make the laws flatter than that, so that elements find their clusters together
-    (deterministic annealing). Of several starts the one of the highest bound is taken.
+    of that element given the others (coordinate ascent), and then follows the gradient of the expected
+    log-joint in the continuous sites. Elements that no term of the model couples are set at once. The first
+    passes make the laws flatter, so that elements find their clusters together (deterministic annealing). The
+    start with the highest ELBO wins.
 
     Args:
-      sites: the discrete sites, as `AutoMeanField` has them.
-      given: whether the first logits are meant, and the continuous sites come first.
-      sure: the log-odds that sites start with at most whose elements depend on each other.
+      sites: the discrete sites, as in `AutoMeanField`.
+      given: whether the user gave the first logits, so that the continuous sites come first.
+      sure: the largest log-odds at which sites start if their elements depend on each other.
       fixed: whether the continuous sites stay where they are.
       points: a function of a key that returns the first values of the continuous sites, by name.
 
@@ -69,14 +69,14 @@ def from_data(
 
 
 def _at_least(logits, bound):
-    """Every value that the data leave open keeps some probability: what is never drawn is never learned."""
+    """Leave some probability for every value that the data allow, so that it can be drawn and learned."""
     floor = max(FLOOR - np.log(logits.shape[-1]), bound)
     logits = logits - jnp.max(logits, -1, keepdims=True)
     return jnp.where(logits > 0.9 * NEVER, jnp.maximum(logits, floor), NEVER)
 
 
 def terms_and_plates(name: str, trace: Any, depends: Any) -> tuple[frozenset[str], frozenset[Any]]:
-    """The sites whose log-probability depends on a site, itself among them; and the plates of all of these.
+    """The sites whose log-probability depends on a site, including itself; and the plates of all of these.
 
     Within such a plate the elements of the site are independent, whatever the others are.
     """
@@ -89,14 +89,14 @@ class _Site:
     """A discrete site, and how its elements depend on each other."""
 
     site: Any
-    logits: Array  # of the elements and a last axis for the values; -inf where a value is impossible
-    terms: frozenset[str]  # names of the sites whose log-probability depends on it, itself among them
-    plates: frozenset[Any]  # of all of these terms: their elements are independent
-    axes: tuple[int, ...]  # of the elements, one for each of these plates
+    logits: Array  # for each element, with a last axis for the values; -inf where a value is impossible
+    terms: frozenset[str]  # names of the sites whose log-probability depends on it, including itself
+    plates: frozenset[Any]  # plates that all of these terms share: their elements are independent
+    axes: tuple[int, ...]  # axes of the elements, one for each of these plates
 
     @property
     def coupled(self) -> tuple[int, ...]:
-        """The sizes of the elements' axes, 1 where a plate makes them independent."""
+        """The sizes of the axes of the elements, 1 where a plate makes them independent."""
         shape = self.logits.shape[:-1]
         return tuple(1 if axis in self.axes else size for axis, size in enumerate(shape))
 
@@ -116,7 +116,7 @@ class _Ascent:
         self.transforms = {name: biject_to(trace[name]["fn"].support) for name in point}
 
     def best(self, key, starts, points, given, fixed):
-        """The logits and free continuous sites of the best of several runs."""
+        """The logits and free continuous sites from the best of several runs."""
         keys = jax.random.split(key, starts)
         first = [self.unconstrain(points(k)) for k in keys]
         first = jax.tree.map(lambda *x: jnp.stack(x), *first)
@@ -143,12 +143,12 @@ class _Ascent:
             )
 
     def terms(self, values):
-        """The log-probabilities of all sites, by name; one that is not a number is of no use here."""
+        """The log-probabilities of all sites, by name; NaN is of no use here."""
         found = {n: scaled_log_prob(s) for n, s in self.trace(values).items() if s["type"] == "sample"}
         return {name: jnp.where(jnp.isnan(x), -jnp.inf, x) for name, x in found.items()}
 
     def log_joint(self, indices, free):
-        """In the unconstrained space, where a density has a largest value more often."""
+        """The log-joint in the unconstrained space, where a density has a maximum more often."""
         values = {s.site.name: s.site.value(indices[s.site.name]) for s in self.sites}
         total = sum(jnp.sum(x) for x in self.terms(values | self.constrain(free)).values())
         for name, x in free.items():
@@ -162,7 +162,7 @@ class _Ascent:
         }
 
     def run(self, key, free, given, fixed):
-        """The bound at the end, the logits and the continuous sites."""
+        """The ELBO at the end, the logits and the continuous sites."""
         logits = {s.site.name: s.logits for s in self.sites}
         optimizer, moves = optim.Adam(RATE), bool(free) and not fixed
 
@@ -175,7 +175,7 @@ class _Ascent:
 
             def step(free_state, key):
                 gradient = jax.grad(loss)(optimizer.get_params(free_state), key)
-                # a draw that the model rules out says nothing of where to go
+                # a draw that the model rules out gives no direction
                 finite = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), gradient)
                 return optimizer.update(finite, free_state), None
 
@@ -191,7 +191,7 @@ class _Ascent:
 
         state = (logits, optimizer.init(free))
         key, first, last = jax.random.split(key, 3)
-        if given:  # until the continuous sites have come to where these logits have them
+        if given:  # until the continuous sites have moved to where these logits put them
             more = jax.random.split(first, GIVEN)
             state = (logits, jax.lax.scan(lambda x, k: (climb((logits, x), k), None), state[1], more)[0])
         passes = PASSES_WITH_STEPS if moves else PASSES
@@ -207,7 +207,7 @@ class _Ascent:
         return expected + sum(jnp.sum(samplers.categorical_entropy(x)) for x in logits.values())
 
     def sweep(self, key, logits, free, others=OTHERS):
-        """Coordinate ascent: every site in turn, element by element where they are coupled."""
+        """Coordinate ascent: every site in turn, element by element if they are coupled."""
         for s, k in zip(self.sites, jax.random.split(key, len(self.sites)), strict=True):
             if s.visits > MOST_ELEMENTS:
                 continue
@@ -235,7 +235,7 @@ class _Ascent:
         pairs = [jnp.asarray(x) for x in zip(*itertools.product(range(draws), range(size)), strict=True)]
         scores = jax.lax.map(of_value, (keys[pairs[0]], pairs[1]), batch_size=16)
         scores = jnp.reshape(scores, (draws, size, *scores.shape[1:])).mean(0)
-        batch = s.site.batch_ndim  # a term may have more axes, of length 1, as those of a scan have
+        batch = s.site.batch_ndim  # a term may have more axes, of length 1, like those of a scan
         axes = (*(1,) * batch, *scores.shape[1:])[scores.ndim - 1 :]
         scores = scores.reshape(size, *axes, *(1,) * (s.logits.ndim - 1 - batch))
         scores = jnp.moveaxis(scores, 0, -1)

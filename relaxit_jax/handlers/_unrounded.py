@@ -1,4 +1,4 @@
-"""`unrounded`: draws are scored before they are rounded, in the model as in the guide."""
+"""`unrounded`: score draws before they are rounded, in the model as well as in the guide."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from relaxit_jax.handlers._site import Relaxed
 
 
 class unrounded(Messenger):
-    """Score this library's draws by their unrounded log-space values, in the model as in the guide.
+    """Score this library's draws by their unrounded log-space values, in the model as well as in the guide.
 
-    A relaxed draw at a low temperature rounds to a vertex, where no density is right. In the guide
-    the unrounded draw is at hand, but NumPyro hands only the rounded value on to the model: the two
-    log-densities then differ even where guide and prior are the same (by 100 at tau = 0.01). Under
-    this handler, around both, they are taken at the same point; masks are respected, and `scan`
-    passes it on to its body. `relax` does this by itself.
+    A relaxed draw at a low temperature rounds to a corner, where no density is right. The guide has the
+    unrounded draw, but NumPyro hands only the rounded value to the model: the two log-densities then differ
+    even if guide and prior are the same (by 100 at tau = 0.01). Under this handler, wrapped around both,
+    they are evaluated at the same point. It respects masks and reaches the body of a `scan`. `relax` does
+    this by itself.
 
-    The gradient of a bound also needs it where a law has atoms (`HardConcrete`,
-    `GaussianRelaxedBernoulli`): mass that crosses into an atom changes ``E log p(z) - log q(z)`` by how far
-    the log-law jumps there, which no derivative of a draw can tell. Under this handler the masses of the
+    The gradient of an ELBO also needs this handler if a law has atoms (`HardConcrete`,
+    `GaussianRelaxedBernoulli`): mass that crosses into an atom changes ``E log p(z) - log q(z)`` by the
+    jump of the log-law there, which no derivative of a draw includes. Under this handler the masses of the
     guide's atoms are handed on as well, and that term is added in closed form.
 
     Args:
       fn: a model or a guide; or nothing, to use it as a context or a decorator.
 
     Returns:
-      The handled callable. Sites of other distributions are left alone, and so are those of which
-      model and guide have different kinds (a hard concrete gate is another function of its
-      unrounded draw than a relaxed Bernoulli).
+      The handled callable. Sites of other distributions are left alone, and so are sites whose model and
+      guide have different types (a hard concrete gate is a different function of its unrounded draw than a
+      relaxed Bernoulli).
 
     Raises:
       ValueError: for an ``fn`` that cannot be called.
@@ -55,8 +55,8 @@ class unrounded(Messenger):
     def __init__(self, fn: Callable[..., Any] | None = None) -> None:
         arg.require(fn is None or callable(fn), "fn", "a model or a guide", arg.shown(fn))
         super().__init__(fn)
-        self._infer = {}  # by message: what its `infer` was when it came in
-        self._in_scan = False  # whether it is around the body of a scan
+        self._infer = {}  # for each message, its `infer` when it came in
+        self._in_scan = False  # whether it wraps the body of a scan
         self._subsampled = set()  # names of the plates that are subsampled there
         self._flow = None  # the message of the last control flow
 
@@ -98,13 +98,13 @@ class unrounded(Messenger):
             msg["intermediates"].append(carried)
 
     def _inside(self, body):
-        """The same handler around the body of a scan."""
+        """The same handler, wrapped around the body of a scan."""
         handler = self._again(body)
         handler._in_scan = True
         return handler
 
     def _again(self, fn):
-        """The same handler around another function."""
+        """The same handler, wrapped around another function."""
         return unrounded(fn)
 
 
@@ -115,7 +115,7 @@ def _is_carried(fn):
 
 
 def _handed_on(source, fn):
-    """What the guide's site tells a site of the model, in whose terms it is; None if it tells nothing.
+    """What the guide's site hands to a site of the model, in the model's terms; None if nothing.
 
     The law of a relaxed site goes to a relaxed site, an unrounded draw to a distribution with the same form
     of it, and the masses of atoms to any law with these atoms.
@@ -124,7 +124,7 @@ def _handed_on(source, fn):
     guide, model = wr.innermost(source["fn"]), wr.innermost(fn)
     if isinstance(guide, Relaxed) or isinstance(model, Relaxed):
         return carried if type(guide) is type(model) else None
-    if not isinstance(carried, Carried):  # of a transformed distribution of NumPyro's
+    if not isinstance(carried, Carried):  # from a transformed distribution of NumPyro
         return None
     unrounded, atoms = carried
     if getattr(guide, "_log_space", None) != getattr(model, "_log_space", None):

@@ -1,4 +1,4 @@
-"""Distributions inside of NumPyro's wrappers: masked, expanded, with event axes."""
+"""Distributions inside NumPyro's wrappers: masked, expanded, with event axes."""
 
 import jax.numpy as jnp
 from numpyro import distributions as dist
@@ -14,7 +14,7 @@ def innermost(fn):
 
 
 def is_latent(msg):
-    """Of a sample site: neither observed nor enumerated."""
+    """Whether a sample site is neither observed nor enumerated."""
     return not msg["is_observed"] and msg["infer"].get("enumerate") != "parallel"
 
 
@@ -23,7 +23,7 @@ def is_discrete(fn):
 
 
 def rewrap(fn, replace):
-    """`replace` of the innermost distribution, in the wrappers of `fn`."""
+    """`replace` applied to the innermost distribution, in the wrappers of `fn`."""
     if isinstance(fn, dist.MaskedDistribution):
         return Masked(rewrap(fn.base_dist, replace), fn._mask)
     if isinstance(fn, dist.ExpandedDistribution):
@@ -34,11 +34,11 @@ def rewrap(fn, replace):
 
 
 class Masked(dist.MaskedDistribution):
-    """A masked distribution that passes on what NumPyro's drops: the intermediates of a draw."""
+    """A masked distribution that passes on the intermediates of a draw, which NumPyro's drops."""
 
     @property
     def has_rsample(self):
-        """Where intermediates are passed on, a law with atoms has the whole of its gradient."""
+        """If intermediates are passed on, a law with atoms has its whole gradient."""
         return self.base_dist.has_rsample or isinstance(innermost(self), Gate)
 
     def mask(self, mask):

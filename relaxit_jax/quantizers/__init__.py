@@ -1,7 +1,7 @@
 """Quantize vectors: the nearest code, finite scalars, signs, residual stages; and codebook updates.
 
-All functions are pure and hold no parameters. A codebook is an array that you train by gradient or by moving
-averages (`update_codebook`), whose state is a pytree of arrays.
+All functions are pure and hold no parameters. A codebook is an array that you train by gradient descent or
+by moving averages (`update_codebook`), whose state is a pytree of arrays.
 """
 
 from relaxit_jax.quantizers._codebook import (

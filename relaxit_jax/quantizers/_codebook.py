@@ -1,4 +1,4 @@
-"""Keep a codebook: moving averages, restarts of unused codes, and how many codes are in use."""
+"""Update a codebook: moving averages, restarts of unused codes, and the number of codes in use."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ AxisName = Hashable | Sequence[Hashable] | None
 
 
 class CodebookState(NamedTuple):
-    """A codebook and the moving averages that it is made of, a pytree of arrays of float32 or wider.
+    """A codebook and its moving averages, a pytree of arrays in float32 or wider.
 
     Args:
       codebook: the codes, shape (n, d).
-      count: moving average of how many vectors of a step have each code, shape (n,).
+      count: moving average of the number of vectors per step that each code has, shape (n,).
       total: moving average of the sum of these vectors, shape (n, d).
 
     Raises:
@@ -45,9 +45,9 @@ class CodebookState(NamedTuple):
 
 
 def codebook_state(codebook: ArrayLike) -> CodebookState:
-    """The state of a codebook that `update_codebook` trains, before the first step.
+    """Create the state of a codebook for `update_codebook`, before the first step.
 
-    ``count = 1`` and ``total = codebook``, as if each code had been the code of one vector: itself.
+    ``count = 1`` and ``total = codebook``, as if each code had been assigned one vector, equal to itself.
 
     Args:
       codebook: codes, shape (n, d), for example n vectors of the first batch.
@@ -79,18 +79,19 @@ def update_codebook(
     smoothing: ArrayLike = 1e-5,
     axis_name: AxisName = None,
 ) -> CodebookState:
-    """Move each code towards the mean of the vectors that have it, by exponential moving averages.
+    """Move each code toward the mean of its vectors, by exponential moving averages.
 
     ``count = decay count + (1 - decay) n_j`` and ``total = decay total + (1 - decay) sum of x``, over the
     ``n_j`` vectors of code j; then ``codebook = total / smoothed count``, Laplace-smoothed with
-    ``e = smoothing``: ``(count + e) / (N + n e) N``, N the sum of all counts. Nothing of it has a gradient.
+    ``e = smoothing``: ``(count + e) / (N + n e) N``, where N is the sum of all counts. No part of it has a
+    gradient.
 
     Args:
-      state: from `codebook_state` or the last step.
+      state: from `codebook_state` or the previous step.
       x: vectors, shape (..., d).
-      index: their codes, integers of shape (...), from `vector_quantize`. The index n, of a vector that has a
-        NaN, is no code, and the vector is left out.
-      decay: of the averages, from 0 to 1, one number.
+      index: their codes, integers of shape (...), from `vector_quantize`. A vector that contains NaN has the
+        index n, which is not a code, and is left out.
+      decay: decay of the averages, from 0 to 1, one number.
       smoothing: added to each count, 0 or more, one number.
       axis_name: the mapped axes (of `jax.shard_map` or `jax.vmap`) over which vectors are added up, so that
         every device has the same state.
@@ -99,8 +100,8 @@ def update_codebook(
       The next `CodebookState`.
 
     Raises:
-      ValueError: for a ``state`` that is no `CodebookState`, ``x`` and ``index`` that do not fit, an
-        ``index`` outside 0..n or a ``decay`` or ``smoothing`` outside of its range, where they can be seen.
+      ValueError: for a ``state`` that is not a `CodebookState`, ``x`` and ``index`` that do not fit, or a
+        concrete ``index`` outside 0..n, ``decay`` or ``smoothing`` outside its range.
 
     References:
       A. van den Oord, O. Vinyals, K. Kavukcuoglu (2017), arXiv:1711.00937, appendix A.1.
@@ -124,7 +125,7 @@ def update_codebook(
 def restart_unused(
     key: Array, state: CodebookState, x: ArrayLike, threshold: ArrayLike = 1.0, *, axis_name: AxisName = None
 ) -> CodebookState:
-    """Replace the codes that few vectors have by random vectors of the batch, and leave the others alone.
+    """Replace codes that have few vectors by random vectors of the batch, and leave the others alone.
 
     A code whose ``count`` is below ``threshold`` becomes a vector of ``x``, with ``count = threshold`` and
     ``total = threshold code``. The vectors are drawn without replacement; if there are more such codes than
@@ -134,15 +135,15 @@ def restart_unused(
       key: a JAX random key, the same on every device.
       state: from `update_codebook`.
       x: vectors, shape (..., d), at least one.
-      threshold: least ``count`` of a code that stays, 0 or more, one number: vectors per step.
-      axis_name: the mapped axes over which ``x`` is divided; vectors of all devices are drawn.
+      threshold: smallest ``count`` of a code that stays, 0 or more, one number: vectors per step.
+      axis_name: the mapped axes over which ``x`` is divided; vectors are drawn from all devices.
 
     Returns:
       The next `CodebookState`.
 
     Raises:
-      ValueError: for a ``state`` that is no `CodebookState`, an ``x`` without vectors or of another d, or a
-        negative ``threshold``.
+      ValueError: for a ``state`` that is not a `CodebookState`, an ``x`` without vectors or with another d,
+        or a negative ``threshold``.
 
     References:
       P. Dhariwal, H. Jun, C. Payne, J. W. Kim, A. Radford, I. Sutskever (2020), Jukebox: A Generative Model
@@ -161,7 +162,7 @@ def restart_unused(
 
 
 def perplexity(index: ArrayLike, n: int, *, axis_name: AxisName = None) -> Array:
-    """How many codes are in use: n if all are used alike, 1 if a single one is.
+    """Compute how many codes are in use: n if all are used equally, 1 if only one is.
 
     ``exp(H(p))``, where ``p_j`` is the fraction of indices that are j.
 
@@ -187,19 +188,19 @@ def perplexity(index: ArrayLike, n: int, *, axis_name: AxisName = None) -> Array
 
 
 def _mapped(axis_name):
-    """Names of axes that are mapped here, as what can be static in a jitted function."""
+    """Names of axes that are mapped here, in a form that can be static in a jitted function."""
     names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     try:
         if names is not None:
             jax.lax.axis_size(names)
-    except Exception as error:  # JAX's own are of several kinds
+    except Exception as error:  # JAX's own errors are of several types
         need = "None, or names of axes that jax.shard_map or jax.vmap maps here"
         raise ValueError(f"axis_name must be {need}, got {arg.shown(axis_name)}.") from error
     return names
 
 
 def _as_state(state):
-    """A state of arrays that fit together."""
+    """Require a state of arrays that fit together."""
     need = "a CodebookState, from codebook_state(codebook)"
     arg.require(isinstance(state, CodebookState), "state", need, arg.shown(state))
     arrays = [arg.as_float("state", part) for part in state]
@@ -210,14 +211,14 @@ def _as_state(state):
 
 
 def _vectors(x, state):
-    """Vectors of as many numbers as the codes, in the dtype of the state."""
+    """Require vectors with as many numbers as the codes, and cast them to the dtype of the state."""
     x, size = arg.as_float("x", x), state.codebook.shape[1]
     arg.require(x.shape[-1:] == (size,), "x", f"of shape (..., {size})", f"shape {x.shape}")
     return x.astype(state.codebook.dtype)
 
 
 def _number(name, x, need, holds, dtype):
-    """One number; NaN where a trace hid that it is out of its range."""
+    """One number; NaN if it is traced and out of its range."""
     arg.require_values(name, x, need, holds)
     x = arg.as_float(name, x).astype(dtype)
     arg.require(x.shape == (), name, "one number", f"shape {x.shape}")
@@ -229,7 +230,7 @@ def _added_up(x, axis_name):
 
 
 def _sums(n, index, x, axis_name):
-    """Of each code the sum of x over what has it. An index outside 0..n-1 is that of no code."""
+    """For each code, the sum of x over its vectors. An index outside 0..n-1 is not a code."""
     zeros = pl.vary_as(jnp.zeros((n, *x.shape[index.ndim :]), x.dtype), x, index)
     index = where(index < 0, n, index)  # a negative one would count from the end
     return _added_up(zeros.at[index].add(x, mode="drop"), axis_name)
@@ -244,7 +245,7 @@ def _update_codebook(axis_name, state, x, index, decay, smoothing):
     total = decay * state.total + (1 - decay) * total
     everything = jnp.sum(count)
     smoothed = (count + smoothing) / (everything + n * smoothing) * everything
-    # a code that no vector has ever had stays where it is: it has no mean
+    # a code that never had a vector stays where it is: it has no mean
     none = (count == 0)[:, None]
     codebook = where(none, state.codebook, total / where(none, 1, smoothed[:, None]))
     return CodebookState(codebook, count, total)
@@ -258,7 +259,7 @@ def _restart_unused(axis_name, key, state, x, threshold):
     order = jax.random.permutation(key, here * devices)
     chosen = order[(jnp.cumsum(unused) - 1) % len(order)]
     code = x[chosen % here]
-    if axis_name is not None:  # the device that has the vector gives it to all
+    if axis_name is not None:  # the device that has the vector sends it to all
         own = chosen // here == jax.lax.axis_index(axis_name)
         code = jax.lax.psum(where(own[:, None], code, 0), axis_name)
     return CodebookState(

@@ -34,7 +34,7 @@ def finite_scalar_quantize(x: ArrayLike, levels: Sequence[int]) -> tuple[Array, 
 
     Returns:
       The values in the dtype of ``x``, shape (..., d), within [-1, 1]; and the index of each code, int32,
-      shape (...): its levels are the digits, the first number counting fastest. For a vector that has a NaN,
+      shape (...), whose digits are the levels, the first number counting fastest. If a vector contains NaN,
       its index is the number of codes and the NaN is in its values.
 
     Raises:
@@ -57,12 +57,12 @@ def finite_scalar_quantize(x: ArrayLike, levels: Sequence[int]) -> tuple[Array, 
 
 
 def finite_scalar_codes(index: ArrayLike, levels: Sequence[int]) -> Array:
-    """The values of `finite_scalar_quantize` at these indices: the way back.
+    """Convert indices of `finite_scalar_quantize` back to values.
 
     ``value_i = (digit_i - L_i // 2) / (L_i // 2)``, ``digit_i = index // (L_1 ... L_(i-1)) % L_i``.
 
     Args:
-      index: integers, shape (...), from 0 to the number of codes less 1.
+      index: integers, shape (...), from 0 to the number of codes minus 1.
       levels: the ``levels`` of the quantizer.
 
     Returns:
@@ -118,13 +118,16 @@ def _finite_scalar_quantize(levels, x):
 
 
 def _steps(levels, dtype):
-    """1 / (L // 2) of each number. A product with it has one result in every program: a compiler may turn a
-    division by constants into it, or not."""
+    """1 / (L // 2) for each number.
+
+    Multiplying by it gives the same result in every program, while a compiler may or may not replace a
+    division by constants.
+    """
     return jnp.asarray(1 / (np.array(levels) // 2), dtype)
 
 
 def _mixed_radix(levels, digits):
-    """The index of these digits, the first fastest; the number of codes where one is NaN."""
+    """The index with these digits, the first fastest; the number of codes if one is NaN."""
     place = jnp.asarray(np.cumprod([1, *levels[:-1]]), jnp.int32)
     missing = jnp.any(jnp.isnan(digits), -1)
     index = jnp.sum(where(jnp.isnan(digits), 0, digits).astype(jnp.int32) * place, -1, dtype=jnp.int32)
@@ -143,15 +146,15 @@ def _finite_scalar_codes(levels, index):
 def lookup_free_quantize(x: ArrayLike) -> tuple[Array, Array]:
     """Quantize each number of a vector to its sign (LFQ, lookup-free quantization).
 
-    ``value_i = sign(x_i)``, 1 for ``x_i > 0`` and else -1, with the gradient of ``x_i``.
+    ``value_i = sign(x_i)``, 1 for ``x_i > 0`` and otherwise -1, with the gradient of ``x_i``.
 
     Args:
       x: vectors, shape (..., d), d at most 30.
 
     Returns:
       The values, 1 or -1, in the dtype of ``x``, shape (..., d); and the index of each code, int32, shape
-      (...): ``sum_i 2^(i-1)`` over the ``x_i > 0``, the first number counting fastest. For a vector that has
-      a NaN, the index is ``2^d`` and the NaN is in its values.
+      (...): ``sum_i 2^(i-1)`` over the ``x_i > 0``, the first number counting fastest. If a vector contains
+      NaN, the index is ``2^d`` and the NaN is in its values.
 
     Raises:
       ValueError: for more than 30 numbers in a vector, or a dtype that is not floating point.
@@ -179,12 +182,12 @@ def _lookup_free_quantize(x):
 
 
 def lookup_free_entropy(x: ArrayLike, tau: ArrayLike) -> Array:
-    """The entropy loss of `lookup_free_quantize`: small if codes are certain and all of them are used.
+    """Compute the entropy loss of `lookup_free_quantize`: small if codes are certain and all are used.
 
-    ``mean_b H(p_b) - H(mean_b p_b)``, in nats: ``p_b`` is the softmax of ``-|x_b - c|^2 / tau`` over all 2^d
+    ``mean_b H(p_b) - H(mean_b p_b)``, in nats. ``p_b`` is the softmax of ``-|x_b - c|^2 / tau`` over all 2^d
     codes c, whose bits are independent, with probabilities ``sigmoid(4 x / tau)``. The first term is exact.
-    The entropy of the mean is the sum over bits, as in the paper: an upper bound, exact if bits are
-    independent over the batch.
+    The entropy of the mean is computed as the sum over bits, as in the paper: an upper bound that is exact if
+    bits are independent over the batch.
 
     Args:
       x: vectors, shape (..., d); all axes but the last are averaged over.

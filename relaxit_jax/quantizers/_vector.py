@@ -17,17 +17,17 @@ from relaxit_jax import _placement as pl
 from relaxit_jax._placement import where
 
 MOST_DISTANCES = 2**24  # held at a time: 64 MiB in float32
-IN_CACHE = 2**18  # of a CPU: by 64 codes at a time it takes a fifth of the time of all at once
+IN_CACHE = 2**18  # for a CPU: taking 64 codes at a time needs a fifth of the time of taking all at once
 
 
 class Quantized(NamedTuple):
-    """What `vector_quantize` and `residual_quantize` return: values, indices and two losses.
+    """Result of `vector_quantize` and `residual_quantize`: values, indices and two losses.
 
-    Each loss has the batch shape: add ``codebook_loss + beta * commitment_loss``, averaged, to your own.
+    Each loss has the batch shape: add ``codebook_loss + beta * commitment_loss``, averaged, to your own loss.
 
     Args:
-      value: the quantized vectors, shape (..., d), with the gradient that was asked for.
-      index: the index of each code, int32, shape (...), or (..., stages) of residual stages.
+      value: the quantized vectors, shape (..., d), with the requested gradient.
+      index: the index of each code, int32, shape (...), or (..., stages) for residual stages.
       codebook_loss: mean squared distance, shape (...), float32 or wider; it moves the codebook alone.
       commitment_loss: the same number; it moves the input alone.
 
@@ -57,23 +57,24 @@ def vector_quantize(
 ) -> Quantized:
     """Replace each vector by the nearest code of a codebook (VQ, VQ-VAE).
 
-    ``value = codebook[index]`` with ``index = argmin_j |x - c_j|^2``, the first of equals. The gradient
-    reaches ``x`` as if the value were ``x`` ("straight_through") or, with "rotation", as if it were the
-    rotation and scaling that takes ``x`` to its code, held fixed: ``s R^T`` times the incoming gradient,
-    where ``R x / |x| = c / |c|`` and ``s = |c| / |x|``. The value has no gradient in the codebook: train it
-    by ``codebook_loss``, or by `update_codebook`.
+    ``value = codebook[index]`` with ``index = argmin_j |x - c_j|^2``, the first if several are equal. With
+    "straight_through", the gradient reaches ``x`` as if the value were ``x``. With "rotation", it reaches
+    ``x`` as if the value were the rotation and scaling that takes ``x`` to its code, held fixed: ``s R^T``
+    times the incoming gradient, where ``R x / |x| = c / |c|`` and ``s = |c| / |x|``. The value has no
+    gradient in the codebook: train it with ``codebook_loss`` or `update_codebook`.
 
     Args:
       x: vectors, shape (..., d).
       codebook: codes, shape (n, d).
-      gradient: "straight_through" or "rotation". Where the vector or its code is 0, "rotation" is
+      gradient: "straight_through" or "rotation". If the vector or its code is 0, "rotation" is
         straight-through.
 
     Returns:
-      A `Quantized` of ``value`` in the promoted dtype, shape (..., d); ``index``, int32, shape (...); and
+      A `Quantized` with ``value`` in the promoted dtype, shape (..., d); ``index``, int32, shape (...); and
       ``codebook_loss`` and ``commitment_loss``, means over d of ``(c - x)^2``, shape (...), in float32 or
-      wider. For a vector that has a NaN, all are NaN and the index is n; a code that has a NaN makes all
-      vectors such. Distances are computed in float32 or wider as ``|c|^2 - 2 x.c``, for some codes at a time.
+      wider. If a vector contains NaN, all of these are NaN and the index is n; a code that contains NaN does
+      this to all vectors. Distances are computed in float32 or wider as ``|c|^2 - 2 x.c``, for some codes at
+      a time.
 
     Raises:
       ValueError: for dtypes that are not floating point, a ``codebook`` that is not of shape (n, d) with n at
@@ -99,7 +100,7 @@ def residual_quantize(
     *,
     gradient: Literal["straight_through", "rotation"] = "straight_through",
 ) -> Quantized:
-    """Quantize each vector in stages, each stage the error that the stages before it leave (RVQ).
+    """Quantize each vector in stages, each quantizing the error of the stages before it (RVQ).
 
     ``r_1 = x``, ``r_(s+1) = r_s - c_s``, where ``c_s`` is the code of ``codebooks[s]`` nearest to ``r_s``,
     without its gradient; ``value = c_1 + ... + c_S``.
@@ -107,12 +108,13 @@ def residual_quantize(
     Args:
       x: vectors, shape (..., d).
       codebooks: the codes of each stage, shape (stages, n, d).
-      gradient: of the value in ``x``, as in `vector_quantize`; "rotation" takes ``x`` to the sum of codes.
+      gradient: the gradient of the value in ``x``, as in `vector_quantize`; "rotation" takes ``x`` to the sum
+        of codes.
 
     Returns:
-      A `Quantized` of ``value`` in the promoted dtype, shape (..., d); ``index``, int32, shape (..., stages);
-      and the losses of `vector_quantize`, summed over stages. ``value`` of the first stages alone is the sum
-      of their codes.
+      A `Quantized` with ``value`` in the promoted dtype, shape (..., d); ``index``, int32, shape (...,
+      stages); and the losses of `vector_quantize`, summed over stages. The ``value`` of only the first stages
+      is the sum of their codes.
 
     Raises:
       ValueError: for dtypes that are not floating point, ``codebooks`` that are not of shape (stages, n, d),
@@ -172,19 +174,19 @@ def _one_stage(x, codebook):
 
 
 def nearest(x, codebook):
-    """The index of the code nearest to each vector, the first of equals; n if a distance is NaN.
+    """The index of the code nearest to each vector, the first if several are equal; n if a distance is NaN.
 
-    |x|^2 is the same for all codes and left out. Codes come in blocks, so that whatever axis of x is sharded,
-    no device asks another for its vectors.
+    |x|^2 is the same for all codes and left out. Codes come in blocks, so that whichever axis of x is
+    sharded, no device asks another for its vectors.
     """
     blocks = functools.partial(_nearest, IN_CACHE, 64), functools.partial(_nearest, MOST_DISTANCES, 128)
     return jax.lax.platform_dependent(x, codebook, cpu=blocks[0], default=blocks[1])
 
 
 def _nearest(most, least, x, codebook):
-    """At most `most` distances at a time, but of `least` codes or more."""
+    """Search with at most `most` distances at a time, but with at least `least` codes."""
     n, shape = len(codebook), x.shape[:-1]
-    # x c - c^2 / 2 of a single number is not always rounded alike where it is computed twice
+    # x c - c^2 / 2 of a single number is not always rounded alike if it is computed twice
     largest = lm.largest_of_pairs if x.shape[-1] == 1 else lm.index_of_largest
     norms = jnp.sum(codebook * codebook, -1) / 2
     size = _block_size(shape, n, most, least)
@@ -192,7 +194,7 @@ def _nearest(most, least, x, codebook):
         return largest(_closeness(x, codebook, norms))[..., 0].astype(jnp.int32)
     blocks = -(-n // size)
     padding = blocks * size - n
-    # the padding is infinitely far: x . 0 - inf, also where x is NaN, which the codes before it show
+    # the padding is infinitely far: x . 0 - inf, even if x is NaN, which the codes before it show
     codebook = jnp.concatenate([codebook, jnp.zeros_like(codebook[:padding])]).reshape(blocks, size, -1)
     norms = jnp.concatenate([norms, jnp.full_like(norms[:padding], jnp.inf)]).reshape(blocks, size)
 
@@ -218,10 +220,10 @@ def _closeness(x, codebook, norms):
 
 
 def _block_size(shape, n, most, least):
-    """How many codes are looked at at a time."""
+    """How many codes to compare at a time."""
     vectors = 1
     for size in shape:
-        if not isinstance(size, int):  # a symbolic size of jax.export
+        if not isinstance(size, int):  # a symbolic size from jax.export
             return min(n, 1024)
         vectors *= size
     return min(n, max(least, most // max(vectors, 1)))
@@ -234,7 +236,7 @@ def _with_gradient(gradient, x, code):
 
 
 def _rotated(x, code):
-    """x, rotated and scaled to its code by what has no gradient; x itself where either of them is 0."""
+    """x, rotated and scaled to its code by factors without a gradient; x itself if either of them is 0."""
     fixed, code = jax.lax.stop_gradient((x, code))
     length, target = (_length(y) for y in (fixed, code))
     lies = (length > 0) & (target > 0)

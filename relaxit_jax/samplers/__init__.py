@@ -1,4 +1,4 @@
-"""Draw relaxed and straight-through discrete variables, and score them. One file per family."""
+"""Draw relaxed and straight-through discrete variables, and score them. Each family has its own file."""
 
 from relaxit_jax.samplers._binary import (
     bernoulli_entropy,

@@ -1,4 +1,4 @@
-"""Relaxed Bernoulli variables: one gate per element of the parameters."""
+"""Relaxed Bernoulli variables, one gate for each element of the parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def relaxed_bernoulli(
     hard: bool = False,
     log_space: bool = False,
 ) -> Array:
-    """A draw from the binary Concrete distribution (BinConcrete, relaxed Bernoulli).
+    """Sample a relaxed bit (binary Concrete, relaxed Bernoulli).
 
     ``z = sigmoid((logits + L) / tau)``, with L standard logistic noise.
 
@@ -65,7 +65,7 @@ def relaxed_bernoulli(
 
 
 def _relax(x, tau, dtype, hard, log_space):
-    """The gate of perturbed log-odds x, in the form that was asked for."""
+    """Return the gate for perturbed log-odds x in the requested form."""
     y = lm.over_tau(x, tau)
     if log_space:
         return y
@@ -80,13 +80,13 @@ def relaxed_bernoulli_log_prob(
     """Log-density of `relaxed_bernoulli`.
 
     ``log p(z) = log tau + log f(tau logit(z) - logits) - log f(logit(z))``, where
-    ``f(x) = sigmoid(x) sigmoid(-x)`` is the density of the logistic distribution. At z = 0 and 1 it
-    is the limit: infinite for tau < 1, -inf for tau > 1. An infinite logit leaves no density, but
-    the mass 1 at its vertex.
+    ``f(x) = sigmoid(x) sigmoid(-x)`` is the density of the logistic distribution. At z = 0 and 1 the result
+    is the limit: infinite for tau < 1, -inf for tau > 1. With an infinite logit there is no density, only the
+    mass 1 at 0 or 1.
 
     Args:
       value: z in [0, 1]; or, if ``log_space``, the ``logit(z)`` that the sampler returned with
-        ``log_space=True``. The density is that of z in both cases.
+        ``log_space=True``. Either way the result is the density of z.
       logits: log-odds of a one.
       tau: temperature, positive.
       log_space: whether ``value`` is ``logit(z)``.
@@ -114,15 +114,15 @@ def relaxed_bernoulli_log_prob(
 
 
 def straight_through_bernoulli(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
-    """An exact Bernoulli draw with the straight-through gradient.
+    """Sample an exact bit with the straight-through gradient.
 
-    Forward ``c ~ Bernoulli(sigmoid(logits))``, backward as if the value were ``sigmoid(logits)``:
-    exact for functions linear in c, biased for others.
+    Forward ``c ~ Bernoulli(sigmoid(logits))``; backward as if the value were ``sigmoid(logits)``. The
+    gradient is exact for functions that are linear in c, and biased for others.
 
     Args:
       key: a JAX random key.
       logits: log-odds of a one, any shape.
-      shape: shape of the result; default: that of ``logits``.
+      shape: shape of the result; default: the shape of ``logits``.
 
     Returns:
       Zeros and ones, in the dtype of ``logits``.
@@ -180,15 +180,15 @@ def straight_through_bernoulli_log_prob(value: ArrayLike, logits: ArrayLike) -> 
 
 
 def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
-    """A stochastic bit times a smooth factor, with the gradient of the smooth factor.
+    """Sample a bit times a smooth factor, with the gradient of the smooth factor.
 
-    ``z = b sqrt(p)``, ``b ~ Bernoulli(sqrt(p))``, ``p = sigmoid(logits)``. Its mean is p, but b
-    passes no gradient: for linear functions the expected gradient is half of the true one.
+    ``z = b sqrt(p)``, ``b ~ Bernoulli(sqrt(p))``, ``p = sigmoid(logits)``. The mean is p, but b passes no
+    gradient: for linear functions the expected gradient is half of the true one.
 
     Args:
       key: a JAX random key.
       logits: log-odds of p, any shape; -inf gives exactly 0.
-      shape: shape of the result; default: that of ``logits``.
+      shape: shape of the result; default: the shape of ``logits``.
 
     Returns:
       0 or sqrt(p), in the dtype of ``logits``.
@@ -213,9 +213,9 @@ def stochastic_times_smooth(key: Array, logits: ArrayLike, *, shape: Sequence[in
 
 @jax.custom_jvp
 def _times_root(bit, logits):
-    """The bit times sqrt(p). The derivative is a multiple of it, and 0 where p underflows."""
+    """The bit times sqrt(p). Its derivative is a multiple of the value, and 0 where p underflows."""
     root = jnp.sqrt(sigmoid(logits))
-    return where(bit | jnp.isnan(root), root, 0)  # and no product, which would hide a NaN
+    return where(bit | jnp.isnan(root), root, 0)  # not a product, which would hide a NaN
 
 
 @_times_root.defjvp
@@ -230,7 +230,7 @@ def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Arr
     ``log sqrt(p)`` at ``sqrt(p)`` and ``log(1 - sqrt(p))`` at 0, with ``p = sigmoid(logits)``.
 
     Args:
-      value: draws of the sampler; compared with sqrt(p) to within the rounding of their dtype.
+      value: draws of the sampler, compared with sqrt(p) to within the rounding of their dtype.
       logits: log-odds of p.
 
     Returns:
@@ -269,11 +269,11 @@ def correlated_bernoulli(
     hard: bool = False,
     log_space: bool = False,
 ) -> Array:
-    """Correlated binary Concrete gates, by a Gaussian copula.
+    """Sample correlated relaxed bits (binary Concrete gates with a Gaussian copula).
 
     ``v ~ N(0, R)``, ``R = scale_tril scale_tril^T``, ``u = Phi(v)``,
-    ``z = sigmoid((logits + logit u) / tau)``: each gate alone is a `relaxed_bernoulli`, together
-    they are as dependent as R says. With R the identity they are independent.
+    ``z = sigmoid((logits + logit u) / tau)``. Each gate on its own is a `relaxed_bernoulli`; R sets how
+    strongly the gates depend on each other. If R is the identity, they are independent.
 
     Args:
       key: a JAX random key.
@@ -290,8 +290,8 @@ def correlated_bernoulli(
       Values in [0, 1] of shape ``shape + (K,)``, in the dtype of ``logits``.
 
     Raises:
-      ValueError: as for `relaxed_bernoulli`, and for a ``tau`` with an axis for K, or a
-        ``scale_tril`` of another shape, not lower triangular, or without rows of norm 1.
+      ValueError: as for `relaxed_bernoulli`, and for a ``tau`` with an axis for K, or a ``scale_tril`` that
+        has the wrong shape, is not lower triangular, or has rows of norm other than 1.
 
     References:
       C. Lee, F. Imrie, M. van der Schaar (2022), Self-Supervision Enhanced Feature Selection with
@@ -316,13 +316,13 @@ def correlated_bernoulli_log_prob(
 ) -> Array:
     """Log-density of `correlated_bernoulli`.
 
-    With ``x = tau logit(z) - logits`` and ``v = Phi^-1(sigmoid(x))`` it is the sum over k of the
-    binary Concrete log-densities, plus ``log N(v; 0, R) - sum_k log phi(v_k)``. A gate of infinite
-    logit leaves no density, but the mass 1 at its vertex; the others keep their marginal density.
+    With ``x = tau logit(z) - logits`` and ``v = Phi^-1(sigmoid(x))``, this is the sum over k of the binary
+    Concrete log-densities, plus ``log N(v; 0, R) - sum_k log phi(v_k)``. A gate with an infinite logit has no
+    density, only the mass 1 at 0 or 1; the others keep their marginal density.
 
     Args:
       value: z in [0, 1], shape (..., K); or, if ``log_space``, the ``logit(z)`` that the sampler
-        returned with ``log_space=True``. The density is that of z in both cases.
+        returned with ``log_space=True``. Either way the result is the density of z.
       logits: log-odds of a one, shape (..., K).
       tau: temperature, positive, of the batch shape.
       scale_tril: Cholesky factor of the correlation matrix, shape (..., K, K).
@@ -377,7 +377,7 @@ def _correlated_args(logits, tau, scale_tril):
 
 @jax.jit
 def _copula_log_density(v, scale_tril, dropped):
-    """log N(v; 0, R) - sum log phi(v), without the dropped variables, whose v is 0."""
+    """log N(v; 0, R) - sum log phi(v), without the dropped variables, which have v = 0."""
 
     def density(factor):
         w = lm.solve_lower(factor, v)
@@ -393,12 +393,12 @@ def _copula_log_density(v, scale_tril, dropped):
 
 
 def bernoulli_entropy(logits: ArrayLike) -> Array:
-    """The entropy of bits, in nats.
+    """Compute the entropy of bits, in nats.
 
     ``H = -p log p - (1 - p) log(1 - p)`` with ``p = sigmoid(logits)`` and ``0 log 0 = 0``.
 
     Args:
-      logits: log-odds, any shape; -inf and inf are bits without a choice.
+      logits: log-odds, any shape; -inf and inf are bits that are certain.
 
     Returns:
       Values of the shape of ``logits``, float32 or wider, from 0 to log 2, with finite gradients.
@@ -418,18 +418,17 @@ def bernoulli_entropy(logits: ArrayLike) -> Array:
 
 
 def bernoulli_kl(p_logits: ArrayLike, q_logits: ArrayLike) -> Array:
-    """The KL divergence of bits, in nats.
+    """Compute the KL divergence between bits, in nats.
 
     ``KL(p || q) = p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q))`` with ``p = sigmoid(p_logits)``,
-    ``q = sigmoid(q_logits)`` and ``0 log 0 = 0``; inf where q excludes what p has.
+    ``q = sigmoid(q_logits)`` and ``0 log 0 = 0``; inf where q excludes an outcome that p allows.
 
     Args:
-      p_logits: log-odds of the first, any shape; -inf and inf are bits without a choice.
-      q_logits: the same of the second.
+      p_logits: log-odds of the first law, any shape; -inf and inf are bits that are certain.
+      q_logits: log-odds of the second law.
 
     Returns:
-      Values of the broadcast shape, float32 or wider. Gradients are finite; where the value is inf, they are
-      0.
+      Values of the broadcast shape, float32 or wider. Gradients are finite, and 0 where the value is inf.
 
     Raises:
       ValueError: for dtypes that are not floating point, or shapes that do not broadcast.

@@ -1,4 +1,4 @@
-"""Relaxed categorical variables: points of the simplex, the event axis last."""
+"""Relaxed categorical variables: points of the simplex, with the classes along the last axis."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def gumbel_softmax(
     hard: bool = False,
     log_space: bool = False,
 ) -> Array:
-    """A draw from the Concrete (Gumbel-softmax) distribution.
+    """Sample a relaxed one-hot vector (Gumbel-softmax, Concrete).
 
     ``z = softmax((logits + G) / tau)``, with G standard Gumbel noise.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature, positive, of the batch shape (no axis for K).
       shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the one-hot vector of ``argmax(logits + G)``, an exact categorical draw, with
         the gradient of z (straight-through Gumbel-softmax).
-      log_space: return ``log z`` in float32 or wider: z itself rounds to a vertex at low tau.
+      log_space: return ``log z`` in float32 or wider: z itself rounds to a corner at low tau.
 
     Returns:
       Points of the simplex of shape ``shape + (K,)``, in the dtype of ``logits``.
@@ -96,21 +96,21 @@ def gumbel_softmax_log_prob(
     """Log-density of `gumbel_softmax` on the simplex.
 
     With ``y = log z`` and ``w = logits - tau y``:
-    ``log p(z) = log Gamma(K) + (K - 1) log tau + sum_k log_softmax(w)_k - sum_k y_k``, with respect
-    to the Lebesgue measure of any K - 1 of the coordinates. Impossible classes do not count in K:
-    the density is that on their face of the simplex. Where another class has z = 0 it is the limit
-    along a straight path: infinite for m zeros if ``tau < m / (K - m)``, -inf if above.
+    ``log p(z) = log Gamma(K) + (K - 1) log tau + sum_k log_softmax(w)_k - sum_k y_k``, with respect to the
+    Lebesgue measure of any K - 1 of the coordinates. Impossible classes do not count in K: the result is
+    the density on the face of the simplex without them. Where another class has z = 0, the result is the
+    limit along a straight path: infinite for m zeros if ``tau < m / (K - m)``, -inf if above.
 
     Args:
       value: z on the simplex, shape (..., K); or, if ``log_space``, the ``log z`` that the sampler
-        returned with ``log_space=True``. The density is that of z in both cases.
-      logits: unnormalised log-probabilities, shape (..., K).
+        returned with ``log_space=True``. Either way the result is the density of z.
+      logits: unnormalized log-probabilities, shape (..., K).
       tau: temperature, positive, of the batch shape.
       log_space: whether ``value`` is ``log z``.
 
     Returns:
-      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is
-      outside [0, 1] or an impossible class is above 0.
+      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is outside [0,
+      1] or an impossible class is above 0.
 
     Raises:
       ValueError: for a ``tau`` that is not positive or has an axis for K, dtypes that are not
@@ -140,7 +140,7 @@ def gumbel_softmax_log_prob(
     k = jnp.sum(possible, -1).astype(y.dtype)
     inside = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(terms, -1)
     zeros = jnp.sum(zero, -1).astype(y.dtype)
-    # limits: of the sign of zeros - tau (k - zeros), and finite where that is 0 (for one zero)
+    # limits: they have the sign of zeros - tau (k - zeros), and are finite where it is 0 (for one zero)
     balance = zeros - tau * (k - zeros)
     edge = where(zero, (1 - k[..., None]) * l, l - (tau[..., None] + 1) * y_in)
     finite = gammaln(k) + (k - 1) * jnp.log(tau) + jnp.sum(where(possible, edge, 0), -1)
@@ -162,7 +162,7 @@ def invertible_gaussian(
     hard: bool = False,
     log_space: bool = False,
 ) -> Array:
-    """A draw from the invertible Gaussian reparameterization, softmax++ of a Gaussian.
+    """Sample a point of the simplex as the softmax++ of a Gaussian (invertible Gaussian).
 
     ``y = loc + scale eps`` in R^(K-1), eps standard normal;
     ``z_k = exp(y_k / tau) / (sum_j exp(y_j / tau) + delta)`` for k < K, and z_K is the rest.
@@ -176,7 +176,7 @@ def invertible_gaussian(
       shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the one-hot vector of z's largest coordinate, with the gradient of z. It is class
         k < K if y_k is the largest and above ``tau log delta``, else class K.
-      log_space: return ``log z`` in float32 or wider: z itself rounds to a vertex at low tau.
+      log_space: return ``log z`` in float32 or wider: z itself rounds to a corner at low tau.
 
     Returns:
       Points of the simplex of shape ``shape + (K,)``, in the promoted dtype of ``loc`` and ``scale``.
@@ -224,7 +224,7 @@ def invertible_gaussian_log_prob(
 
     Args:
       value: z on the simplex, shape (..., K); or, if ``log_space``, the ``log z`` that the sampler
-        returned with ``log_space=True``. The density is that of z in both cases.
+        returned with ``log_space=True``. Either way the result is the density of z.
       loc: means, shape (..., K - 1).
       scale: standard deviations, positive.
       tau: temperature, positive, of the batch shape.
@@ -232,8 +232,8 @@ def invertible_gaussian_log_prob(
       log_space: whether ``value`` is ``log z``.
 
     Returns:
-      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is not
-      inside (0, 1).
+      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is not inside
+      (0, 1).
 
     Raises:
       ValueError: as for `invertible_gaussian`.
@@ -280,16 +280,16 @@ def logistic_normal(
     shape: Sequence[int] | None = None,
     log_space: bool = False,
 ) -> Array:
-    """A draw from the logistic-normal distribution.
+    """Sample a point of the simplex from the logistic-normal distribution (softmax of a Gaussian).
 
-    ``z = softmax(y)``, ``y ~ N(loc, Sigma)`` in R^K, with Sigma either ``diag(scale^2)`` or
-    ``scale_tril scale_tril^T``. Adding a constant to every y_k changes nothing, so Sigma may be
-    singular along the all-ones vector, as that of the Laplace Bridge is.
+    ``z = softmax(y)``, ``y ~ N(loc, Sigma)`` in R^K, where Sigma is either ``diag(scale^2)`` or
+    ``scale_tril scale_tril^T``. Adding a constant to every y_k changes nothing, so Sigma may be singular
+    along the all-ones vector, as in the Laplace Bridge.
 
     Args:
       key: a JAX random key.
       loc: means, shape (..., K).
-      scale: standard deviations, positive, broadcasting against ``loc``. Give this or the next.
+      scale: standard deviations, positive, broadcasting against ``loc``. Pass this or ``scale_tril``.
       scale_tril: lower-triangular factor of Sigma, shape (..., K, K).
       shape: batch shape of the result; default: the parameters' broadcast shape.
       log_space: return ``log z`` in float32 or wider.
@@ -325,24 +325,24 @@ def logistic_normal_log_prob(
     scale_tril: ArrayLike | None = None,
     log_space: bool = False,
 ) -> Array:
-    """Log-density of `logistic_normal` on the simplex, exact.
+    """Exact log-density of `logistic_normal` on the simplex.
 
-    The Gaussian density of the K - 1 log-ratios times the Jacobian ``1 / prod_k z_k``. For a
-    diagonal Sigma, with ``r = log z - loc``, ``w = 1 / scale^2``, ``W = sum w`` and
-    ``m = sum w r / W``: ``log p(z) = -sum log z - sum log scale - (K - 1)/2 log 2 pi
+    This is the Gaussian density of the K - 1 log-ratios times the Jacobian ``1 / prod_k z_k``. For a
+    diagonal Sigma, with ``r = log z - loc``, ``w = 1 / scale^2``, ``W = sum w`` and ``m = sum w r / W``:
+    log p(z) = -sum log z - sum log scale - (K - 1)/2 log 2 pi
     - (log W)/2 - sum w (r - m)^2 / 2``.
 
     Args:
       value: z on the simplex, shape (..., K); or, if ``log_space``, the ``log z`` that the sampler
-        returned with ``log_space=True``. The density is that of z in both cases.
+        returned with ``log_space=True``. Either way the result is the density of z.
       loc: means, shape (..., K).
-      scale: standard deviations, positive. Give this or the next.
+      scale: standard deviations, positive. Pass this or ``scale_tril``.
       scale_tril: lower-triangular factor of Sigma, shape (..., K, K).
       log_space: whether ``value`` is ``log z``.
 
     Returns:
-      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is not
-      inside (0, 1).
+      Log-densities of the broadcast batch shape, float32 or wider; -inf where a coordinate is not inside
+      (0, 1).
 
     Raises:
       ValueError: as for `logistic_normal`.
@@ -387,9 +387,9 @@ def _logistic_normal_args(loc, scale, scale_tril):
 
 
 def _log_ratio_density(r, scale):
-    """The Gaussian of the log-ratios without its 2 pi, for a diagonal Sigma."""
-    # Weights relative to the largest, and squares about the weighted mean: sum w r^2 - (sum w r)^2/W
-    # would cancel.
+    """The Gaussian density of the log-ratios without its 2 pi, for a diagonal Sigma."""
+    # Weights are relative to the largest, and squares are about the weighted mean: sum w r^2 - (sum w
+    # r)^2/W would cancel.
     smallest = jnp.min(scale, -1, keepdims=True)
     weight = (smallest / scale) ** 2
     total = jnp.sum(weight, -1)
@@ -409,12 +409,12 @@ def _log_ratio_density_full(r, scale_tril):
 
 
 def categorical_entropy(logits: ArrayLike) -> Array:
-    """The entropy of a categorical variable, in nats.
+    """Compute the entropy of a categorical variable, in nats.
 
     ``H = -sum_k p_k log p_k`` with ``p = softmax(logits)`` and ``0 log 0 = 0``.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
 
     Returns:
       Values of the batch shape, float32 or wider, from 0 to log K, with finite gradients.
@@ -435,18 +435,19 @@ def categorical_entropy(logits: ArrayLike) -> Array:
 
 
 def categorical_kl(p_logits: ArrayLike, q_logits: ArrayLike) -> Array:
-    """The KL divergence of two categorical variables, in nats.
+    """Compute the KL divergence between two categorical variables, in nats.
 
     ``KL(p || q) = sum_k p_k (log p_k - log q_k)`` with ``p = softmax(p_logits)``, ``q = softmax(q_logits)``
-    and ``0 log 0 = 0``; inf where q excludes a class that p has.
+    and ``0 log 0 = 0``; inf where q excludes a class that p allows.
 
     Args:
-      p_logits: unnormalised log-probabilities of the first, shape (..., K); -inf is an impossible class.
-      q_logits: the same of the second.
+      p_logits: unnormalized log-probabilities of the first law, shape (..., K); -inf is an impossible
+        class.
+      q_logits: unnormalized log-probabilities of the second law.
 
     Returns:
-      Values of the broadcast batch shape, float32 or wider. Gradients are finite; where the value is inf,
-      they are 0.
+      Values of the broadcast batch shape, float32 or wider. Gradients are finite, and 0 where the value is
+      inf.
 
     Raises:
       ValueError: for dtypes that are not floating point, logits without a class axis or all -inf, or shapes
@@ -468,21 +469,21 @@ def categorical_kl(p_logits: ArrayLike, q_logits: ArrayLike) -> Array:
 
 
 def mix_uniform(logits: ArrayLike, fraction: ArrayLike) -> Array:
-    """Mix a categorical law with the uniform one ("unimix"): every possible class keeps a probability.
+    """Mix a categorical law with the uniform law, so that every class stays possible ("unimix").
 
-    Logits of ``q = (1 - fraction) softmax(logits) + fraction / K``, in log space, where K is the number of
-    possible classes.
+    Returns the logits of ``q = (1 - fraction) softmax(logits) + fraction / K``, computed in log space,
+    where K is the number of possible classes.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class, and stays one.
-      fraction: of the uniform law, from 0 to 1, of the batch shape (no axis for K); often 0.01.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class, and stays one.
+      fraction: weight of the uniform law, from 0 to 1, of the batch shape (no axis for K); often 0.01.
 
     Returns:
-      Normalised log-probabilities ``log q``, shape (..., K), in the dtype of ``logits``; NaN where a trace
-      hid a ``fraction`` outside of its range. Gradients are finite for a ``fraction`` above 0.
+      Normalized log-probabilities ``log q``, shape (..., K), in the dtype of ``logits``; NaN for a traced
+      ``fraction`` outside its range. Gradients are finite for a ``fraction`` above 0.
 
     Raises:
-      ValueError: for a ``fraction`` outside of [0, 1] or with an axis for K, a dtype that is not floating
+      ValueError: for a ``fraction`` outside [0, 1] or with an axis for K, a dtype that is not floating
         point, or logits without a class axis or all -inf.
 
     References:
@@ -504,7 +505,7 @@ def mix_uniform(logits: ArrayLike, fraction: ArrayLike) -> Array:
 
 @jax.custom_jvp
 def _mixed(log_p, fraction):
-    """Neither 0 nor 1 has an infinite logarithm whose slope nothing cancels."""
+    """The logarithm stays finite at 0 and 1, where nothing would cancel its infinite slope."""
     possible = ~(log_p == -jnp.inf)
     count = jnp.sum(possible, -1, keepdims=True, dtype=log_p.dtype)
     mixed = jnp.logaddexp(jnp.log1p(-fraction) + log_p, jnp.log(fraction) - jnp.log(count))

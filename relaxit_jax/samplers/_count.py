@@ -1,7 +1,7 @@
 """Relaxed counts and other numbers from a finite list of values.
 
-A count without a largest value is truncated: `poisson_support` and its like give the logits and the
-values of a finite list, which `generalized_gumbel_softmax` takes.
+A count without a largest value is truncated: `poisson_support` and the other supports return the logits and
+the values of a finite list, which you pass to `generalized_gumbel_softmax`.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ def generalized_gumbel_softmax(
     shape: Sequence[int] | None = None,
     hard: bool = False,
 ) -> Array:
-    """A relaxed draw of a number from a finite list: generalized Gumbel-softmax.
+    """Sample a relaxed count, or another number from a finite list (generalized Gumbel-softmax).
 
-    ``w = softmax((logits + G) / tau)``, with G standard Gumbel noise; ``z = sum_k w_k values_k``.
-    Counts without a largest value (Poisson, geometric) are truncated first, where what is left out
-    no longer matters.
+    ``w = softmax((logits + G) / tau)``, with G standard Gumbel noise; ``z = sum_k w_k values_k``. Counts
+    without a largest value (Poisson, geometric) are truncated first, at a point where the mass left out no
+    longer matters.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities of the values, shape (..., K); -inf is an impossible
+      logits: unnormalized log-probabilities of the values, shape (..., K); -inf is an impossible
         value.
-      values: the K finite numbers, shape (..., K), in the units of what they count.
+      values: the K finite numbers, shape (..., K), in the units of the quantity they count.
       tau: temperature, positive, of the batch shape (no axis for K).
       shape: batch shape of the result; default: the parameters' broadcast shape.
-      hard: return the value at ``argmax(logits + G)``, an exact draw, with the gradient of z. The
-        mean of z without it is that of the values as tau goes to 0 only: at tau = 0.5 that of a
-        geometric count of mean 4 is 5 % too low, that of a Poisson count of 7.5 0.3 %.
+      hard: return the value at ``argmax(logits + G)``, an exact draw, with the gradient of z. Without it,
+        the mean of z equals the mean of the values only as tau goes to 0: at tau = 0.5 it is 5 % too low for
+        a geometric count of mean 4, and 0.3 % for a Poisson count of mean 7.5.
 
     Returns:
-      Numbers of shape ``shape``, between the smallest and the largest value, in the promoted dtype
-      of ``logits`` and ``values``.
+      Numbers of shape ``shape``, between the smallest and the largest value, in the promoted dtype of
+      ``logits`` and ``values``.
 
     Raises:
       ValueError: for a ``tau`` that is not positive or has an axis for K, a dtype that is not
@@ -94,26 +94,27 @@ def generalized_gumbel_softmax(
 def poisson_support(
     rate: ArrayLike, num_values: int | None = None, *, eps: float = 1e-8
 ) -> tuple[Array, Array]:
-    """A Poisson distribution on finitely many values, for `generalized_gumbel_softmax`.
+    """Truncate a Poisson distribution to finitely many values, for `generalized_gumbel_softmax`.
 
-    ``P(k) = rate^k exp(-rate) / k!``, k = 0, 1, ..., and all beyond the last value folded into it.
+    ``P(k) = rate^k exp(-rate) / k!``, k = 0, 1, .... The mass of all larger counts is added to the last
+    value.
 
     Args:
-      rate: mean counts, positive, of the batch shape. A traced rate that has rounded to 0 has the law
-        and the slope of the least float; a negative one is NaN.
-      num_values: how many values to keep, a Python integer. Default: the least for which the mass
-        beyond them is below ``eps`` for all parameters given, which must not be traced. In a jitted
-        step give the number found outside for the largest mean: ``values.size``.
-      eps: mass that may lie beyond the values kept. It is folded into the last of them.
+      rate: mean counts, positive, of the batch shape. A traced rate that has rounded to 0 gets the law and
+        the slope of the smallest float; a negative one gives NaN.
+      num_values: how many values to keep, a Python integer. By default the smallest number for which the
+        tail mass left out is below ``eps`` for all given parameters, which must not be traced. In a jitted
+        step, pass the number found outside for the largest mean: ``values.size``.
+      eps: largest tail mass that may be left out. It is added to the last value.
 
     Returns:
-      ``(logits, values)``: normalised log-probabilities, of the batch shape and a last axis for the
-      values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
+      ``(logits, values)``: normalized log-probabilities, with the batch shape and a last axis for the
+        values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for a ``rate`` that is not positive, finite and floating point, for no
-        ``num_values`` with traced parameters, for a ``num_values`` that leaves out more than
-        ``eps`` (where that can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for a ``rate`` that is not positive, finite and floating point, for traced parameters
+        without ``num_values``, for a concrete ``num_values`` that leaves out more than ``eps`` or is above
+        10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -132,26 +133,26 @@ def poisson_support(
 def geometric_support(
     logits: ArrayLike, num_values: int | None = None, *, eps: float = 1e-8
 ) -> tuple[Array, Array]:
-    """A geometric distribution on finitely many values, for `generalized_gumbel_softmax`.
+    """Truncate a geometric distribution to finitely many values, for `generalized_gumbel_softmax`.
 
-    The failures before the first success: ``P(k) = p (1 - p)^k``, ``p = sigmoid(logits)``, of mean
-    ``exp(-logits)``; all beyond the last value folded into it.
+    Counts the failures before the first success: ``P(k) = p (1 - p)^k``, ``p = sigmoid(logits)``, with mean
+    ``exp(-logits)``. The mass of all larger counts is added to the last value.
 
     Args:
       logits: log-odds of a success, of the batch shape.
-      num_values: how many values to keep, a Python integer. Default: the least for which the mass
-        beyond them is below ``eps`` for all parameters given, which must not be traced. In a jitted
-        step give the number found outside for the largest mean: ``values.size``.
-      eps: mass that may lie beyond the values kept. It is folded into the last of them.
+      num_values: how many values to keep, a Python integer. By default the smallest number for which the
+        tail mass left out is below ``eps`` for all given parameters, which must not be traced. In a jitted
+        step, pass the number found outside for the largest mean: ``values.size``.
+      eps: largest tail mass that may be left out. It is added to the last value.
 
     Returns:
-      ``(logits, values)``: normalised log-probabilities, of the batch shape and a last axis for the
-      values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
+      ``(logits, values)``: normalized log-probabilities, with the batch shape and a last axis for the
+        values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for ``logits`` that are not floating point, -inf or NaN, for no ``num_values``
-        with traced parameters, for a ``num_values`` that leaves out more than ``eps`` (where that
-        can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for ``logits`` that are not floating point, -inf or NaN, for traced parameters without
+        ``num_values``, for a concrete ``num_values`` that leaves out more than ``eps`` or is above 10,000,
+        or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -168,26 +169,26 @@ def geometric_support(
 def binomial_support(
     total_count: ArrayLike, logits: ArrayLike, num_values: int | None = None, *, eps: float = 1e-8
 ) -> tuple[Array, Array]:
-    """A binomial distribution, or the first of its values, for `generalized_gumbel_softmax`.
+    """List a binomial distribution, or the first of its values, for `generalized_gumbel_softmax`.
 
-    ``P(k) = C(n, k) p^k (1 - p)^(n - k)``, ``p = sigmoid(logits)``; all beyond the last value folded
-    into it.
+    ``P(k) = C(n, k) p^k (1 - p)^(n - k)``, ``p = sigmoid(logits)``. The mass of all larger counts is added
+    to the last value.
 
     Args:
       total_count: n, integers of the batch shape, known before tracing.
       logits: log-odds of a success, of the batch shape.
-      num_values: how many values to keep, a Python integer; default: all, up to the largest n. Where
-        that is 10,000 or more, the least for which the mass beyond them is below ``eps``.
-      eps: mass that may lie beyond the values kept. It is folded into the last of them.
+      num_values: how many values to keep, a Python integer; by default all, up to the largest n. If n is
+        10,000 or more, the smallest number for which the tail mass left out is below ``eps``.
+      eps: largest tail mass that may be left out. It is added to the last value.
 
     Returns:
-      ``(logits, values)``: normalised log-probabilities, of the batch shape and a last axis for the
-      values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
+      ``(logits, values)``: normalized log-probabilities, with the batch shape and a last axis for the
+        values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for a ``total_count`` that is not of known integers, 1 or more, ``logits`` that
-        are NaN or not floating point, for a ``num_values`` that leaves out more than ``eps``
-        (where that can be seen) or is above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for a ``total_count`` that is traced or not integers of 1 or more, ``logits`` that are NaN
+        or not floating point, for a concrete ``num_values`` that leaves out more than ``eps`` or is above
+        10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -213,30 +214,29 @@ def binomial_support(
 def negative_binomial_support(
     total_count: ArrayLike, logits: ArrayLike, num_values: int | None = None, *, eps: float = 1e-8
 ) -> tuple[Array, Array]:
-    """A negative binomial distribution on finitely many values, for `generalized_gumbel_softmax`.
+    """Truncate a negative binomial distribution to finitely many values, for `generalized_gumbel_softmax`.
 
-    The successes before the r-th failure: ``P(k) = Gamma(k + r) / (k! Gamma(r)) p^k (1 - p)^r``,
-    ``p = sigmoid(logits)``, of mean ``r exp(logits)``, as NumPyro has it; all beyond the last value
-    folded into it.
+    Counts the successes before the r-th failure: ``P(k) = Gamma(k + r) / (k! Gamma(r)) p^k (1 - p)^r``,
+    ``p = sigmoid(logits)``, with mean ``r exp(logits)``, as in NumPyro. The mass of all larger counts is
+    added to the last value.
 
     Args:
-      total_count: r, positive, not only integers, of the batch shape; where it is traced, as for
+      total_count: r, positive, not only integers, of the batch shape; a traced value is treated as in
         `poisson_support`.
       logits: log-odds of a success, of the batch shape.
-      num_values: how many values to keep, a Python integer. Default: the least for which the mass
-        beyond them is below ``eps`` for all parameters given, which must not be traced. In a jitted
-        step give the number found outside for the largest mean: ``values.size``.
-      eps: mass that may lie beyond the values kept. It is folded into the last of them.
+      num_values: how many values to keep, a Python integer. By default the smallest number for which the
+        tail mass left out is below ``eps`` for all given parameters, which must not be traced. In a jitted
+        step, pass the number found outside for the largest mean: ``values.size``.
+      eps: largest tail mass that may be left out. It is added to the last value.
 
     Returns:
-      ``(logits, values)``: normalised log-probabilities, of the batch shape and a last axis for the
-      values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
+      ``(logits, values)``: normalized log-probabilities, with the batch shape and a last axis for the
+        values, and the values 0, 1, ..., of shape ``(num_values,)``; float32 or wider.
 
     Raises:
-      ValueError: for a ``total_count`` that is not positive and finite, ``logits`` that are inf
-        or NaN, dtypes that are not floating point, for no ``num_values`` with traced parameters,
-        for a ``num_values`` that leaves out more than ``eps`` (where that can be seen) or is
-        above 10,000, or for an ``eps`` not in (0, 1).
+      ValueError: for a ``total_count`` that is not positive and finite, ``logits`` that are inf or NaN,
+        dtypes that are not floating point, for traced parameters without ``num_values``, for a concrete
+        ``num_values`` that leaves out more than ``eps`` or is above 10,000, or for an ``eps`` not in (0, 1).
 
     References:
       W. Joo, D. Kim, S. Shin, I.-C. Moon (2020), arXiv:2003.01847.
@@ -250,7 +250,7 @@ def negative_binomial_support(
     arg.require_values("logits", logits, "below inf", lambda x: x < np.inf)
     _, r, logits = arg.widen(total_count=total_count, logits=logits)
     arg.batch_shape(None, total_count=r.shape, logits=logits.shape)
-    # With a constant r jaxlib 0.10.2 compiles wrong gradients inside of a scan on CPUs: it is hidden.
+    # With a constant r, jaxlib 0.10.2 compiles wrong gradients inside a scan on CPUs, so r is hidden.
     r = jax.lax.optimization_barrier(r)
     return _support(_negative_binomial, (r, logits), num_values, eps)
 
@@ -281,7 +281,7 @@ def _support(log_pmf, parameters, num_values, eps):
     return logits, jnp.arange(num_values, dtype=logits.dtype)
 
 
-# Compiled, since a call outside of a jitted step would send dozens of small operations one by one.
+# Compiled, since a call outside a jitted step would dispatch dozens of small operations one by one.
 @functools.partial(jax.jit, static_argnums=0)
 def _masses(log_pmf, values, *parameters):
     return log_pmf(values.astype(parameters[0].dtype), *(x[..., None] for x in parameters))
@@ -289,7 +289,7 @@ def _masses(log_pmf, values, *parameters):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _folded(log_pmf, num_values, *parameters):
-    values = jnp.arange(2 * num_values + 64)  # the tail, as far again as the values
+    values = jnp.arange(2 * num_values + 64)  # the tail, as many values again
     log_p = _masses(log_pmf, values, *parameters)
     return jax.nn.log_softmax(fold_tail(log_p, num_values), -1)
 
@@ -299,13 +299,13 @@ def _folded(log_pmf, num_values, *parameters):
 
 def _poisson(k, mean):
     some = jnp.maximum(k, 1)
-    # k / mean is what passes the range of floats first, where P(k) has long been 0
+    # k / mean is the first to exceed the range of floats, where P(k) has long been 0
     mean_k = _within(mean, 16 * some)
     return where(k == 0, -_within(mean, 16), _log_poisson(some, mean_k, jnp.log(mean_k)))
 
 
 def _geometric(k, logits):
-    # no failures are possible also where their log-probability is -inf
+    # zero failures are possible even where the log-probability of a failure is -inf
     failures = k * where(k == 0, 0, log_sigmoid(-logits))
     return log_sigmoid(logits) + failures
 
@@ -315,15 +315,15 @@ def _binomial(k, n, logits):
 
 
 def _negative_binomial(k, r, logits):
-    r = _within(r, 1e8)  # all of P(k), about r p^k / k, are numbers too
+    r = _within(r, 1e8)  # all P(k), about r p^k / k, are representable too
     some = jnp.maximum(k, 1)
     return where(k == 0, 0, jnp.log(r / (r + some))) + _successes(k, r, logits)
 
 
 def _within(x, low):
-    """A traced x > 0 that has rounded to 0 or inf, as a number near there; ``low`` in the least floats.
+    """A traced x > 0 that has rounded to 0 or inf, as a nearby number; ``low`` counts smallest floats.
 
-    It has the slope of the law there, which is right in the limit. A negative x is NaN.
+    Its slope is the slope of the law there, which is right in the limit. A negative x is NaN.
     """
     info = jnp.finfo(x.dtype)
     inside = jnp.clip(x, low * float(info.tiny), float(info.max) / 1024)
@@ -331,22 +331,22 @@ def _within(x, low):
 
 
 def _successes(k, rest, logits):
-    """log P(k) of k + rest trials, of which the rest may be any number."""
+    """log P(k) for k + rest trials, where rest may be any number."""
     log_p, log_q = log_sigmoid(logits), log_sigmoid(-logits)
     inside = (k > 0) & (rest > 0)
     a, b = where(inside, k, 1), where(inside, rest, 1)
     n, log_n = a + b, jnp.log(a + b)
     law = _log_poisson(a, n * jnp.exp(log_p), log_n + log_p)
     law += _log_poisson(b, n * jnp.exp(log_q), log_n + log_q) - _log_poisson(n, n, log_n)
-    # of no successes or nothing but successes; beyond the trials there is no mass
+    # zero successes, or nothing but successes; there is no mass beyond the trials
     edge = where(k == 0, rest * log_q, where(rest == 0, k * log_p, -jnp.inf))
     return where(inside, law, edge)
 
 
 def _log_poisson(x, mean, log_mean):
-    """x log(mean) - mean - log Gamma(x + 1), of x > 0.
+    """x log(mean) - mean - log Gamma(x + 1), for x > 0.
 
-    From 10 on in the saddle-point form of C. Loader (2000), whose terms do not cancel.
+    From 10 on it uses the saddle-point form of C. Loader (2000), whose terms do not cancel.
     """
     large = x >= 10
     y = where(large, x, 10)
@@ -364,13 +364,13 @@ def _stirling_error(x):
 def _deviance(k, mean, log_mean):
     """k log(k / mean) + mean - k for k > 0, which is about k d^2 / 2 for a small d = (mean - k) / k."""
     d = (mean - k) / k
-    below = d < -0.5  # 1 + d = mean / k has few digits then, log_mean has all
+    below = d < -0.5  # 1 + d = mean / k has few digits then; log_mean has all of them
     d = where(below, 0, d)
     return where(below, k * (jnp.log(k) - log_mean) + (mean - k), k * _log1p_error(d))
 
 
 def _log1p_error(d):
-    """d - log(1 + d), for small d by the series of log(1 + d) = 2 atanh(d / (2 + d))."""
+    """d - log(1 + d), for small d from the series log(1 + d) = 2 atanh(d / (2 + d))."""
     small = jnp.abs(d) < 0.1
     e = where(small, d, 0)
     v = e / (2 + e)
@@ -380,16 +380,16 @@ def _log1p_error(d):
 
 
 def enough_values(log_pmf, eps):
-    """The least n for which the mass of n, n + 1, ... is below eps, or None if it is above MOST_VALUES.
+    """The smallest n for which the mass of n, n + 1, ... is below eps, or None if it is above MOST_VALUES.
 
-    ``log_pmf(values)`` has the values on its last axis. As many again as are kept are added up; the
-    rest counts as the geometric series that the last two begin. Together they are 1, or the mass lies
-    farther on, where nothing of it is seen yet.
+    ``log_pmf(values)`` has the values on its last axis. The sum takes as many more values as are kept; the
+    rest is approximated by the geometric series that the last two begin. Together they are 1, unless the
+    mass lies farther on, where none of it is visible yet.
     """
     block, size, parts = np.arange(128, dtype=np.int32), 128, []
     with jax.ensure_compile_time_eval():
         while size <= 4 * MOST_VALUES:
-            while len(parts) * len(block) < size:  # each of one shape, for which its operations compile once
+            while len(parts) * len(block) < size:  # all with one shape, so the operations compile once
                 parts.append(np.asarray(log_pmf(len(parts) * len(block) + block), np.float64))
             log_p = np.concatenate(parts, -1)
             p, last = np.exp(log_p), log_p[..., -1:]
@@ -409,9 +409,9 @@ def enough_values(log_pmf, eps):
 def fold_tail(log_pmf, num_values):
     """The log-masses of the first num_values - 1 values, and of all others together.
 
-    ``log_pmf`` goes on for some values behind those: a light tail is their sum, since one minus the
-    others would cancel, and have no gradient where it is rounded to 0. A heavy one, which may go on
-    for longer, is one minus the others.
+    ``log_pmf`` continues for some values after those. A light tail is their sum, since one minus the others
+    would cancel and have no gradient where it rounds to 0. A heavy tail, which may continue for longer, is
+    one minus the others.
     """
     head, tail = log_pmf[..., : num_values - 1], lm.log_sum_exp(log_pmf[..., num_values - 1 :])
     below = lm.log_sum_exp(head)

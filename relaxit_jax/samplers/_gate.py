@@ -22,7 +22,7 @@ from relaxit_jax._placement import where
 def gaussian_bernoulli(
     key: Array, loc: ArrayLike, scale: ArrayLike, *, shape: Sequence[int] | None = None, hard: bool = False
 ) -> Array:
-    """A Gaussian-based stochastic gate.
+    """Sample a Gaussian-based stochastic gate (a clipped Gaussian).
 
     ``z = clip(loc + scale eps, 0, 1)``, with eps standard normal: exactly 0 with probability
     ``Phi(-loc / scale)``, exactly 1 with probability ``Phi((loc - 1) / scale)``.
@@ -36,8 +36,8 @@ def gaussian_bernoulli(
         gradient of z, which is 0 where z was clipped.
 
     Returns:
-      Values in [0, 1], in the promoted dtype of ``loc`` and ``scale``. In half precision a value
-      between 0 and 1 stays there: rounding makes no atoms.
+      Values in [0, 1], in the promoted dtype of ``loc`` and ``scale``. In half precision a value between 0
+      and 1 stays there: rounding does not create atoms.
 
     Raises:
       ValueError: for a ``scale`` that is not positive, a dtype that is not floating point, or a
@@ -60,7 +60,7 @@ def gaussian_bernoulli(
 
 
 def _cast_gate(z, dtype):
-    """Cast a gate with atoms at 0 and 1, keeping what is strictly between them there."""
+    """Cast a gate with atoms at 0 and 1, keeping values strictly between them there."""
     if jnp.finfo(dtype).bits >= jnp.finfo(z.dtype).bits:
         return z.astype(dtype)
     info = jnp.finfo(dtype)
@@ -69,10 +69,10 @@ def _cast_gate(z, dtype):
 
 
 def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLike) -> Array:
-    """Log-density of `gaussian_bernoulli`: log-mass at 0 and at 1, log-density between.
+    """Log-density of `gaussian_bernoulli`: log-mass at 0 and 1, log-density in between.
 
-    ``log Phi(-loc / scale)`` at 0, ``log Phi((loc - 1) / scale)`` at 1, the log-density of
-    N(loc, scale^2) between, and -inf elsewhere.
+    ``log Phi(-loc / scale)`` at 0, ``log Phi((loc - 1) / scale)`` at 1, the log-density of N(loc, scale^2) in
+    between, and -inf elsewhere.
 
     Args:
       value: z in [0, 1].
@@ -101,10 +101,9 @@ def gaussian_bernoulli_log_prob(value: ArrayLike, loc: ArrayLike, scale: ArrayLi
 
 
 def gaussian_bernoulli_l0(loc: ArrayLike, scale: ArrayLike) -> Array:
-    """The L0 penalty of a Gaussian-based gate, its probability of not being 0.
+    """Compute the L0 penalty of a Gaussian-based gate, the probability that it is not 0.
 
-    ``P(z != 0) = Phi(loc / scale)``. Summed over the gates of a model it is the expected number of gates left
-    open.
+    ``P(z != 0) = Phi(loc / scale)``. The sum over the gates of a model is the expected number of open gates.
 
     Args:
       loc: mean before clipping, any shape.
@@ -129,7 +128,7 @@ def gaussian_bernoulli_l0(loc: ArrayLike, scale: ArrayLike) -> Array:
 
 
 def gaussian_bernoulli_gate(loc: ArrayLike) -> Array:
-    """The deterministic Gaussian-based gate for test time.
+    """Compute the deterministic Gaussian-based gate for test time.
 
     ``clip(loc, 0, 1)``: the gate without its noise.
 
@@ -152,7 +151,7 @@ def gaussian_bernoulli_gate(loc: ArrayLike) -> Array:
 
 
 def _with_atoms(value, at_zero, inside, at_one):
-    """A log-law with atoms at 0 and 1 and a density between."""
+    """A log-law with atoms at 0 and 1 and a density in between."""
     law = where(value == 0, at_zero, where(value == 1, at_one, inside))
     return where((value < 0) | (value > 1), -jnp.inf, law)
 
@@ -182,11 +181,10 @@ def hard_concrete(
     hard: bool = False,
     log_space: bool = False,
 ) -> Array:
-    """A hard concrete gate: a binary Concrete variable, stretched and clipped.
+    """Sample a hard concrete gate (a binary Concrete variable, stretched and clipped).
 
-    ``v = sigmoid((logits + L) / tau)``, ``z = clip(a + (b - a) v, 0, 1)`` with ``stretch = (a, b)``
-    and L standard logistic noise. Zeros and ones have positive probability, see
-    `hard_concrete_log_prob`.
+    ``v = sigmoid((logits + L) / tau)``, ``z = clip(a + (b - a) v, 0, 1)`` with ``stretch = (a, b)`` and L
+    standard logistic noise. Zeros and ones have positive probability; see `hard_concrete_log_prob`.
 
     Args:
       key: a JAX random key.
@@ -194,13 +192,13 @@ def hard_concrete(
       tau: temperature, positive, broadcasting against ``logits``.
       stretch: two numbers around [0, 1], known before tracing.
       shape: shape of the result; default: the parameters' broadcast shape.
-      hard: return the bit ``z > 1/2`` with the gradient of z; exactly Bernoulli(sigmoid(logits))
-        for a stretch symmetric about 1/2, as the default is.
+      hard: return the bit ``z > 1/2`` with the gradient of z. It is exactly Bernoulli(sigmoid(logits)) if the
+        stretch is symmetric about 1/2, as the default is.
       log_space: return ``logit(v)``, before stretching, in float32 or wider.
 
     Returns:
-      Values in [0, 1], in the dtype of ``logits``. In half precision a value between 0 and 1 stays
-      there: rounding makes no atoms.
+      Values in [0, 1], in the dtype of ``logits``. In half precision a value between 0 and 1 stays there:
+      rounding does not create atoms.
 
     Raises:
       ValueError: as for `relaxed_bernoulli`, and for a ``stretch`` that does not enclose [0, 1].
@@ -229,7 +227,8 @@ def hard_concrete(
 def _stretched(a, b, y):
     """clip(a + (b - a) sigmoid(y), 0, 1).
 
-    y decides on the atoms, as the law does; the two ends are weighed, since a + (b - a) sigmoid(y) cancels.
+    y decides on the atoms, as in the law. The two ends are weighted, since a + (b - a) sigmoid(y) would
+    cancel.
     """
     low, high = _logits_of_the_ends(a, b)
     inside = a * sigmoid(-y) + b * sigmoid(y)
@@ -251,15 +250,15 @@ def hard_concrete_log_prob(
     stretch: tuple[float, float] = (-0.1, 1.1),
     log_space: bool = False,
 ) -> Array:
-    """Log-density of `hard_concrete`: log-mass at 0 and at 1, log-density between.
+    """Log-density of `hard_concrete`: log-mass at 0 and 1, log-density in between.
 
-    With ``F(x) = sigmoid(tau logit(x) - logits)`` the distribution function of v:
-    ``log F(-a / (b - a))`` at 0, ``log(1 - F((1 - a) / (b - a)))`` at 1, and between the binary
-    Concrete log-density of ``v = (z - a) / (b - a)`` less ``log(b - a)``.
+    With ``F(x) = sigmoid(tau logit(x) - logits)`` the distribution function of v: ``log F(-a / (b - a))`` at
+    0, ``log(1 - F((1 - a) / (b - a)))`` at 1, and in between the binary Concrete log-density of
+    ``v = (z - a) / (b - a)`` minus ``log(b - a)``.
 
     Args:
       value: z in [0, 1]; or, if ``log_space``, the ``logit(v)`` that the sampler returned with
-        ``log_space=True``. The law is that of z in both cases.
+        ``log_space=True``. Either way the result is the law of z.
       logits: log-odds.
       tau: temperature, positive.
       stretch: the (a, b) of the sampler.
@@ -298,10 +297,10 @@ def hard_concrete_log_prob(
 def hard_concrete_l0(
     logits: ArrayLike, tau: ArrayLike, *, stretch: tuple[float, float] = (-0.1, 1.1)
 ) -> Array:
-    """The L0 penalty of a hard concrete gate, its probability of not being 0.
+    """Compute the L0 penalty of a hard concrete gate, the probability that it is not 0.
 
-    ``P(z != 0) = sigmoid(logits - tau log(-a / b))``. Summed over the gates of a model it is the
-    expected number of gates left open.
+    ``P(z != 0) = sigmoid(logits - tau log(-a / b))``. The sum over the gates of a model is the expected
+    number of open gates.
 
     Args:
       logits: log-odds, any shape.
@@ -329,7 +328,7 @@ def hard_concrete_l0(
 
 
 def hard_concrete_gate(logits: ArrayLike, *, stretch: tuple[float, float] = (-0.1, 1.1)) -> Array:
-    """The deterministic hard concrete gate for test time.
+    """Compute the deterministic hard concrete gate for test time.
 
     ``clip(a + (b - a) sigmoid(logits), 0, 1)``.
 

@@ -1,4 +1,4 @@
-"""Permutations: doubly stochastic matrices and sorted noise, with permutation matrices nearest to them."""
+"""Permutations: doubly stochastic matrices and sorted noise, with the nearest permutation matrices."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ def gumbel_sinkhorn(
     shape: Sequence[int] | None = None,
     hard: bool = False,
 ) -> Array:
-    """A relaxed permutation matrix: Gumbel-Sinkhorn.
+    """Sample a relaxed permutation matrix (Gumbel-Sinkhorn).
 
-    ``Z = S((X + G) / tau)``, X the logits and ``S(A)`` the matrix ``exp(A_ij + u_i + v_j)`` whose
-    rows and columns sum to 1, the limit of normalising rows and columns in turn (Sinkhorn). It tends
-    to the permutation P with the largest ``sum_ij P_ij (X + G)_ij`` as tau falls.
+    ``Z = S((X + G) / tau)``, where X is the logits and ``S(A)`` is the matrix ``exp(A_ij + u_i + v_j)`` whose
+    rows and columns sum to 1, the limit of normalizing rows and columns in turn (Sinkhorn). As tau falls, Z
+    tends to the permutation P with the largest ``sum_ij P_ij (X + G)_ij``.
 
-    At a low temperature that turn-taking needs tens of thousands of rounds. The same v is found by
-    some twenty steps of Newton's method on the convex dual
-    ``sum_i LSE_j(A_ij + v_j) - sum_j v_j``, damped, and first at higher temperatures. The gradient is
-    that of the limit, by the implicit function theorem, whatever the number of steps.
+    At a low temperature, normalizing in turn needs tens of thousands of rounds. Here about twenty steps of
+    Newton's method find the same v, on the convex dual ``sum_i LSE_j(A_ij + v_j) - sum_j v_j``, damped, and
+    first at higher temperatures. The gradient is the gradient of the limit, by the implicit function theorem,
+    however many steps were taken.
 
     Args:
       key: a JAX random key.
-      logits: X, weights of row i to go to column j, shape (..., n, n); -inf is impossible.
+      logits: X, the weight of row i for column j, shape (..., n, n); -inf is impossible.
       tau: temperature, positive, of the batch shape (no axes for n).
-      num_iters: steps of Newton's method, at most. They end when the columns sum to 1 within 2e-5
-        (float64: 1e-10), and if they are used up, the columns sum to what was reached.
+      num_iters: maximum number of Newton steps. They end when the columns sum to 1 within 2e-5 (float64:
+        1e-10). If the steps run out first, the columns sum to whatever was reached.
       shape: batch shape of the result; default: the parameters' broadcast shape.
-      hard: return the permutation matrix that is best for the same noise, by the Hungarian algorithm
-        of Optax, with the gradient of Z.
+      hard: return the best permutation matrix for the same noise, found by Optax's Hungarian algorithm, with
+        the gradient of Z.
 
     Returns:
-      Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1. NaN where
-      no permutation is possible and a trace hid it, or where entries of -inf leave it open after
-      ``num_iters`` steps. Memory is that of a few such matrices, also in
-      the backward pass, whatever ``num_iters``; time is O(n^3) a step.
+      Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1. Under a trace, NaN
+      if no permutation is possible, or if entries of -inf leave this undecided after ``num_iters`` steps.
+      Memory holds a few such matrices, also in the backward pass, whatever ``num_iters`` is; time is O(n^3)
+      per step.
 
     Raises:
-      ValueError: for a ``tau`` that is not positive or has axes for n, a ``num_iters`` that is
-        not a positive integer, logits that are not square matrices of floating point or leave no
-        permutation possible, or a ``shape`` the parameters do not broadcast to.
+      ValueError: for a ``tau`` that is not positive or has axes for n, a ``num_iters`` that is not a positive
+        integer, logits that are not square matrices of floating point or make every permutation impossible,
+        or a ``shape`` the parameters do not broadcast to.
 
     References:
       G. Mena, D. Belanger, S. Linderman, J. Snoek (2018), Learning Latent Permutations with
@@ -78,7 +78,7 @@ def gumbel_sinkhorn(
     dtype, logits = arg.widen(logits=logits)
     tau = arg.as_tau(tau, logits.dtype)
     shape = arg.batch_shape(shape, logits=logits.shape[:-2], per_event={"tau": tau.shape})
-    # what is added to a row changes neither S nor the best permutation; why it is centred, see lm.centre
+    # adding a constant to a row changes neither S nor the best permutation; lm.centre says why it is centered
     perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, n, n), logits)
     z = _sinkhorn(num_iters, lm.over_tau(perturbed, tau[..., None, None]))
     if not hard:
@@ -89,23 +89,23 @@ def gumbel_sinkhorn(
 def relaxed_permutation(
     key: Array, logits: ArrayLike, tau: ArrayLike, *, shape: Sequence[int] | None = None, hard: bool = False
 ) -> Array:
-    """A relaxed permutation of items with one logit each: SoftSort of perturbed logits.
+    """Sample a relaxed permutation of items with one logit each (SoftSort of perturbed logits).
 
     ``Z_ij = softmax_j(-|sort(s)_i - s_j| / tau)``, ``s = logits + G`` with G standard Gumbel noise and
-    sort(s) decreasing. Row i is the item at place i. With ``hard`` it is the permutation matrix of the
-    decreasing order of s, whose law is that of Plackett and Luce: the first item is drawn with the
-    probabilities softmax(logits), the next from those that are left, and so on.
+    sort(s) decreasing. Row i is the item at place i. With ``hard`` the result is the permutation matrix of
+    the decreasing order of s, which follows the Plackett-Luce law: the first item is drawn with probabilities
+    softmax(logits), the next from the remaining items, and so on.
 
     Args:
       key: a JAX random key.
-      logits: of the items, shape (..., n); -inf, of one item at most, is the last.
+      logits: one per item, shape (..., n). At most one item may have -inf; it comes last.
       tau: temperature, positive, of the batch shape (no axis for n).
       shape: batch shape of the result; default: the parameters' broadcast shape.
       hard: return the permutation matrix for the same noise, with the gradient of Z.
 
     Returns:
       Matrices of shape ``shape + (n, n)``, in the dtype of ``logits``; the rows sum to 1, the columns only as
-      tau falls. NaN where two logits are -inf and a trace hid it. Time and memory are O(n^2).
+      tau falls. NaN if two traced logits are -inf. Time and memory are O(n^2).
 
     Raises:
       ValueError: for a ``tau`` that is not positive or has an axis for n, for logits that are not finite
@@ -140,18 +140,18 @@ def relaxed_permutation(
 
 
 def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
-    """The log-probability of a permutation matrix of `relaxed_permutation`, drawn with ``hard``.
+    """Log-probability of a permutation matrix that `relaxed_permutation` draws with ``hard``.
 
-    ``log P = sum_i [l_(s_i) - LSE(l over the items from place i on)]``, s_i the item at place i: the law of
-    Plackett and Luce. The relaxed matrix has no density in closed form.
+    ``log P = sum_i [l_(s_i) - LSE(l over the items from place i on)]``, where s_i is the item at place i (the
+    Plackett-Luce law). The relaxed matrix has no density in closed form.
 
     Args:
       value: permutation matrices, shape (..., n, n); row i is the item at place i.
-      logits: of the items, shape (..., n); -inf, of one item at most, is the last.
+      logits: one per item, shape (..., n). At most one item may have -inf; it comes last.
 
     Returns:
-      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is no
-      permutation matrix. Its slope in the value is the slope of the formula with ``value @ logits`` for the
+      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is not a
+      permutation matrix. The slope in the value is the slope of the formula with ``value @ logits`` as the
       ordered logits.
 
     Raises:
@@ -185,7 +185,7 @@ def relaxed_permutation_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
 
 
 def _of_items(logits):
-    """The dtype of a result, and logits in float32 or wider; NaN where two items are sure to be last."""
+    """The dtype of a result, and logits in float32 or wider; NaN if two items would certainly be last."""
     arg.require_classes(logits, at_least=arg.require_event("logits", logits) - 1)
     dtype, logits = arg.widen(logits=logits)
     several = jnp.sum(logits == -jnp.inf, -1, keepdims=True) > 1
@@ -193,8 +193,10 @@ def _of_items(logits):
 
 
 def _has_permutation(logits):
-    """Whether every matrix has a permutation that avoids -inf; SciPy says so by an error."""
-    from scipy.optimize import linear_sum_assignment  # jax's own dependency; not on import
+    """Whether every matrix has a permutation that avoids -inf. SciPy raises an error if it does not."""
+    from scipy.optimize import (
+        linear_sum_assignment,
+    )  # SciPy is a dependency of jax; not imported at the top
 
     blocked = np.asarray(logits, np.float64) == -np.inf
     if not blocked.any():
@@ -208,14 +210,14 @@ def _has_permutation(logits):
 
 
 def _best_permutation(weights):
-    """The permutation matrix of the largest total weight, NaN where none is possible."""
-    from optax.assignment import hungarian_algorithm  # not on import: it is for this alone
+    """The permutation matrix with the largest total weight, NaN if none is possible."""
+    from optax.assignment import hungarian_algorithm  # imported here because nothing else needs it
 
     n = weights.shape[-1]
 
     def best(weights):
         possible = weights > -jnp.inf
-        # one forbidden place costs more than all others together can gain, and is still a number
+        # one forbidden place costs more than all others together can gain, and is still finite
         worst = jnp.min(where(possible, weights, 0)) - n * (jnp.ptp(where(possible, weights, 0)) + 1)
         rows, columns = hungarian_algorithm(-where(possible, weights, worst))
         chosen = jnp.zeros_like(weights).at[rows, columns].set(1)
@@ -234,18 +236,18 @@ def _sinkhorn(num_iters, a):
 @_sinkhorn.defjvp
 def _sinkhorn_jvp(num_iters, primals, tangents):
     p = _sinkhorn(num_iters, *primals)
-    # dP = P (dA + du + dv), of which du keeps the rows at 1 and dv the columns
+    # dP = P (dA + du + dv), where du keeps the rows at 1 and dv the columns
     slope = gr.softmax_tangent(p, tangents[0])
     dv = _solve_dual(p, -jnp.sum(slope, -2))
     return p, slope + gr.softmax_tangent(p, dv[..., None, :])
 
 
 def _solve_dual(p, x):
-    """H^-1 x, H = diag(c) - P^T P the Hessian of the dual, as H is where the columns c sum to 1.
+    """H^-1 x, where H = diag(c) - P^T P is the Hessian of the dual, for columns c that sum to 1.
 
-    Then its rows sum to 0: a graph's Laplacian, whose diagonal is that of its other entries, however
-    small. The least multiple of the identity makes it definite, where all of P but a permutation has
-    vanished, and there is nothing left to move.
+    Its rows then sum to 0: it is the Laplacian of a graph, whose diagonal comes from its other entries,
+    however small. A tiny multiple of the identity makes it definite where all of P except a permutation has
+    vanished and nothing is left to move.
     """
     weights = jnp.einsum("...ij,...ik->...jk", p, p, precision="highest")
     n, eps = p.shape[-1], jnp.finfo(p.dtype).eps
@@ -258,12 +260,12 @@ def _solve_dual(p, x):
 def _scale(num_iters, a):
     """S(A) of one matrix.
 
-    Newton's step is damped by log(1 + d) / d, d the range of the step, with which a function as
-    smooth as this one always falls (T. Sun, Q. Tran-Dinh, 2019, Generalized Self-Concordant
-    Functions, arXiv:1703.04599). It begins where all of A is within 10 of its row's largest, and
-    doubles A when the columns are roughly right: each v is nearly right for the next, and more so if it goes
-    on in the direction of the last change. v is the sum of two numbers, as one float32 of its size resolves
-    the columns to 1e-4 only.
+    Newton's step is damped by log(1 + d) / d, where d is the range of the step; with this damping a function
+    as smooth as this one always decreases (T. Sun, Q. Tran-Dinh, 2019, Generalized Self-Concordant Functions,
+    arXiv:1703.04599). It starts where all of A is within 10 of the largest entry in its row, and doubles A
+    when the columns are roughly right: each v is nearly right for the next, and more so if it continues in
+    the direction of the last change. v is the sum of two numbers, because one float32 of its size resolves
+    the columns only to 1e-4.
     """
     possible = a > -jnp.inf
     spread = jnp.max(where(possible, jnp.max(a, -1, keepdims=True) - a, 0))
@@ -299,5 +301,5 @@ def _scale(num_iters, a):
     start = zeros, zeros, zeros, scale, pl.vary_as(jnp.array(False), a), 0
     v, low, *_ = jax.lax.while_loop(unfinished, newton, start)
     p = matrix(1, v, low)
-    lacking = jnp.max(1 - jnp.sum(p, -2)) * p.shape[-1] > 0.5  # by Hall, where no permutation is possible
+    lacking = jnp.max(1 - jnp.sum(p, -2)) * p.shape[-1] > 0.5  # by Hall's theorem, no permutation is possible
     return where(jnp.all(possible) | ~lacking, p, jnp.nan)

@@ -1,9 +1,10 @@
-"""Subsets of fixed size by independent bits given their sum: exact draws with the gradient of marginals.
+"""Subsets of fixed size as independent bits given their sum: exact draws with the gradient of the marginals.
 
 There are two forms of the same mathematics. A balanced tree takes log2(n) steps: a node has the elementary
-symmetric polynomials ``e_j`` of exp(logits) of the elements below it, and a draw goes down from the root,
-where every node splits its count between its two halves. All devices draw by the tree. Marginals on CPUs come
-from a visit of one element after another, n steps of less work; accelerators take them from the tree too.
+symmetric polynomials ``e_j`` of exp(logits) for the elements below it, and a draw walks down from the root,
+where every node splits its count between its two halves. All devices draw with the tree. On CPUs, the
+marginals come from visiting one element after another, which is n steps but less work; accelerators compute
+them with the tree too.
 """
 
 from __future__ import annotations
@@ -34,32 +35,32 @@ def simple_top_k(
     shape: Sequence[int] | None = None,
     count: ArrayLike | None = None,
 ) -> Array:
-    """An exact k-hot draw with the gradient of its mean: SIMPLE.
+    """Sample an exact k-hot vector with the gradient of its mean (SIMPLE).
 
-    Forward ``P(z)`` proportional to ``exp(logits . z)`` over the k-hot z: independent bits of these
-    log-odds, given that k of them are ones. Backward that of the marginals, ``mu = E z``, which are
-    the derivative of ``log e_k(exp(logits))`` in the logits (`simple_top_k_marginals`). It is not the
-    law of `gumbel_top_k`, whose draws come one after another.
+    Forward ``P(z)`` is proportional to ``exp(logits . z)`` over the k-hot z: independent bits with these
+    log-odds, given that k of them are ones. Backward is the gradient of the marginals, ``mu = E z``, which
+    are the derivative of ``log e_k(exp(logits))`` in the logits (`simple_top_k_marginals`). This law differs
+    from the law of `gumbel_top_k`, whose draws come one after another.
 
     Args:
       key: a JAX random key.
       logits: log-odds of the elements up to a shared constant, shape (..., n); -inf is never drawn.
       k: number of elements, from 1 to n, known before tracing.
       shape: batch shape of the result; default: the parameters' broadcast shape.
-      count: a number of elements for each row, integers from 0 to ``k``, of the batch shape; default: k.
-        It may be traced, so that rows of one batch choose different numbers of elements.
+      count: the number of elements for each batch element, integers from 0 to ``k``, of the batch shape;
+        default: k. It may be traced, so elements of one batch can choose different numbers.
 
     Returns:
-      Zeros and k ones (or ``count``), shape ``shape + (n,)``, in the dtype of ``logits``; NaN where fewer
-      elements are possible and a trace hid it. `k_hot_indices` gives the indices of the ones. Time is
-      O(n k). A draw takes log2(n) steps one after another; the backward pass takes as many on
-      accelerators and n on CPUs. Memory beside the draws is a few arrays of n (k + 1) numbers, for each
-      element of the batch of ``logits`` (not of ``shape``).
+      Zeros and k ones (or ``count``), shape ``shape + (n,)``, in the dtype of ``logits``; NaN under a trace
+      if fewer elements are possible. `k_hot_indices` returns the indices of the ones. Time is O(n k). A draw
+      takes log2(n) sequential steps; the backward pass takes as many on accelerators and n on CPUs. Besides
+      the draws, memory holds a few arrays of n (k + 1) numbers for each element of the batch of ``logits``
+      (not of ``shape``).
 
     Raises:
-      ValueError: for a ``k`` outside 1..n, a ``count`` outside 0..k where it can be seen, fewer elements
-        above -inf than are to be drawn, a dtype that is not floating point, or a ``shape`` that the
-        parameters do not broadcast to.
+      ValueError: for a ``k`` outside 1..n, a concrete ``count`` outside 0..k, fewer elements above -inf than
+        are to be drawn, a dtype that is not floating point, or a ``shape`` that the parameters do not
+        broadcast to.
 
     References:
       K. Ahmed, Z. Zeng, M. Niepert, G. Van den Broeck (2023), SIMPLE: A Gradient Estimator for
@@ -79,19 +80,19 @@ def simple_top_k(
 
 
 def simple_top_k_marginals(logits: ArrayLike, k: int, *, count: ArrayLike | None = None) -> Array:
-    """The probability of each element to be among the k that `simple_top_k` draws.
+    """Compute the probability of each element to be among the k that `simple_top_k` draws.
 
-    ``mu_i = P(z_i = 1) = d log e_k(exp(logits)) / d logits_i``, e_k the k-th elementary symmetric
+    ``mu_i = P(z_i = 1) = d log e_k(exp(logits)) / d logits_i``, where e_k is the k-th elementary symmetric
     polynomial.
 
     Args:
       logits: log-odds of the elements up to a shared constant, shape (..., n); -inf is impossible.
       k: number of elements, from 1 to n, known before tracing.
-      count: a number of elements for each row, as for `simple_top_k`.
+      count: the number of elements for each batch element, as for `simple_top_k`.
 
     Returns:
-      Probabilities that sum to k (or ``count``), shape (..., n), in the dtype of ``logits``,
-      differentiable. Time and memory are those of `simple_top_k`.
+      Probabilities that sum to k (or ``count``), shape (..., n), in the dtype of ``logits``, differentiable.
+      They take the same time and memory as `simple_top_k`.
 
     Raises:
       ValueError: as for `simple_top_k`.
@@ -111,23 +112,23 @@ def simple_top_k_marginals(logits: ArrayLike, k: int, *, count: ArrayLike | None
 def simple_top_k_log_prob(
     value: ArrayLike, logits: ArrayLike, k: int, *, count: ArrayLike | None = None
 ) -> Array:
-    """The log-probability of a k-hot draw of `simple_top_k`.
+    """Log-probability of a k-hot draw of `simple_top_k`.
 
-    ``log P(z) = logits . z - log e_k(exp(logits))``, e_k the k-th elementary symmetric polynomial,
-    added up from the log-probabilities of one element after another.
+    ``log P(z) = logits . z - log e_k(exp(logits))``, where e_k is the k-th elementary symmetric polynomial,
+    computed as a sum of log-probabilities of one element after another.
 
     Args:
       value: zeros and k ones (or ``count``), shape (..., n).
       logits: log-odds of the elements up to a shared constant, shape (..., n).
       k: number of elements, from 1 to n, known before tracing.
-      count: a number of elements for each row, as for `simple_top_k`.
+      count: the number of elements for each batch element, as for `simple_top_k`.
 
     Returns:
-      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is not
-      k-hot. Its gradient in the logits is ``z - mu``, in the value the logits.
+      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a value that is not k-hot.
+      The gradient in the logits is ``z - mu``; the gradient in the value is the logits.
 
     Raises:
-      ValueError: as for `simple_top_k`, and for a ``value`` of another number of elements.
+      ValueError: as for `simple_top_k`, and for a ``value`` with a different number of elements.
 
     References:
       K. Ahmed, Z. Zeng, M. Niepert, G. Van den Broeck (2023), arXiv:2210.01941.
@@ -147,7 +148,7 @@ def simple_top_k_log_prob(
     is_k_hot = jnp.all((value == 0) | (value == 1), -1) & (jnp.sum(value.astype(logits.dtype), -1) == ones)
     possible = jnp.all((value == 0) | (logits > -jnp.inf), -1)
     inside = (is_k_hot & possible)[..., None]
-    # a value outside is scored as one inside, and then forgotten: nothing infinite has a gradient
+    # a value outside is scored as one inside and then replaced, so nothing infinite has a gradient
     best = lm.k_hot(lm.top_k(logits, k)[1], logits) if count is None else jnp.zeros_like(logits)
     value = where(inside, value.astype(logits.dtype), jax.lax.stop_gradient(best))
     law = where(inside[..., 0], _log_prob(k, value, logits), -jnp.inf)
@@ -156,10 +157,10 @@ def simple_top_k_log_prob(
 
 
 def k_hot_indices(value: ArrayLike, k: int) -> Array:
-    """The indices of the ones of k-hot vectors, for a lookup in place of a product.
+    """Return the indices of the ones in k-hot vectors, for a lookup instead of a product.
 
-    ``i_1 < i_2 < ...`` with ``value_i = 1``; where a vector has fewer than k ones, the rest is n, an index
-    that ``table.at[indices].get(mode="fill", fill_value=0)`` reads as zeros.
+    ``i_1 < i_2 < ...`` with ``value_i = 1``. If a vector has fewer than k ones, the rest is n, an index that
+    ``table.at[indices].get(mode="fill", fill_value=0)`` reads as zeros.
 
     Args:
       value: zeros and at most k ones, shape (..., n), such as a draw of `simple_top_k`.
@@ -169,8 +170,8 @@ def k_hot_indices(value: ArrayLike, k: int) -> Array:
       Increasing indices, int32, shape (..., k). They have no gradient.
 
     Raises:
-      ValueError: for a ``k`` outside 1..n or, where it can be seen, a ``value`` that does not consist of
-        zeros and at most k ones (under a trace, the first k that are not 0 are taken).
+      ValueError: for a ``k`` outside 1..n or a concrete ``value`` that does not consist of zeros and at most
+        k ones (under a trace, the first k entries that are not 0 are used).
 
     References:
       K. Ahmed, Z. Zeng, M. Niepert, G. Van den Broeck (2023), arXiv:2210.01941.
@@ -193,7 +194,7 @@ def _k_hot_indices(k, value):
 
 
 def _arguments(logits, k, count):
-    """k, logits of which enough are possible, widened, the dtype of a result, and int32 counts or None."""
+    """k, widened logits with enough possible elements, the dtype of a result, and int32 counts or None."""
     if count is None:
         return *arg.subset_args(logits, k), None
     k = arg.as_static_int("k", k, 1, arg.require_event("logits", logits))
@@ -214,7 +215,7 @@ def _shape_of(count):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _chosen(k, shape, key, logits, count=None):
-    """Whether each element is chosen: from the root down, every node draws how many its left half takes."""
+    """Whether each element is chosen: from the root down, every node draws the count of its left half."""
     tree = _tree(k, logits)
     nodes = [len(both.high) for *_, both in tree]
     noise = jnp.moveaxis(rng.tail_uniform(key, (*shape, sum(nodes)), logits), -1, 0)
@@ -256,7 +257,7 @@ def _log_prob_jvp(k, primals, tangents):
 
 
 def _has_enough(k, logits, count=None):
-    """Whether as many elements are possible as are drawn, with an axis for the elements."""
+    """Whether as many elements are possible as will be drawn, with an axis for the elements."""
     possible = jnp.sum(logits != -jnp.inf, -1, keepdims=True, dtype=jnp.int32)
     if count is None:
         return possible >= k
@@ -265,7 +266,7 @@ def _has_enough(k, logits, count=None):
 
 
 def _start(k, count, like):
-    """How likely it is that j elements are left to choose: certain for k, or for the count of each row."""
+    """How likely it is that j elements are left to choose: certain for k, or for each element's count."""
     if count is None:
         return pl.placed(jnp.zeros((k + 1, *like.shape), like.dtype).at[k].set(1), like)
     number = jnp.arange(k + 1, dtype=count.dtype).reshape(-1, *[1] * count.ndim)
@@ -273,16 +274,16 @@ def _start(k, count, like):
 
 
 def _with_axes(logits, ndim):
-    """As many batch axes as the result has, of size one, so that no table is made for each draw."""
+    """As many batch axes as the result has, of size one, so that draws share their tables."""
     if logits is None:
         return None
     return logits.reshape((1,) * (ndim + 1 - logits.ndim) + logits.shape)
 
 
 class _Nodes(NamedTuple):
-    """log e_j of the nodes of one level, shape (nodes, j, ...), each the sum of two numbers.
+    """log e_j for the nodes of one level, shape (nodes, j, ...), each the sum of two numbers.
 
-    They reach k times the largest logit. There one float32 has lost the differences that decide.
+    They reach k times the largest logit. At that size one float32 has lost the differences that matter.
     """
 
     high: Array
@@ -299,7 +300,7 @@ class _Nodes(NamedTuple):
 
 
 def _of_the_rest(x, k, outside):
-    """x_(m-i) at (node, m, i, ...) for m = 0..k: a row, repeated and then cut one place later each time."""
+    """x_(m-i) at (node, m, i, ...) for m = 0..k: a vector that is repeated, then cut one place later."""
     nodes, width, *batch = x.shape
     length = k + width
     padding = jnp.broadcast_to(jnp.full_like(x[:, :1], outside), (nodes, k + 1, *batch))
@@ -309,7 +310,7 @@ def _of_the_rest(x, k, outside):
 
 
 def _tree(k, logits):
-    """(left halves, right halves, both) of the nodes of each level, from the elements to the root."""
+    """(left halves, right halves, both) for the nodes of each level, from the elements to the root."""
     logits = jnp.moveaxis(logits, -1, 0)[:, None]
     both = _Nodes(
         *(jnp.concatenate([jnp.zeros_like(logits), x], 1) for x in (logits, jnp.zeros_like(logits)))
@@ -326,7 +327,7 @@ def _tree(k, logits):
 
 
 def _halves(nodes, nothing):
-    """The first half of the nodes and the second, which ends with `nothing` where their number is odd."""
+    """The first half of the nodes and the second, which ends with `nothing` if their number is odd."""
     half = -(-len(nodes) // 2)
     second = nodes[half:]
     return nodes[:half], jnp.concatenate([second, nothing]) if len(nodes) % 2 else second
@@ -355,12 +356,12 @@ def _merged_jvp(k, primals, tangents):
 
 
 def _most(k, half):
-    """The largest count of a node with two halves like this one."""
+    """The largest count in a node with two halves like this one."""
     return min(2 * half.high.shape[1] - 2, k)
 
 
 def _log_share(left, right, both):
-    """log(e_i e_j / e_m), how likely m is to be split into i and j."""
+    """log(e_i e_j / e_m), the log-probability that m splits into i and j."""
     total, lost = lm.two_sum(left.high, right.high)
     impossible = total == -jnp.inf
     gap = where(impossible, 0, total) - where(impossible, 0, both.high)
@@ -380,12 +381,12 @@ def _share_jvp(primals, tangents):
 
 
 def _all_shares(left, right, both):
-    """At (node, m, i, ...) how likely m is to be split into i for the left half and m - i for the right."""
+    """At (node, m, i, ...), the probability that m splits into i on the left and m - i on the right."""
     return _share(left.over(1), right.of_the_rest(both.high.shape[1] - 1), both.over(2))
 
 
 def _shares_of(count, left, right, both):
-    """At (node, i, ...) the same for one count of each node."""
+    """At (node, i, ...), the same for one count in each node."""
     width = left.high.shape[1]
     rest = count - jnp.arange(width, dtype=count.dtype).reshape(1, width, *[1] * (count.ndim - 2))
     possible = (rest >= 0) & (rest < width)
@@ -401,7 +402,7 @@ def _marginals(k, logits, count=None):
 
 
 def _marginals_by_tree(k, logits, count=None):
-    """From the root down, how likely each count of each node is."""
+    """The probability of each count in each node, from the root down."""
     count = _start(k, count, logits[..., 0])[None]
     for left, right, both in reversed(_tree(k, logits)):
         count = count[: len(both.high), : both.high.shape[1], None]
@@ -411,7 +412,7 @@ def _marginals_by_tree(k, logits, count=None):
 
 
 def _marginals_in_sequence(k, logits, count=None):
-    """From the last element to the first, how likely how many are left to choose."""
+    """The probability of how many are left to choose, from the last element to the first."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def visit(left, log_odds):
@@ -425,11 +426,12 @@ def _marginals_in_sequence(k, logits, count=None):
 
 
 def _log_odds(logits, k):
-    """Of each element to be chosen, by how many are left to choose among it and those before it.
+    """The log-odds of each element to be chosen, for each number left to choose among it and those before it.
 
-    Made of the ratios ``D_j = log(e_j / e_(j-1))`` of the elements so far, a softened list of their sorted
-    logits. It stays within the range of the logits, and inserting an element never amplifies an error. Shape
-    (n, k + 1, ...): vectors go along the batch, and what shifts a count moves whole ones.
+    They come from the ratios ``D_j = log(e_j / e_(j-1))`` of the elements so far, a softened list of their
+    sorted logits. The ratios stay within the range of the logits, and inserting an element never amplifies an
+    error. The shape is (n, k + 1, ...), so vectors run along the batch and shifting a count moves whole
+    vectors.
     """
     start = jnp.full((k + 1, *logits.shape[:-1]), -jnp.inf, logits.dtype).at[0].set(jnp.inf)
     start = pl.placed(start, logits[..., 0])
@@ -444,18 +446,18 @@ def _log_odds(logits, k):
 
 @jax.custom_jvp
 def _insert(ratios, logit):
-    """The log-odds l - D_j of one more element, and the ratios D_j after it, j = 0..k on the first axis.
+    """The log-odds l - D_j of one more element, and the ratios D_j after it, with j = 0..k on the first axis.
 
-    D_j' = log(exp(D_j) + exp(l)) - log(1 + exp(l - D_(j-1))), written so that nothing large cancels.
-    D_0 is inf, and D_j is -inf for more elements than there are. The ratios are pairs of numbers, of
-    which the second is what rounding took from the first: thousands of logits near 1e4, where
-    float32 resolves 1e-3, would otherwise add up a few per cent.
+    D_j' = log(exp(D_j) + exp(l)) - log(1 + exp(l - D_(j-1))), written so that nothing large cancels. D_0 is
+    inf, and D_j is -inf for more elements than there are. The ratios are pairs of numbers; the second is the
+    rounding error of the first. Without it, the errors of thousands of logits near 1e4, where float32
+    resolves 1e-3, would add up to a few percent.
     """
     high, low = ratios
     log_odds = where(logit == -jnp.inf, -jnp.inf, (logit - high) - low)
     soft = jnp.log1p(jnp.exp(-jnp.abs(log_odds)))
     softened = soft[1:] - soft[:-1]
-    stays, moves_up = log_odds[1:] <= 0, log_odds[:-1] >= 0  # the first are not below the second
+    stays, moves_up = log_odds[1:] <= 0, log_odds[:-1] >= 0  # the first are never below the second
     base = where(stays, high[1:], where(moves_up, high[:-1], logit))
     rest = where(stays, low[1:], where(moves_up, low[:-1], 0))
     total = base + softened
@@ -481,7 +483,7 @@ def _insert_jvp(primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _slope_of_marginals(k, logits, count=None):
-    """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
+    """An unused value, NaN where there is no law, with the derivative of the marginals."""
     lawful = _has_enough(k, logits, count) & ~jnp.any(jnp.isnan(logits), -1, keepdims=True)
     shape = (*lawful.shape[:-1], logits.shape[-1])
     return jnp.broadcast_to(where(lawful, 0, jnp.nan), shape).astype(logits.dtype)
@@ -491,7 +493,7 @@ def _slope_of_marginals(k, logits, count=None):
 def _slope_of_marginals_jvp(k, primals, tangents):
     (logits, count), (logits_dot, _) = primals, tangents
     mean, slope = jax.jvp(lambda logits: _marginals(k, logits, count), (logits,), (logits_dot,))
-    # the exact slopes sum to zero; without their rounding errors, gradients that come back have less, too
+    # the exact slopes sum to zero; removing their rounding errors leaves less in the gradients too
     number = k if count is None else jnp.maximum(count, 1)[..., None].astype(slope.dtype)
     slope -= mean * (jnp.sum(slope, -1, keepdims=True) / number)
     return _slope_of_marginals(k, *primals), slope

@@ -1,4 +1,4 @@
-"""One-hot vectors drawn exactly, each with another estimate of the gradient."""
+"""One-hot vectors drawn exactly, each with a different estimate of the gradient."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from relaxit_jax.samplers._categorical import one_hot_of_noisy
 def straight_through_categorical(
     key: Array, logits: ArrayLike, tau: ArrayLike = 1.0, *, shape: Sequence[int] | None = None
 ) -> Array:
-    """An exact one-hot draw with the gradient of the tempered probabilities.
+    """Sample an exact one-hot vector with the gradient of the tempered probabilities (straight-through).
 
-    Forward ``D ~ OneHotCategorical(logits)``, backward that of ``softmax(logits / tau)``. The mean
-    of the gradient is exact for linear f at tau = 1, and only there.
+    Forward ``D ~ OneHotCategorical(logits)``; backward is the gradient of ``softmax(logits / tau)``. The mean
+    of the gradient is exact only for linear f at tau = 1.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K).
       shape: batch shape of the result; default: the parameters' broadcast shape.
 
@@ -57,17 +57,17 @@ def straight_through_categorical(
 
 
 def straight_through_categorical_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
-    """Log-mass of `straight_through_categorical`, and of every exact one-hot draw of these logits.
+    """Log-mass of `straight_through_categorical`, and of every exact one-hot draw from these logits.
 
-    ``log P(z) = sum_k z_k log_softmax(logits)_k``, which is linear in z: its gradient in the value is the
-    log-probability of every class, which the straight-through gradient passes on (0 for impossible ones).
+    ``log P(z) = sum_k z_k log_softmax(logits)_k``, which is linear in z. Its gradient in the value is the
+    log-probability of every class (0 for impossible ones), and the straight-through gradient passes it on.
 
     Args:
       value: one-hot vectors, shape (..., K).
-      logits: unnormalised log-probabilities, shape (..., K).
+      logits: unnormalized log-probabilities, shape (..., K).
 
     Returns:
-      Log-masses of the broadcast batch shape, float32 or wider; -inf for what is not one-hot.
+      Log-masses of the broadcast batch shape, float32 or wider; -inf for values that are not one-hot.
 
     Raises:
       ValueError: for dtypes that are not floating point, logits all -inf, or shapes that do not fit.
@@ -101,15 +101,16 @@ def decoupled_gumbel_softmax(
     shape: Sequence[int] | None = None,
     hard: bool = True,
 ) -> Array:
-    """A Gumbel-softmax draw whose value and gradient have temperatures of their own.
+    """Sample a Gumbel-softmax vector with separate temperatures for its value and its gradient.
 
-    Forward the one-hot vector of ``argmax(logits + G)`` or, without ``hard``,
-    ``softmax((logits + G) / tau_forward)``; backward that of ``softmax((logits + G) / tau_backward)``,
-    the same Gumbel noise G in both. ``tau_forward`` has no gradient.
+    Forward is the one-hot vector of ``argmax(logits + G)`` or, without ``hard``,
+    ``softmax((logits + G) / tau_forward)``. Backward is the gradient of
+    ``softmax((logits + G) / tau_backward)``. Both use the same Gumbel noise G. ``tau_forward`` has no
+    gradient.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau_forward: temperature of the value, positive, of the batch shape (no axis for K).
       tau_backward: temperature of the gradient, positive, of the batch shape.
       shape: batch shape of the result; default: the parameters' broadcast shape.
@@ -137,7 +138,7 @@ def decoupled_gumbel_softmax(
         perturbed = lm.centre(logits) + rng.gumbel(key, logits.shape, logits)
         value, soft = (gr.softmax(perturbed, tau) for tau in (tau_forward, tau_backward))
         return gr.straight_through(value, soft).astype(dtype)
-    # exact draws do not depend on tau_forward, but a NaN of it is shown as everywhere
+    # exact draws do not depend on tau_forward, but a NaN in it is shown as everywhere
     tau = lm.show_nan(tau_backward, tau_forward)
     return one_hot_of_noisy(key, logits, tau, logits.shape[:-1], dtype)
 
@@ -145,17 +146,18 @@ def decoupled_gumbel_softmax(
 def gapped_straight_through(
     key: Array, logits: ArrayLike, tau: ArrayLike, gap: ArrayLike = 1.0, *, shape: Sequence[int] | None = None
 ) -> Array:
-    """An exact one-hot draw with the gradient of a softmax in which it leads by a gap.
+    """Sample an exact one-hot vector with the gradient of a softmax in which it leads by a gap.
 
-    Forward ``D ~ OneHotCategorical(logits)``. Backward that of ``softmax((logits + sg(m1 - m2)) / tau)``,
-    in which ``m1 = (max logits - logits_D) D`` lifts the class drawn to the largest logit and
-    ``m2 = relu(logits + gap - max logits) (1 - D)`` lowers the others to ``gap`` below it.
+    Forward ``D ~ OneHotCategorical(logits)``. Backward is the gradient of
+    ``softmax((logits + sg(m1 - m2)) / tau)``, where ``m1 = (max logits - logits_D) D`` raises the drawn class
+    to the largest logit and ``m2 = relu(logits + gap - max logits) (1 - D)`` lowers the others to ``gap``
+    below it.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K).
-      gap: by how much the class drawn leads, positive, of the batch shape. It has no gradient.
+      gap: by how much the drawn class leads, positive, of the batch shape. It has no gradient.
       shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
@@ -178,7 +180,7 @@ def gapped_straight_through(
 
     def soft(logits, tau, index, gap):
         below = jax.lax.stop_gradient(lm.centre(logits))  # logits - max logits, 0 or less
-        # what m1 and m2 make of the logits: the largest for the winner, at most the largest less the gap
+        # the logits after m1 and m2: the largest for the winner, at most the largest minus the gap for others
         moved = where(lm.is_class(index, logits), 0, jnp.minimum(below, -gap))
         return gr.slope_of_softmax(gr.straight_through(moved, logits), tau)
 
@@ -189,21 +191,21 @@ def gapped_straight_through(
 def reinmax(
     key: Array, logits: ArrayLike, tau: ArrayLike = 1.0, *, shape: Sequence[int] | None = None
 ) -> Array:
-    """An exact one-hot draw with a gradient of second order: ReinMax.
+    """Sample an exact one-hot vector with a second-order gradient (ReinMax).
 
-    Forward ``D ~ OneHotCategorical(logits)``. Backward that of ``2 p1 - p0 / 2``, with
-    ``p0 = softmax(logits)`` and p1 the softmax whose value is ``(D + softmax(logits / tau)) / 2``.
-    At tau = 1 the mean of the gradient is exact for every f that is quadratic in the draws.
+    Forward ``D ~ OneHotCategorical(logits)``. Backward is the gradient of ``2 p1 - p0 / 2``, with
+    ``p0 = softmax(logits)`` and p1 the softmax whose value is ``(D + softmax(logits / tau)) / 2``. At tau = 1
+    the mean of the gradient is exact for every f that is quadratic in the draws.
 
-    Second order is not always better. The last term of the error can be larger than that of first
-    order where f is far from quadratic, and the variance is: on a random cubic f of two variables
-    of three classes, `straight_through_categorical` had a bias of 0.72 and a variance of 8.7,
-    ReinMax 1.51 and 36.3; on a quadratic one the biases were 0.67 and 0.
-    `examples/choose_temperature.py` draws such a comparison.
+    Second order is not always better. If f is far from quadratic, the last term of the error can be larger
+    than with first order, and the variance is larger. On a random cubic f of two variables with three
+    classes, `straight_through_categorical` had a bias of 0.72 and a variance of 8.7, and ReinMax 1.51 and
+    36.3; on a quadratic one the biases were 0.67 and 0. `examples/choose_temperature.py` draws such a
+    comparison.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K). It has no
         gradient.
       shape: batch shape of the result; default: the parameters' broadcast shape.
@@ -240,19 +242,19 @@ def gumbel_rao(
     *,
     shape: Sequence[int] | None = None,
 ) -> Array:
-    """An exact one-hot draw with a Rao-Blackwellised Gumbel-softmax gradient.
+    """Sample an exact one-hot vector with a Rao-Blackwellized Gumbel-softmax gradient.
 
-    Forward ``D ~ OneHotCategorical(logits)``. Backward the mean over ``num_samples`` of that of
-    ``softmax((logits + sg(G_k)) / tau)``, with Gumbel noise G_k given that ``logits + G_k`` is
-    largest at D. Its mean is that of straight-through Gumbel-softmax (`gumbel_softmax` with
-    ``hard=True``), its variance smaller, and the smaller the more samples. Time grows with
-    ``num_samples``, in the backward pass alone; memory does not.
+    Forward ``D ~ OneHotCategorical(logits)``. Backward is the mean over ``num_samples`` gradients of
+    ``softmax((logits + sg(G_k)) / tau)``, with Gumbel noise G_k given that ``logits + G_k`` is largest at D.
+    Its mean equals the mean gradient of straight-through Gumbel-softmax (`gumbel_softmax` with
+    ``hard=True``), and its variance is smaller, the more so with more samples. Time grows with
+    ``num_samples`` in the backward pass alone; memory does not.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K).
-      num_samples: Gumbel vectors a draw, a Python integer, 1 or more.
+      num_samples: Gumbel vectors per draw, a Python integer, 1 or more.
       shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
@@ -288,20 +290,20 @@ def reinmax_rao(
     *,
     shape: Sequence[int] | None = None,
 ) -> Array:
-    """An exact one-hot draw with a Rao-Blackwellised gradient of second order.
+    """Sample an exact one-hot vector with a Rao-Blackwellized second-order gradient.
 
     Forward ``D ~ OneHotCategorical(logits)``. Backward ``2 J - J0 / 2``: with
     ``theta = log((D + softmax(logits)) / 2)``, J is the mean over ``num_samples`` of the Jacobian of
-    ``softmax((theta + G_k) / tau)``, with Gumbel noise G_k given that ``theta + G_k`` is largest at
-    D, and J0 the Jacobian of ``softmax(logits)``. Against `reinmax` it trades variance for a bias,
-    also on quadratic f. Time grows with ``num_samples``, in the backward pass alone; memory does not.
+    ``softmax((theta + G_k) / tau)``, with Gumbel noise G_k given that ``theta + G_k`` is largest at D, and J0
+    is the Jacobian of ``softmax(logits)``. Compared with `reinmax` it trades variance for bias, even for
+    quadratic f. Time grows with ``num_samples`` in the backward pass alone; memory does not.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., K); -inf is an impossible class.
+      logits: unnormalized log-probabilities, shape (..., K); -inf is an impossible class.
       tau: temperature of the gradient, positive, of the batch shape (no axis for K). It has no
         gradient.
-      num_samples: Gumbel vectors a draw, a Python integer, 1 or more.
+      num_samples: Gumbel vectors per draw, a Python integer, 1 or more.
       shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
@@ -322,7 +324,7 @@ def reinmax_rao(
     index = fused.categorical(draw_key, logits, logits.shape[:-1], dtype)
 
     def soft(logits, tau, index, key):
-        # right for the classes that lose; the winner's theta does not matter, since it wins
+        # right for the classes that lose; the theta of the winner does not matter, since it wins
         mean = _mean_of_softmaxes(num_samples, -math.log(2), dtype, key, index, logits, tau)
         return 2 * mean - softmax(logits) / 2
 
@@ -330,7 +332,7 @@ def reinmax_rao(
 
 
 def _arguments(key, logits, shape, **temperatures):
-    """Dtype of the result, logits of the result's shape, temperatures with an axis for the classes."""
+    """Dtype of the result, logits in its shape, and temperatures with an axis for the classes."""
     arg.check_key(key)
     arg.require_classes(logits)
     dtype, logits = arg.widen(logits=logits)
@@ -344,7 +346,8 @@ def _arguments(key, logits, shape, **temperatures):
 def _mean_of_softmaxes(num_samples, shift, given, key, index, logits, tau):
     """The mean derivative of softmax((logits + sg(G)) / tau), given that theta + G is largest at the index.
 
-    theta is ``log_softmax(logits) + shift``, and ``given`` the dtype of the logits before they were widened.
+    theta is ``log_softmax(logits) + shift``, and ``given`` is the dtype of the logits before they were
+    widened.
     """
     if fused.fits(key, logits, logits.shape[:-1]) and logits.shape[-1] <= fused.PIECE:
         return fused.mean_softmax(_mean_slope, num_samples, shift, given, key, index, logits, tau)
@@ -354,10 +357,10 @@ def _mean_of_softmaxes(num_samples, shift, given, key, index, logits, tau):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _mean_softmax(num_samples, key, index, log_p, logits, tau):
-    """The mean derivative of softmax((logits + sg(G)) / tau), of a value that nobody looks at.
+    """The mean derivative of softmax((logits + sg(G)) / tau), attached to an unused value.
 
-    G is Gumbel noise given that ``log_p + G`` is largest at the index. The derivative is a scan of
-    which the backward pass keeps the keys alone: each turn draws its noise again.
+    G is Gumbel noise given that ``log_p + G`` is largest at the index. The derivative is a scan whose
+    backward pass keeps only the keys: each turn draws its noise again.
     """
     return pl.placed(jnp.exp(log_p), index, logits, tau)
 
@@ -374,8 +377,8 @@ def _mean_slope(num_samples, like, key, index, log_p, _, tau, logits_dot, tau_do
     def add(total, key):
         _, gap = rng.conditional_gumbel(key, log_p, lm.is_class(index, log_p))
         y = gap / tau
-        weights = jnp.exp(y)  # at most 1, that of the winner
-        # d(x / tau) = dx / tau - (x / tau) dtau / tau, and what is at -inf stays there
+        weights = jnp.exp(y)  # at most 1, the weight of the winner
+        # d(x / tau) = dx / tau - (x / tau) dtau / tau, and entries at -inf stay there
         y_dot = (logits_dot - where(y == -jnp.inf, 0, y) * tau_dot) / tau
         return total + gr.softmax_tangent(weights / jnp.sum(weights, -1, keepdims=True), y_dot), None
 

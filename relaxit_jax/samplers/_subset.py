@@ -26,23 +26,23 @@ from relaxit_jax._placement import where
 def gumbel_top_k(
     key: Array, logits: ArrayLike, k: int, *, shape: Sequence[int] | None = None
 ) -> tuple[Array, Array]:
-    """k of n elements without replacement, exactly, by the Gumbel-top-k trick.
+    """Sample k of n elements without replacement, exactly (Gumbel-top-k).
 
-    The indices of the k largest ``logits + G``, G standard Gumbel noise: the same law as k draws
-    from ``softmax(logits)``, each from what the earlier ones left (Plackett-Luce).
+    Returns the indices of the k largest ``logits + G``, with G standard Gumbel noise. This is the law of k
+    draws from ``softmax(logits)``, each from the elements that earlier draws left (Plackett-Luce).
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., n); -inf is never drawn.
+      logits: unnormalized log-probabilities, shape (..., n); -inf is never drawn.
       k: number of elements, from 1 to n, known before tracing.
-      shape: batch shape of the result; default: that of ``logits``.
+      shape: batch shape of the result; default: the shape of ``logits``.
 
     Returns:
-      Two arrays of shape ``shape + (k,)``: the indices (int32) in the order drawn, and their
-      perturbed values ``logits + G``, decreasing, in float32 or wider, differentiable in ``logits``.
-      The first j of them are a draw of j elements, so that each row may take a number of its own.
-      Under a trace, where too few possible elements cannot be reported, the values of the others
-      are -inf (and all of them NaN if none is possible).
+      Two arrays of shape ``shape + (k,)``: the indices (int32) in the order drawn, and their perturbed values
+      ``logits + G``, decreasing, in float32 or wider, differentiable in ``logits``. The first j of them are a
+      draw of j elements, so each batch element may use its own number. Under a trace, where too few possible
+      elements cannot be reported, the values of the others are -inf (and all of them NaN if no element is
+      possible).
 
     Raises:
       ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a dtype that is not
@@ -63,7 +63,7 @@ def gumbel_top_k(
 
 
 def _perturb(key, logits, shape, per_event=()):
-    """Centred logits plus Gumbel noise, and what centring took off."""
+    """Centered logits plus Gumbel noise, and the constant that centering subtracted."""
     arg.check_key(key)
     shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event=per_event)
     centred = lm.centre(logits)
@@ -74,27 +74,25 @@ def _perturb(key, logits, shape, per_event=()):
 def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool = True) -> Array:
     """Log-probability of the indices of `gumbel_top_k`, in their order or as a set.
 
-    Ordered (Plackett-Luce): ``sum_j [l_(i_j) - LSE(l over what is left before draw j)]``.
+    Ordered (Plackett-Luce): ``sum_j [l_(i_j) - LSE(l over the elements left before draw j)]``.
 
-    As a set S: ``log P(S)``,
-    ``P(S) = integral_0^1 prod_(i in S) (1 - u^exp(l_i - phi)) du``, with ``phi = LSE(l outside S)``.
-    The integral is taken by the trapezoidal rule over ``g = phi - log(-log u)``, where the
-    integrand is log-concave and entire, so that the rule converges exponentially fast; relative
-    error below 1e-5 in float32, 1e-9 in float64. It takes 100 nodes (600 in float64), each over k
-    elements, in time and memory.
+    As a set S: ``log P(S)``, ``P(S) = integral_0^1 prod_(i in S) (1 - u^exp(l_i - phi)) du``, with
+    ``phi = LSE(l outside S)``. The integral uses the trapezoidal rule over ``g = phi - log(-log u)``, where
+    the integrand is log-concave and entire, so the rule converges exponentially fast. The relative error is
+    below 1e-5 in float32 and 1e-9 in float64. It needs 100 nodes (600 in float64), each over k elements, in
+    time and memory.
 
     Args:
       value: indices, an integer array of shape (..., k).
-      logits: unnormalised log-probabilities, shape (..., n).
+      logits: unnormalized log-probabilities, shape (..., n).
       ordered: whether the order of the indices counts.
 
     Returns:
       Log-probabilities of the broadcast batch shape, float32 or wider; -inf for repeated indices.
 
     Raises:
-      ValueError: for a ``value`` that is not an integer array, has more entries than ``logits`` or,
-        where it can be seen, an index outside 0..n-1 (NaN under a trace); for logits that are not
-        floating point or all -inf.
+      ValueError: for a ``value`` that is not an integer array, has more entries than ``logits`` or has a
+        concrete index outside 0..n-1 (NaN under a trace); for logits that are not floating point or all -inf.
 
     References:
       W. Kool, H. van Hoof, M. Welling (2019), arXiv:1903.06059, and (2020), Estimating Gradients
@@ -129,27 +127,27 @@ def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool 
 
 
 def _ordered_log_prob(chosen, rest):
-    # What is left before draw j are the rest and the draws from j on: a running log-sum-exp from
-    # the end, in which nothing is subtracted.
+    # Before draw j, the rest and the draws from j on are left: a running log-sum-exp from the end, in which
+    # nothing is subtracted.
     later = jax.lax.cumlogsumexp(chosen, axis=chosen.ndim - 1, reverse=True)
     return jnp.sum(chosen - jnp.logaddexp(later, rest[..., None]), -1)
 
 
 def gumbel_top_k_marginals(logits: ArrayLike, k: int) -> Array:
-    """The probability of each element to be among the k that `gumbel_top_k` draws (inclusion probabilities).
+    """Compute how likely each element is to be drawn by `gumbel_top_k` (inclusion probabilities).
 
-    Element i arrives at an exponential time of rate ``exp(l_i)``, and the k that arrive first are drawn:
-    ``P(i in S) = integral f_i(t) A_i(t) dt``, where f_i is the density of its arrival and A_i the probability
-    that fewer than k of the others have arrived. The integral is taken by the trapezoidal rule over log t;
-    A_i is exact. Absolute error below 1e-5 in float32, 1e-9 in float64.
+    Element i arrives at an exponential time with rate ``exp(l_i)``, and the first k to arrive are drawn:
+    ``P(i in S) = integral f_i(t) A_i(t) dt``, where f_i is the density of its arrival and A_i is the
+    probability that fewer than k of the others have arrived. The integral uses the trapezoidal rule over log
+    t; A_i is exact. The absolute error is below 1e-5 in float32 and 1e-9 in float64.
 
     Args:
-      logits: unnormalised log-probabilities, shape (..., n); -inf is never drawn.
+      logits: unnormalized log-probabilities, shape (..., n); -inf is never drawn.
       k: number of elements, from 1 to n, known before tracing.
 
     Returns:
       Probabilities that sum to k, shape (..., n), in the dtype of ``logits``, differentiable. Time is O(n k)
-      for each of some ``80 sqrt(k)`` nodes, visited one after another.
+      for each of about ``80 sqrt(k)`` nodes, visited one after another.
 
     Raises:
       ValueError: as for `gumbel_top_k`.
@@ -173,11 +171,12 @@ def _inclusion(k, logits):
     wide = logits.dtype == jnp.float64
     least = math.log(1e-12 if wide else 1e-8)
     ordered = -jnp.sort(-jax.lax.stop_gradient(logits), -1)
-    last = ordered[..., k - 1 : k]  # what decides is near to the k-th largest
+    last = ordered[..., k - 1 : k]  # the values that decide are near the k-th largest
     logits, ordered = logits - last, ordered - last
-    first = logits >= 0  # the k largest, and what is as large as the last of them
-    # Before `start` the k-th has hardly ever arrived, as one of the elements from the k-th largest on has to;
-    # at `stop` the k largest have. Of the k largest f_i (1 - A_i) is 0 at both ends, of the others f_i A_i.
+    first = logits >= 0  # the k largest, and any that equal the last of them
+    # Before `start` the k-th arrival has hardly ever happened, since one of the elements from the k-th
+    # largest on would have to arrive; at `stop` the k largest have arrived. For the k largest f_i (1 - A_i)
+    # is 0 at both ends, for the others f_i A_i.
     start, stop = least - logsumexp(ordered[..., k - 1 :], -1), math.log(math.log(k) - least)
     step = (0.25 if wide else 0.4) / math.sqrt(k)
     nodes = math.ceil((math.log(n) - least + math.log(math.log(k) - least)) / step)
@@ -197,7 +196,7 @@ def _inclusion(k, logits):
 
 
 def _fewer(k, p, q):
-    """P(fewer than k of independent bits are on), of probabilities p, and q = 1 - p."""
+    """P(fewer than k of independent bits are on), with probabilities p and q = 1 - p."""
 
     def visit(law, both):
         p, q = both
@@ -217,14 +216,14 @@ def _set_log_prob(chosen, rest):
 
 
 def _integrand_of_set(a, stop, stop_wide):
-    """The integral over t = g - phi of the log-concave integrand exp(f), by its terms at the nodes of a sum.
+    """The integral over t = g - phi of the log-concave integrand exp(f), as the terms at the nodes of a sum.
 
-    f(t) = -t - exp(-t) + sum_i log(1 - exp(-exp(a_i - t))), a_i = l_i - phi. Its mode has
-    exp(-t) = m with m = 1 + sum_i h_i in [1, k + 1], h_i in (0, 1) the slopes of the summands; its
-    width there is of the order of 1 / sqrt(m), which sets the step. The nodes end `stop` widths above.
+    f(t) = -t - exp(-t) + sum_i log(1 - exp(-exp(a_i - t))), a_i = l_i - phi. Its mode has exp(-t) = m with
+    m = 1 + sum_i h_i in [1, k + 1], where the h_i in (0, 1) are the slopes of the summands. Its width there
+    is of order 1 / sqrt(m), which sets the step. The nodes end `stop` widths above.
 
     Returns:
-      -t - exp(-t) with the logarithm of the step, of the batch shape and an axis for the nodes; and the
+      -t - exp(-t) with the logarithm of the step, with the batch shape and an axis for the nodes; and the
       summands, with a last axis for i.
     """
     k = a.shape[-1]
@@ -249,22 +248,22 @@ def _integrand_of_set(a, stop, stop_wide):
 
 @jax.jit
 def leave_out_log_probs(chosen: Array, rest: Array) -> tuple[Array, Array, Array]:
-    """log P(S) of k different items, of S without one item, and of S without two, where these are not there.
+    """log P(S) for k different items, and for S without one or two items that are removed from the law.
 
     The rest keeps its mass, so all of them are one integral in which some factors are left out.
 
     Args:
       chosen: log-probabilities of the items, shape (..., k), finite.
-      rest: the logarithm of the mass outside of S, shape (...); -inf if there is none.
+      rest: the logarithm of the mass outside S, shape (...); -inf if there is none.
 
     Returns:
-      Arrays of shapes (...), (..., k) and (..., k, k); on the diagonal of the last is 0.
+      Arrays of shapes (...), (..., k) and (..., k, k); the diagonal of the last is 0.
     """
     everything = rest == -jnp.inf
     log_density, cdfs = _integrand_of_set(chosen - where(everything, 0, rest)[..., None], 40, 90)
     whole = log_density + jnp.sum(cdfs, -1)
     one = jnp.moveaxis(whole[..., None] - cdfs, -1, -2)  # items, nodes
-    # of two: a product of matrices, whose terms are halves of the whole
+    # for two items: a matrix product whose terms are halves of the whole
     half = jnp.moveaxis(whole[..., None] / 2 - cdfs, -1, -2)
     top = jax.lax.stop_gradient(jnp.max(half, -1))
     scaled = jnp.exp(half - top[..., None])
@@ -285,35 +284,35 @@ def stochastic_beam_search(
     start: int = 0,
     end: int | None = None,
 ) -> tuple[Array, Array, Array]:
-    """k sequences of an autoregressive model without replacement, exactly, in one pass of width k.
+    """Sample k sequences of an autoregressive model without replacement, exactly, in one pass of width k.
 
-    Top-down: the perturbed log-probability of the empty sequence is ``G``; given that of a prefix,
-    ``g``, the largest among its continuations is g again, for the one drawn from the model, and any
-    other of log-probability ``phi`` has ``g - softplus(g - phi - G)``. The k largest prefixes go on.
-    The same law as `gumbel_top_k` over all sequences, of which only k at a time are looked at.
+    The search is top-down. The perturbed log-probability of the empty sequence is ``G``. Given the value
+    ``g`` of a prefix, its continuation drawn from the model has the value g again, and any other continuation
+    with log-probability ``phi`` has ``g - softplus(g - phi - G)``. The k largest prefixes continue. This is
+    the law of `gumbel_top_k` over all sequences, but only k of them are held at a time.
 
     Args:
       key: a JAX random key.
-      log_prob_fn: ``(state, token) -> (logits, state)`` of one sequence: the unnormalised
-        log-probabilities of the next token, shape (V,), given the last one (int32, shape ()) and a
-        state of arrays, such as a recurrent network's or a cache. It is vmapped over k.
+      log_prob_fn: ``(state, token) -> (logits, state)`` for one sequence: the unnormalized log-probabilities
+        of the next token, shape (V,), given the last one (int32, shape ()) and a state of arrays, such as a
+        recurrent network's or a cache. It is vmapped over k.
       state: the state before the first token, without an axis for k.
       k: number of sequences, known before tracing; at most as many as there are.
       max_length: tokens in a sequence, known before tracing.
       start: the token that `log_prob_fn` gets first.
-      end: the token that ends a sequence, in 0..V-1; without one all have ``max_length`` tokens.
+      end: the token that ends a sequence, in 0..V-1; without one all sequences have ``max_length`` tokens.
 
     Returns:
-      Three arrays, for sequences in the order drawn: tokens, int32, shape (k, max_length), filled up
-      with ``end``; log-probabilities, shape (k,), float32 or wider, differentiable in what
-      `log_prob_fn` depends on; and the perturbed ones, shape (k,), decreasing, without a gradient.
-      Both are -inf for what is left over where the model makes fewer than k sequences possible.
-      Shapes are static; for several searches, vmap over keys and states.
+      Three arrays, for sequences in the order drawn: tokens, int32, shape (k, max_length), padded with
+        ``end``; log-probabilities, shape (k,), float32 or wider, differentiable in the parameters of
+        `log_prob_fn`; and the perturbed ones, shape (k,), decreasing, without a gradient. If the model makes
+        fewer than k sequences possible, both are -inf for the rest. Shapes are static; for several searches,
+        vmap over keys and states.
 
     Raises:
-      ValueError: for a ``k`` above the number of sequences, a ``max_length`` below 1, a ``start`` that
-        is not an integer, an ``end`` that is no token, or a `log_prob_fn` that does not return a pair:
-        logits of shape (V,), floating point, and a state like the one it was given.
+      ValueError: for a ``k`` above the number of sequences, a ``max_length`` below 1, a ``start`` that is not
+        an integer, an ``end`` that is not a token, or a `log_prob_fn` that does not return a pair: logits of
+        shape (V,), floating point, and a state like the one it was given.
 
     References:
       W. Kool, H. van Hoof, M. Welling (2019), Stochastic Beams and Where to Find Them,
@@ -343,7 +342,7 @@ def stochastic_beam_search(
         state, token, log_p, perturbed, tokens, place = beams
         logits, state = jax.vmap(log_prob_fn)(state, token)
         law = jax.nn.log_softmax(logits.astype(dtype))
-        if end is not None:  # what has ended is continued by its end alone
+        if end is not None:  # a finished sequence continues only with its end token
             ended = (token == end) & (place > 0)
             law = where(ended[:, None], where(jnp.arange(size) == end, 0, -jnp.inf), law)
         log_p = log_p[:, None] + law
@@ -370,7 +369,7 @@ def stochastic_beam_search(
 
 
 def _logits_of_a_step(log_prob_fn, state, token):
-    """Shape and dtype of the logits that the model returns, beside a state like the one that it was given."""
+    """Shape and dtype of the logits that the model returns, with a state like the one that it was given."""
     name, need = "log_prob_fn", "a function (state, token) -> (logits, state)"
     arg.require(callable(log_prob_fn), name, need, arg.shown(log_prob_fn))
     returned = jax.eval_shape(log_prob_fn, state, token)
@@ -397,7 +396,7 @@ def _logits_of_a_step(log_prob_fn, state, token):
 
 
 def _how_many(size, max_length, end):
-    """Sequences of at most so many tokens, counted until there are more than any k."""
+    """The number of sequences of at most this many tokens, counted until it exceeds any k."""
     total, open_ones = 0, 1
     for _ in range(max_length):
         total += open_ones if end is not None else 0
@@ -408,7 +407,7 @@ def _how_many(size, max_length, end):
 
 
 def _given_largest(key, law, log_p, largest):
-    """Perturbed log-probabilities of all continuations, given the largest of each prefix."""
+    """Perturbed log-probabilities of all continuations, given the largest for each prefix."""
     winner_key, key = jax.random.split(key)
     winner = lm.is_class(rng.categorical(winner_key, law, law.shape[:-1]), law)
     possible = log_p > -jnp.inf
@@ -426,26 +425,26 @@ def relaxed_top_k(
     shape: Sequence[int] | None = None,
     hard: bool = False,
 ) -> Array:
-    """A relaxed k-hot vector: k draws without replacement, each a Gumbel-softmax.
+    """Sample a relaxed k-hot vector: k draws without replacement, each a Gumbel-softmax.
 
-    ``a_1 = logits + G``; ``o_j = softmax(a_j / tau)``; ``a_(j+1) = a_j + log(1 - o_j)``;
-    ``z = sum_j o_j``: what is drawn is taken out of the next draw, softly.
+    ``a_1 = logits + G``; ``o_j = softmax(a_j / tau)``; ``a_(j+1) = a_j + log(1 - o_j)``; ``z = sum_j o_j``:
+    each draw is softly removed from the next one.
 
     Args:
       key: a JAX random key.
-      logits: unnormalised log-probabilities, shape (..., n); -inf gives exactly 0.
+      logits: unnormalized log-probabilities, shape (..., n); -inf gives exactly 0.
       k: number of elements, from 1 to n, known before tracing.
       tau: temperature, positive, of the batch shape (no axis for n).
       shape: batch shape of the result; default: the parameters' broadcast shape.
-      hard: return the exact k-hot vector of `gumbel_top_k` on the same noise, with the gradient of z.
+      hard: return the exact k-hot vector that `gumbel_top_k` draws from the same noise, with the gradient of
+        z.
 
     Returns:
-      Non-negative values that sum to k, shape ``shape + (n,)``, in the dtype of ``logits``. NaN
-      where fewer than k elements are possible and a trace hid it. A single entry may exceed 1.
-      Time is O(n k), and the backward pass keeps k arrays of the size of the result: a quarter of a
-      gigabyte for 100 of 10,000 in a batch of 64. Each draw can multiply a gradient by 1 / tau where
-      it is close: for dozens of draws at a low temperature the exact gradient itself can pass the
-      range of float32.
+      Non-negative values that sum to k, shape ``shape + (n,)``, in the dtype of ``logits``. NaN under a trace
+      if fewer than k elements are possible. A single entry may exceed 1. Time is O(n k), and the backward
+      pass keeps k arrays of the size of the result: a quarter of a gigabyte for 100 of 10,000 with batch size
+      64. Each draw can multiply a gradient by 1 / tau where it is close: for dozens of draws at a low
+      temperature the exact gradient itself can exceed the range of float32.
 
     Raises:
       ValueError: for a ``k`` outside 1..n, fewer than k elements above -inf, a ``tau`` that is
@@ -475,11 +474,11 @@ def relaxed_top_k(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sum_of_draws(k, a, tau):
-    """The softmaxes of k draws, each of what those before it have left.
+    """The softmaxes of k draws, each from the elements that earlier draws have left.
 
-    Of each draw the backward pass keeps the exponentials, and computes the rest from them again. A few draws
-    are one expression, which compilers join: one kernel of a GPU, and a tenth less time on a CPU. Of many, a
-    loop that takes several at a time would keep twice as much.
+    For each draw, the backward pass keeps the exponentials and recomputes the rest from them. A few draws are
+    one expression, which compilers fuse: one kernel on a GPU, and a tenth less time on a CPU. For many draws,
+    a loop that takes several at a time would keep twice as much.
     """
     kept = jax.checkpoint_policies.save_only_these_names("exponentials")
 
@@ -495,16 +494,16 @@ def _sum_of_draws(k, a, tau):
 
 @jax.custom_jvp
 def _softmax_and_rest(a, tau):
-    """o = softmax(a / tau) and log(1 - o), also where o rounds to 1."""
+    """o = softmax(a / tau) and log(1 - o), which stays right where o rounds to 1."""
     return _softmax_parts(a, tau)[:2]
 
 
 def _softmax_parts(a, tau):
-    """The two results, then what their derivatives need.
+    """The two results, then the values that their derivatives need.
 
-    1 - o can round to 0 for the largest alone, where it is the share of the others. All exponentials
-    are taken at one shift, so that the others are not lost (they lie at most 80 below it), and a
-    largest that would overflow there is held back: its share is 1 anyway.
+    1 - o can round to 0 only for the largest entry, where it is the share of the others. All exponentials use
+    one shift, so that the others are not lost (they are at most 80 below it), and a largest entry that would
+    overflow there is held back: its share is 1 anyway.
     """
     y = a / tau
     top = jnp.max(y, -1, keepdims=True)
@@ -526,11 +525,11 @@ def _softmax_and_rest_jvp(primals, tangents):
     o, log_rest, e, per_total, per_others, lead = _softmax_parts(*primals)
     a_dot, tau_dot = tangents
     tau = primals[1]
-    o = e * per_total  # from what is kept
+    o = e * per_total  # from the saved values
     first = o > 0.5
     y_dot = 0 if isinstance(a_dot, SymbolicZero) else a_dot / tau
     if not isinstance(tau_dot, SymbolicZero):
-        # y, up to what all share, which changes nothing; of what has no share it does not matter
+        # y, up to a shared constant, which changes nothing; entries without a share do not matter
         y = where(first, lead, jnp.log(where(e > 0, e, 1)))
         y_dot = y_dot - y * (tau_dot / tau)
     centred = y_dot - jnp.sum(o * y_dot, -1, keepdims=True)

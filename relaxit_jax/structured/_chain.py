@@ -1,8 +1,8 @@
-"""Linear chains: sequences of classes in which each step depends on the one before (linear-chain CRFs).
+"""Linear chains: sequences of classes in which each step depends on the previous one (linear-chain CRFs).
 
-There are two forms of the same mathematics. In sequence, a filter visits the steps one after another and
-costs O(T K^2); CPUs take this form. By a balanced tree, accelerators take log2(T) steps: a node has the
-log-weights of all paths between its first and its last class, K x K numbers, at a cost of O(T K^3).
+There are two forms of the same mathematics. In the sequential form, a filter visits the steps one after
+another and costs O(T K^2); CPUs use this form. With a balanced tree, accelerators take log2(T) steps: a node
+has the log-weights of all paths between its first and its last class, K x K numbers, at a cost of O(T K^3).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from relaxit_jax import _placement as pl
 from relaxit_jax import _random as rng
 from relaxit_jax._placement import where
 
-# The most classes with which accelerators take the tree: for values and first derivatives, and for second
-# ones, of which a compiler stores O(T K^3) numbers.
+# The largest numbers of classes with which accelerators use the tree: for values and first derivatives, and
+# for second derivatives, for which a compiler stores O(T K^3) numbers.
 MOST_CLASSES, MOST_FOR_SLOPES = 64, 16
 NEVER = -1e30  # stands for -inf, with which second derivatives through a scan are NaN
 
 
 def chain_log_partition(unary: ArrayLike, transition: ArrayLike) -> Array:
-    """The log-partition function of a linear chain: the log-sum over all K^T sequences.
+    """Compute the log-partition function of a linear chain, the log-sum over all K^T sequences.
 
     ``A = log sum_z exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)])``. Its gradient in ``unary``
     is `chain_marginals`. Its gradient in ``transition`` is the expected number of times that each transition
@@ -39,13 +39,13 @@ def chain_log_partition(unary: ArrayLike, transition: ArrayLike) -> Array:
 
     Args:
       unary: log-weights of the classes at each step, shape (..., T, K); -inf is a forbidden class.
-      transition: log-weights of class j after class i, shape (K, K) for all steps alike, or
-        (..., T - 1, K, K), or (..., 1, K, K) for all steps of an element of the batch; -inf is forbidden.
+      transition: log-weights of class j after class i, shape (K, K) for all steps, or (..., T - 1, K, K), or
+        (..., 1, K, K) for all steps of a batch element; -inf is forbidden.
 
     Returns:
-      An array of the broadcast batch shape, float32 or wider. It is -inf where no sequence is possible, with
-      gradient 0. Time is O(T K^2) in T steps on CPUs, and for more than 64 classes; on accelerators it
-      is O(T K^3) in log2(T) steps, and the memory that of 2 T matrices of K x K.
+      An array of the broadcast batch shape, float32 or wider. It is -inf, with gradient 0, if no sequence is
+      possible. Time is O(T K^2) in T steps on CPUs, and for more than 64 classes. On accelerators it is O(T
+      K^3) in log2(T) steps, and memory holds 2 T matrices of K x K.
 
     Raises:
       ValueError: for arguments that are not floating point, or shapes that do not fit together.
@@ -63,10 +63,10 @@ def chain_log_partition(unary: ArrayLike, transition: ArrayLike) -> Array:
 
 
 def chain_marginals(unary: ArrayLike, transition: ArrayLike) -> Array:
-    """The probability of each class at each step of a linear chain.
+    """Compute the probability of each class at each step of a linear chain.
 
-    ``mu[t, k] = P(z_t = k) = dA / d unary[t, k]``, A the log-partition function. The probabilities of pairs
-    are the gradient of `chain_log_partition` in ``transition``.
+    ``mu[t, k] = P(z_t = k) = dA / d unary[t, k]``, where A is the log-partition function. The probabilities
+    of pairs are the gradient of `chain_log_partition` in ``transition``.
 
     Args:
       unary: log-weights of the classes at each step, shape (..., T, K); -inf is a forbidden class.
@@ -74,7 +74,7 @@ def chain_marginals(unary: ArrayLike, transition: ArrayLike) -> Array:
 
     Returns:
       Probabilities of the broadcast batch shape and (T, K), in the dtype of the potentials; each step sums to
-      1. NaN where no sequence is possible and a trace hid it.
+      1. NaN under a trace if no sequence is possible.
 
     Raises:
       ValueError: as for `chain_log_partition`, and for potentials that leave no sequence possible.
@@ -94,10 +94,10 @@ def chain_marginals(unary: ArrayLike, transition: ArrayLike) -> Array:
 def chain_sample(
     key: Array, unary: ArrayLike, transition: ArrayLike, *, shape: Sequence[int] | None = None
 ) -> Array:
-    """Draw a sequence of a linear chain exactly, as one-hot vectors with the gradient of the marginals.
+    """Sample a sequence of a linear chain exactly, as one-hot vectors with the gradient of the marginals.
 
-    ``P(z) = exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)] - A)``. Forward filtering, backward
-    sampling. The gradient is the gradient of `chain_marginals`: what SIMPLE is to subsets.
+    ``P(z) = exp(sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)] - A)``, drawn by forward filtering
+    and backward sampling. The gradient is the gradient of `chain_marginals`, just as in SIMPLE for subsets.
 
     Args:
       key: a JAX random key.
@@ -106,8 +106,9 @@ def chain_sample(
       shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
-      One-hot vectors of shape ``shape + (T, K)``, in the dtype of the potentials; NaN where no sequence is
-      possible and a trace hid it. Cost: as `chain_log_partition`, and T K numbers of noise for each draw.
+      One-hot vectors of shape ``shape + (T, K)``, in the dtype of the potentials; NaN under a trace if no
+      sequence is possible. It costs as much as `chain_log_partition`, plus T K numbers of noise for each
+      draw.
 
     Raises:
       ValueError: as for `chain_marginals`, and for a ``shape`` that the parameters do not broadcast to.
@@ -131,10 +132,10 @@ def chain_sample(
 
 
 def chain_log_prob(value: ArrayLike, unary: ArrayLike, transition: ArrayLike) -> Array:
-    """The log-probability of a sequence of a linear chain.
+    """Log-probability of a sequence of a linear chain.
 
-    ``log P(z) = sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)] - A``, added up from the
-    log-probabilities of each class given the one after it, so that nothing large is subtracted.
+    ``log P(z) = sum_t unary[t, z_t] + sum_t transition[t, z_t, z_(t+1)] - A``, computed as a sum of
+    log-probabilities of each class given the next one, so that nothing large is subtracted.
 
     Args:
       value: one-hot vectors, shape (..., T, K).
@@ -143,11 +144,11 @@ def chain_log_prob(value: ArrayLike, unary: ArrayLike, transition: ArrayLike) ->
 
     Returns:
       Log-probabilities of the broadcast batch shape, float32 or wider; -inf for a forbidden sequence and for
-      a value that is not one-hot, NaN where no sequence is possible and a trace hid it. The gradient in the
-      potentials is the sequence less its mean, in the value the potentials of its neighbors.
+      a value that is not one-hot, NaN under a trace if no sequence is possible. The gradient in the
+      potentials is the sequence minus its mean; the gradient in the value is the potentials of its neighbors.
 
     Raises:
-      ValueError: as for `chain_marginals`, and for a ``value`` of other steps or classes.
+      ValueError: as for `chain_marginals`, and for a ``value`` with a different number of steps or classes.
 
     References:
       J. Lafferty, A. McCallum, F. Pereira (2001), Conditional Random Fields, ICML.
@@ -167,7 +168,7 @@ def chain_log_prob(value: ArrayLike, unary: ArrayLike, transition: ArrayLike) ->
     unary, transition = _with_axes(unary, len(batch) + 2), _with_axes(transition, len(batch) + 3)
     value = _with_axes(value.astype(unary.dtype), len(batch) + 2)
     one_hot = jnp.all((value == 0) | (value == 1), (-1, -2)) & jnp.all(jnp.sum(value, -1) == 1, -1)
-    # a value outside is scored as the first sequence, and then forgotten
+    # a value outside is scored as the first sequence, and then replaced
     first = lm.is_class(jnp.zeros((1,), jnp.int32), unary).astype(unary.dtype)
     value = where(one_hot[..., None, None], value, first)
     law = where(one_hot, _log_prob(value, unary, transition), -jnp.inf)
@@ -184,11 +185,11 @@ def relaxed_chain(
     *,
     shape: Sequence[int] | None = None,
 ) -> Array:
-    """A relaxed sequence of a linear chain: a stochastic softmax trick.
+    """Sample a relaxed sequence of a linear chain (stochastic softmax trick).
 
-    ``z = mu((unary + G) / tau, transition / tau)``, mu the marginals and G standard Gumbel noise. As tau
-    falls, z tends to the sequence of the largest weight under the same noise. That is not the law of
-    `chain_sample`: the noise is on the classes of each step, and not on each sequence.
+    ``z = mu((unary + G) / tau, transition / tau)``, where mu is the marginals and G is standard Gumbel noise.
+    As tau falls, z tends to the sequence with the largest weight under the same noise. This law differs from
+    the law of `chain_sample`: the noise is on the classes of each step, not on each sequence.
 
     Args:
       key: a JAX random key.
@@ -199,7 +200,7 @@ def relaxed_chain(
 
     Returns:
       Points of the convex hull of the sequences, shape ``shape + (T, K)``, in the dtype of the potentials;
-      each step sums to 1. NaN where no sequence is possible and a trace hid it.
+      each step sums to 1. NaN under a trace if no sequence is possible.
 
     Raises:
       ValueError: as for `chain_sample`, and for a ``tau`` that is not positive or has axes for T or K.
@@ -235,7 +236,9 @@ def as_potentials(unary, transition, *, possible=False):
     good = len(shape) > 1 and shape[-1] > 0 and shape[-2] > 0
     arg.require(good, "unary", "of shape (..., T, K), T and K at least 1", f"shape {shape}")
     steps, k = shape[-2:]
-    need = f"of shape ({k}, {k}), (..., {steps - 1}, {k}, {k}) or (..., 1, {k}, {k}) beside unary of {shape}"
+    need = (
+        f"of shape ({k}, {k}), (..., {steps - 1}, {k}, {k}) or (..., 1, {k}, {k}) with unary of shape {shape}"
+    )
     good = of_pairs[-2:] == (k, k) and (len(of_pairs) == 2 or of_pairs[-3] in (1, steps - 1))
     arg.require(good, "transition", need, f"shape {of_pairs}")
     for name, x in {"unary": unary, "transition": transition}.items():
@@ -244,14 +247,14 @@ def as_potentials(unary, transition, *, possible=False):
         _require_possible(unary, transition, steps)
     dtype, unary, transition = arg.widen(unary=unary, transition=transition)
     transition = transition[None] if transition.ndim == 2 else transition
-    if not transition.shape[-3]:  # of a single step
+    if not transition.shape[-3]:  # a single step
         transition = jnp.zeros((*transition.shape[:-3], 1, k, k), transition.dtype)
     ndim = max(unary.ndim, transition.ndim - 1)
     return dtype, _with_axes(unary, ndim), _with_axes(transition, ndim + 1)
 
 
 def _require_possible(unary, transition, steps):
-    """A sequence is left, where the potentials can be seen and forbid anything."""
+    """Require that a sequence is possible, if the potentials are concrete and forbid anything."""
     arg.require_values("unary", unary, "above -inf for a class of each step", _has_class)
     if not (arg.can_be_seen(unary) and arg.can_be_seen(transition)):
         return
@@ -276,12 +279,12 @@ def _has_class(unary):
 
 
 def _with_axes(x, ndim):
-    """As many axes as the result has, of size one, so that no table is made for each draw."""
+    """As many axes as the result has, of size one, so that draws share their tables."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def _centred(x, axes=(-1,)):
-    """Less the largest along these axes: the same law."""
+    """Subtract the largest along these axes, which leaves the same law."""
     return x - _finite(jax.lax.stop_gradient(jnp.max(x, axes, keepdims=True)))
 
 
@@ -298,7 +301,7 @@ def _finite(x):
 
 @jax.custom_jvp
 def _log_product(left, right):
-    """log(exp(left) exp(right)) of two matrices; -inf without a slope where nothing is possible."""
+    """log(exp(left) exp(right)) for two matrices; -inf without a slope where nothing is possible."""
     x = left[..., :, :, None] + right[..., None, :, :]
     top = _finite(jnp.max(x, -2, keepdims=True))
     total = jnp.log(jnp.sum(jnp.exp(x - top), -2)) + top.squeeze(-2)
@@ -320,7 +323,7 @@ def _share(x, total):
     return where(never, 0, jnp.exp(where(never, 0, x - _finite(total))))
 
 
-# Nothing of size K^3, or K^2 for each step, is kept for the backward pass: it is made again from the sums.
+# Nothing of size K^3, or K^2 for each step, is kept for the backward pass: it is recomputed from the sums.
 _keeping_sums = functools.partial(
     jax.checkpoint,
     prevent_cse=False,
@@ -330,7 +333,7 @@ _keeping_sums = functools.partial(
 
 @_keeping_sums
 def _filter_step(alpha, unary, transition):
-    """The log-weights of the classes of the next step, less their largest, and this."""
+    """The log-weights of the classes of the next step minus their largest, and this largest."""
     total = unary + _log_product(alpha[..., None, :], transition)[..., 0, :]
     top = jax.lax.stop_gradient(jnp.max(total, -1, keepdims=True))
     top = _finite(top)
@@ -347,7 +350,7 @@ def _in_time(unary, transition):
 
 
 def _filtered(unary, transition):
-    """At (t, ..., k): log-weights of the sequences up to step t that end in k, less an offset, and it."""
+    """At (t, ..., k): log-weights of sequences up to step t that end in k, minus an offset; the offset."""
     first, rest, transition = _in_time(unary, transition)
     top = _finite(jax.lax.stop_gradient(jnp.max(first, -1, keepdims=True)))
     first, top = first - top, top[..., 0]
@@ -373,7 +376,7 @@ def _log_partition_in_sequence(unary, transition):
 
 @jax.custom_jvp
 def _log_product_in_one(left, right):
-    """`_log_product` by one reduction of pairs, the largest and the sum beside it: one kernel of a GPU."""
+    """`_log_product` as one reduction of pairs, the largest together with the sum: one kernel on a GPU."""
     x = left[..., :, :, None] + right[..., None, :, :]
 
     def add(one, other):
@@ -389,8 +392,10 @@ def _log_product_in_one(left, right):
 
 @_log_product_in_one.defjvp
 def _log_product_in_one_jvp(primals, tangents):
-    """As two reductions with their axes in two orders: a compiler that saw the same shares in both, K^3
-    numbers, would store them."""
+    """Two reductions with their axes in different orders.
+
+    A compiler that saw the same shares in both, K^3 numbers, would store them.
+    """
     (left, right), (left_dot, right_dot) = primals, tangents
     total = _log_product_in_one(left, right)
     share = _share(left[..., :, :, None] + right[..., None, :, :], total[..., None, :])
@@ -412,7 +417,7 @@ def _leaves(unary, transition):
 
 
 def _tree(unary, transition):
-    """(left halves, right halves, how many are no padding) of the levels, the root, the sum of offsets."""
+    """(left halves, right halves, how many are not padding) for the levels, the root, the sum of offsets."""
     nodes, total, levels = _leaves(unary, transition), 0, []
     k = nodes.shape[-1]
     while len(nodes) > 1:
@@ -437,7 +442,7 @@ def _log_partition_by_tree(unary, transition):
 
 
 def _either(most, unary, in_sequence, by_tree, *operands):
-    """The form for the platform, where a tree is possible and pays."""
+    """The form for the platform: the tree if it is possible and faster."""
     steps, k = unary.shape[-2:]
     if steps == 1 or k > most:
         return in_sequence(*operands)
@@ -473,7 +478,7 @@ def _marginals_jvp(primals, tangents):
 
 @jax.custom_jvp
 def _slope_of_marginals(unary, transition):
-    """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
+    """An unused value, NaN where there is no law, with the derivative of the marginals."""
     lawful = _log_partition(unary, transition) > -jnp.inf
     value = where(lawful, 0, jnp.nan)[..., None, None]
     return jnp.broadcast_to(value, (*value.shape[:-2], *unary.shape[-2:])).astype(unary.dtype)
@@ -523,7 +528,7 @@ def _drawn(shape, key, unary, transition):
         for left, right, real in reversed(levels):
             count = len(left)
             own, noise = noise[:real], noise[real:]
-            if real < count:  # the right half is padding: its midpoint is its end, whatever the noise
+            if real < count:  # the right half is padding: its midpoint is its end, whatever the noise is
                 own = jnp.concatenate([own, jnp.ones_like(spare)])
             middle = _race(_row(left, ends[:-1]) + _column(right, ends[1:]), own)
             both = jnp.stack([ends[:-1], middle], 1)
@@ -567,7 +572,7 @@ def _log_normalized(x, axis):
 @jax.custom_jvp
 @jax.jit
 def _log_prob(value, unary, transition):
-    """From the last class to the first, how likely each is given the one after it."""
+    """The log-probability of each class given the next one, from the last class to the first."""
     last, before = log_conditionals(unary, transition)
     value = jnp.moveaxis(value, -2, 0) > 0
     pairs = value[:-1, ..., :, None] & value[1:, ..., None, :]

@@ -1,4 +1,4 @@
-"""Relaxed draws of any structure whose log-partition function is known."""
+"""Relaxed draws of any structure with a known log-partition function."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def relaxed_structure(
     *,
     shape: Sequence[int] | None = None,
 ) -> Any:
-    """A relaxed draw of a structure, by its log-partition function alone (a stochastic softmax trick).
+    """Sample a relaxed structure from its log-partition function alone (stochastic softmax trick).
 
-    ``z = grad A((theta + G) / tau)``, A the log-partition function, theta the potentials and G standard
-    Gumbel noise on each of them. With ``A(theta) = log sum_k exp(theta_k)`` that is Gumbel-softmax; with the
-    function of chains, trees, subsets or matchings it is their relaxation. As tau falls, z tends to the
-    structure of the largest ``<theta + G, x>``.
+    ``z = grad A((theta + G) / tau)``, where A is the log-partition function, theta the potentials and G
+    standard Gumbel noise on each of them. With ``A(theta) = log sum_k exp(theta_k)`` this is Gumbel-softmax;
+    with the function of chains, trees, subsets or matchings it is their relaxation. As tau falls, z tends to
+    the structure with the largest ``<theta + G, x>``.
 
     Args:
       key: a JAX random key.
-      log_partition: A, a function of the potentials to an array of the batch shape, twice differentiable in
+      log_partition: A, a function from the potentials to an array of the batch shape, twice differentiable in
         JAX: ``log sum_x exp(<theta, x>)`` over the structures x.
-      potentials: theta, an array or a pytree of arrays, each of the batch shape first; -inf forbids, where A
+      potentials: theta, an array or a pytree of arrays, each with the batch shape first; -inf forbids, if A
         has a finite gradient there.
       tau: temperature, positive, of the batch shape.
       shape: batch shape of the result; default: the parameters' broadcast shape.
 
     Returns:
-      A pytree of the structure and dtypes of ``potentials``: points of the convex hull of the structures,
-      each leaf of ``shape`` and its own event axes.
+      A pytree with the structure and dtypes of ``potentials``: points of the convex hull of the structures,
+      each leaf with ``shape`` and its own event axes.
 
     Raises:
       ValueError: for potentials that are not floating point or do not have the batch shape of A first, for a

@@ -1,9 +1,9 @@
 """Spanning trees of weighted graphs, by eliminating one node after another.
 
-Eliminating node v from a graph of log-weights w leaves a graph of the others in which i and j are joined by
+Eliminating node v from a graph with log-weights w leaves a graph of the others in which i and j are joined by
 ``log(exp(w_ij) + exp(a_i + a_j - s))``, where a are the log-weights at v and ``s = log sum_i exp(a_i)``.
 Summed over all spanning trees, the weights of the first graph are exp(s) times those of the second. This is
-Gaussian elimination of the Laplacian, without a subtraction: every number is a sum of positive terms, so each
+Gaussian elimination of the Laplacian without a subtraction: every number is a sum of positive terms, so each
 is right to rounding in log space, however far apart the weights are.
 """
 
@@ -27,18 +27,18 @@ from relaxit_jax._placement import where
 
 
 def tree_log_partition(weights: ArrayLike) -> Array:
-    """The log-partition function of spanning trees: the log-sum over all trees of a graph.
+    """Compute the log-partition function of spanning trees, the log-sum over all trees of a graph.
 
     ``A = log sum_T exp(sum_(ij in T) w_ij)``, the log-determinant of the reduced Laplacian of exp(w) (the
     matrix-tree theorem). Its gradient in the upper triangle of w is the probability of each edge.
 
     Args:
       weights: log-weights of the edges, shape (..., n, n), n at least 2; the upper triangle counts, and -inf
-        is an edge that is not there.
+        is an edge that does not exist.
 
     Returns:
-      An array of the batch shape, float32 or wider. It is -inf where no tree is possible, as the graph is not
-      connected, with gradient 0. Time is O(n^3) in n - 1 steps; its gradient keeps n matrices.
+      An array of the batch shape, float32 or wider. It is -inf, with gradient 0, if no tree is possible
+      because the graph is not connected. Time is O(n^3) in n - 1 steps; its gradient keeps n matrices.
 
     Raises:
       ValueError: for weights that are not floating point or not square matrices of at least two nodes.
@@ -56,17 +56,17 @@ def tree_log_partition(weights: ArrayLike) -> Array:
 
 
 def tree_marginals(weights: ArrayLike) -> Array:
-    """The probability of each edge to be in a spanning tree.
+    """Compute the probability that each edge is in a spanning tree.
 
-    ``mu_ij = P(ij in T) = dA / dw_ij``, A the log-partition function.
+    ``mu_ij = P(ij in T) = dA / dw_ij``, where A is the log-partition function.
 
     Args:
       weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge
         that is not there.
 
     Returns:
-      Symmetric matrices of the shape and dtype of ``weights``; the upper triangle sums to n - 1. NaN where no
-      tree is possible and a trace hid it.
+      Symmetric matrices with the shape and dtype of ``weights``; the upper triangle sums to n - 1. NaN under
+      a trace if no tree is possible.
 
     Raises:
       ValueError: as for `tree_log_partition`, and for a graph that is not connected.
@@ -83,11 +83,11 @@ def tree_marginals(weights: ArrayLike) -> Array:
 
 
 def tree_sample(key: Array, weights: ArrayLike, *, shape: Sequence[int] | None = None) -> Array:
-    """Draw a spanning tree exactly, as an adjacency matrix with the gradient of the marginals.
+    """Sample a spanning tree exactly, as an adjacency matrix with the gradient of the marginals.
 
     ``P(T) = exp(sum_(ij in T) w_ij - A)``. A tree of two nodes is drawn, and the others are put back in the
-    reverse order of their elimination, each in O(n log n): no walk, so the cost is the same for all weights.
-    The gradient is the gradient of `tree_marginals`.
+    reverse order of their elimination, each in O(n log n). There is no random walk, so the cost is the same
+    for all weights. The gradient is the gradient of `tree_marginals`.
 
     Args:
       key: a JAX random key.
@@ -96,9 +96,9 @@ def tree_sample(key: Array, weights: ArrayLike, *, shape: Sequence[int] | None =
       shape: batch shape of the result; default: that of ``weights``.
 
     Returns:
-      Symmetric adjacency matrices of shape ``shape + (n, n)``, in the dtype of ``weights``; NaN where no tree
-      is possible and a trace hid it. Memory is n matrices for each element of the batch of ``weights``, and
-      two for each draw.
+      Symmetric adjacency matrices of shape ``shape + (n, n)``, in the dtype of ``weights``; NaN under a trace
+      if no tree is possible. Memory holds n matrices for each element of the batch of ``weights``, and two
+      for each draw.
 
     Raises:
       ValueError: as for `tree_marginals`, and for a ``shape`` that the weights do not broadcast to.
@@ -124,23 +124,23 @@ def tree_sample(key: Array, weights: ArrayLike, *, shape: Sequence[int] | None =
 
 
 def tree_log_prob(value: ArrayLike, weights: ArrayLike) -> Array:
-    """The log-probability of a spanning tree.
+    """Log-probability of a spanning tree.
 
     ``log P(T) = sum_(ij in T) w_ij - A``. It is the log-determinant of a Laplacian in which the row of each
-    node is divided by the weight of its edge to its parent. Leaves are eliminated first, so all that is added
-    up has the same sign.
+    node is divided by the weight of its edge to its parent. Leaves are eliminated first, so all terms have
+    the same sign.
 
     Args:
       value: adjacency matrices of zeros and ones, shape (..., n, n); the upper triangle counts.
       weights: log-weights of the edges, shape (..., n, n); the upper triangle counts.
 
     Returns:
-      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for what is not a spanning tree
-      of edges that are there, NaN where no tree is possible and a trace hid it. The gradient in the weights
-      is the tree less the marginals, in the value the weights.
+      Log-probabilities of the broadcast batch shape, float32 or wider; -inf for anything but a spanning tree
+      of existing edges, NaN under a trace if no tree is possible. The gradient in the weights is the tree
+      minus the marginals; the gradient in the value is the weights.
 
     Raises:
-      ValueError: as for `tree_marginals`, and for a ``value`` of another number of nodes.
+      ValueError: as for `tree_marginals`, and for a ``value`` with a different number of nodes.
 
     References:
       G. Kirchhoff (1847), doi:10.1002/andp.18471481202.
@@ -164,11 +164,11 @@ def tree_log_prob(value: ArrayLike, weights: ArrayLike) -> Array:
 def relaxed_tree(
     key: Array, weights: ArrayLike, tau: ArrayLike, *, shape: Sequence[int] | None = None
 ) -> Array:
-    """A relaxed spanning tree: a stochastic softmax trick.
+    """Sample a relaxed spanning tree (stochastic softmax trick).
 
-    ``z = mu((w + G) / tau)``, mu the marginals and G standard Gumbel noise on each edge. As tau falls, z
-    tends to the spanning tree of the largest weight under the same noise. That is not the law of
-    `tree_sample`: the noise is on the edges, and not on each tree.
+    ``z = mu((w + G) / tau)``, where mu is the marginals and G is standard Gumbel noise on each edge. As tau
+    falls, z tends to the spanning tree with the largest weight under the same noise. This law differs from
+    the law of `tree_sample`: the noise is on the edges, not on each tree.
 
     Args:
       key: a JAX random key.
@@ -179,7 +179,7 @@ def relaxed_tree(
 
     Returns:
       Symmetric matrices in the convex hull of the spanning trees, shape ``shape + (n, n)``, in the dtype of
-      ``weights``; the upper triangle sums to n - 1. NaN where no tree is possible and a trace hid it.
+      ``weights``; the upper triangle sums to n - 1. NaN under a trace if no tree is possible.
 
     Raises:
       ValueError: as for `tree_sample`, and for a ``tau`` that is not positive or has axes for n.
@@ -219,7 +219,7 @@ def as_edges(weights, *, possible=False):
 
 
 def _mirrored(x, diagonal):
-    """The matrix that has the upper triangle of x twice."""
+    """The symmetric matrix with the upper triangle of x."""
     n = x.shape[-1]
     i, j = jnp.arange(n)[:, None], jnp.arange(n)
     return where(i < j, x, where(i > j, jnp.matrix_transpose(x), diagonal))
@@ -246,7 +246,7 @@ def _finite(x):
 
 @jax.custom_jvp
 def _eliminate(edges, out, into):
-    """The graph without a node, and s: `out` has the log-weights from it, `into` to it.
+    """The graph without a node, and s: `out` has the log-weights from it, `into` the log-weights to it.
 
     Both are the same in a symmetric graph. In both, nodes that were eliminated before are -inf.
     """
@@ -269,7 +269,7 @@ def _eliminate_jvp(primals, tangents):
 
 
 def _through(out, into, s):
-    """The log-weights of the edges i -> j by way of the node that goes; none from a node to itself."""
+    """The log-weights of the edges i -> j through the eliminated node; none from a node to itself."""
     itself = jnp.eye(out.shape[-1], dtype=bool)
     x = into[..., :, None] + (out - _finite(s)[..., None])[..., None, :]
     return where(itself, -jnp.inf, x)
@@ -285,7 +285,7 @@ _eliminate_lean = jax.checkpoint(_eliminate, prevent_cse=False)
 
 
 def _eliminated(edges):
-    """One node after another is eliminated, all but the last: s of each, and the graph before each."""
+    """Eliminate all nodes but the last, one after another: s for each, and the graph before each."""
     n = edges.shape[-1]
 
     def visit(edges, v):
@@ -321,7 +321,7 @@ def _marginals(edges):
 
 @jax.custom_jvp
 def _slope_of_marginals(edges):
-    """A value that nobody looks at, NaN where there is no law, with the derivative of the marginals."""
+    """An unused value, NaN where there is no law, with the derivative of the marginals."""
     value = where(_log_partition(edges) > -jnp.inf, 0, jnp.nan)[..., None, None]
     return jnp.broadcast_to(value, edges.shape).astype(edges.dtype)
 
@@ -340,15 +340,15 @@ def _drawn(shape, key, edges):
     """Adjacency matrices; the tree is held as the parent of each node, and the last node is the root.
 
     Let T' be a tree of the graph without v. Each of its edges i -> parent is one of the two that were joined
-    in the elimination: the edge itself, or the way by v, with the shares of their weights. In the second case
-    the parent of i becomes v. The parent of v is drawn, in proportion to the weights at v, from the nodes
-    whose way to the root does not go by v.
+    in the elimination: the edge itself, or the path through v, in proportion to their weights. In the second
+    case the parent of i becomes v. The parent of v is drawn, in proportion to the weights at v, from the
+    nodes whose path to the root does not go through v.
 
     This has the right law. Given the edges that stay and the children D of v, sum over the trees T' from
-    which they come: exp(w) of what stays, times prod_(i in D) a_i / S, times the sum over the targets of D
-    that leave no cycle, A_0 S^(|D| - 1) with A_0 the weight at v of the nodes left to choose from, S of all
-    (Cayley). That is A_0 prod_(i in D) a_i / S: up to the factor S of the elimination, the trees of the graph
-    with v.
+    which they come: exp(w) of the edges that stay, times prod_(i in D) a_i / S, times the sum over the
+    targets of D that leave no cycle, A_0 S^(|D| - 1) with A_0 the weight at v of the nodes left to choose
+    from, and S of all (Cayley). That is A_0 prod_(i in D) a_i / S: up to the factor S of the elimination, the
+    trees of the graph with v.
     """
     n = edges.shape[-1]
     uniform_key, race_key = jax.random.split(key)
@@ -393,9 +393,9 @@ def _at(matrices, index):
 @jax.custom_jvp
 @jax.jit
 def _log_prob(value, edges):
-    """-log of the sum over all trees, each in parts of this one: its edges to the parents have weight 1.
+    """-log of the sum over all trees, each relative to this one: its edges to the parents have weight 1.
 
-    A node is eliminated after its children. Then its edge to the parent, of log-weight 0, is still there, no
+    A node is eliminated after its children. Its edge to the parent, of log-weight 0, is then still there, no
     s is negative, and nothing cancels in their sum.
     """
     n = edges.shape[-1]
