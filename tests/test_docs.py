@@ -11,6 +11,7 @@ import jax
 import matplotlib.pyplot as plt
 import pytest
 
+import diagram
 import relaxit_jax
 import widths
 from relaxit_jax import (
@@ -153,6 +154,54 @@ def shown(cell):
     """The text of a cell: links without their targets, code that may break after an underscore or a dot."""
     cell = re.sub(r"\[([^]]*)\](?:\([^)]*\)|\[[^]]*\])", r"\1", cell)
     return re.sub(r"([_.(,])", r"\1 ", cell.replace("`", ""))
+
+
+# What people search for, and the pages that answer it.
+SEARCHED = {
+    "concrete distribution": ("families/categorical.md", "families/binary.md"),
+    "straight through": ("families/categorical.md", "families/binary.md"),
+    "differentiable argmax": ("families/categorical.md",),
+    "differentiable sampling": ("index.md",),
+    "VQ-VAE": ("families/codebooks.md", "tutorials/vq-vae.md"),
+    "score function": ("families/estimators.md",),
+    "REINFORCE": ("families/estimators.md",),
+    "zero or NaN": ("tasks/zero-or-nan.md",),
+}
+
+
+@pytest.mark.parametrize("words", SEARCHED)
+def test_search_finds_what_people_ask_for(words):
+    """The words are in the title or in the first paragraph, which the site's search shows first."""
+    for page in SEARCHED[words]:
+        title, paragraph, *_ = PAGES[page].split("\n\n")
+        assert words.lower() in " ".join(f"{title} {paragraph}".lower().split()), page
+
+
+def test_the_diagram_leads_somewhere():
+    """Its links are sections or pages, its names those of the library, and both forms have all of them."""
+    for link in diagram.links():
+        page, _, anchor = link.partition("#")
+        target = f"{page.removeprefix('../').rstrip('/')}.md" if page else "which-method.md"
+        headings = re.findall(r"^#+ (.+)$", PAGES[target], re.MULTILINE)
+        slugs = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
+        assert not anchor or anchor in slugs, link
+    takes = [take for _, _, take, *_ in diagram.QUESTIONS] + [diagram.LAST[0]]
+    names = {
+        name for take in takes for name in re.findall(r"\w+_\w+|\b(?:arms|disarm|rloo|rebar|reinmax)\b", take)
+    }
+    modules = (relaxit_jax, estimators, handlers, elbo, quantizers)
+    assert len(names) > 12 and [x for x in names if not any(hasattr(m, x) for m in modules)] == []
+    for drawn in (diagram.wide(), diagram.narrow()):
+        assert drawn.count("<a ") == len(diagram.links()) == len(diagram.QUESTIONS) + 1
+
+
+def test_tables_become_lists_on_a_phone_where_they_are_wide():
+    head, row = "<tr><th>name</th><th>what</th></tr>", "<tr><td><code>a_b</code></td><td>{}</td></tr>"
+    html = f"<table><thead>{head}</thead><tbody>{row}</tbody></table>"
+    narrow = widths.table(html.format("short"))
+    assert "data-list" not in narrow and "a_<wbr>b" in narrow
+    wide = widths.table(html.format("a long cell " * 10))
+    assert '<td data-label="name"><code>' in wide and wide.startswith("<table data-list>")
 
 
 @pytest.mark.parametrize("page", PAGES)

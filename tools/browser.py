@@ -1,12 +1,14 @@
-"""Opens every page of the built site in Chromium, as on a desk and on a phone: python tools/browser.py
+"""Opens every page of the built site in Chromium, in three widths, light and dark: python tools/browser.py
 
 Says what is broken: an error of a script, a request that fails or leaves the site, a picture that does not
-load, a page wider than its window, TeX that was not rendered. Screenshots go to a folder, to be looked at.
+load, a page wider than its window, a table or, on a desktop, a block of code that has to be scrolled, TeX
+that was not rendered. Screenshots go to a folder, to be looked at.
 Needs the site (`mkdocs build --strict`), `pip install playwright`, and a Chromium on the PATH.
 """
 
 import functools
 import http.server
+import itertools
 import pathlib
 import shutil
 import threading
@@ -15,13 +17,20 @@ import click
 from playwright.sync_api import sync_playwright
 
 ROOT = pathlib.Path(__file__).parents[1]
-WINDOWS = {"desktop": (1280, 900), "phone": (390, 844)}
+WINDOWS = {"phone": (360, 800), "desktop": (1280, 900), "wide": (1920, 1080)}
+SCHEMES = ("light", "dark")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 BROKEN = """() => {
   const broken = [];
   const wide = document.documentElement.scrollWidth - window.innerWidth;
   if (wide > 0) broken.push(`the page is ${wide} px wider than its window`);
+  const scrolls = node => node.scrollWidth > node.clientWidth + 1;
+  for (const table of document.querySelectorAll(".md-typeset__scrollwrap"))
+    if (scrolls(table)) broken.push(`a table is cut off: ${table.innerText.slice(0, 40)}`);
+  if (window.innerWidth > 1000)
+    for (const code of document.querySelectorAll(".md-typeset .highlight pre > code"))
+      if (scrolls(code)) broken.push(`code is cut off: ${code.innerText.slice(0, 40)}`);
   for (const image of document.images)
     if (!image.naturalWidth) broken.push(`${image.src} did not load`);
   const text = document.querySelector(".md-content").cloneNode(true);
@@ -43,10 +52,10 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def look(browser, address, path, window, picture):
+def look(browser, address, path, window, scheme, picture):
     """What is wrong with a page; its whole length goes to a picture."""
     broken, (width, height) = [], WINDOWS[window]
-    page = browser.new_page(viewport={"width": width, "height": height})
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.on("pageerror", lambda error: broken.append(f"script error: {error}"))
     page.on("console", lambda line: broken.append(f"console: {line.text}") if line.type == "error" else None)
     page.on("requestfailed", lambda request: broken.append(f"{request.url} failed"))
@@ -91,11 +100,12 @@ def main(site, out, name, pages):
         )
         with click.progressbar(paths, label="Pages", item_show_func=str) as bar:
             for path in bar:
-                for window in WINDOWS:
-                    name = path.removesuffix("index.html").strip("/").replace("/", "-") or "start"
-                    for problem in look(browser, address, path, window, out / f"{name}-{window}.png"):
+                name = path.removesuffix("index.html").strip("/").replace("/", "-") or "start"
+                for window, scheme in itertools.product(WINDOWS, SCHEMES):
+                    picture = out / f"{name}-{window}-{scheme}.png"
+                    for problem in look(browser, address, path, window, scheme, picture):
                         failed += 1
-                        click.echo(f"\n{path} ({window}): {problem}", err=True)
+                        click.echo(f"\n{path} ({window}, {scheme}): {problem}", err=True)
         browser.close()
     click.echo(f"{len(paths)} pages, {failed} problems; screenshots in {out}")
     raise SystemExit(bool(failed))

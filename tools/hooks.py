@@ -4,7 +4,7 @@ A page says `{{ source FILE NAME }}` for a function or class of a file, `{{ outp
 `tools/record.py` wrote down of a run, `{{ between FILE MARK }}` for what a file holds between comments, and
 `{{ versions NAME }}` for the versions that a result of the benchmarks was recorded with.
 `{{ methods VIEW }}`, `{{ samplers FAMILY }}` and `{{ classes FAMILY }}` come from docs/methods.toml
-(tools/method_tables.py).
+(tools/method_tables.py), and `{{ diagram decision }}` from tools/diagram.py.
 So pages cannot drift from the code: a name that is gone stops the build. Formulas are MathML, made here; what
 a reader's browser shows needs neither a script nor a network.
 """
@@ -18,12 +18,14 @@ import re
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+import diagram
 import widths
 from method_tables import classes, methods, samplers
 from versions import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIRECTIVE = re.compile(r"^{{ (\w+) ([^}]+) }}$", re.MULTILINE)
+TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -60,6 +62,7 @@ def versions(name):
 
 DIRECTIVES = {
     "source": source, "output": output, "between": between, "versions": versions,
+    "diagram": lambda name: {"decision": diagram.decision}[name](),
     "methods": methods, "samplers": samplers, "classes": classes,
 }  # fmt: skip
 
@@ -99,4 +102,4 @@ def on_page_markdown(markdown, **kwargs):
 
 
 def on_page_content(html, **kwargs):
-    return formulas(html)
+    return TABLE.sub(lambda match: widths.table(match[0]), formulas(html))

@@ -10,16 +10,17 @@ import tokenize
 
 from ruff.__main__ import find_ruff_bin
 
+PHONE = 40  # characters of a row of a table on a phone
 WIDTH = 80  # characters of a code block that a page of 1,280 pixels shows without scrolling
 
 
-def code(text):
+def code(text, width=WIDTH):
     """Python formatted to the width, with its long comments and docstrings wrapped."""
     lines = text.splitlines()
     for first, last in sorted(paragraphs(text), reverse=True):
-        if max(map(len, lines[first - 1 : last])) > WIDTH:
-            lines[first - 1 : last] = filled(lines[first - 1 : last])
-    command = (find_ruff_bin(), "format", "--isolated", "--line-length", str(WIDTH), "-")
+        if max(map(len, lines[first - 1 : last])) > width:
+            lines[first - 1 : last] = filled(lines[first - 1 : last], width)
+    command = (find_ruff_bin(), "format", "--isolated", "--line-length", str(width), "-")
     source = "\n".join(lines)
     done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -42,16 +43,16 @@ def paragraphs(text):
                     first = number + 2
 
 
-def filled(lines):
+def filled(lines, width):
     """A paragraph as lines that fit; a comment after code goes above it."""
     indent = re.match(" *", lines[0])[0]
     before, mark, comment = lines[0].partition("  # ")
     if mark and before.strip():
-        return [*filled([f"{indent}# {comment}"]), before]
+        return [*filled([f"{indent}# {comment}"], width), before]
     end = [lines.pop()] if lines[-1].strip() == '"""' else []
     start = indent + "# " * lines[0].lstrip().startswith("# ")
     text = " ".join(line.strip() for line in lines)
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=start) + end
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=start) + end
 
 
 def output(text):
@@ -83,3 +84,37 @@ def pieces(line):
         yield indent + line[:cut].rstrip()
         indent, line = "    ", line[cut:].lstrip()
     yield indent + line
+
+
+def table(html):
+    """A table whose code breaks between words, and whose rows are lists on a phone where it is too wide.
+
+    The style sheet makes lists of the rows of a table with `data-list`, and shows `data-label` before a cell.
+    """
+    html = re.sub(r"<code>(.*?)</code>", lambda code: breakable(code[0]), html)
+    head = [plain(cell) for cell in re.findall(r"<th[^>]*>(.*?)</th>", html, re.DOTALL)]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in html.split("<tr>")]
+    rows = [[plain(cell) for cell in row] for row in rows if row]
+    longest = [
+        max(len(word) for cell in column for word in cell.split(" "))
+        for column in zip(head, *rows, strict=True)
+    ]
+    if sum(longest) + 2.5 * len(head) <= PHONE and max(len("".join(row)) for row in rows) < 90:
+        return html
+
+    def labeled(row):
+        cells = iter(head)
+        return re.sub("<td", lambda _: f'<td data-label="{next(cells)}"', row[0])
+
+    return re.sub(r"<tr>.*?</tr>", labeled, html, flags=re.DOTALL).replace("<table>", "<table data-list>")
+
+
+def breakable(code):
+    """Code that may break after an underscore, a dot or a bracket, and nowhere within a word."""
+    return re.sub(r"([_.(,](?![^<]*>))", r"\1<wbr>", code)
+
+
+def plain(cell):
+    """The text of a cell, with a space where it may break; without tags or quotes."""
+    text = re.sub(r"<math.*?</math>", "x" * 12, cell.replace("<wbr>", " "), flags=re.DOTALL)
+    return re.sub(r"[ \n]+", " ", re.sub(r"<[^>]*>", "", text)).replace('"', "").strip()
