@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from benchmarks/results: python benchmarks/table.py
+"""Write the tables of README.md and docs/performance.md from benchmarks/results: python benchmarks/table.py
 
 Each stands between two comments, and a test compares it with the results.
 """
@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PASSES = "forward", "forward + backward"
 PASS = PASSES[1]
 HAND, NONE = "to hand-written JAX", "-"
-SHOWN = {  # in README, at one size
+SHOWN = {  # shown in README, at one size
     "relaxed_bernoulli", "gumbel_softmax", "straight_through_categorical", "gumbel_rao", "simple_top_k",
     "relaxed_top_k",
 }  # fmt: skip
@@ -37,7 +37,7 @@ def ratio(results, versus):
 
 
 def cells(by_size):
-    """Time to hand-written JAX in float32 and bfloat16, and to PyTorch or else relaxit, at these sizes."""
+    """Time over hand-written JAX in float32 and bfloat16, and over PyTorch or relaxit, at these sizes."""
     passes = {dtype: [size[dtype][PASS] for size in by_size] for dtype in ("float32", "bfloat16")}
     peer = "to PyTorch" if any("to PyTorch" in found for found in passes["float32"]) else "to relaxit"
     wanted = ("float32", HAND), ("bfloat16", HAND), ("float32", peer)
@@ -47,13 +47,13 @@ def cells(by_size):
 
 
 def written(name):
-    """Rows have the names of their samplers, with what a row asks of it: `gumbel_softmax`, hard."""
+    """Lines have the names of their samplers, with their option: `gumbel_softmax`, hard."""
     sampler, asked = re.fullmatch("(.+?)(?:_(hard|full))?", name).groups()
     return f"`{sampler}`" + (f", {asked}" if asked else "")
 
 
 def samplers():
-    """A row for each sampler, at all sizes."""
+    """One line for each sampler, at all sizes."""
     memory, rows = read("memory")["samplers"], []
     for name, by_size in read("speed")["rows"].items():
         hand, half, peer = cells(list(by_size.values()))
@@ -62,7 +62,7 @@ def samplers():
 
 
 def short():
-    """README's table, and under it what it was recorded with."""
+    """README's table, with its versions below it."""
     speed, compiled, memory = read("speed"), read("accelerators")["results"], read("memory")["samplers"]
     rows = []
     for name, by_size in speed["rows"].items():
@@ -88,7 +88,7 @@ def accelerators():
 
 
 def fused():
-    """Arrays that are moved by hand-written JAX, by the plain form and by fused kernels, on an H100."""
+    """Arrays moved by hand-written JAX, by the plain form and by fused kernels, on an H100."""
     results = read("accelerators")["results"]
     head = ["sampler"]
     rows = {}

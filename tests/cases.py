@@ -1,4 +1,4 @@
-"""One row a method: what it takes, where it lives, what is known of its law.
+"""One entry per method: its arguments, its place, and the known facts about its law.
 
 The laws that every row has to meet are in test_samplers.py and test_densities.py; a row tells them
 how to call the method and what else to compare it with. Nothing here is a special case of a test.
@@ -70,7 +70,7 @@ class Case:
     atoms: Callable | None = None  # of one element: (P(0), P(1))
     no_gradient: tuple = ()  # differentiable arguments that rightly have none
     distribution: type | None = None  # the NumPyro class, of the same argument names
-    moments: bool = False  # mean and variance have a closed form; those of OneHot and exact bits always do
+    moments: bool = False  # mean and variance have a closed form, as OneHot and exact bits always do
 
     def draw(self, key, shape=None, **params):
         """What the sampler returns, with this row's parameters unless told otherwise."""
@@ -446,7 +446,7 @@ def has_logits(case):
 
 
 def has_classes(case):
-    """Logits of classes: those of bits have no class axis, or a factor beside them."""
+    """Whether the logits belong to classes: logits of bits have no class axis, or come with a factor."""
     return has_logits(case) and case.params["logits"].ndim > 1 and "scale_tril" not in case.params
 
 

@@ -339,7 +339,7 @@ KNOWN = np.array([True, False, False, True])
 def partly_model(p, whole=False):
     """Bits, classes and counts that are observed in part, in a plate of as many elements as classes.
 
-    What a guide draws where they are observed counts nowhere, so the mask stays in a plain guide.
+    Draws of the guide where they are observed count nowhere, so the mask stays in a plain guide.
     """
     obs = {"obs_mask": jnp.asarray(KNOWN[:3])}
     with numpyro.plate("points", 3):

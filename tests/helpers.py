@@ -1,4 +1,4 @@
-"""What several test modules share: keys and thresholds, statistics, selections of cases."""
+"""Shared parts of several test modules: keys and thresholds, statistics, selections of cases."""
 
 import dataclasses
 import functools

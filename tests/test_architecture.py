@@ -98,7 +98,7 @@ def test_examples_and_benchmarks_use_the_public_names_only():
 
 
 def test_importing_the_package_does_not_import_numpyro():
-    """Nor the submodules beside the samplers, which are imported at their first use."""
+    """Importing the samplers imports no other submodules, which are imported at their first use."""
     heavy = ("numpyro", "flax", "optax", "matplotlib", "scipy.optimize", "relaxit_jax.diagnostics")
     heavy += ("relaxit_jax.quantizers", "relaxit_jax.structured")
     code = f"""if True:
@@ -143,7 +143,7 @@ CHECKS = ("pytest.raises", "pytest.warns", "np.testing.assert_", "chex.assert_")
 
 
 def own_nodes(function):
-    """What runs as the function does: the functions inside it return to it."""
+    """Nodes that run when the function does: the functions inside it return to it."""
     for node in ast.iter_child_nodes(function):
         if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
             yield node

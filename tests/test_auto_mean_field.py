@@ -95,7 +95,7 @@ def test_auto_mean_field_masks_inside_of_an_event_and_outside(outside):
 
 @pytest.mark.whole
 def test_auto_mean_field_asks_how_many_values_a_count_has_whose_rate_is_a_draw():
-    """Those of the one draw that it sees may end far below the posterior; and its first logits are alike."""
+    """The values of the one draw it sees may end far below the posterior; its first logits are equal."""
 
     def model():
         n = numpyro.sample("n", dist.Poisson(numpyro.sample("rate", dist.Gamma(2, 0.2))))
@@ -125,7 +125,7 @@ def rows_of_a_minibatch(mask=SEEN):
 @pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("seen", [SEEN, ~SEEN], ids=["first mask", "another"])
 def test_auto_mean_field_has_the_mask_of_each_call_and_of_its_rows(seen, compiled):
-    """Loss and gradient are those of the rows that were drawn, whatever mask the first call had."""
+    """Loss and gradient use the rows that were drawn, whatever mask the first call had."""
     guide = AutoMeanField(rows_of_a_minibatch)
     handlers.seed(guide, 0)(SEEN)
     logits = jnp.array([-2.0, 1.0, 0.5, 3.0])
@@ -183,7 +183,7 @@ def test_auto_mean_field_takes_other_guides_for_the_continuous_sites():
 
 @pytest.mark.whole
 def test_an_impossible_value_stays_impossible():
-    """Of a Binomial with fewer trials than its neighbour: probability 0, gradient 0, no NaN."""
+    """A Binomial with fewer trials than its neighbor: probability 0, gradient 0, no NaN."""
 
     def model():
         n = numpyro.sample("n", dist.Binomial(np.array([2, 5]), 0.4).to_event(1))
@@ -368,7 +368,7 @@ def hidden_bit():
 
 @pytest.mark.whole
 def test_auto_mean_field_leaves_enumerated_sites_to_who_sums_over_them():
-    """It refuses the whole model; beside a hidden site, TraceEnum_ELBO finds the exact posterior."""
+    """It refuses the whole model; with that site hidden, TraceEnum_ELBO finds the exact posterior."""
     with pytest.raises(ValueError, match=r"'a' has infer=.*hide=\['a'\]"):
         handlers.seed(AutoMeanField(hidden_bit), 0)()
     guide = AutoMeanField(handlers.block(hidden_bit, hide=["a"]))

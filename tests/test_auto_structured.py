@@ -1,4 +1,4 @@
-"""`AutoStructured`: laws that sum to one and are those of the draws, exact posteriors, what relax refuses."""
+"""`AutoStructured`: laws that sum to one and match the draws, exact posteriors, and refusals of relax."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ def chain():
 
 
 def causes():
-    """Bits whose plate says that they are independent, and that meet in a sum; beside them a class."""
+    """Bits whose plate says that they are independent, but that meet in a sum; and a class."""
     with numpyro.plate("causes", 3):
         z = numpyro.sample("z", dist.Bernoulli(np.array([0.3, 0.6, 0.5], np.float32)))
         slope = numpyro.sample("slope", dist.Normal(0, 1))
@@ -216,7 +216,7 @@ def trained(model, guide, steps, particles=10, rate=0.05, seed=0):
 
 @pytest.mark.whole
 def test_a_hidden_chain_gets_its_exact_posterior():
-    """The bound is the evidence, and the marginals are those of forward-backward."""
+    """The ELBO is the evidence, and the marginals agree with forward-backward."""
     guide = AutoStructured(guides.hidden_markov)
     params = trained(guides.hidden_markov, guide, 2500)
     answer = guides.hidden_markov_answer()

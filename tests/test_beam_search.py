@@ -101,7 +101,7 @@ def test_as_many_as_there_are():
 
 @pytest.mark.whole
 def test_gradient_of_log_probabilities():
-    """That of the sequences drawn, by differences; impossible tokens have none."""
+    """The gradient of the drawn sequences matches differences; impossible tokens have none."""
 
     def total(table):
         tokens, log_probs, _ = search(KEY, 4, 3, 0, functools.partial(step, table=table))
@@ -123,7 +123,7 @@ def test_gradient_of_log_probabilities():
 
 @pytest.mark.whole
 def test_state_follows_its_sequence():
-    """A state of several arrays; each sequence's log-probability is that of its own history."""
+    """A state of several arrays; each sequence's log-probability depends on its own history."""
     weights = jnp.float32(np.random.default_rng(1).normal(size=(5, 5)))
 
     def recurrent(state, token):

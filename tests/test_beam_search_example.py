@@ -1,4 +1,4 @@
-"""The example's estimates are those of the law, its model's probabilities those of its searches."""
+"""The example's estimates match the law, and its model's probabilities match its searches."""
 
 import json
 

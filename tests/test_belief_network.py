@@ -136,7 +136,7 @@ def images(tmp_path_factory):
 
 
 def test_example_from_flags_to_files(images, tmp_path, capsys):
-    """Its numbers are those of the parameters in its last checkpoint, and the bounds are in their order."""
+    """Its numbers come from the parameters in its last checkpoint, and the bounds are in their order."""
     flags = [*SMALL, "--data", images, "--epochs", 3, "--layers", 2, "--layers", 1, "--out", tmp_path / "run"]
     assert run(*flags, "--method", "disarm", "--method", "straight_through") == 0
     out, metrics = tmp_path / "run", read(tmp_path / "run")

@@ -64,7 +64,7 @@ def test_the_line_by_hand_is_the_same_method(name):
         strict=True,
     ):
         a, b = (np.asarray(x, np.float64).reshape(4000, -1) for x in (ours, by_hand))
-        b = b[np.isfinite(b).all(-1)]  # that of relaxed_top_k is NaN where a share rounds to 1
+        b = b[np.isfinite(b).all(-1)]  # relaxed_top_k gives NaN where a share rounds to 1
         assert len(b) > 3900 and np.abs(b).max() > 0
         error = np.sqrt((a.var(0) + b.var(0)) / len(b)) + 1e-6
         assert np.abs((a.mean(0) - b.mean(0)) / error).max() < 4.8
@@ -122,7 +122,7 @@ def test_annealing_compiles_once():
 
 
 def report(**rows):
-    """What `variance` reads of a GradientReport."""
+    """The part of a GradientReport that `variance` reads."""
     numbers = {name: dict(zip(("variance", "mse", "seconds", "biased"), row, strict=True))
                for name, row in rows.items()}  # fmt: skip
     for row in numbers.values():

@@ -1,4 +1,4 @@
-"""The example that compares gradients: its exact gradient is exact, and its biases are those of theory."""
+"""The example that compares gradients: its exact gradient is exact, and its biases agree with theory."""
 
 import functools
 import itertools

@@ -53,7 +53,7 @@ def empty(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reached(monkeypatch):
-    """What the commands would have run with, if they came so far."""
+    """The settings that the commands would have run with, if they came that far."""
     seen = []
     for example in COMMANDS:
         monkeypatch.setattr(example.main, "callback", lambda **options: seen.append(options))

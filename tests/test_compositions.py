@@ -368,7 +368,7 @@ def readout_of_prior(case):
 
 @rows("gate", "straight-through", "set", "own atom")
 def test_continuous_inference_refuses_what_has_atoms(case):
-    """NUTS and a continuous automatic guide would lose the probabilities of single values without a word."""
+    """NUTS and a continuous automatic guide would silently lose the probabilities of single values."""
     model = lambda: site(case, case.floats, "plate", Y)
     message = "single values of it have a probability"
     with pytest.raises(ValueError, match=message):

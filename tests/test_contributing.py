@@ -1,4 +1,4 @@
-"""What contributors and those who cite are told is true: the map of the code, the steps, versions, CI."""
+"""The texts for contributors and citations are true: the map of the code, the steps, versions, CI."""
 
 import os
 import pathlib

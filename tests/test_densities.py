@@ -1,4 +1,4 @@
-"""Every density of tests/cases.py: it integrates to one, it is that of the draws, to the last digits."""
+"""Every density of tests/cases.py integrates to one and matches the draws, to the last digits."""
 
 import dataclasses
 import functools
@@ -155,7 +155,7 @@ def test_the_law_in_float64_is_its_formula(case):
 @quick
 @rows(cases(has_log_prob))
 def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
-    """NaN of value and parameters, and what has to be positive and is not, also at a vertex and outside."""
+    """NaN in value or parameters, or a parameter that is not positive, also at a corner and outside."""
     taken = inspect.signature(case.log_prob).parameters
     integers = case.support == "order"
 
@@ -369,7 +369,7 @@ def test_a_factor_may_have_any_signs_on_its_diagonal():
 @pytest.mark.whole
 @quick
 def test_limits_at_the_vertices():
-    """Where z is rounded to a vertex the density is its limit there, never NaN."""
+    """Where z is rounded to a corner the density is its limit there, never NaN."""
     ends = np.float32([0, 1])
     for tau, limit in ((0.5, np.inf), (2.0, -np.inf)):
         assert (rj.relaxed_bernoulli_log_prob(ends, 0.3, tau) == limit).all()

@@ -1,4 +1,4 @@
-"""Data-parallel training: as many devices and processes as there are, the losses are those of one."""
+"""Data-parallel training: on any number of devices and processes, the losses equal those on one."""
 
 import json
 import os

@@ -225,7 +225,7 @@ def test_many_outcomes_ask_for_a_long_run():
     methods = {"of 16": functools.partial(es.rloo, num_samples=16)}
     report = dg.gradient_report(KEY, f, q, methods, 2000, batch_size=500, reference_samples=8000)
     assert report.reference.startswith("a long run, 8000 estimates by rloo of 16 draws")
-    # its own error is that of a mean of the same estimator
+    # its own error is the error of a mean of the same estimator
     error = np.sum(report.gradient_error**2)
     assert error == pytest.approx(report.variance[0] / 8000, rel=0.1)
     assert (np.abs(report.gradient - np.arange(15) / 4) < 4.8 * report.gradient_error).all()

@@ -96,7 +96,7 @@ def test_draws_in_half_precision_are_in_the_support(case, dtype):
 @pytest.mark.few(1)
 @rows(lambda case: case.log_space)
 def test_intermediates_hold_what_the_draw_rounds_away(case):
-    """At tau = 0.01 the law of a draw is that of its log-space form, to the digits of float64."""
+    """At tau = 0.01 the law of a draw equals the law of its log-space form, to the digits of float64."""
     params = arrays(case) | ({"tau": jnp.float32(0.01)} if "tau" in case.params else {})
 
     @jax.jit
@@ -343,7 +343,7 @@ def test_a_cdf_without_a_closed_form_is_an_error(case):
 @pytest.mark.few(1)
 @rows(has_cdf)
 def test_cdf(case):
-    """cdf and icdf are inverse, have the jumps and the slope of the law, and are those of the draws."""
+    """cdf and icdf are inverse, have the jumps and the slope of the law, and match the draws."""
     n, v = 5000, np.random.default_rng(3).uniform(size=(5000, 2))
     levels = np.repeat(np.linspace(0, 1, 41, dtype=np.float32)[:, None], 2, 1)
 

@@ -306,7 +306,7 @@ def test_no_variance_at_the_posterior_of_a_minibatch():
         assert (np.abs(gradients).max() < 1e-4) == (size == 1e-4)
 
 
-# --- beside NumPyro's -------------------------------------------------------------------------
+# --- compared with NumPyro's ELBOs ------------------------------------------------------------
 
 
 def continuous(f):

@@ -600,14 +600,14 @@ def test_vimco_has_far_less_variance_than_the_score_of_the_bound():
     assert (np.abs(both[0].mean(0) - both[1].mean(0)) < 4.8 * error).all()
 
 
-# --- what f returns beside its value ----------------------------------------------------------
+# --- aux values that f returns ----------------------------------------------------------------
 
 
 @pytest.mark.few(4)
 @quick
 @pytest.mark.parametrize(("name", "family"), [*PAIRS, ("exact", "classes"), ("vimco", "bits")])
 def test_aux_is_that_of_the_first_call(name, family):
-    """Beside the same value and gradients; it may be any pytree, and has gradients of its own."""
+    """Value and gradients stay the same; aux may be any pytree, and has its own gradients."""
     cls, logits = FAMILIES[family]
     alone = {"exact": lambda key, f, q, **o: es.exact(f, q, **o), "vimco": es.vimco} | ESTIMATORS
     estimator = alone[name]
@@ -867,7 +867,7 @@ def test_under_jit_vmap_scan_and_checkpoint(name):
 @pytest.mark.whole
 @quick
 def test_f_may_be_a_module_of_flax():
-    """The gradient reaches the module's parameters and those of the encoder that made the logits."""
+    """The gradient reaches the parameters of the module and of the encoder that made the logits."""
     from flax import nnx  # which the quick tier does not install
 
     encoder, decoder = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))

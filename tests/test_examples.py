@@ -80,7 +80,7 @@ def start(out, images, *extra):
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(images, tmp_path):
-    """SIGKILL, three times; the metrics agree to the last bit with those of a run left alone."""
+    """SIGKILL, three times; the metrics agree to the last bit with a run left alone."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     first, second = start(alone, images), start(killed, images)
     for moment in ("checkpoints", "checkpoints/3*", "checkpoints/12*"):  # the first: before any is whole
@@ -248,7 +248,7 @@ def unrelaxed_losses(model, params, *args, draws=2000):
 
 
 def test_mixture_answer_is_the_optimum_of_the_bound_of_its_model():
-    """Its -ELBO is that of NumPyro for the same guide, and every other guide of the family is worse."""
+    """Its -ELBO agrees with NumPyro for the same guide, and every other guide of the family is worse."""
     centres, _, x = mixture.make_data(3, 40, 2.0, 0)
     q, loc, loss = mixture.coordinate_ascent(x, centres)
     variance = 1 / (1 / mixture.PRIOR_SCALE**2 + q.sum(0))[:, None]

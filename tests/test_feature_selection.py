@@ -43,7 +43,7 @@ def xor():
 
 @pytest.mark.parametrize("name", list(fs.METHODS)[2:])
 def test_gates_find_an_exclusive_or(name, monkeypatch):
-    """Beside columns that are like the two; and their predictions are those of the two columns."""
+    """Other columns resemble the two; the predictions depend on the two columns alone."""
     monkeypatch.setattr(fs, "PENALTIES", np.array([0.08 if name == "stochastic gates" else 0.04, 5.0]))
     task = xor()
     path = fs.METHODS[name](task, 0, STEPS, HIDDEN)

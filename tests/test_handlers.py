@@ -107,7 +107,7 @@ def test_masks_outside_of_the_handler():
 @pytest.mark.few(1)
 @pytest.mark.parametrize("handle", [unrounded, functools.partial(relax, tau=0.5)], ids=["unrounded", "relax"])
 def test_masks_inside_and_outside_of_the_handler_both_count(handle):
-    """An element is scored where both let it: the losses of masked pieces are those of the elements."""
+    """An element is scored where both masks allow it: masked pieces have the losses of their elements."""
     relaxed = handle is unrounded
     logits, other = jnp.linspace(-1, 1, 4), jnp.linspace(2, -1, 4)
     inner, outer = jnp.array([True, True, False, False]), jnp.array([True, False, True, False])

@@ -1,4 +1,4 @@
-"""Subsets and orders as families of the estimators: their laws, and gradients beside the sum over all."""
+"""Subsets and orders as families of the estimators: their laws, and gradients compared with full sums."""
 
 import functools
 import itertools

@@ -120,7 +120,7 @@ PAIRS = [(p, q) for p, q in itertools.product(EXACT + RELAXED, EXACT) if "S" in 
 @pytest.mark.few(4)
 @pytest.mark.parametrize(("p", "q"), PAIRS)
 def test_rules_of_bits(p, q):
-    """By enumeration, batches broadcast, that of the temperature too; also of an uneven gate."""
+    """By enumeration, with broadcast batches, also in the temperature; also for an uneven gate."""
     one, other = bits(LOGITS, p), bits(OTHER_LOGITS, q)
     a, b = probability_of_one(LOGITS, p), probability_of_one(OTHER_LOGITS, q)
     exact = a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b))
@@ -345,7 +345,7 @@ to_logistic_normal, to_dirichlet = jax.jit(rd.to_logistic_normal), jax.jit(rd.to
 @pytest.mark.few(1)
 @pytest.mark.parametrize("batch", [(), (4, 2)])
 def test_bridge_of_distributions(batch):
-    """Its Gaussian after projection is that of the arrays, and the way back is exact."""
+    """Its Gaussian after projection agrees with the arrays, and the way back is exact."""
     alpha = np.broadcast_to(ALPHA if batch else ALPHA[0], (*batch, 3))
     dirichlet = dist.Dirichlet(alpha)
     there = to_logistic_normal(dirichlet)

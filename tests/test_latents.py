@@ -50,7 +50,7 @@ def test_kl_is_the_sum_over_all_values(case):
 
 
 def test_draws_have_their_law_and_ratio(case):
-    """Frequencies by a chi-squared test; the ratio is that of the float64 laws, so its mean of exp is 1."""
+    """Frequencies by a chi-squared test; the ratio agrees with float64 laws, so its mean of exp is 1."""
     family, q, g, p, prior = case
     z, ratio = jax.jit(jax.vmap(lambda key: family.draw(key, q, g)))(jax.random.split(KEY, N))
     from_prior = jax.jit(lambda key: family.draw_prior(key, g, N))(KEY)

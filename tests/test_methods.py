@@ -165,7 +165,7 @@ def test_the_gradient_is_whole_although_the_encoder_is_taken_apart(method):
 
 @pytest.mark.parametrize("method", ["rebar", "relax", "rebar_categorical", "relax_categorical"])
 def test_control_variates_learn_the_variance_of_the_encoders_signal(method):
-    """The gradient of each of their parameters is that of |gradient in q|^2, by differences."""
+    """The gradient in each of their parameters is the gradient of |gradient in q|^2, by differences."""
     made, params, variate = experiment(method)
     q, _ = made.model(params).encode(made.test)
 

@@ -28,7 +28,7 @@ UPPER = {  # the same quantiles from 1 - u, where u itself would round
 
 @pytest.fixture
 def with_bits(monkeypatch):
-    """A call in which these are the random bits. What was compiled is forgotten before it and after it."""
+    """A call in which these are the random bits. Compiled programs are cleared before and after it."""
 
     def call(bits, function, *arguments):
         with monkeypatch.context() as patch:

@@ -35,7 +35,7 @@ def rounds(a, count):
 @pytest.mark.whole
 @pytest.mark.parametrize(("n", "tau"), [(3, 0.2), (12, 1.0)])
 def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
-    """In value and gradient, those of float32 beside a long unrolled loop in float64."""
+    """Value and gradient in float32, compared with a long unrolled loop in float64."""
     logits, way = np.random.default_rng(n).normal(size=(2, n, n))
     weights = jnp.float32(way)
     total = lambda x: (jnp.sum(weights * (z := rj.gumbel_sinkhorn(KEY, x, tau))), z)
@@ -51,7 +51,7 @@ def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("n", [2, 10, 100])
 def test_rows_and_columns_sum_to_one(n):
-    """Within 2e-5, which normalising in turn reaches after some 10,000 rounds at tau = 0.05."""
+    """Within 2e-5, which normalizing in turn reaches after some 10,000 rounds at tau = 0.05."""
     scale = np.repeat([0.0, 1.0, 20.0], 3)[:, None, None]
     logits = jnp.float32(scale * np.random.default_rng(n).normal(size=(9, n, n)))
     z = jax.jit(rj.gumbel_sinkhorn)(KEY, logits, 0.05)

@@ -1,4 +1,4 @@
-"""The example of policy gradients: on a small world each gradient is that of all trajectories written out."""
+"""The example of policy gradients: on a small world each gradient matches a sum over all trajectories."""
 
 import functools
 import itertools

@@ -23,8 +23,8 @@ KEY = jax.random.key(20261122)
 
 
 # The bias of the relaxation is proportional to tau and to the curvature of the log-likelihood between two
-# values; the far mixture has four times that of the mixture, misses 0.04 for it, and is in the benchmark.
-# Of the others, the mixture is the one whose run takes longer than compiling it with all optimisations.
+# values. The far mixture has four times the curvature of the mixture, so it misses 0.04 and is only in the
+# benchmark. Of the others, only the mixture runs longer than it takes to compile with all optimizations.
 @pytest.mark.parametrize("name", sorted(set(posteriors.PROBLEMS) - {"far mixture"}))
 def test_known_posteriors(name, request):
     if name != "mixture":

@@ -439,7 +439,7 @@ def test_moving_averages_are_the_sums_in_one_go(smoothing):
 
 @quick
 def test_devices_add_up_what_they_have():
-    """Over a mapped axis the state is that of all vectors, and perplexity counts all indices."""
+    """Over a mapped axis the state covers all vectors, and perplexity counts all indices."""
     x = np.float32(RNG.normal(size=(4, 10, 3)))
     index = RNG.integers(0, 7, (4, 10))
     state = qz.codebook_state(CODES)

@@ -111,7 +111,7 @@ def test_temperature_may_be_traced():
 
 @pytest.mark.whole
 def test_subsampled_plates_get_unbiased_gradients():
-    """The guide's parameters are those of the whole plate; the mean over subsamples is the full gradient."""
+    """The guide has parameters for the whole plate; the mean over subsamples is the full gradient."""
     table = jnp.array([-1.0, 1.0, 3.0])
     data = np.linspace(-1, 3, 6, dtype=np.float32)
 

@@ -77,7 +77,7 @@ def test_support(case):
 @quick
 @rows(CASES)
 def test_the_form_for_accelerators_is_the_same(case, for_accelerators):
-    """Draws, and their gradients in every parameter, are those of CPUs up to rounding."""
+    """Draws, and their gradients in every parameter, are the same as on CPUs up to rounding."""
     params = {n: jnp.asarray(x) for n, x in case.batched.items()}
 
     def loss(params):
@@ -132,7 +132,7 @@ def test_noise_is_independent_across_the_batch(case):
         if x.std() > 1e-3:
             correlation = np.corrcoef(x.T)[np.triu_indices(copies, 1)]
             assert np.abs(correlation).max() * np.sqrt(n) < 4.5
-    # and a draw is not that of the element before it, shifted
+    # and a draw is not the shifted draw of the element before it
     lagged = np.corrcoef(draws[1:, 0], draws[:-1, 1])[0, 1]
     assert abs(lagged) * np.sqrt(n) < 4.5
 
@@ -217,7 +217,7 @@ def test_low_temperature_has_the_discrete_law(case):
         law = case.discrete(**seen(cold).element(i))
         assert chi_square(case.nearest(draws[:, i]), law) > P_VALUE
     z = draws.astype(np.float64)
-    assert np.mean((z > 0.01) & (z < 0.99)) < 0.01  # and the draws lie near the vertices
+    assert np.mean((z > 0.01) & (z < 0.99)) < 0.01  # and the draws lie near the corners
 
 
 def at_extremes(case, dtype):

@@ -122,7 +122,7 @@ def with_kinks(weight, event_ndims):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["rebar", "relax"])
 def test_neither_f_nor_the_control_variate_has_to_be_smooth(name, family):
-    """Second derivatives of c are those of no function where c has a kink, so none may be used."""
+    """Where c has a kink its second derivatives belong to no function, so none may be used."""
     control = lambda z: jnp.sum(jax.nn.relu(z - 0.3), tuple(range(1, z.ndim))) / 4
     estimator = es.rebar if name == "rebar" else functools.partial(es.relax, control_variate=control)
     found, exact = hessians(estimator, family, 60_000, with_kinks)

@@ -103,7 +103,7 @@ SAMPLERS = {
     "hard bits": (lambda l: rj.straight_through_bernoulli(KEY, l), (16, 8)),
     "one axis": (lambda l: rj.hard_concrete(KEY, l, 0.7), (24,)),
     "a bit a device": (lambda l: rj.relaxed_bernoulli(KEY, l, 0.7), (8,)),
-    "two bits a row": (lambda l: rj.relaxed_bernoulli(KEY, l, 0.7), (8, 2)),
+    "two bits per row": (lambda l: rj.relaxed_bernoulli(KEY, l, 0.7), (8, 2)),
     "classes": (lambda l: rj.gumbel_softmax(KEY, l, 0.7), (8, 2, 5)),
     "one-hot": (lambda l: rj.gumbel_softmax(KEY, l, 0.7, hard=True), (16, 2, 5)),
 }
@@ -150,7 +150,7 @@ def control():
 
 
 def test_whatever_the_mesh_and_the_axis():
-    """Elementwise samplers may be split along any axis, those of the last axis along all others."""
+    """Elementwise samplers may be split along any axis, samplers over the last axis along all others."""
     found = in_eight("print(json.dumps([t.over_meshes(), t.control()]))")
     for name, (error, collectives) in found[0].items():
         assert error < 1e-6 and collectives == [], name
@@ -201,7 +201,7 @@ def test_an_estimator_adds_up_what_devices_with_different_data_find():
 
 
 def codebooks():
-    """How far a codebook of eight devices is from that of one, and what a sharded search asks others."""
+    """How far a codebook on eight devices is from one on one device, and what a sharded search needs."""
     qz = rj.quantizers
     rng = np.random.default_rng(0)
     x, codes = np.float32(rng.normal(size=(64, 4))), np.float32(rng.normal(size=(12, 4)))
@@ -226,7 +226,7 @@ def codebooks():
 
 
 def test_devices_keep_one_codebook():
-    """Averages, restarts and perplexity are those of one device; the nearest code is found by each alone."""
+    """Averages, restarts and perplexity are as on one device; each device finds the nearest code alone."""
     error, collectives = in_eight("print(json.dumps(t.codebooks()))")
     assert error < 1e-5 and collectives == []
 
@@ -241,7 +241,7 @@ def methods(part=0, parts=1):
 
 
 def with_value(case, rows):
-    """Arrays of a density: the parameters, and a draw beside them."""
+    """Arrays of a density: the parameters, and a draw."""
     return {"value": np.asarray(jax.jit(lambda rows: case.draw(KEY, None, **rows))(rows))} | rows
 
 
@@ -409,11 +409,11 @@ TRACED = ("log_prob", "class")  # of these rows JAX's checks of the types are en
 
 
 def everywhere(part):
-    """Of each of `methods`, under shard_map of one and eight devices and on explicit meshes.
+    """Results of all `methods`, under shard_map on one and eight devices and on explicit meshes.
 
-    The rows are split at one key, or whole at a key a device (the gradient is then the sum over the keys), or
-    on a mesh that shards the first argument, the others or all. What JAX refuses it refuses by the types,
-    before it compiles; where noise is drawn, the numbers are compared with those of one device as well.
+    The rows are split at one key, or whole with one key per device (the gradient is then the sum over the
+    keys), or on a mesh that shards the first argument, the others or all. JAX refuses programs by their
+    types, before it compiles them; if noise is drawn, the numbers are also compared with one device.
     """
     found = {}
     rows, same, devices = PartitionSpec("d"), PartitionSpec(), jax.devices()
@@ -466,7 +466,7 @@ PARTS = 4
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_everything_works_in_shard_map_and_on_explicit_meshes(part):
-    """With the default checks of shard_map; values and gradients are those of one device."""
+    """With the default checks of shard_map; values and gradients are the same as on one device."""
     found = in_eight(f"print(json.dumps(t.everywhere({part})))")
     assert len(found) >= 10
     for name, errors in found.items():

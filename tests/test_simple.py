@@ -33,7 +33,7 @@ def written_out(logits, k):
 @quick
 @pytest.mark.parametrize("k", [1, 2, 5, 6])
 def test_marginals_and_their_derivative(k):
-    """The derivative of E z is the covariance of z; that of the marginals of a draw is the same."""
+    """The derivative of E z, and of the marginals of a draw, is the covariance of z."""
     hot, law = written_out(LOGITS, k)
     mean = law @ hot
     covariance = (hot * law[:, None]).T @ hot - np.outer(mean, mean)
@@ -114,7 +114,7 @@ def spread(n):
 
 
 def test_large_problems_are_right_in_float32_and_small_in_memory():
-    """n = 5,000, k = 500, logits of +-1e4: draws, marginals and gradient are those of float64."""
+    """n = 5,000, k = 500, logits of +-1e4: draws, marginals and gradient agree with float64."""
     n, k = 5000, 500
     weights = np.cos(np.arange(n))
 
@@ -216,7 +216,7 @@ def test_kl_is_the_sum_over_all_subsets():
 
 @quick
 def test_rows_with_a_count_of_their_own_have_its_law():
-    """Draws, marginals, probabilities and gradients of each row are those of its count as k."""
+    """Draws, marginals, probabilities and gradients of each row are the same as with its count as k."""
     logits = jnp.asarray(np.float32([[0.3, -1.0, 0.5, 2.0]] * 4))
     count = jnp.arange(4)
     marginals = jax.jit(lambda l: rj.simple_top_k_marginals(l, 3, count=count))(logits)

@@ -136,7 +136,7 @@ def test_draws_have_the_enumerated_law(kind, potentials, dtype, pytestconfig):
 @pytest.mark.whole
 @both
 def test_the_form_for_accelerators_is_the_same(kind, potentials, for_accelerators):
-    """The law of its draws, which may differ from those of CPUs; values and derivatives to rounding."""
+    """The law of its draws, which may differ from draws on CPUs; values and derivatives to rounding."""
     way = np.cos(np.arange(kind.structures[0].size)).reshape(kind.structures[0].shape)
 
     def compiled(potentials):

@@ -1,4 +1,4 @@
-"""The world model: its sequences, its loss beside one written out, and a run that learns to look ahead."""
+"""The world model: its sequences, its loss written out, and a run that learns to look ahead."""
 
 import json
 

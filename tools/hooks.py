@@ -1,12 +1,11 @@
-"""What the site is built with beside Markdown: formulas, the examples' own code, what they printed.
+"""Build steps of the site besides Markdown: formulas, the code of the examples, and their recorded output.
 
-A page says `{{ source FILE NAME }}` for a function or class of a file, `{{ output NAME }}` for what
-`tools/record.py` wrote down of a run, `{{ between FILE MARK }}` for what a file holds between comments, and
-`{{ versions NAME }}` for the versions that a result of the benchmarks was recorded with.
+A page writes `{{ source FILE NAME }}` for a function or class of a file, `{{ output NAME }}` for the output
+of a run that `tools/record.py` recorded, `{{ between FILE MARK }}` for the part of a file between comments,
+and `{{ versions NAME }}` for the versions that a result of the benchmarks was recorded with.
 `{{ methods VIEW }}`, `{{ samplers FAMILY }}` and `{{ classes FAMILY }}` come from docs/methods.toml
-(tools/method_tables.py).
-So pages cannot drift from the code: a name that is gone stops the build. Formulas are MathML, made here; what
-a reader's browser shows needs neither a script nor a network.
+(tools/method_tables.py). So pages cannot drift from the code: a missing name stops the build. Formulas become
+MathML here, so a reader's browser needs neither a script nor a network.
 """
 
 import ast
@@ -27,7 +26,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 
 
 def source(file, name):
-    """A top-level function or class of a Python file, as it is written there."""
+    """A top-level function or class of a Python file, as written there."""
     text = (ROOT / file).read_text()
     for node in ast.parse(text).body:
         if getattr(node, "name", None) == name:
@@ -38,7 +37,7 @@ def source(file, name):
 
 
 def output(name):
-    """The command and the end of what it printed, as recorded."""
+    """The command and the end of its output, as recorded."""
     return "```console\n" + (ROOT / "docs" / "outputs" / f"{name}.txt").read_text().rstrip() + "\n```"
 
 
@@ -51,7 +50,7 @@ def between(file, mark):
 
 
 def versions(name):
-    """What a result of the benchmarks was recorded with."""
+    """The versions that a result of the benchmarks was recorded with."""
     found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["versions"]
     return f"*`benchmarks/results/{name}.json`: {sentence(found)}*"
 
@@ -63,7 +62,7 @@ DIRECTIVES = {
 
 
 def expand(markdown):
-    """A page with its directives replaced by what they stand for."""
+    """A page with its directives replaced."""
 
     def replace(match):
         name, arguments = match.groups()
@@ -86,7 +85,7 @@ def formulas(page):
 
 
 def on_files(files, config):
-    """The pictures of the benchmarks are pages' pictures too."""
+    """Add the pictures of the benchmarks to the pictures of the pages."""
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.png")):
         files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
     return files
