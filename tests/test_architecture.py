@@ -73,7 +73,7 @@ def test_modules_see_only_what_they_may():
 
 
 def test_private_names_of_numpyro_are_in_one_file():
-    """Where a release may change them, one file is to be mended."""
+    """If a release changes them, only one file needs a fix."""
     for path, module in modules():
         for name in imports(path):
             private = any(part.startswith("_") for part in name.split("."))
@@ -81,7 +81,7 @@ def test_private_names_of_numpyro_are_in_one_file():
 
 
 def test_files_are_named_by_what_is_in_them():
-    """No file is for what is left over. A class is in the file of its sampler's name, or with its kind."""
+    """There is no file for leftovers. A class is in the file of its sampler's name, or with its kind."""
     assert not [path for path, _ in modules() if path.stem in ("_base", "_utils", "_common")]
     files = {module: {path.stem for path, m in modules() if m == module} for module in MODULES}
     assert files["samplers"] <= files["distributions"]
@@ -151,7 +151,7 @@ def own_nodes(function):
 
 
 def cannot_fail(source):
-    """Lines of tests that pass for any code: those that end a case early, and tests that look at nothing."""
+    """Lines of tests that pass for any code: those that end a case early, and tests without a check."""
     skips = ("pytest.skip", "pytest.xfail", "pytest.importorskip", "pytest.mark.skip", "pytest.mark.xfail")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(skips):

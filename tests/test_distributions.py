@@ -137,7 +137,7 @@ def test_without_a_log_space_there_are_no_intermediates(case):
 @pytest.mark.few(2)
 @rows()
 def test_shapes_are_inferred(case):
-    """Positional, by keyword, and as probs; with batches that broadcast, also of one parameter alone."""
+    """Parameters come by position, by keyword, and as probs; batches broadcast, also of one parameter."""
     names = list(inspect.signature(case.distribution).parameters)
     one = {name: np.asarray(x) for name, x in case.element(0).items()}
     grown = [
@@ -232,7 +232,7 @@ def test_law_of_every_outcome(case):
 @pytest.mark.few(1)
 @rows(has_law, lambda case: case.log_prob is None)
 def test_gradient_of_the_law_is_its_derivative(case):
-    """In every parameter, by central differences in float64, through the class."""
+    """Every parameter is checked by central differences in float64, through the class."""
     with jax.enable_x64(True):
         # numbers that are only compared with have no slope
         params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items() if n != "values"}
@@ -269,7 +269,7 @@ OUTSIDE = {
 # any number is one of "exact_number"; what is not of its list is tested above
 @rows(has_law, lambda case: case.support != "exact_number")
 def test_outside_of_the_support_is_impossible(case, monkeypatch):
-    """If validated, by the support alone: whatever the density says there."""
+    """If validated, the support alone decides, whatever the density says there."""
     z = np.float32(OUTSIDE[case.support])
     if len(case.event) and case.event != (3,):
         z = -np.ones((2, *case.event), np.float32)

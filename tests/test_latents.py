@@ -25,7 +25,7 @@ LAWS = {
 
 @pytest.fixture(params=LAWS, ids=lambda family: family.__name__)
 def case(request):
-    """A family of three counts, q and the prior, and their float64 probabilities, the tail folded in."""
+    """A family of three counts, q and the prior, and their float64 probabilities, with the tail added."""
     family = request.param(types.SimpleNamespace(latents=3, largest_mean=LARGEST))
     q, prior = jnp.array([-1.5, 0.3, 2.0]), jnp.array([0.0, -0.7, 1.0])
     exact = [folded(LAWS[request.param](expit(np.asarray(x, float))[:, None]), family) for x in (q, prior)]

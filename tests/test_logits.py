@@ -49,7 +49,7 @@ def test_bernoulli_entropy_and_kl():
 
 @quick
 def test_their_gradients():
-    """In closed form; finite for impossible classes, and where the divergence is infinite."""
+    """They match the closed form; finite for impossible classes, and where the divergence is infinite."""
     p, q = (sp.softmax(np.float64(x), -1) for x in (P, Q))
     entropy = sp.entr(p).sum(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""`relax` finds the posteriors that are known."""
+"""`relax` finds the known posteriors."""
 
 import functools
 
@@ -38,7 +38,7 @@ def test_known_posteriors(name, request):
 
 @quick
 def test_a_poisson_guide_finds_the_best_rate():
-    """A guide of a family that does not hold the posterior, written by hand."""
+    """A hand-written guide from a family that does not contain the posterior."""
 
     def guide():
         rate = numpyro.param("rate", 4.0, constraint=dist.constraints.positive)

@@ -1,6 +1,6 @@
 """Sharded draws: the same numbers on any mesh, and no device asks another for anything.
 
-Eight virtual CPU devices need a process of their own, as a backend has its devices from its start.
+Eight virtual CPU devices need their own process, since a backend has its devices from the start.
 """
 
 import functools
@@ -29,7 +29,7 @@ GATHERED = {"gumbel_sinkhorn"}
 
 
 def in_eight(code):
-    """What a process of eight devices prints as JSON."""
+    """The output of a process with eight devices, printed as JSON."""
     prelude = 'import jax; jax.config.update("jax_num_cpu_devices", 8)\nimport json, test_sharding as t\n'
     folders = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -68,7 +68,7 @@ def mesh(shape, names):
 
 
 def of_rows(half):
-    """Of every row: the collectives of its program on a mesh of 4 x 2, and its distance to one device's."""
+    """For every entry: the collectives of its program on a 4 x 2 mesh, and its distance from one device."""
     sharded = NamedSharding(mesh((4, 2), ("a", "b")), PartitionSpec("a", "b"))
     found = {}
     for case in CASES[half::HALVES]:
@@ -87,7 +87,7 @@ def of_rows(half):
 
 @pytest.mark.parametrize("half", range(HALVES))
 def test_a_sharded_draw_is_that_of_one_device_and_asks_nobody(half):
-    """Forward and backward, the batch over a mesh of 4 x 2; discrete draws to the last bit."""
+    """Forward and backward, with the batch over a mesh of 4 x 2; discrete draws agree to the last bit."""
     found = in_eight(f"print(json.dumps(t.of_rows({half})))")
     assert len(found) == len(CASES[half::HALVES])
     for case in CASES[half::HALVES]:
@@ -110,7 +110,7 @@ SAMPLERS = {
 
 
 def over_meshes():
-    """Numbers on every mesh and axis, of elementwise and last-axis samplers, and of `shape` with one row."""
+    """Numbers on every mesh and axis, for elementwise and last-axis samplers, and `shape` with one row."""
     eight, both = mesh((8,), ("a",)), mesh((4, 2), ("a", "b"))
     found = {}
     for name, (draw, shape) in SAMPLERS.items():
@@ -175,7 +175,7 @@ def of_bits(name, key, f, logits):
 
 
 def data_of_devices():
-    """Of each estimator: one key, the same logits, an f with each device's data; the gradient's distance."""
+    """For each estimator: one key, the same logits, an f with each device's data; the gradient's distance."""
     where = jax.make_mesh((8,), ("d",), (jax.sharding.AxisType.Auto,))
     rows, same = PartitionSpec("d"), PartitionSpec()
     x = np.asarray(jax.random.normal(jax.random.key(3), (8, 4)))
@@ -232,7 +232,7 @@ def test_devices_keep_one_codebook():
 
 
 def methods(part=0, parts=1):
-    """Of every sampler and density, and of what has neither: a function of a key and arrays of eight rows.
+    """Functions of a key and arrays of eight rows: every sampler and density, or a class with neither.
 
     The values of densities are drawn, and drawing is compiled, in the part that they are in.
     """
@@ -246,7 +246,7 @@ def with_value(case, rows):
 
 
 def functions():
-    """All of `methods`; in place of arrays with a draw among them, what makes these."""
+    """All of `methods`; if arrays contain a draw, a function that makes these."""
     stretch = lambda x: np.broadcast_to(x, (4, *np.shape(x))).reshape(8, *np.shape(x)[1:]).astype(np.float32)
     for case in CASES:
         rows = {n: stretch(x) if np.ndim(x) else np.full(8, x, np.float32) for n, x in case.floats.items()}
@@ -394,7 +394,7 @@ def beams_of_rows(key, a):
 
 
 def value_and_gradient(f):
-    """Of a function of a key and arrays, both as arrays of numbers."""
+    """For a function of a key and arrays, both as arrays of numbers."""
 
     def both(key, a):
         value = f(key, a)
@@ -475,7 +475,7 @@ def test_everything_works_in_shard_map_and_on_explicit_meshes(part):
 
 
 def exported(part):
-    """Of each of `methods`: how far a program of any batch size is from one of eight, after it was saved."""
+    """For each of `methods`: how far a saved program for any batch size is from one for eight."""
     (size,) = jax.export.symbolic_shape("size")
     found = {}
     for name, f, a in methods(part, PARTS):

@@ -1,4 +1,4 @@
-"""SIMPLE: its draws, marginals and gradient against all subsets written out, and at large sizes."""
+"""SIMPLE: its draws, marginals and gradient against the list of all subsets, and at large sizes."""
 
 import functools
 import itertools
@@ -71,7 +71,7 @@ def test_backward_is_the_difference_of_marginals_in_float64():
 
 @quick
 def test_draws_have_the_law_of_every_subset():
-    """Also where halves of the tree are uneven, and where there is nothing to split."""
+    """This includes trees with uneven halves, and with nothing to split."""
     for n, k in ((6, 2), (6, 4), (5, 2), (3, 2), (2, 1), (1, 1), (5, 5)):
         hot, law = written_out(LOGITS[:n], k)
         draws = np.asarray(
@@ -194,7 +194,7 @@ def test_what_cannot_be_drawn():
 @pytest.mark.whole
 @quick
 def test_kl_is_the_sum_over_all_subsets():
-    """In the value and in both gradients; inf where p draws what q cannot."""
+    """The value and both gradients are checked; inf if p draws a subset that q excludes."""
     p, q = ITEMS
 
     def by_enumeration(p, q):

@@ -19,7 +19,7 @@ X, LABELS = RNG.normal(size=(20, 7)).astype(np.float32), RNG.integers(0, example
 
 
 def random_network():
-    """With biases that leave no neuron dead, and gates of which some are closed at test time."""
+    """Biases leave no neuron dead, and some gates are closed at test time."""
     network = example.init(KEY, SIZES)
     biases = [jnp.linspace(0.5, 1, b.size) for b in network.biases]
     gates = [jnp.asarray(RNG.permutation(np.linspace(-3.5, 3.5, g.size)), jnp.float32) for g in network.gates]

@@ -1,6 +1,7 @@
-"""Text reads like a colleague wrote it: six habits that make a sentence sound translated are kept out.
+"""Keep six habits out of all text, since they make sentences sound translated.
 
-A sentence without a verb cannot be matched. These can: each has a pattern, and the words to use instead.
+Sentences without a verb cannot be matched. The habits below can: each has a pattern, and the words to use
+instead.
 """
 
 import ast
@@ -23,7 +24,7 @@ class Habit(NamedTuple):
     pattern: re.Pattern[str]
     instead: str
     bad: tuple[str, ...]  # sentences that it notices
-    good: tuple[str, ...] = ()  # and sentences that it leaves alone
+    good: tuple[str, ...] = ()  # sentences that it leaves alone
 
 
 def words(pattern):
@@ -176,7 +177,7 @@ def paragraphs(lines, first):
 
 
 def plain(text):
-    """Without code and formulas, which no sentence can help."""
+    """The text without code and formulas."""
     text = re.sub(r"``[^`]*``|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", "x", text, flags=re.DOTALL)
     text = re.sub(r"\]\([^)]*\)|\]\[[^]]*\]|https?://\S+", "]", text)
     return re.sub(r"[*#|>_]+", " ", text).strip(" -!")
@@ -297,7 +298,7 @@ GOOD = [(habit, text) for habit in HABITS for text in habit.good]
 
 @pytest.mark.parametrize(("habit", "text"), BAD, ids=lambda x: getattr(x, "name", x))
 def test_each_habit_is_noticed(habit, text, tmp_path):
-    """On a page, in a docstring, in a comment and in an error."""
+    """Each file type is tried: a page, a docstring, a comment and an error."""
     for name, source in (
         ("page.md", f"# Title\n\nIt is a page.\n\n{text}\n"),
         ("doc.py", f'"""First line.\n\n{text}\n"""\n'),

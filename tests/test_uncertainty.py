@@ -1,4 +1,4 @@
-"""The last layer's Laplace approximation and its predictions, each against a calculation of its own."""
+"""The last layer's Laplace approximation and its predictions, each against a separate calculation."""
 
 import functools
 import json
