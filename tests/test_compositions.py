@@ -54,7 +54,7 @@ ENGINES = {
     "Trace_ELBO, unrounded": (Trace_ELBO, unrounded),
 }  # fmt: skip
 ATOMS, NO_SLOPE, OWN_ATOM, NO_DENSITY = "atoms at 0 and 1", "no slope", "root of its own", "no|hard=True"
-# What a kind of class has to do under each engine: "exact", the gradient of the exact loss; "own", the mean
+# Duties of each kind of class under each engine: "exact", the gradient of the exact loss; "own", the mean
 # of its straight-through gradient of the linear log-masses and the likelihood; or words of its refusal.
 OWED = {
     "continuous": dict.fromkeys(ENGINES, "exact"),
