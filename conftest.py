@@ -1,4 +1,4 @@
-"""What the doctests find in their namespace, and quicker compilation for the tests that ask for it."""
+"""Names for the doctests, and faster compilation for the tests that ask for it."""
 
 import collections
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 # How the workers of pytest-xdist compile: in half of the time, to code that is hardly slower; not all jaxlibs
-# know each of these. And what users get instead, for the tests that compile as they do.
+# support each of these. And the settings that users get instead, for the tests that compile as they do.
 CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 DEFAULT = {
     "xla_cpu_use_fusion_emitters": True,
@@ -23,7 +23,7 @@ DEFAULT = {
 
 
 def known(options):
-    """Those that this jaxlib knows: asked of a compilation each, as an unknown flag in XLA_FLAGS is fatal."""
+    """The options that this jaxlib knows. Each is tried, since an unknown flag in XLA_FLAGS is fatal."""
 
     def is_known(name):
         try:
@@ -51,7 +51,7 @@ WHOLE_MODULE = re.compile(r"^pytestmark = [^\n]*(\n    [^\n]*)*pytest\.mark\.who
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Importing a module takes seconds: not one without tests, nor, in the quick tier, one marked `whole`."""
+    """Skip modules without tests and, in the quick tier, those marked `whole`: importing takes seconds."""
     if collection_path.suffix != ".py" or collection_path in named(config):
         return None
     without = collection_path.parent.name == "tests" and not collection_path.name.startswith("test_")
@@ -85,8 +85,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    """What one worker of pytest-xdist has compiled, the others and the examples' processes need not."""
-    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:  # who names a file wants all of it
+    """Share compiled programs between the workers of pytest-xdist and the processes of the examples."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:  # naming a file selects all of it
         config.option.all = not (config.option.quick or config.option.rest)
     config.option.quick = not (config.option.all or config.option.rest)
     if not config.getoption("numprocesses", None):
@@ -97,7 +97,7 @@ def pytest_configure(config):
         cache = tempfile.TemporaryDirectory(prefix="relaxit_jax-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
         config.add_cleanup(cache.cleanup)
-    # reading a program takes a fifth of compiling it, also of the smallest, which are most of them
+    # reading a program takes a fifth of compiling it, even for the smallest, which are most of them
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
@@ -106,7 +106,7 @@ left_behind = pytest.StashKey[list]()
 
 
 def files(root):
-    """Those of the working tree, but for what Python and tools keep there: caches, and names with a dot."""
+    """Files of the working tree, except caches of Python and tools, and names with a dot."""
     found = set()
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
@@ -120,7 +120,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_sessionfinish(session):
-    """No test leaves anything in the working tree: where one does, the session fails."""
+    """Fail the session if a test leaves anything in the working tree."""
     if before in session.config.stash:
         new = sorted(files(session.config.rootpath) - session.config.stash[before])
         session.config.stash[left_behind] = new
@@ -147,7 +147,7 @@ jax.monitoring.register_event_duration_secs_listener(count_compilations)
 def pytest_runtest_teardown(item, nextitem):
     """JAX keeps the last two thousand programs that it lowered, which then takes it twice as long.
 
-    What other modules share with this one is in the cache on disk.
+    Programs that other modules share with this one are in the cache on disk.
     """
     global compiled
     ends = nextitem is None or nextitem.path != item.path
@@ -158,9 +158,9 @@ def pytest_runtest_teardown(item, nextitem):
 
 @pytest.fixture
 def fast_compilation():
-    """Compiling is most of the time of these tests; no law depends on how well the code is optimised."""
+    """Compiling is most of the time of these tests; no law depends on how well the code is optimized."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that a test starts
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that a test starts
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
@@ -180,7 +180,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _doctests(request, doctest_namespace):
-    """Their names; and they run operation by operation, each of which is compiled."""
+    """Give the doctests their names. They run operation by operation, and each operation is compiled."""
     doctest_namespace.update(jax=jax, jnp=jnp)
     if isinstance(request.node, pytest.DoctestItem):
         request.getfixturevalue("fast_compilation")
@@ -193,13 +193,13 @@ def _defaults():
 
 @pytest.fixture
 def as_users_compile(fast_compilation, _defaults, monkeypatch, pytestconfig):
-    """What jax.jit compiles, it compiles as it does for users: optimisation has brought defects to light.
+    """Let jax.jit compile as it does for users: optimization has brought defects to light.
 
-    Only what runs operation by operation, in which nothing can be fused, is compiled fast here too; and in
-    the quick tier all is.
+    Code that runs operation by operation, where nothing can be fused, still compiles fast here; in the quick
+    tier everything does.
 
-    In test_samplers.py these are the agreement of jit, eager and vmap, the exact discrete laws and those of
-    low temperatures, so all samplers; in test_densities.py, the densities of own draws, so all that have a
+    In test_samplers.py these are the agreement of jit, eager and vmap, the exact discrete laws and the laws
+    at low temperatures, so all samplers; in test_densities.py, the densities of own draws, so all that have a
     form in log space; in test_estimators.py, the means of all estimators and their variances.
     """
     if not pytestconfig.option.quick:
@@ -217,7 +217,7 @@ def for_accelerators(monkeypatch):
         def call(*args):
             with monkeypatch.context() as patch:
                 patch.setattr(jax.lax, "platform_dependent", other)
-                jax.clear_caches()  # of functions that were traced in their form for CPUs
+                jax.clear_caches()  # functions that were traced in their form for CPUs
                 result = jax.jit(function)(*args)
                 jax.clear_caches()
             return result

@@ -1,4 +1,4 @@
-"""All checks but the README's own commands. `nox -l` lists them; `.ci/run` calls those marked with a star.
+"""All checks except the README's own commands. `nox -l` lists them; `.ci/run` calls the starred ones.
 
 A session for several Pythons skips those that it does not find on the PATH or where pyenv keeps them.
 """
@@ -22,14 +22,14 @@ if os.environ.get("NUMPYRO_SOURCE"):
 
 
 def real_interpreters():
-    """Folders of pyenv's Pythons: what it puts on the PATH runs one version only, under every name."""
+    """Folders of pyenv's Pythons: its commands on the PATH run only one version, under every name."""
     root = pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
     return [str(path) for version in PYTHONS for path in sorted(root.glob(f"versions/{version}.*/bin"))]
 
 
 os.environ["PATH"] = os.pathsep.join([*real_interpreters(), os.environ["PATH"]])
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"
-os.environ.setdefault("UV_NATIVE_TLS", "1")  # the certificates of this machine, as pip takes them
+os.environ.setdefault("UV_NATIVE_TLS", "1")  # the certificates of this machine, as pip uses them
 
 
 @nox.session(python=PYTHONS)
@@ -79,7 +79,7 @@ def numpyro_tests(session):
 
 
 def numpyro_source(session):
-    """The unpacked source distribution, which holds the tests; None where no package index has it."""
+    """The unpacked source distribution, which has the tests; None if no package index has it."""
     version = session.run("python", "-c", "import numpyro; print(numpyro.__version__)", silent=True).strip()
     folder = pathlib.Path(session.create_tmp()).resolve()
     pip = ("pip", "download", f"numpyro=={version}", "--no-deps", "--no-binary", "numpyro")
@@ -92,7 +92,7 @@ def numpyro_source(session):
 
 @nox.session(python=DEFAULT)
 def accelerators(session):
-    """benchmarks/accelerators.py, with the compilers for GPUs and for TPUs: 1.3 GB, some minutes."""
+    """Run benchmarks/accelerators.py, with the compilers for GPUs and for TPUs: 1.3 GB, some minutes."""
     session.install("-e", ".[benchmarks]", "pip")
     code = "import jax; print(jax.__version__)"
     jax = session.run("python", "-c", code, silent=True).strip()
@@ -112,9 +112,9 @@ def lint(session):
 
 @nox.session(python=DEFAULT)
 def types(session):
-    """Every public symbol has a known type, and a user's typed script agrees with them."""
+    """Check that every public symbol has a known type, and that a user's typed script agrees with them."""
     session.install(".", "basedpyright==1.40.2")
-    # NumPyro is annotated and does not say so: without this mark all that derives from it is unknown
+    # NumPyro is annotated and does not say so: without this mark all types derived from it are unknown
     where = "import importlib.util as u; print(u.find_spec('numpyro').submodule_search_locations[0])"
     numpyro = session.run("python", "-c", where, silent=True).strip()
     (pathlib.Path(numpyro) / "py.typed").touch()
@@ -124,14 +124,14 @@ def types(session):
 
 @nox.session(python=DEFAULT)
 def site(session):
-    """The documentation, in site/."""
+    """Build the documentation, in site/."""
     session.install("-e", ".[docs]")
     session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(python=DEFAULT)
 def wheel(session):
-    """What a release publishes, in dist/: the sdist, the wheel made from it, and the wheel alone at work."""
+    """Build the files of a release in dist/, the sdist and the wheel made from it, and test the wheel."""
     session.install("build", "twine")
     dist = pathlib.Path("dist")
     for old in dist.glob("relaxit_jax-*"):
@@ -144,7 +144,7 @@ def wheel(session):
     }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     if held != package:
-        session.error(f"the wheel lacks {sorted(package - held)} and has {sorted(held - package)} beside it")
+        session.error(f"the wheel lacks {sorted(package - held)} and also has {sorted(held - package)}")
     with tarfile.open(sdist) as archive:
         held = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
     git = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False)

@@ -1,20 +1,20 @@
-"""Bytes and kernels of every sampler as compiled for a GPU or a TPU, on a machine that has neither.
+"""Count bytes and kernels of every sampler as compiled for a GPU or a TPU, on a machine that has neither.
 
-XLA compiles ahead of time for a device that is only described: one H100, or one chip of a TPU v5e. Of the
-compiled program this counts what its kernels read and write, in arrays of the size of the logits, and how
-many kernels there are, beside the same of hand-written JAX and, where there are any, of fused kernels.
-Nothing runs: these are bytes, not times. A loop counts as often as it turns, where the compiler knows how
-often, else once. A copy ahead of time into the fast memory of a TPU is left out.
+XLA compiles ahead of time for a device that is only described: one H100, or one chip of a TPU v5e. For the
+compiled program, this counts the bytes that its kernels read and write, in arrays of the size of the logits,
+and the number of kernels, and compares them with hand-written JAX and, if there are any, with fused kernels.
+Nothing runs: these are bytes, not times. A loop counts as often as it turns if the compiler knows this,
+otherwise once. A copy ahead of time into the fast memory of a TPU is left out.
 
 Then it looks for collectives in the programs for eight GPUs or for the 2 x 2 chips of a TPU, with the batch
 sharded: by the shardings of a jitted function's arguments, by jax.shard_map with its default checks, and on
 an explicit mesh.
 
-It needs the compilers, as packages: for `gpu` jax-cuda12-plugin and jax-cuda12-pjrt of JAX's own version,
+It needs the compilers, as packages: for `gpu` jax-cuda12-plugin and jax-cuda12-pjrt in JAX's own version,
 nvidia-cuda-nvcc-cu12 and nvidia-nvjitlink-cu12; for `tpu` jax[tpu]. `nox --session accelerators` installs
 them and runs both.
 
-Writes results/accelerators.json, in which the results of other devices and dtypes stay, and
+Writes results/accelerators.json, where the results of other devices and dtypes stay, and
 results/accelerators.png.
 """
 
@@ -24,7 +24,7 @@ import math
 import os
 import re
 
-# a described chip has no server that could be asked about it, and no chip here is to be looked for
+# a described chip has no server to ask about it, and no local chip should be searched for
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
 os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost"}
 
@@ -41,7 +41,7 @@ import relaxit_jax as rj
 from records import RESULTS, out_option, write
 from rows import ROWS
 
-H100 = {  # the fields that XLA's compiler asks for
+H100 = {  # the fields that XLA's compiler needs
     "platform_name": "CUDA",
     "device_description_str": "NVIDIA H100 80GB HBM3",
     "dnn_version_info": {"major": 9, "minor": 7},
@@ -67,7 +67,7 @@ SMALLER = {
 }  # these store many such arrays
 SHAPES = {"correlated_bernoulli": (128,), "logistic_normal_full": (128,), "gumbel_sinkhorn": (64, 64),
           "relaxed_permutation": (64,)}  # fmt: skip
-SHARDED = {"gpu": 8, "tpu": 4}  # devices of the programs that are looked through for collectives
+SHARDED = {"gpu": 8, "tpu": 4}  # devices of the programs that are searched for collectives
 WAYS = ("jit", "shard_map", "explicit")
 PASSES = ("forward", "forward + backward")
 FUSED = {  # have kernels inside `fused_kernels(True)`
@@ -81,7 +81,7 @@ BYTES = {"pred": 1, "bf16": 2, "f16": 2, **{f"{kind}{8 * n}": n for kind in "suf
 
 
 def text_of(fields):
-    """A record in the text form of protocol buffers."""
+    """A record in the text format of protocol buffers."""
     shown = lambda value: f"{{ {text_of(value)} }}" if isinstance(value, dict) else json.dumps(value)
     return " ".join(f"{name}: {shown(value)}" for name, value in fields.items())
 
@@ -97,7 +97,7 @@ def devices(kind, number):
 
 
 def size(shape):
-    """The bytes of an array, or of all arrays of a tuple, as the text of a program writes its shape."""
+    """The bytes of an array, or of all arrays of a tuple, from its shape in the text of a program."""
     arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
     return sum(BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays)
 
@@ -108,7 +108,7 @@ INSTRUCTION = re.compile(
 
 
 def kernels(program):
-    """Of each instruction that costs any: its name, how often it runs, the bytes that it reads and writes."""
+    """For each instruction with a cost: its name, how often it runs, the bytes it reads and writes."""
     bodies, body, entry = {}, None, None
     for line in program.splitlines():
         opened = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
@@ -168,7 +168,7 @@ def measured(kind, draw, shape, dtype, backward):
 
 
 def collectives(kind, draw, shape, dtype, way):
-    """Which collectives the program of both passes holds on several devices, with the batch sharded."""
+    """Which collectives the program of both passes has on several devices, with the batch sharded."""
     axis_type = AxisType.Explicit if way == "explicit" else AxisType.Auto
     mesh = Mesh(np.array(devices(kind, SHARDED[kind])), "x", axis_types=(axis_type,))
     program = compiled(draw, shape, dtype, True, mesh, PartitionSpec("x"), way)
@@ -224,12 +224,12 @@ def picture(results):
 @click.argument("kind", type=click.Choice(tuple(NAMES)))
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16")), default="float32", show_default=True)
 @click.option("--only", multiple=True, type=click.Choice(tuple(ROWS)), metavar="NAME",
-              help="A sampler to measure; may be given more than once.  [default: all]")  # fmt: skip
+              help="Sampler to measure; may be given more than once.  [default: all]")  # fmt: skip
 @out_option
 def main(kind, dtype, only, out):
     try:
         devices(kind, SHARDED[kind])
-    except Exception as error:  # whatever a missing compiler says
+    except Exception as error:  # any error of a missing compiler
         raise click.ClickException(f"no compiler for {NAMES[kind]}: see --help ({error})") from error
     path, title = (out or RESULTS) / "accelerators.json", f"{NAMES[kind]}, {dtype}"
     results = json.loads(path.read_text())["results"] if path.exists() else {}

@@ -1,8 +1,9 @@
-"""Forward and backward pass of a sampler as a share of the memory's limit.
+"""Forward and backward pass of a sampler as a share of the memory bandwidth.
 
-Logits and cotangent must be read, draw and gradient be written: four arrays must move, whatever the program
-does beside. Their bytes over the seconds of a pass, over the bytes a second of a copy of a large array, in
-turns with it, is the share. On an accelerator the aim is above 60 %; on a CPU arithmetic decides.
+Logits and cotangent must be read, and draw and gradient must be written: four arrays must move, whatever else
+the program does. The share is their bytes over the seconds of a pass, divided by the bytes per second of a
+copy of a large array, which runs in turns with it. On an accelerator the aim is above 60 %; on a CPU
+arithmetic decides.
 
 Writes results/bandwidth.json and results/bandwidth.png, and takes a minute.
 """
@@ -32,7 +33,7 @@ NAMES = (
 
 
 def measure(name, shape, dtype, copied, rounds, budget):
-    """Milliseconds of a pass of ours and of hand-written JAX, and the share of each."""
+    """Milliseconds of a pass of this library and of hand-written JAX, and the share of each."""
     row, logits = ROWS[name], logits_of(shape, dtype)
     weights = logits_of(shape, dtype, seed=1)
     seconds = interleaved(
@@ -44,7 +45,7 @@ def measure(name, shape, dtype, copied, rounds, budget):
         rounds,
         budget=budget,
     )
-    limit = 2 * copied.nbytes / np.median(seconds["a copy"])  # bytes a second
+    limit = 2 * copied.nbytes / np.median(seconds["a copy"])  # bytes per second
     result = {"copy, gigabytes a second": round(limit / 1e9, 1)}
     for whom in ("ours", "hand-written JAX"):
         share = 4 * logits.nbytes / np.median(seconds[whom]) / limit
@@ -70,13 +71,19 @@ def picture(table):
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.option(
-    "--batch", multiple=True, type=click.IntRange(min=1), default=(64, 4096), help="Rows; may be repeated."
+    "--batch",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(64, 4096),
+    help="Number of rows; may be repeated.",
 )
-@click.option("--classes", type=click.IntRange(min=2), default=32_768, help="Numbers of a row.")
+@click.option("--classes", type=click.IntRange(min=2), default=32_768, help="Length of a row.")
 @click.option("--copy-megabytes", type=click.FloatRange(min=0.1), default=512.0,
-              help="Of the array whose copy is the limit: more than the caches hold.")  # fmt: skip
-@click.option("--rounds", type=click.IntRange(min=5), default=30, help="Turns of each comparison.")
-@click.option("--budget", type=click.FloatRange(min=0.1), default=5.0, help="Seconds of a comparison, about.")
+              help="Size of the array whose copy sets the limit, larger than the caches.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(min=5), default=30, help="Number of turns of each comparison.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0.1), default=5.0, help="Approximate seconds for a comparison."
+)
 @out_option
 def main(batch, classes, copy_megabytes, rounds, budget, out):
     copied, table = jnp.zeros(int(copy_megabytes * 2**18), jnp.float32), {}

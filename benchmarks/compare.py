@@ -1,10 +1,10 @@
-"""What became slower between two results of one benchmark: ratios that grew by more than a fifth.
+"""Find ratios that became slower by more than a fifth between two results of one benchmark.
 
     python benchmarks/compare.py OLD.json NEW.json
 
-Times of two runs are not comparable, as machines differ and are shared; ratios within a run are. Every
-ratio of a result is the time of this library over that of something else, so that growing is slower.
-Ends with status 1 if something is slower, for use in scripts.
+Times of two runs are not comparable, since machines differ and are shared; ratios within a run are. Every
+ratio of a result is the time of this library over another time, so a larger ratio is slower. Ends with
+status 1 if something is slower, for use in scripts.
 """
 
 import json
@@ -17,7 +17,7 @@ json_file = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 
 def ratios(tree, path=()):
-    """{path: (ratio, quartiles or None)} of all ratios below."""
+    """{path: (ratio, quartiles or None)} for all ratios below."""
     if not isinstance(tree, dict):
         return {}
     found = {}
@@ -54,7 +54,12 @@ def read(path):
 @click.command(help=__doc__.replace("    python", "\b\n    python"), context_settings={"show_default": True})
 @click.argument("old", type=json_file)
 @click.argument("new", type=json_file)
-@click.option("--by", type=click.FloatRange(min=0), default=0.2, help="Slower by more than this part.")
+@click.option(
+    "--by",
+    type=click.FloatRange(min=0),
+    default=0.2,
+    help="Fraction by which a ratio must grow to be reported.",
+)
 def main(old, new, by):
     contents = read(old), read(new)
     before, after = map(ratios, contents)

@@ -1,10 +1,10 @@
-"""What is paid before the first number: import, compilation, and compilations while training.
+"""Time before the first number: import, compilation, and compilations during training.
 
-Each import is timed in a process of its own, in turns: `import relaxit_jax` over `import jax`, at most 1.05.
-Then, in a process of its own for each sampler of the most used ones, the seconds from its start to the
-first draw and to the first gradient, beside the line written by hand. Then, for every sampler in this
-process, the time to compile its value and gradient over that of hand-written JAX. And how often JAX
-compiles while 200 steps train and anneal the temperature: once.
+Each import is timed in its own process, in turns: `import relaxit_jax` over `import jax`, at most 1.05. Then,
+in a separate process for each of the most used samplers, the seconds from its start to the first draw and to
+the first gradient, compared with hand-written JAX. Then, for every sampler in this process, the time to
+compile its value and gradient over the time for hand-written JAX. And how often JAX compiles while 200 steps
+train and anneal the temperature: once.
 
 Writes results/compile.json and results/compile.png, and takes some minutes.
 """
@@ -29,7 +29,7 @@ from rows import CLASSES, ROWS
 from timing import ratio
 
 IMPORTS = ("jax", "relaxit_jax", "relaxit_jax.estimators", "numpyro", "relaxit_jax.distributions")
-BASE = {"relaxit_jax.distributions": "numpyro"}  # which imports it; the others import jax alone
+BASE = {"relaxit_jax.distributions": "numpyro"}  # it imports NumPyro; the others import jax alone
 FIRST = """
 import sys, time
 start = time.perf_counter()
@@ -44,7 +44,7 @@ first = time.perf_counter()
 jax.jit(jax.grad(lambda l, key: jnp.sum(draw(key, l) ** 2)))(l, key).block_until_ready()
 print(first - start, time.perf_counter() - first)
 """
-DRAWS = {  # (imports, ours, by hand)
+DRAWS = {  # (imports, ours, hand-written)
     "gumbel_softmax": (
         "rj.gumbel_softmax(key, l, 0.5)", "jax.nn.softmax((l + jax.random.gumbel(key, l.shape)) / 0.5)",
     ),
@@ -59,7 +59,7 @@ DRAWS = {  # (imports, ours, by hand)
 
 
 def python(code):
-    """Seconds of a fresh process that runs it, from byte code as when installed, and what it prints."""
+    """Seconds of a fresh process that runs it, from byte code as when installed, and its output."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     start, command = time.perf_counter(), [sys.executable, "-c", code]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -67,7 +67,7 @@ def python(code):
 
 
 def imports(rounds, bar):
-    """The time of each import, less that of an empty process, over that of what it stands on."""
+    """The time of each import, minus the time of an empty process, over the time of its base."""
     seconds = {name: [] for name in ("nothing", *IMPORTS)}
     for name in IMPORTS:
         python(f"import {name}")  # writes the byte code
@@ -110,7 +110,7 @@ def first_numbers(rounds, bar):
 
 
 def compilation(rounds, bar):
-    """Seconds to trace and compile the value and gradient of each sampler, over that of hand-written JAX."""
+    """Seconds to trace and compile each sampler with its gradient, relative to hand-written JAX."""
     table = {}
     for name, row in ROWS.items():
         logits, seconds = jnp.zeros(row.sizes[0]), {"ours": [], "by hand": []}
@@ -142,7 +142,7 @@ def compilations(run):
 
 
 def compilations_of_training(draw, shape=(64, 8), steps=200):
-    """How often JAX compiles the step while it trains, with another temperature each time."""
+    """How often JAX compiles the step while it trains, with a different temperature each time."""
     adam, target = optax.adam(0.1), jnp.arange(float(shape[-1]))
     anneal = optax.exponential_decay(1.0, steps, 0.1)
 
@@ -192,7 +192,7 @@ def picture(table, compiled):
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--rounds", type=click.IntRange(min=3), default=9, help="Turns of each measurement.")
+@click.option("--rounds", type=click.IntRange(min=3), default=9, help="Number of turns of each measurement.")
 @out_option
 def main(rounds, out):
     work = rounds * (len(IMPORTS) + 1) + 2 * rounds * len(DRAWS) + len(ROWS)

@@ -1,7 +1,7 @@
-"""Ten models as people write them, by guide, beside known answers.
+"""Ten models as people write them, for each guide, compared with known answers.
 
 Each has discrete latents that are coupled, many, or hidden behind continuous ones. The answer is a sum over
-all values, a forward-backward pass, a Gibbs sampler or coordinate ascent; where only a bound is known, it is
+all values, a forward-backward pass, a Gibbs sampler or coordinate ascent. If only a bound is known, it is
 the best one that was found for the model with its discrete sites summed out. Writes a table to the terminal
 and results/guides.json.
 """
@@ -47,7 +47,7 @@ def change_point():
 
 
 def change_point_answer():
-    """The rates integrated out: Gamma-Poisson marginals of what is before and after."""
+    """The rates integrated out: Gamma-Poisson marginals before and after the change."""
     total = np.append(0, COUNTS.cumsum())
 
     def marginal(n, s):
@@ -74,7 +74,7 @@ def annotations():
 
 
 LABELS = annotations()
-DIAGONAL = (1 + 2 * np.eye(CLASSES)).astype(np.float32)  # a prior that annotators are rather right
+DIAGONAL = (1 + 2 * np.eye(CLASSES)).astype(np.float32)  # a prior that annotators are mostly right
 
 
 def annotators():
@@ -137,7 +137,7 @@ COLUMNS, SLAB, INCLUDED = 30, 1.5, 0.15
 def regression_data():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(90, COLUMNS))
-    x[:, 1::3] = 0.8 * x[:, 0::3] + 0.6 * x[:, 1::3]  # pairs of columns that resemble each other
+    x[:, 1::3] = 0.8 * x[:, 0::3] + 0.6 * x[:, 1::3]  # pairs of similar columns
     slopes = np.zeros(COLUMNS)
     slopes[[0, 7, 13, 22]] = 1.2, -0.9, 0.5, 0.35
     return x.astype(np.float32), (x @ slopes + rng.normal(size=len(x))).astype(np.float32)
@@ -322,7 +322,7 @@ MOST = 31
 
 
 def populations():
-    """The counts that the sightings rule out are left out: a Categorical over seen, seen + 1, ..."""
+    """Counts that the sightings rule out are left out: a Categorical over seen, seen + 1, ..."""
     rate = numpyro.sample("rate", dist.Gamma(4.0, 0.7))
     found = numpyro.sample("found", dist.Beta(5.0, 5.0))
     sizes = np.arange(MOST)
@@ -342,7 +342,7 @@ def populations():
 
 
 def populations_answer():
-    """On a grid over the two continuous sites."""
+    """Computed on a grid over the two continuous sites."""
     rate, found = np.meshgrid(np.linspace(2, 14, 150), np.linspace(0.1, 0.9, 150), indexing="ij")
     n = np.arange(MOST)
     joint = st.poisson(rate[..., None]).logpmf(n)[:, :, None] + sum(
@@ -387,7 +387,7 @@ def clusters_summed():
 
 @functools.cache
 def pixels(n=400):
-    """Digits of 64 black or white pixels, by scikit-learn: no other model needs it."""
+    """Digits of 64 black or white pixels, from scikit-learn, which no other model needs."""
     from sklearn.datasets import load_digits
 
     return (load_digits().data[:n] > 7).astype(int)
@@ -415,7 +415,7 @@ def bound_of_latent_classes(q):
 
 
 def latent_classes_answer(starts=20):
-    """The least of coordinate ascent from random starts."""
+    """The smallest result of coordinate ascent from random starts."""
     x = pixels()
     best = np.inf
     for seed in range(starts):
@@ -473,7 +473,7 @@ GUIDES = {
 
 
 def train(model, guide, tau, steps, seed=0, particles=10, rate=0.05):
-    """Trained parameters and losses; without a tau, of the discrete model itself."""
+    """Trained parameters and losses; without a tau, for the discrete model itself."""
     handled = lambda f: f if tau is None else relax(f, tau=tau)
     loss = RLOO_ELBO(particles) if tau is None else Trace_ELBO(particles)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
@@ -483,7 +483,7 @@ def train(model, guide, tau, steps, seed=0, particles=10, rate=0.05):
 
 
 def measure(problem, answer, column, steps, seed, ask):
-    """The largest error of a probability, None where the answer is a bound; minus the bound; advice."""
+    """The largest error of a probability, None if the answer is a bound; minus the bound; advice."""
     cls, options, tau = GUIDES[column]
     guide = cls(problem.model, **options)
     params, losses = train(problem.model, guide, tau, steps, seed)
@@ -496,16 +496,20 @@ def measure(problem, answer, column, steps, seed, ask):
     if not isinstance(answer, dict):
         return None, bound, advice
     found = marginals(guide, params)
-    # a law may have fewer values than the other: the missing ones have no probability to speak of
+    # a law may have fewer values than the other: the missing ones have negligible probability
     errors = [np.abs(p - np.asarray(found[name])[..., : p.shape[-1]]).max() for name, p in answer.items()]
     return float(max(errors)), bound, advice
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--steps", default=3000, help="Steps of Adam.")
-@click.option("--seeds", default=2, help="Runs of each; the table has the mean.")
-@click.option("--only", multiple=True, type=click.Choice(list(PROBLEMS)), help="One model; may be repeated.")
-@click.option("--check/--no-check", "ask", default=False, help="Call check after the first run of each.")
+@click.option("--steps", default=3000, help="Number of Adam steps.")
+@click.option("--seeds", default=2, help="Number of runs of each; the table has the mean.")
+@click.option(
+    "--only", multiple=True, type=click.Choice(list(PROBLEMS)), help="Model to train; may be repeated."
+)
+@click.option(
+    "--check/--no-check", "ask", default=False, help="Call check after the first run of each model."
+)
 @out_option
 def main(steps, seeds, only, ask, out):
     table = {}
@@ -516,11 +520,11 @@ def main(steps, seeds, only, ask, out):
         known = isinstance(answer, dict)
         table[name] = {} if known else {"best bound": answer}
         for column in GUIDES:
-            jax.clear_caches()  # hundreds of programs, whose memory one process has not
+            jax.clear_caches()  # hundreds of programs, more than the memory of one process
             start = time.perf_counter()
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of NumPyro, on discrete latents
+                    warnings.simplefilter("ignore")  # from NumPyro, on discrete latents
                     runs = [
                         measure(problem, answer, column, steps, seed, ask and seed == 0)
                         for seed in range(seeds)

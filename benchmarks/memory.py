@@ -1,9 +1,9 @@
-"""Peak memory of the value and gradient of every sampler and estimator, by XLA's own analysis.
+"""Peak memory of the value and gradient of every sampler and estimator, from XLA's own analysis.
 
-The peak is what the compiled program holds at most: arguments, results and temporaries. It is given in
-units of one sample, beside that of the line written by hand (for estimators, of straight-through bits
-through the same decoder). Then what it grows with: Monte Carlo samples, classes and k, as the exponent
-of a power, beside the one that the docstring admits. Nothing runs, so nothing here is noisy.
+The peak is the most that the compiled program holds: arguments, results and temporaries. It is given in
+units of one sample, next to the peak of hand-written JAX (for estimators, of straight-through bits through
+the same decoder). Then it shows how the peak grows with Monte Carlo samples, classes and k, as the exponent
+of a power, next to the exponent that the docstring admits. Nothing runs, so nothing here is noisy.
 
 Writes results/memory.json and results/memory.png.
 """
@@ -43,7 +43,7 @@ def array(shape, dtype=jnp.float32):
 
 
 def of_draw(draw, shape):
-    """Peak bytes of the value and gradient of a weighted sum of a draw's values, and the draw's own."""
+    """Peak bytes of the value and gradient of a weighted sum of a draw's values, and of the draw."""
     out = jax.eval_shape(draw, KEY, array(shape))
     loss = lambda l, key, weights: jnp.sum(weights * draw(key, l))
     return peak(jax.value_and_grad(loss), array(shape), KEY, out), math.prod(out.shape) * out.dtype.itemsize
@@ -53,7 +53,7 @@ def of_draw(draw, shape):
 
 
 def decoder(weights, b):
-    """Log-likelihood of images under their bits, a value for each."""
+    """Log-likelihood of images given their bits, one value for each."""
     logits = jax.nn.relu(b @ weights["first"]) @ weights["second"]
     return jnp.sum(weights["x"] * logits - jax.nn.softplus(logits), -1)
 
@@ -75,7 +75,7 @@ ESTIMATORS = {
 
 
 def of_estimator(estimate, bits=BITS):
-    """The same of an estimate, with the gradient of the decoder's weights as well."""
+    """The same for an estimate, with the gradient of the decoder's weights as well."""
     q = array((BATCH, bits))
     weights = {
         "first": array((bits, HIDDEN)), "second": array((HIDDEN, PIXELS)), "x": array((BATCH, PIXELS)),
@@ -95,7 +95,7 @@ def by_hand(key, f, q):
 
 
 def classes_of(name):
-    """From K to the peak bytes, of 8 events of K classes each."""
+    """A function from K to the peak bytes, for 8 events with K classes each."""
     return lambda n: of_draw(ROWS[name].ours, (8, n))[0]
 
 
@@ -104,7 +104,7 @@ def k_of(draw, n=4096):
 
 
 def log_prob_of(law, n=4096):
-    """From k to the peak bytes of the log-probability of 8 subsets and its gradient."""
+    """A function from k to the peak bytes of the log-probability of 8 subsets and its gradient."""
 
     def bytes_of(k):
         value = array((8, k), jnp.int32) if law is not rj.simple_top_k_log_prob else array((8, n))
@@ -116,8 +116,8 @@ def log_prob_of(law, n=4096):
 
 set_log_prob = functools.partial(rj.gumbel_top_k_log_prob, ordered=False)
 CLASS_COUNTS, SUBSET_SIZES, DRAWS = (4096, 8192, 16384), (32, 64, 128), (64, 128, 256)
-QUADRATIC = ("correlated_bernoulli", "logistic_normal_full")  # in the factor that is handed to them
-GROWTH = {  # what: (knob, its values, from a value to bytes, the exponent that the docstring admits)
+QUADRATIC = ("correlated_bernoulli", "logistic_normal_full")  # in the factor that is passed to them
+GROWTH = {  # (knob, its values, from a value to bytes, the exponent that the docstring admits)
     **{name: ("classes", CLASS_COUNTS, classes_of(name), 1)
        for name in ROWS if name not in (*QUADRATIC, "gumbel_sinkhorn", "relaxed_permutation")},
     **{f"{name}, scale_tril": ("classes", (256, 512, 1024), classes_of(name), 2) for name in QUADRATIC},
@@ -145,7 +145,7 @@ GROWTH = {  # what: (knob, its values, from a value to bytes, the exponent that 
 
 
 def exponent(values, numbers):
-    """The power with which the last step grows; that of what does not grow is 0."""
+    """The power with which the last step grows; 0 if it does not grow."""
     return math.log(numbers[-1] / numbers[-2]) / math.log(values[-1] / values[-2])
 
 

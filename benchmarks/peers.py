@@ -15,7 +15,7 @@ def load(module):
     """The module, or None and a line that says what is missing."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # these modules' own, on features they still use
+            warnings.simplefilter("ignore")  # from these modules, on features they still use
             return importlib.import_module(module)
     except ImportError as reason:
         print(f"{module} is left out: {reason}; pip install -e '.[peers]' has it")
@@ -23,7 +23,7 @@ def load(module):
 
 
 def of_tfp():
-    """{name: (draw of a key and logits, whether it has a gradient)}, and the version."""
+    """{name: (draw from a key and logits, whether it has a gradient)}, and the version."""
     tfp = load("tensorflow_probability.substrates.jax")
     if tfp is None:
         return {}, None
@@ -41,7 +41,7 @@ def of_tfp():
 
 
 def of_torch():
-    """{name: draw of logits} of PyTorch itself, and the version."""
+    """{name: draw from logits} for PyTorch itself, and the version."""
     torch = load("torch")
     if torch is None:
         return {}, None
@@ -56,7 +56,7 @@ def of_torch():
 
 
 def of_relaxit():
-    """{name: draw of logits, or of means} of PyTorch's relaxit, and the version."""
+    """{name: draw from logits, or from means} for PyTorch's relaxit, and the version."""
     torch, d = load("torch"), load("relaxit.distributions")
     if torch is None or d is None:
         return {}, None
@@ -91,7 +91,7 @@ def of_relaxit():
 
 
 def torch_pass(draw, logits, weights, backward):
-    """The draw, and where asked its gradient in the logits, for a fixed cotangent."""
+    """The draw and, if requested, its gradient in the logits, for a fixed cotangent."""
     import torch
 
     as_torch = lambda x: torch.from_numpy(np.array(x, np.float32)).to(getattr(torch, str(np.dtype(x.dtype))))

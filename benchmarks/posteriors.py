@@ -1,9 +1,8 @@
-"""Posterior probabilities by `relax` against known answers, beside RLOO_ELBO and TraceGraph_ELBO on the
-discrete model.
+"""Posterior probabilities with `relax`, RLOO_ELBO and TraceGraph_ELBO, compared with known answers.
 
-Every model is small enough to enumerate, or has a mean-field optimum in closed form: the answer is the
-exact posterior where a mean-field guide holds it, else the best mean-field guide. All methods train
-the same guide, with the same optimizer, steps and particles, so with as many evaluations of the
+Every model is small enough to enumerate, or has a mean-field optimum in closed form. The answer is the
+exact posterior if a mean-field guide can represent it, otherwise the best mean-field guide. All methods
+train the same guide, with the same optimizer, steps and particles, and so with as many evaluations of the
 likelihood. Writes a table to the terminal and results/posteriors.json.
 """
 
@@ -37,7 +36,7 @@ from relaxit_jax.handlers import AutoMeanField, relax, take
 class Problem:
     model: Callable
     answer: Callable  # -> probabilities of the discrete sites, by name, under the best guide
-    init: dict = dataclasses.field(default_factory=dict)  # of the continuous sites
+    init: dict = dataclasses.field(default_factory=dict)  # for the continuous sites
     particles: int = 30
 
     def guide(self):
@@ -147,7 +146,7 @@ def mixture(x):
 
 
 def mixture_answer(x, centres):
-    """Coordinate ascent on q(loc) q(z), all in closed form; labels as in the centres."""
+    """Coordinate ascent on q(loc) q(z), all in closed form, with labels ordered like the centers."""
     x, m, variance = x.astype(float), centres.astype(float), np.full(4, 0.01)
     for _ in range(2000):
         q = sp.softmax(-((x[:, None] - m) ** 2).sum(-1) / 2 - variance, -1)  # 2 dimensions, each / 2
@@ -159,7 +158,7 @@ def mixture_answer(x, centres):
 def mixture_problem(centres):
     x = mixture_data(centres)
     answer = lambda: mixture_answer(x, centres)
-    # The largest error of 2,000 probabilities: with 30 particles it is noise for more than a quarter.
+    # The largest error of 2,000 probabilities: with 30 particles, more than a quarter of it is noise.
     return Problem(lambda: mixture(x), answer, {"loc": centres}, particles=100)
 
 
@@ -171,7 +170,7 @@ SLAB, NOISE, INCLUDED = 2.0, 1.0, 0.2
 def regression_data(n=80, p=12):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(n, p))
-    x[:, 1] = 0.7 * x[:, 0] + 0.7 * x[:, 1]  # a noise column that resembles a true one
+    x[:, 1] = 0.7 * x[:, 0] + 0.7 * x[:, 1]  # a noise column that is similar to a true one
     weights = np.zeros(p)
     weights[[0, 3, 7]] = 1.5, -1.0, 0.6
     return x.astype(np.float32), (x @ weights + NOISE * rng.normal(size=n)).astype(np.float32)
@@ -185,7 +184,7 @@ def spike_and_slab():
 
 
 def spike_and_slab_answer():
-    """The best q(on) q(slope): the bound of a mean-field guide has a closed form here."""
+    """The best q(on) q(slope): the ELBO of a mean-field guide has a closed form here."""
     x, y = (a.astype(float) for a in regression_data())
     p = x.shape[1]
 
@@ -257,7 +256,7 @@ PROBLEMS = {
 
 
 def train(problem, tau, steps, seed=0, loss=Trace_ELBO, **options):
-    """Trained probabilities of the discrete sites; without a tau, of the discrete model itself."""
+    """Trained probabilities of the discrete sites; without a tau, for the discrete model itself."""
     guide = problem.guide()
     handled = lambda f: f if tau is None else relax(f, tau=tau, **options)
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps, exponent=2))
@@ -267,7 +266,7 @@ def train(problem, tau, steps, seed=0, loss=Trace_ELBO, **options):
 
 
 def error(found, answer):
-    """The largest difference of two laws, a value of one that the other does not have counting as 0."""
+    """The largest difference between two laws, where a value that one lacks counts as 0."""
     worst = 0.0
     for name, p in answer.items():
         pair = np.atleast_1d(p), np.atleast_1d(found[name])
@@ -278,10 +277,10 @@ def error(found, answer):
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--steps", default=4000, help="Steps of Adam.")
-@click.option("--seeds", default=3, help="Runs of each; the table has the mean of their errors.")
+@click.option("--steps", default=4000, help="Number of Adam steps.")
+@click.option("--seeds", default=3, help="Number of runs of each; the table has the mean of their errors.")
 @click.option(
-    "--only", multiple=True, type=click.Choice(list(PROBLEMS)), help="One problem; may be repeated."
+    "--only", multiple=True, type=click.Choice(list(PROBLEMS)), help="Problem to train; may be repeated."
 )
 @out_option
 def main(steps, seeds, only, out):
@@ -301,7 +300,7 @@ def main(steps, seeds, only, out):
             start = time.perf_counter()
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of NumPyro, on discrete latents
+                    warnings.simplefilter("ignore")  # from NumPyro, on discrete latents
                     errors = [
                         error(train(problem, steps=steps, seed=s, **options), answer) for s in range(seeds)
                     ]

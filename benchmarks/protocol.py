@@ -1,8 +1,8 @@
 """The fixed protocol: 20 latents, 784-400-20-400-784 with ReLU, 4,000 training and 1,000 test images.
 
-Each row is one run of examples/vae.py without its augmentation, schedule and learned prior; the number
-compared is the test negative ELBO of the discrete model, in nats. `better` is the better of two
-measurements to be at or below: the PyTorch predecessor's and a plain JAX prototype's.
+Each entry is one run of examples/vae.py without its augmentation, schedule and learned prior. The number
+compared is the test negative ELBO of the discrete model, in nats. `better` is the better of two measurements
+to reach: the PyTorch predecessor's and a plain JAX prototype's.
 """
 
 import json
@@ -21,7 +21,7 @@ VAE = pathlib.Path(__file__).parents[1] / "examples" / "vae.py"
 PROTOCOL = ["--data", "mnist5k", "--hidden", "400", "--latents", "20", "--activation", "relu"]
 PROTOCOL += ["--learning-rate", "0.001", "--schedule", "constant", "--batch-size", "128"]
 PROTOCOL += ["--no-augment", "--prior", "fixed"]
-ROWS = {  # name: (flags, the number to be at or below)
+ROWS = {  # name: (flags, the number to reach)
     "relaxed_bernoulli, tau 0.5": ("--method relaxed_bernoulli --tau 0.5", 132.2),
     "relaxed_bernoulli, tau 0.1": ("--method relaxed_bernoulli --tau 0.1", 133.6),
     "relaxed_bernoulli_hard, tau 0.5": ("--method relaxed_bernoulli_hard --tau 0.5", 132.5),
@@ -47,18 +47,18 @@ ROWS = {  # name: (flags, the number to be at or below)
 
 
 def picked(name, only):
-    """By its whole name, or by a part of it that is not the whole name of another."""
+    """Select by whole name, or by a part of it that is not the whole name of another."""
     return name in only or any(part in name for part in only if part not in ROWS)
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--epochs", type=click.IntRange(min=1), default=50, help="Of each run.")
+@click.option("--epochs", type=click.IntRange(min=1), default=50, help="Number of epochs of each run.")
 @click.option(
-    "--only", multiple=True, help="Only rows with this in their name; the others keep their results."
+    "--only", multiple=True, help="Run only methods with this in their name; the others keep their results."
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=1, help="Runs of each row.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, help="Number of runs of each method.")
 def main(epochs, seeds, only):
-    """Train every method by the fixed protocol and print its test negative ELBO."""
+    """Train every method under the fixed protocol and print its test negative ELBO."""
     before = RESULTS / "protocol.json"
     table = json.loads(before.read_text())["test_negative_elbo"] if only and before.exists() else {}
     rows = {name: row for name, row in ROWS.items() if not only or picked(name, only)}

@@ -1,11 +1,11 @@
-"""Quantizers against PyTorch's vector-quantize-pytorch: the same results, then the time of a training step.
+"""Quantizers compared with PyTorch's vector-quantize-pytorch: results, then the time of a training step.
 
-Both get the same vectors, codes and cotangents, in float32. First every result of both is compared: how many
-vectors have another index, and the largest difference of values, losses, gradients and codes after a step,
+Both get the same vectors, codes and cotangents, in float32. First every result is compared: how many vectors
+have different indices, and the largest difference of values, losses, gradients and codes after a step,
 relative to the largest number. Then both run in one process in turns; a ratio is the time of this library
 over the time of PyTorch's, the median over the turns with its quartiles. PyTorch is eager, on one thread or
-on all cores, whichever is faster: its threads wait for each other, long if other work has their cores.
-Goal: at most 0.5.
+on all cores, whichever is faster: its threads wait for each other, for a long time if other work has their
+cores. Goal: at most 0.5.
 
 Four definitions differ, so these are compared:
 
@@ -13,11 +13,11 @@ Four definitions differ, so these are compared:
   one of our losses and the gradient of their sum. With moving averages it is `commitment_loss`.
 - `ResidualVQ` has such a loss for each stage; their sum is ours. Its value is a sum of straight-through
   values, each with a gradient in the input: with 4 stages the gradient is 4 times ours, which is the
-  gradient at the sum of codes. Its rotation is one for each stage, ours is one to the sum: not compared.
-- `LFQ` has the first number of a vector as the highest bit of the index, we have it as the lowest: we get
-  the vector reversed.
+  gradient at the sum of codes. It rotates once for each stage, ours once to the sum: not compared.
+- `LFQ` uses the first number of a vector as the highest bit of the index, ours as the lowest: we pass the
+  vector reversed.
 - The entropy loss of `LFQ` has the entropy of the mean over all 2^d codes, ours the sum over bits. They are
-  equal where bits are independent over the batch: there they are compared.
+  equal if bits are independent over the batch: there they are compared.
 
 Writes results/quantizers.json and a table to the terminal, and takes some minutes.
 """
@@ -42,18 +42,18 @@ from rows import size_name
 from timing import interleaved, milliseconds, ratio
 
 GOAL = 0.5
-SIZES = (4096, 64, 1024), (16_384, 32, 256)  # vectors, their dimension, codes
+SIZES = (4096, 64, 1024), (16_384, 32, 256)  # number of vectors, their dimension, number of codes
 STAGES = 4
 LEVELS = (8, 5, 5, 5)
 BITS = 10
 DECAY = 0.8
-TAU = 2.0  # of the entropy loss: on the grid, probabilities stay above 1e-5, where LFQ clamps them
+TAU = 2.0  # for the entropy loss: on the grid, probabilities stay above 1e-5, where LFQ clamps them
 PASSES = "forward", "forward + backward"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The same method twice. A step takes the weights of value and loss in what it differentiates."""
+    """The same method twice. A step gets the weights of value and loss in the function it differentiates."""
 
     forward: Callable
     step: Callable
@@ -67,7 +67,7 @@ def normal(seed, *shape):
 
 
 def on_both(torch, *arrays):
-    """JAX's arrays, and PyTorch's: a batch of one sequence of vectors, and the rest as it is."""
+    """JAX's arrays, and PyTorch's: a batch with one sequence of vectors, and the rest unchanged."""
     return [jnp.asarray(a) for a in arrays], [torch.from_numpy(a.copy()) for a in arrays]
 
 
@@ -219,7 +219,7 @@ def without_codebook(torch, module, x, w, tx, tw, quantize, **options):
 
 
 def eager(torch, module, x):
-    """As vectors become tokens after training: the module in eval mode, without gradients."""
+    """Vectors become tokens as after training: the module in eval mode, without gradients."""
 
     def forward():
         module.eval()
@@ -235,7 +235,7 @@ def grid(d=5, levels=(-0.7, -0.2, 0.3, 0.9)):
 
 
 def methods():
-    """{name: [(size, what makes the pair of it)]}."""
+    """{name: [(size, function that makes the pair)]}."""
     found = {}
     for name, gradient, averages in (
         ("vector_quantize, straight-through", "straight_through", False),
@@ -255,9 +255,9 @@ def array(x):
 
 
 def agreement(pair):
-    """How many vectors have another index, and of the others the largest difference to the largest number.
+    """How many vectors have different indices, and the largest relative difference of the others.
 
-    The gradients of value and loss are compared apart: that of a mean is small beside the other.
+    The gradients of value and loss are compared separately, because the gradient of a mean is small.
     """
     found = {}
     for what, weights in (("value", (1.0, 0.0)), ("loss", (0.0, 1.0))):
@@ -286,7 +286,7 @@ def on_threads(torch, threads, f):
 
 def measure(make, torch, vq, size, rounds, budget):
     pair = make(torch, vq, size)
-    # the entropies are equal on a grid alone
+    # the entropies are equal only on a grid
     compared = make(torch, vq, grid().shape, grid()) if make is lookup_free_quantize else pair
     result = {"agreement": agreement(compared)}
     step = functools.partial(pair.step, jnp.float32(1), jnp.float32(1))
@@ -308,7 +308,7 @@ def measure(make, torch, vq, size, rounds, budget):
 
 
 def summary(table):
-    """How many of the ratios meet the goal, and those that do not, the worst first."""
+    """How many of the ratios meet the goal, and the others, the worst first."""
     ratios = [
         (result[which]["to PyTorch"]["ratio"], " / ".join((name, size, which)))
         for name, sizes in table.items()
@@ -321,18 +321,18 @@ def summary(table):
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--rounds", type=click.IntRange(min=5), default=30, help="Turns of each comparison.")
+@click.option("--rounds", type=click.IntRange(min=5), default=30, help="Number of turns of each comparison.")
 @click.option(
-    "--budget", type=click.FloatRange(min=0.1), default=20.0, help="Seconds of a comparison, about."
+    "--budget", type=click.FloatRange(min=0.1), default=20.0, help="Approximate seconds for a comparison."
 )
 @click.option("--only", multiple=True, type=click.Choice(list(methods())), metavar="NAME",
-              help="Only this method; may be repeated. Nothing is written without --out.")  # fmt: skip
+              help="Run only this method; may be repeated. Nothing is written without --out.")  # fmt: skip
 @out_option
 def main(rounds, budget, only, out):
     vq = peers.load("vector_quantize_pytorch")
     if vq is None:
         return
-    _, version = peers.of_torch()  # which takes all cores
+    _, version = peers.of_torch()  # it uses all cores
     import torch
 
     table = {}

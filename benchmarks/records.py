@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one JSON and one picture of its name, with versions and machine."""
+"""Write the results of a benchmark: one JSON file and one picture, with versions and machine."""
 
 import json
 import pathlib
@@ -15,12 +15,12 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 out_option = click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=pathlib.Path),
-    help="Folder of the JSON and the picture.  [default: benchmarks/results]",
+    help="Folder for the JSON and the picture.   [default: benchmarks/results]",
 )
 
 
 def write(name, content, out=None, figure=None):
-    """The JSON, with its versions, and the picture beside it."""
+    """Write the JSON, with its versions, and the picture next to it."""
     out = out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
@@ -32,7 +32,7 @@ def write(name, content, out=None, figure=None):
 
 
 def shrink(path):
-    """To a palette: a third of the bytes, and lines and letters look the same."""
+    """Reduce to a palette: a third of the bytes, and lines and letters look the same."""
     from PIL import Image
 
     with Image.open(path) as image:

@@ -1,9 +1,9 @@
-"""What the benchmarks compare: every sampler, hand-written JAX, and the peers that have it too.
+"""The methods that the benchmarks compare: every sampler, hand-written JAX, and other libraries' versions.
 
-A draw is a function of a key and of logits (or means), everything else fixed. Peers of PyTorch draw from
-PyTorch's own generator: functions of logits alone. Hand-written JAX for each method comes first, as papers,
-blogs and the authors' code have it. It is here to be timed, not to be right: some of it loses rare events,
-some is NaN at extremes.
+A draw is a function of a key and of logits (or means), everything else fixed. PyTorch's libraries draw from
+PyTorch's own generator, so their draws are functions of logits alone. Hand-written JAX for each method
+comes first, in the form of papers, blogs and the authors' code. It is here to be timed, not to be right:
+some of it loses rare events, some is NaN at extremes.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ import relaxit_jax as rj
 TAU, SCALE, K, SAMPLES, ROUNDS = 0.5, 0.5, 5, 10, 20
 BITS, CLASSES, MANY = (4096, 20), (256, 10, 128), (64, 32768)
 SIZES = (BITS, CLASSES, MANY)
-ITEMS = ((4096, 20), (256, 10, 32), (64, 256))  # whose matrices are of n x n
-MATRICES = ((204, 20, 20), (20, 128, 128), (2, 1024, 1024))  # of about as many elements
+ITEMS = ((4096, 20), (256, 10, 32), (64, 256))  # whose matrices are n x n
+MATRICES = ((204, 20, 20), (20, 128, 128), (2, 1024, 1024))  # with about as many elements
 
 
 def factor(k):
-    """Of the correlation matrix with 0.5 off its diagonal."""
+    """The factor of the correlation matrix with 0.5 off its diagonal."""
     return jnp.linalg.cholesky(jnp.full((k, k), 0.5) + 0.5 * jnp.eye(k))
 
 
@@ -70,7 +70,7 @@ def stochastic_times_smooth(key, l):
 
 
 def correlated_bernoulli(key, l):
-    u = ndtr(jax.random.normal(key, l.shape) @ factor(l.shape[-1]).T)  # which half precision has not
+    u = ndtr(jax.random.normal(key, l.shape) @ factor(l.shape[-1]).T)  # half precision does not have it
     return jax.nn.sigmoid((l + jnp.log(u) - jnp.log1p(-u)) / TAU).astype(l.dtype)
 
 
@@ -169,9 +169,9 @@ def relaxed_top_k(key, l):
 
 
 def simple_top_k(key, l):
-    """The table of log-polynomials, one element a step; its gradient is the marginals."""
+    """The table of log-polynomials, one element per step; its gradient is the marginals."""
     columns = jnp.moveaxis(l.astype(jnp.float32), -1, 0)
-    empty = jnp.full((*l.shape[:-1], K + 1), -1e30).at[..., 0].set(0)  # -inf has a gradient of NaN
+    empty = jnp.full((*l.shape[:-1], K + 1), -1e30).at[..., 0].set(0)  # -inf has a NaN gradient
     with_it = lambda table, x: jnp.concatenate(
         [table[..., :1], jnp.logaddexp(table[..., 1:], table[..., :-1] + x[..., None])], -1
     )
@@ -198,7 +198,7 @@ def simple_top_k(key, l):
 
 
 def gumbel_sinkhorn(key, l):
-    """Twenty rounds of normalising, as in the paper; at low tau they are far from the limit."""
+    """Twenty rounds of normalizing, as in the paper; at low tau they are far from the limit."""
     a = perturbed(key, l) / TAU
     for _ in range(ROUNDS):
         a = a - jax.nn.logsumexp(a, -1, keepdims=True)
@@ -219,15 +219,15 @@ def relaxed_permutation(key, l):
 class Row(NamedTuple):
     ours: Callable
     by_hand: Callable
-    numbers: int = 1  # random ones, for each logit; and one for each event where an event is drawn as well
+    numbers: int = 1  # random ones, for each logit; and one for each event if an event is drawn as well
     sizes: tuple = SIZES
     integers: bool = False  # no gradient
-    peer: str = ""  # its name among the peers, where it is not its own
+    peer: str = ""  # its name in other libraries, if it differs
     small: tuple = (4,)  # logits that a test draws with
 
 
 def spread(key, l, draw):
-    """The factor belongs to the problem and not to the draw; a constant here, as it is by hand."""
+    """The factor belongs to the problem and not to the draw, so it is a constant, as in hand-written code."""
     return draw(key, l, factor(l.shape[-1]).astype(l.dtype))
 
 

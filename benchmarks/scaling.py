@@ -1,9 +1,9 @@
 """Time and memory of every sampler, value and gradient, over the batch, the classes and k.
 
-Batches of 2^6 to 2^20 events of 16 classes (or bits), 16 events of 2 to 2^18 classes, and 1 to 1,000 of
-4,096 elements, in powers of two; what cannot be that large ends sooner (a factor or a matrix of places
-is quadratic, SIMPLE runs one element after another). Exponents are fitted to the upper half of each
-curve, where the price of a call no longer counts: 1 is linear.
+Batches have 2^6 to 2^20 events of 16 classes (or bits); then 16 events have 2 to 2^18 classes; then 1 to
+1,000 of 4,096 elements are drawn, in powers of two. Methods that cannot be that large end sooner (a factor
+or a matrix of places is quadratic, SIMPLE runs one element after another). Exponents are fitted to the upper
+half of each curve, where the cost of a call no longer counts: 1 is linear.
 
 Writes results/scaling.json and results/scaling.png, and takes a quarter of an hour.
 """
@@ -26,7 +26,7 @@ EVENTS, CLASSES, ELEMENTS = 16, 16, 4096
 BATCHES = [2**i for i in range(6, 21, 2)]
 COUNTS = [2**i for i in (1, 4, 7, 10, 13, 15, 16, 18)]
 SIZES = [1, 4, 16, 64, 250, 1000]
-LARGEST = {  # of what is more than linear, or slow, the last one
+LARGEST = {  # the last size for methods that are more than linear, or slow
     "batch": {"gumbel_sinkhorn": 2**14, "simple_top_k": 2**18, "gumbel_rao": 2**18, "reinmax_rao": 2**18},
     "classes": {"relaxed_permutation": 2**10, "correlated_bernoulli": 2**11, "logistic_normal_full": 2**11,
                 "simple_top_k": 2**13},
@@ -39,7 +39,7 @@ OF_K = {  # (draw, the largest k)
 
 
 def points(name, axis):
-    """[(what is varied, shape of the logits)] of a sampler on an axis."""
+    """[(the varied quantity, shape of the logits)] for a sampler on an axis."""
     last = LARGEST[axis].get(name, np.inf)
     if axis == "batch":
         event = (8, 8) if name == "gumbel_sinkhorn" else (CLASSES,)
@@ -65,7 +65,7 @@ def measure(draw, shape, rounds, budget):
 
 
 def exponent(x, y):
-    """Of y ~ x^e, by least squares on the upper half of the points, three at least."""
+    """The exponent e in y ~ x^e, by least squares on the upper half of the points, at least three."""
     half = min(len(x) - 3, len(x) // 2) if len(x) > 3 else 0
     return float(np.polyfit(np.log(x[half:]), np.log(y[half:]), 1)[0])
 
@@ -108,7 +108,7 @@ def picture(table):
 
 
 def exponents(rows, which):
-    """Those of all, and who is furthest from linear."""
+    """All exponents, and which is furthest from linear."""
     found = sorted((row[which], name) for name, row in rows.items())
     if len(found) <= 3:
         return "\n".join(f"{name} {exponent:.2f}" for exponent, name in found)
@@ -117,11 +117,13 @@ def exponents(rows, which):
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--rounds", type=click.IntRange(min=3), default=10, help="Turns of each point.")
-@click.option("--budget", type=click.FloatRange(min=0.1), default=1.0, help="Seconds of a point, about.")
+@click.option("--rounds", type=click.IntRange(min=3), default=10, help="Number of turns of each point.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0.1), default=1.0, help="Approximate seconds for a point."
+)
 @click.option("--only", multiple=True, type=click.Choice(list(ROWS)), metavar="NAME",
-              help="Only this sampler; may be repeated. Nothing is written without --out.")  # fmt: skip
-@click.option("--largest", type=click.IntRange(min=64), help="No batch and no number of classes above this.")
+              help="Run only this sampler; may be repeated. Nothing is written without --out.")  # fmt: skip
+@click.option("--largest", type=click.IntRange(min=64), help="Largest batch and number of classes.")
 @out_option
 def main(rounds, budget, only, largest, out):
     largest = largest or 2**20

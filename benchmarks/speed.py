@@ -1,9 +1,10 @@
-"""Every sampler against the line written by hand, its random bits alone, and the libraries that have it too.
+"""Every sampler compared with hand-written JAX, with its random bits alone, and with other libraries.
 
-Forward, and forward with the gradient in the logits, at three sizes and in two dtypes. All that is compared
-runs in one process in turns; a ratio is the time of this library over that of the other, the median over
-the turns with its quartiles. Goals: at most 1.15 of hand-written JAX, 1.5 of jax.random.bits, 0.2 of
-PyTorch and its relaxit, 1 of TensorFlow Probability. What is not installed is left out with a line.
+It times the forward pass, and the forward pass with the gradient in the logits, at three sizes and in two
+dtypes. Everything that is compared runs in one process in turns; a ratio is the time of this library over the
+other time, the median over the turns with its quartiles. Goals: at most 1.15 of hand-written JAX, 1.5 of
+jax.random.bits, 0.2 of PyTorch and its relaxit, 1 of TensorFlow Probability. Libraries that are not installed
+are left out with a line.
 
 Writes results/speed.json and results/speed.png, a table to the terminal, and takes half an hour.
 """
@@ -34,7 +35,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def jax_pass(draw, logits, weights, backward):
-    """The draw, and where asked its gradient in the logits, for a fixed cotangent."""
+    """The draw and, if requested, its gradient in the logits, for a fixed cotangent."""
     key = jax.random.key(0)
 
     def both(key, logits, weights):
@@ -94,7 +95,7 @@ def measure(name, shape, dtype, backward, others, rounds, budget):
 
 
 def summary(table):
-    """For each goal, how many of its comparisons meet it, and those that do not, the worst first."""
+    """For each goal, how many of its comparisons meet it, and the others, the worst first."""
     found = {}
     for versus, goal in GOALS.items():
         ratios = [
@@ -115,7 +116,7 @@ def summary(table):
 
 
 def picture(table):
-    """A panel a size, a line a sampler, a mark for each comparison of the forward and backward pass."""
+    """One panel per size, one line per sampler, one mark per comparison of the forward and backward pass."""
     marks = {
         "to hand-written JAX": ("o", "tab:blue"), "to random bits": ("|", "tab:gray"),
         "to TensorFlow Probability": ("s", "tab:green"), "to PyTorch": ("^", "tab:red"),
@@ -156,11 +157,13 @@ def panel_title(table, index):
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--rounds", type=click.IntRange(min=5), default=30, help="Turns of each comparison.")
-@click.option("--budget", type=click.FloatRange(min=0.1), default=3.0, help="Seconds of a comparison, about.")
+@click.option("--rounds", type=click.IntRange(min=5), default=30, help="Number of turns of each comparison.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0.1), default=3.0, help="Approximate seconds for a comparison."
+)
 @click.option("--only", multiple=True, type=click.Choice(list(ROWS)), metavar="NAME",
-              help="Only this sampler; may be repeated. Nothing is written without --out.")  # fmt: skip
-@click.option("--size", type=click.IntRange(0, 2), help="Only the first (0), second or third size.")
+              help="Run only this sampler; may be repeated. Nothing is written without --out.")  # fmt: skip
+@click.option("--size", type=click.IntRange(0, 2), help="Run only the first (0), second or third size.")
 @out_option
 def main(rounds, budget, only, size, out):
     found = {

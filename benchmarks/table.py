@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from benchmarks/results: python benchmarks/table.py
+"""Write the tables of README.md and docs/performance.md from benchmarks/results: python benchmarks/table.py
 
 Each stands between two comments, and a test compares it with the results.
 """
@@ -10,14 +10,14 @@ import re
 import click
 
 from records import RESULTS
+from versions import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 PASSES = "forward", "forward + backward"
 PASS = PASSES[1]
 HAND, NONE = "to hand-written JAX", "-"
-SHOWN = {  # in README, at one size
-    "relaxed_bernoulli", "gumbel_softmax", "straight_through_categorical", "gumbel_rao", "simple_top_k",
-    "relaxed_top_k",
+SHOWN = {  # shown in README, at one size
+    "gumbel_softmax", "gumbel_rao", "simple_top_k", "relaxed_top_k",
 }  # fmt: skip
 SIZE = "256 x 10 x 128"
 
@@ -36,7 +36,7 @@ def ratio(results, versus):
 
 
 def cells(by_size):
-    """Time to hand-written JAX in float32 and bfloat16, and to PyTorch or else relaxit, at these sizes."""
+    """Time over hand-written JAX in float32 and bfloat16, and over PyTorch or relaxit, at these sizes."""
     passes = {dtype: [size[dtype][PASS] for size in by_size] for dtype in ("float32", "bfloat16")}
     peer = "to PyTorch" if any("to PyTorch" in found for found in passes["float32"]) else "to relaxit"
     wanted = ("float32", HAND), ("bfloat16", HAND), ("float32", peer)
@@ -46,18 +46,32 @@ def cells(by_size):
 
 
 def written(name):
-    """Rows have the names of their samplers, with what a row asks of it: `gumbel_softmax`, hard."""
+    """Lines have the names of their samplers, with their option: `gumbel_softmax`, hard."""
     sampler, asked = re.fullmatch("(.+?)(?:_(hard|full))?", name).groups()
     return f"`{sampler}`" + (f", {asked}" if asked else "")
 
 
 def samplers():
-    """A row for each sampler, at all sizes."""
+    """One line for each sampler, at all sizes."""
     memory, rows = read("memory")["samplers"], []
     for name, by_size in read("speed")["rows"].items():
         hand, half, peer = cells(list(by_size.values()))
         rows.append((written(name), hand, half, f"{memory[name]['ratio']:.2f}", peer))
     return table(("sampler", "float32", "bfloat16", "memory", "to PyTorch"), rows)
+
+
+def short():
+    """README's table, with its versions below it."""
+    speed, compiled, memory = read("speed"), read("accelerators")["results"], read("memory")["samplers"]
+    rows = []
+    for name, by_size in speed["rows"].items():
+        if name in SHOWN:
+            hand, _, peer = cells([by_size[SIZE]])
+            on_gpu = ratio(compiled["H100, float32"][name], PASS)
+            rows.append((written(name), hand, f"{memory[name]['ratio']:.2f}", peer, on_gpu))
+    peers = ", ".join(f"{name} {speed['peers'][name]}" for name in ("PyTorch", "relaxit"))
+    text = table(("sampler", "time", "memory", "time to PyTorch", "H100 bytes"), rows)
+    return f"{text}\n\n{sentence(speed['versions'])} Peers: {peers}."
 
 
 def accelerators():
@@ -73,7 +87,7 @@ def accelerators():
 
 
 def fused():
-    """Arrays that are moved by hand-written JAX, by the plain form and by fused kernels, on an H100."""
+    """Arrays moved by hand-written JAX, by the plain form and by fused kernels, on an H100."""
     results = read("accelerators")["results"]
     head = ["sampler"]
     rows = {}
@@ -101,6 +115,7 @@ def epochs():
 
 
 TABLES = {
+    "README.md": {"speed": short},
     "docs/performance.md": {
         "speed": samplers,
         "epochs": epochs,

@@ -1,4 +1,4 @@
-"""Times as ratios: what is compared runs in one process, in turns, and the median of each is taken."""
+"""Times as ratios: everything compared runs in one process, in turns, and the median of each is taken."""
 
 import time
 
@@ -7,11 +7,12 @@ import numpy as np
 
 
 def interleaved(functions, rounds, calls=None, budget=None):
-    """The seconds of a call of each function, in each of `rounds` turns of all.
+    """The seconds per call of each function, in each of `rounds` turns.
 
     A turn of a function is `calls` calls, or as many as take 3 milliseconds. Functions that would take
-    longer than `budget` seconds in all get fewer turns, five at least. Who follows whom changes from turn to
-    turn: the threads of PyTorch look for work for a while after a call, on a core that the next one needs.
+    longer than `budget` seconds in total get fewer turns, at least five. The order changes from turn to
+    turn: the threads of PyTorch look for work for a while after a call, on a core that the next function
+    needs.
     """
     first = {}
     for name, f in functions.items():

@@ -1,10 +1,10 @@
-"""An epoch of the VAE by every method, over that without sampling and over the same loop in PyTorch.
+"""An epoch of the VAE with every method, compared with no sampling and with the same loop in PyTorch.
 
-Without sampling the decoder sees the mean of the latents, or for gates and simplices of Gaussians that of
-their centre, everything else is the same, the KL too. Goals: a sampler at most 1.05 times that, at most
-half of PyTorch's time, and as fast at tau = 0.1 as at 0.5, where denormal numbers slow PyTorch down;
-disarm at most 2.2 and rebar at most 3.5 times the straight-through bits. PyTorch is left out where it
-is not installed.
+Without sampling the decoder sees the mean of the latents or, for gates and simplices of Gaussians, of their
+centers. Everything else is the same, including the KL. Goals: a sampler takes at most 1.05 times as long, at
+most half of PyTorch's time, and as long at tau = 0.1 as at 0.5, where denormal numbers slow PyTorch down;
+disarm takes at most 2.2 and rebar at most 3.5 times as long as the straight-through bits. PyTorch is left out
+if it is not installed.
 
 Writes results/training.json and results/training.png, and takes some minutes.
 """
@@ -50,7 +50,7 @@ def config(method, tau):
 
 
 def mean(family, key, q, g, tau):
-    """What the decoder sees without sampling."""
+    """The decoder's input without sampling."""
     if isinstance(family, latents.Counts):
         return jnp.exp(family.log_mean(q))
     if isinstance(family, latents.GaussianGates):
@@ -78,7 +78,7 @@ def jax_epoch(images, method, tau, sample=True):
 
 
 def torch_draw(torch, method, q, tau):
-    """Latents for the decoder and their KL from the uniform prior, as a PyTorch user writes them."""
+    """Latents for the decoder and their KL from the uniform prior, as a PyTorch user would write them."""
     if method == "gumbel_softmax":
         logits = q.view(-1, LATENTS, CLASSES)
         log_p = torch.log_softmax(logits, -1)
@@ -93,7 +93,7 @@ def torch_draw(torch, method, q, tau):
 
 
 def torch_epoch(images, method, tau):
-    """The same network, objective, optimiser and batches."""
+    """The same network, objective, optimizer and batches."""
     import torch
 
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def all_epochs(images, chosen, with_torch):
 
 
 def row_of(name, seconds):
-    """The time of an epoch, and its ratios to what it is to be compared with."""
+    """The time of an epoch, and its ratios to the times it is compared with."""
     method, low = name.removeprefix("PyTorch ").split(",")[0], name.endswith("tau 0.1")
     row = {"milliseconds": milliseconds(seconds[name])}
     if low:
@@ -181,9 +181,9 @@ def picture(table):
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--rounds", type=click.IntRange(min=3), default=15, help="Turns of one epoch each.")
+@click.option("--rounds", type=click.IntRange(min=3), default=15, help="Number of turns of one epoch each.")
 @click.option("--only", multiple=True, type=click.Choice(list(METHODS)), metavar="NAME",
-              help="Only this method; may be repeated. Nothing is written without --out.")  # fmt: skip
+              help="Run only this method; may be repeated. Nothing is written without --out.")  # fmt: skip
 @out_option
 def main(rounds, only, out):
     torch = peers.of_torch()[1]

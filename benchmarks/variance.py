@@ -1,9 +1,9 @@
-"""Gradient variance times time of every estimator, on the encoder of the VAE: which is best for a budget.
+"""Gradient variance times time of every estimator, on the encoder of the VAE: the best one for a budget.
 
-Averaging m estimates divides their variance by m and multiplies their time by m: of two unbiased ones, the
-one whose product of the two is smaller is better at any budget. A bias stays, so that a biased one is best
-for small budgets only, if at all. Measured on the latents of a minibatch of test images, 20 bits each and 20
-categories of 10, early and late in training; all estimators of a problem in turns, in one process.
+Averaging m estimates divides their variance by m and multiplies their time by m. Of two unbiased ones, the
+one with the smaller product is therefore better at any budget. Bias remains, so a biased one is best only
+for small budgets, if at all. Measured on the latents of a minibatch of test images, 20 bits each and 20
+categories of 10, early and late in training; all estimators of a problem run in turns, in one process.
 
 Writes results/variance.json and results/variance.png, and takes some minutes.
 """
@@ -46,7 +46,7 @@ def encoders(name, images, epochs, digits):
 
 
 def rows_of(report):
-    """Of each estimator: its numbers, and its product of variance and time over that of rloo."""
+    """The numbers of each estimator, and its product of variance and time over the product of rloo."""
     product = {name: report[name]["variance"] * report[name]["seconds"] for name in report.names}
     size = float(np.linalg.norm(report.gradient))
     return {
@@ -61,7 +61,7 @@ def rows_of(report):
 
 
 def best(report):
-    """{budget in seconds: the estimator of the smallest mean squared error}."""
+    """{budget in seconds: the estimator with the smallest mean squared error}."""
     error = lambda name, budget: mean_squared_error(report, name, "seconds", budget)
     return {str(b): min(report.names, key=lambda name: error(name, b)) for b in BUDGETS}
 
@@ -87,10 +87,17 @@ def picture(reports):
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--num-samples", type=click.IntRange(min=100), default=2000, help="Estimates of each.")
+@click.option(
+    "--num-samples",
+    type=click.IntRange(min=100),
+    default=2000,
+    help="Number of estimates from each estimator.",
+)
 @click.option("--epochs", multiple=True, type=click.IntRange(min=0), default=(2, 30),
-              help="Of training, before it is measured; may be repeated.")  # fmt: skip
-@click.option("--digits", type=click.IntRange(1, 1000), default=100, help="Test images of the minibatch.")
+              help="Number of training epochs before measuring; may be repeated.")  # fmt: skip
+@click.option(
+    "--digits", type=click.IntRange(1, 1000), default=100, help="Number of test images in the minibatch."
+)
 @out_option
 def main(num_samples, epochs, digits, out):
     images = split_images(load_images("mnist5k"))

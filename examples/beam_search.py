@@ -259,7 +259,7 @@ def draw(table, path):
     "--text",
     type=Path(),
     metavar="FILE",
-    help="Text file with the words to learn.   [default: Python's topics]",
+    help="Text file with the words to learn.  [default: Python's topics]",
 )
 @click.option(
     "--length", type=click.IntRange(2, 100), default=14, help="Number of letters in the longest words."

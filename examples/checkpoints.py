@@ -90,7 +90,7 @@ class Checkpoints:
             raise ValueError("its digest does not match")
         content = json.loads((folder / "run.json").read_text())
         if content["epoch"] != epoch:
-            raise ValueError(f"it is that of epoch {content['epoch']}")
+            raise ValueError(f"it belongs to epoch {content['epoch']}")
         return content
 
     def state(self, epoch, like):

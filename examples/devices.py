@@ -1,7 +1,7 @@
 """Data-parallel training on all devices of this process and of others, with JAX's own distribution.
 
 The batch is split over a mesh of all devices; everything else is replicated on each of them. Random numbers
-are those for the whole batch, wherever its parts are drawn, so a run has the same losses on any number of
+are drawn as for the whole batch, wherever its parts are drawn, so a run has the same losses on any number of
 devices. If a process is lost, the others cannot continue: they end with a message, and the last checkpoint
 stays. If one has different settings or data, or cannot start, all end with a line that says so.
 """

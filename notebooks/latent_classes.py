@@ -11,8 +11,8 @@
 # %% [markdown]
 # # A guide that converged, and was wrong
 #
-# Latent classes of handwritten digits: a model, a guide, a loss that settles. `check` finds that the answer
-# is not the best there is, and why; one argument mends it.
+# This notebook fits latent classes to handwritten digits: a model, a guide, a loss that settles. `check`
+# finds that the answer is not the best one, and why. One argument fixes it.
 
 # %%
 import os
@@ -37,9 +37,9 @@ KINDS = 10
 # %% [markdown]
 # ## The model
 #
-# 400 images of 8 x 8 pixels, black or white. Each image is of one of ten kinds, an integer $z_n$ that
-# nobody has seen, and each kind has its own probability of ink in every pixel. The labels of the data set
-# are kept for the end.
+# The data are 400 images of 8 x 8 pixels, black or white. Each image belongs to one of ten kinds, an integer
+# $z_n$ that nobody has seen, and each kind has its own probability of ink in every pixel. The labels of the
+# data set are kept for the end.
 
 # %%
 digits = load_digits()
@@ -59,7 +59,7 @@ def latent_classes(images):
 # ## The guide, and its training
 #
 # `AutoMeanField` gives each image its own probabilities of the ten kinds, and `RLOO_ELBO` trains them with
-# unbiased gradients of the discrete model. We estimate the bound of the trained guide with 500 draws.
+# unbiased gradients of the discrete model. We estimate the ELBO of the trained guide with 500 draws.
 
 
 # %%
@@ -88,8 +88,8 @@ plt.show()
 #
 # ## The check
 #
-# `check` asks what a loss cannot say. It takes about a minute, most of it for a rival: an `AutoStructured`
-# guide that is trained beside, from the data.
+# `check` finds problems that a loss cannot show. It takes about a minute, most of it for a rival: an
+# `AutoStructured` guide that is trained from the data for comparison.
 
 # %%
 found = check(
@@ -97,9 +97,9 @@ found = check(
 )
 
 # %% [markdown]
-# The rival's bound is better by hundreds of nats, for the same model: this guide sits in a poor optimum. The
-# picture shows which. From the prior all kinds start alike; half of them have lost their images to the
-# others, which hold several digits each.
+# The rival's ELBO is better by hundreds of nats, for the same model: this guide sits in a poor optimum. The
+# picture shows which one. When training starts from the prior, all kinds are alike. Half of them have lost
+# their images to the others, which hold several digits each.
 
 
 # %%
@@ -120,7 +120,7 @@ picture("from the prior")
 # %% [markdown]
 # ## The fix
 #
-# `init="data"`: before the first step, annealed coordinate ascent looks for a start, from several random
+# With `init="data"`, annealed coordinate ascent looks for a start before the first step, from several random
 # points.
 
 # %%
@@ -130,7 +130,7 @@ print(f"bound {bounds['from the data']:.0f} nats")
 picture("from the data")
 
 # %% [markdown]
-# The bound is level with the rival's, so `check` has nothing left to compare with.
+# The ELBO is level with the rival's, so `check` has nothing left to report.
 
 # %%
 again = check(
@@ -141,9 +141,9 @@ again = check(
 # %% [markdown]
 # ## Was it worth it?
 #
-# The bound compares two guides of one model. The labels, which neither has seen, say how much the kinds
-# have to do with digits: normalized mutual information is 1 if each kind is one digit, and 0 if they have
-# nothing in common.
+# The ELBO compares two guides of one model. The labels, which neither has seen, say how much the kinds have
+# to do with digits: normalized mutual information is 1 if each kind is one digit, and 0 if they have nothing
+# in common.
 
 # %%
 agreement = {}
@@ -153,7 +153,7 @@ for name in guides:
     print(f"{name:16} bound {bounds[name]:7.0f}  agreement with the labels {agreement[name]:.2f}")
 
 # %% [markdown]
-# A check of the above.
+# Finally, a check of the above.
 
 # %%
 assert bounds["from the data"] > bounds["from the prior"] + 100
@@ -162,4 +162,4 @@ assert not again.advice and again.bound > found.rival[0] - 10
 assert agreement["from the data"] > agreement["from the prior"]
 
 # %% [markdown]
-# More: [the page of `relax`](../docs/families/numpyro.md), with the guides, their starts and `check`.
+# For more about guides, their starts and `check`, see [the page of `relax`](../docs/families/numpyro.md).

@@ -1,6 +1,6 @@
 """Write the notebooks from their scripts, and run them: python notebooks/make.py [NAME ...].
 
-The script is the source; the notebook beside it has the same cells with their outputs, and the versions in
+The script is the source; the notebook next to it has the same cells with their outputs, and the versions in
 its metadata. Times are left out. STEPS in the environment makes a shorter run.
 """
 

@@ -11,9 +11,9 @@
 # %% [markdown]
 # # `relax` in NumPyro
 #
-# A NumPyro model with discrete latents, trained by SVI as it is written: `AutoMeanField` makes a guide,
-# `relax` makes both differentiable, and `RLOO_ELBO` is the unbiased alternative. Two real data sets, each
-# with an exact answer beside: a mixture for flowers, and a change point for cars.
+# This notebook trains NumPyro models with discrete latents by SVI, as they are written: `AutoMeanField` makes
+# a guide, `relax` makes both differentiable, and `RLOO_ELBO` is the unbiased alternative. There are two real
+# data sets, each with an exact answer to compare: a mixture for flowers, and a change point for cars.
 
 # %%
 import functools
@@ -54,8 +54,8 @@ def train(model, guide, *args, tau=None, particles=20):
 # %% [markdown]
 # ## A mixture: three kinds of iris, without their names
 #
-# Petals of 150 flowers, standardised. Each flower has a label $z_n$, an integer. In the model `take(loc, z)`
-# is `loc[z]`, also where `z` is a relaxed vector of weights.
+# The data are the petals of 150 flowers, standardized. Each flower has a label $z_n$, an integer. In the
+# model `take(loc, z)` is `loc[z]`, and it also works if `z` is a relaxed vector of weights.
 
 # %%
 iris = load_iris()
@@ -73,7 +73,7 @@ def mixture(x):
 
 # %% [markdown]
 # `AutoMeanField` gives every label its own probabilities and leaves `loc` and `scale` to NumPyro's
-# `AutoNormal`, started at the centres of k-means. `relax` goes around model *and* guide. The trained guide
+# `AutoNormal`, started at the k-means centers. Wrap the model *and* the guide in `relax`. The trained guide
 # is used without it.
 
 # %%
@@ -90,8 +90,8 @@ for name, tau in (("relax", 0.1), ("RLOO_ELBO", None)):
     found[name] = np.asarray(guide.probs(params)["z"][:, order])
 
 # %% [markdown]
-# The answer to compare with: NUTS on the model with the labels summed out by hand, which is what one would
-# write without this library. A label's probability is its mean over the draws.
+# The answer to compare with comes from NUTS on the model with the labels summed out, which is the model you
+# would write without this library. A label's probability is its mean over the draws.
 
 
 # %%
@@ -129,9 +129,9 @@ plt.show()
 # %% [markdown]
 # ## A change point: miles per gallon
 #
-# 199 cars with four cylinders, built from 1970 to 1982 (Auto MPG, as it comes with mlxtend). At some year
-# they begin to need less. The year is a Categorical; `take(after, z)` says of each car whether it is of that
-# year or later.
+# The data are 199 cars with four cylinders, built from 1970 to 1982 (Auto MPG, as it comes with mlxtend). In
+# some year they begin to use less fuel. The year is a Categorical; `take(after, z)` says for each car whether
+# it was built in that year or later.
 
 # %%
 table, mpg = autompg_data()
@@ -149,9 +149,9 @@ def cars(mpg=None):
 
 
 # %% [markdown]
-# The levels depend on the year: a later first year leaves more frugal cars to the old level. So this guide
-# is written by hand, with a mean and a scale of the levels for each year; the means start at those of the
-# cars before and after. It has discrete sites, and `relax` goes around it too.
+# The levels depend on the year: a later first year leaves more frugal cars to the old level. So this guide is
+# hand-written, with a mean and a scale of the levels for each year; the means start at the mean of the cars
+# before and after. It has discrete sites, so wrap it in `relax` too.
 
 
 # %%
@@ -185,12 +185,11 @@ for name, p in answers.items():
 # %% [markdown]
 # The error of `relax` is a bias. It is proportional to the temperature and to the curvature of the
 # log-likelihood between two values, and here the values are years with a dozen cars each. At a low
-# temperature it gives way to noise. The score function of `RLOO_ELBO` has no bias, and on this model little
-# noise.
+# temperature noise takes over. The score function of `RLOO_ELBO` has no bias, and little noise on this model.
 #
 # ## The posterior predictive
 #
-# From the unrelaxed model and guide: discrete years, and cars that could have been built.
+# It comes from the unrelaxed model and guide: discrete years, and cars that could have been built.
 
 # %%
 predict = Predictive(cars, guide=cars_guide, params=params["RLOO_ELBO"], num_samples=2000,
@@ -219,7 +218,7 @@ right.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# A check of the above. The relaxed answers are near, the unbiased one nearer.
+# Finally, a check of the above. The relaxed answers are close, and the unbiased one is closer.
 
 # %%
 errors = {name: np.abs(p - answers["exact"]).max() for name, p in answers.items()}
@@ -229,6 +228,6 @@ assert max(np.abs(p - exact).mean() for p in found.values()) < 0.05
 assert 0.8 < inside < 0.97
 
 # %% [markdown]
-# More: [the page of `relax`](../docs/families/numpyro.md), its bound, its bias and when it fails; a
-# [mixture](../docs/tutorials/mixture.md) and a [sparse regression](../docs/tutorials/spike-and-slab.md) as
-# larger examples.
+# For more about the objective, its bias and when it fails, see [the page of
+# `relax`](../docs/families/numpyro.md). A [mixture](../docs/tutorials/mixture.md) and a [sparse
+# regression](../docs/tutorials/spike-and-slab.md) are larger examples.

@@ -11,16 +11,16 @@
 # %% [markdown]
 # # A discrete VAE
 #
-# Keep 32 bits of an image of a digit, and rebuild the image from them. The encoder gives the log-odds of
-# each bit. A drawn bit, as a function of its log-odds, is flat but for a jump, so that there is no slope to
-# follow. Two ways out: a *relaxed* bit, which has a slope and a bias, and an *unbiased estimator* of the
-# gradient.
+# This notebook compresses an image of a digit to 32 bits and reconstructs the image from them. The encoder
+# outputs the log-odds of each bit. As a function of its log-odds, a drawn bit is flat except for a jump, so
+# there is no slope to follow. There are two ways out: a *relaxed* bit, which has a slope and a bias, and an
+# *unbiased estimator* of the gradient.
 #
 # With bits $z$, an encoder $q(z | x)$, a decoder $p(x | z)$ and a prior $p(z)$, all of them trained,
 #
 # $$\log p(x) \ge \mathrm{E}_{q(z | x)} \log p(x | z) - \mathrm{KL}(q(z | x), p(z)).$$
 #
-# The KL of bits has a closed form, whatever is drawn. Only the first term needs draws.
+# The KL between bits has a closed form, whatever is drawn. Only the first term needs draws.
 
 # %%
 import functools
@@ -44,7 +44,7 @@ STEPS = int(os.environ.get("STEPS", 5000))  # fewer for a quick look
 # %% [markdown]
 # ## The data
 #
-# 1,797 handwritten digits of 8 by 8 pixels come with scikit-learn. Pixels above one half are ones.
+# 1,797 handwritten digits of 8 by 8 pixels come with scikit-learn. Pixels above one half become ones.
 
 # %%
 images = (load_digits().data > 8).astype(np.float32)[np.random.default_rng(0).permutation(1797)]
@@ -68,7 +68,8 @@ show([train[:16]], ["sixteen of them"])
 # %% [markdown]
 # ## The networks
 #
-# One hidden layer on each side. The last bias of the decoder starts at the log-odds of the mean image.
+# There is one hidden layer on each side. The last bias of the decoder starts at the log-odds of the mean
+# image.
 
 # %%
 BITS, HIDDEN = 32, 128
@@ -110,8 +111,8 @@ def start(key):
 # %% [markdown]
 # ## The loss, and the one line that matters
 #
-# `relaxed` draws bits with a slope. With `hard=True` the value is an exact bit, and the slope is that of
-# $\sigma((l + L) / \tau)$ with logistic noise $L$. `unbiased` hands the function itself to an estimator:
+# `relaxed` draws bits with a slope. With `hard=True` the value is an exact bit, and the slope is the slope of
+# $\sigma((l + L) / \tau)$ with logistic noise $L$. `unbiased` passes the function itself to an estimator:
 # `disarm` calls it at two coupled draws of exact bits, and has no temperature.
 
 
@@ -139,8 +140,8 @@ def loss(params, key, x, tau, expectation):
 # %% [markdown]
 # ## Training
 #
-# The temperature falls from 1 to 0.3 by an Optax schedule. It is traced, so that annealing compiles nothing
-# again. The test bound draws exact bits, so no relaxation can flatter it.
+# The temperature falls from 1 to 0.3 along an Optax schedule. It is traced, so annealing does not recompile
+# anything. The test ELBO uses exact bits, so no relaxation can make it look better than it is.
 
 # %%
 tau_at = optax.exponential_decay(1.0, STEPS, 0.3)
@@ -186,7 +187,7 @@ def fit(expectation):
 params, curve = fit(relaxed)
 
 # %% [markdown]
-# And the same with unbiased gradients:
+# The same with unbiased gradients:
 
 # %%
 params_unbiased, curve_unbiased = fit(unbiased)
@@ -210,12 +211,13 @@ axis.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The dotted curves are training objectives, the full ones bounds on test images. On so small a problem both
-# ways end alike; where they do not, and why, is measured in [which method](../docs/which-method.md).
+# The dotted curves are training objectives, the solid ones are bounds on test images. On such a small problem
+# both ways end at the same level. [Which method?](../docs/which-method.md) measures where they do not, and
+# why.
 #
 # ## What the bits keep
 #
-# Test digits, and what comes back from one exact draw of their bits.
+# These are test digits, and their reconstructions from one exact draw of their bits.
 
 
 # %%
@@ -234,8 +236,8 @@ rows = [some, decode(params, z), decode(params_unbiased, z_unbiased)]
 show(rows, ["test digits", "rebuilt, relaxed bits", "rebuilt, disarm"])
 
 # %% [markdown]
-# One bit at a time: the first digit, and its code with one of the bits turned over, those that change the
-# image most first.
+# Next, one bit at a time: the first digit, and its code with one bit flipped, starting with the bits that
+# change the image most.
 
 # %%
 flipped = jnp.abs(z[0] - jnp.eye(BITS))
@@ -245,16 +247,16 @@ show([np.concatenate([decode(params, z[:1]), changed[largest]])], ["rebuilt, the
 print("bits", *largest)
 
 # %% [markdown]
-# Codes drawn from the trained prior. Its bits are independent, those of real codes are not; hence the
-# smudges.
+# These images are decoded from codes drawn from the trained prior. Its bits are independent, but the bits of
+# real codes are not, so there are smudges.
 
 # %%
 codes = jax.random.bernoulli(jax.random.key(4), jax.nn.sigmoid(params["prior"]), (16, BITS))
 show([decode(params, codes.astype(jnp.float32))], ["samples"])
 
 # %% [markdown]
-# A check of the above: both bounds are far below that of independent pixels, and of all test digits
-# the nearest to a rebuilt one is its own far more often than by chance.
+# Finally, a check of the above: both bounds are far below the bound for independent pixels, and the test
+# digit nearest to a reconstruction is its own far more often than by chance.
 
 # %%
 assert max(results["relaxed bits"], results["disarm"]) < 0.9 * baseline
@@ -265,5 +267,5 @@ print(f"{nearest:.0%} of {len(test)} rebuilt images are nearest to their own dig
 assert nearest > 0.1
 
 # %% [markdown]
-# More: the [tutorial](../docs/tutorials/vae.md) of the larger example, every method by a flag
-# (`examples/vae.py`), and [which method](../docs/which-method.md) to take.
+# For more, see the [tutorial](../docs/tutorials/vae.md) on the larger example, `examples/vae.py` with every
+# method as a flag, and [which method](../docs/which-method.md) to use.

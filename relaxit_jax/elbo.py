@@ -124,7 +124,7 @@ class RLOO_ELBO(_Scored):
     """
 
     def _loss(self, rng_key, param_map, model, guide, args, kwargs):
-        # the keys of the particles are those of Trace_ELBO, and so are the draws if no plate is subsampled
+        # the particles have the keys of Trace_ELBO, and its draws if no plate is subsampled
         keys = jax.random.split(rng_key, self.num_particles)
         minibatch = jax.random.split(jax.random.fold_in(rng_key, self.num_particles))
         model, guide = (
@@ -183,7 +183,7 @@ class VIMCO_ELBO(_Scored):
     """
 
     def _loss(self, rng_key, param_map, model, guide, args, kwargs):
-        # the keys are those of RenyiELBO
+        # the keys are the same as in RenyiELBO
         minibatch, rest = jax.random.split(rng_key)
         hidden = ["sample", "prng_key", "control_flow"]
         model, guide = (seed(f, minibatch, hide_types=hidden) for f in (model, guide))

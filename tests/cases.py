@@ -1,7 +1,7 @@
-"""One row a method: what it takes, where it lives, what is known of its law.
+"""One entry per method: its arguments, its place, and the known facts about its law.
 
-The laws that every row has to meet are in test_samplers.py and test_densities.py; a row tells them
-how to call the method and what else to compare it with. Nothing here is a special case of a test.
+test_samplers.py and test_densities.py have the laws that every method has to meet; an entry tells them how to
+call the method and what else to compare it with. Nothing here is a special case of a test.
 """
 
 import dataclasses
@@ -55,25 +55,25 @@ class Case:
         "unit"  # unit, simplex, decoupled, gate, bits, atoms, k_hot, order, number, doubly, permutation
     )
     log_prob: Callable | None = None
-    formula: Callable | None = None  # (z, **element) -> log_prob as the paper writes it, in float64 by SciPy
-    sample_options: dict = dataclasses.field(default_factory=dict)  # static, of the sampler alone
+    formula: Callable | None = None  # (z, **element) -> log_prob as in the paper, in float64 with SciPy
+    sample_options: dict = dataclasses.field(default_factory=dict)  # static options, for the sampler alone
     log_space: bool = False
-    pick: Callable | None = None  # the array of what is returned that the laws look at
-    # of one element of the batch: the outcomes of the discrete law and their probabilities
+    pick: Callable | None = None  # the array in the result that the laws look at
+    # for one element of the batch: the outcomes of the discrete law and their probabilities
     discrete: Callable | None = None
     # which outcome each draw of a discrete law is
     outcome: Callable | None = None
     # and, for a relaxation, the outcome nearest to it: its law at a low temperature
     nearest: Callable | None = None
-    # of a draw with another's gradient: that other one, from the same arguments
+    # for a draw with another draw's gradient: the other draw, from the same arguments
     soft: Callable | None = None
-    atoms: Callable | None = None  # of one element: (P(0), P(1))
-    no_gradient: tuple = ()  # differentiable arguments that rightly have none
-    distribution: type | None = None  # the NumPyro class, of the same argument names
-    moments: bool = False  # mean and variance have a closed form; those of OneHot and exact bits always do
+    atoms: Callable | None = None  # for one element: (P(0), P(1))
+    no_gradient: tuple = ()  # differentiable arguments that should have none
+    distribution: type | None = None  # the NumPyro class, with the same argument names
+    moments: bool = False  # mean and variance have a closed form, as OneHot and exact bits always do
 
     def draw(self, key, shape=None, **params):
-        """What the sampler returns, with this row's parameters unless told otherwise."""
+        """The result of the sampler, with this entry's parameters by default."""
         drawn = self.sampler(key, shape=shape, **self.arguments(params))
         return self.pick(drawn) if self.pick else drawn
 
@@ -85,17 +85,17 @@ class Case:
         return self.log_prob(value, **{**self.params, **params}, **extra)
 
     def build(self, **params):
-        """The distribution, with this row's parameters unless told otherwise."""
+        """The distribution, with this entry's parameters by default."""
         return self.distribution(**{**self.params, **self.options, **params})
 
     @property
     def options(self):
-        """What the class takes of the sampler's static options."""
+        """The static options of the sampler that the class accepts."""
         taken = inspect.signature(self.distribution).parameters
         return {name: x for name, x in self.sample_options.items() if name in taken}
 
     def soft_draw(self, key, shape, **params):
-        """The draw whose gradient a draw of this row has."""
+        """The draw whose gradient a draw of this entry has."""
         return (self.soft or self.sampler)(key, shape=shape, **{**self.params, **params})
 
     @property
@@ -105,7 +105,7 @@ class Case:
 
     @property
     def batched(self):
-        """The same, each of the batch shape at least: one number for every element."""
+        """The same, each with at least the batch shape: one number for every element."""
         return {name: np.full(2, x) if np.ndim(x) == 0 else x for name, x in self.floats.items()}
 
     @property
@@ -115,7 +115,7 @@ class Case:
 
     @property
     def per_event(self):
-        """The arguments of the batch shape in a law whose others have an event axis."""
+        """The arguments with the batch shape in a law whose others have an event axis."""
         axes = {name: np.ndim(x) for name, x in self.batched.items()}
         return [name for name in axes if axes[name] == 1 < max(axes.values())]
 
@@ -160,7 +160,7 @@ def tempered(key, logits, tau, shape):
 
 
 def gapped(key, logits, tau, gap, shape):
-    """The softmax whose gradient a draw has in which it leads by a gap, as the paper has it."""
+    """The softmax behind the gradient of a draw that leads by a gap, as in the paper."""
     draw = rj.gapped_straight_through(key, logits, tau, gap, shape=shape)
     top = jnp.max(logits, -1, keepdims=True)
     m1 = (top - jnp.sum(logits * draw, -1, keepdims=True)) * draw
@@ -176,7 +176,7 @@ def second_order(key, logits, tau, shape):
 
 
 def mean_softmax(key, draw, log_p, logits, tau, num_samples):
-    """Of the noise under which log_p + G is largest where the draw is one."""
+    """The mean softmax for noise under which log_p + G is largest where the draw is one."""
 
     def one(key):
         _, perturbed = rng.conditional_gumbel(key, log_p, draw > 0)
@@ -400,7 +400,8 @@ CASES = [
 
 BY_NAME = {case.name: case for case in CASES}
 
-# What has a class: the rows above, a class without a sampler, and a static option that is not its default.
+# Everything with a class: the entries above, a class without a sampler, and a static option with another
+# value.
 DISTRIBUTIONS = [
     *(case for case in CASES if case.distribution),
     dataclasses.replace(
@@ -417,7 +418,7 @@ DISTRIBUTIONS = [
 
 
 def cases(*conditions):
-    """The rows a law applies to, as the arguments of pytest's parametrize."""
+    """The entries a law applies to, as the arguments of pytest's parametrize."""
     return [case for case in CASES if all(condition(case) for condition in conditions)]
 
 
@@ -446,7 +447,7 @@ def has_logits(case):
 
 
 def has_classes(case):
-    """Logits of classes: those of bits have no class axis, or a factor beside them."""
+    """Whether the logits belong to classes: logits of bits have no class axis, or come with a factor."""
     return has_logits(case) and case.params["logits"].ndim > 1 and "scale_tril" not in case.params
 
 

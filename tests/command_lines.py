@@ -1,4 +1,4 @@
-"""The examples, run as their command lines are, with tiny settings and data."""
+"""Run the examples as their command lines are, with tiny settings and data."""
 
 import json
 import pathlib

@@ -17,8 +17,8 @@ from numpyro.infer.util import compute_log_probs
 from relaxit_jax._terms import plates_of, sum_to
 from relaxit_jax.handlers import AutoStructured, take
 
-# model(p) and guide(p), with all parameters in p. `whole` leaves subsampling out, `plain` (of the guide)
-# also scale and mask: what is drawn does not know of them.
+# model(p) and guide(p), with all parameters in p. `whole` leaves subsampling out, `plain` (of the guide) also
+# scale and mask: the draws do not depend on them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ def all_values(values, *shape):
 def mass_and_weight(case, p, values, noise):
     """The density of these values under the guide, and log p - log q there.
 
-    The latter by element of the plates that enclose all sites, where the bound of several particles is a sum.
+    The latter is by element of the plates that enclose all sites, where the bound of several particles is a
+    sum.
     """
 
     def given(msg):
@@ -108,7 +109,7 @@ BITS = Case(
 
 
 def loose_model(p, whole=False):
-    """Bits in a batch axis that no plate declares: a cost of one of them is one of all."""
+    """Bits in a batch axis that no plate declares: the cost of one of them belongs to all."""
     z = numpyro.sample("z", dist.Bernoulli(np.array([0.3, 0.6, 0.5], np.float32)))
     numpyro.sample("y", dist.Normal(z + p["w"] * z[::-1], 1), obs=np.array([0.7, 1.2, -2.0], np.float32))
 
@@ -339,7 +340,7 @@ KNOWN = np.array([True, False, False, True])
 def partly_model(p, whole=False):
     """Bits, classes and counts that are observed in part, in a plate of as many elements as classes.
 
-    What a guide draws where they are observed counts nowhere, so the mask stays in a plain guide.
+    Draws of the guide where they are observed count nowhere, so the mask stays in a plain guide.
     """
     obs = {"obs_mask": jnp.asarray(KNOWN[:3])}
     with numpyro.plate("points", 3):

@@ -38,7 +38,7 @@ FAMILIES = {
 
 
 def interacting(weight, event_ndims):
-    """In which every two variables interact, smooth, far from quadratic, and of a mean that is not 0."""
+    """A smooth function, far from quadratic, with interactions between variables and a nonzero mean."""
 
     def f(b):
         x = b.reshape(*b.shape[: b.ndim - event_ndims], -1)

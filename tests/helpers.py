@@ -1,4 +1,4 @@
-"""What several test modules share: keys and thresholds, statistics, selections of cases."""
+"""Shared parts of several test modules: keys and thresholds, statistics, selections of cases."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ rows = functools.partial(pytest.mark.parametrize, "case", ids=str)
 whole, few = pytest.mark.whole, pytest.mark.few
 halves = [pytest.param(dtype, marks=whole) for dtype in (jnp.bfloat16, jnp.float16)]
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, *halves])
-# for laws that are not about the last digits, of arrays that are small: compiling is all of their time
+# for laws that do not depend on the last digits, with small arrays: compiling takes all of their time
 quick = pytest.mark.usefixtures("fast_compilation")
 as_users = pytest.mark.usefixtures("as_users_compile")
 
 
 def cast(case, dtype):
-    """The row with its parameters, but not its temperatures, in another dtype."""
+    """The entry with its parameters, but not its temperatures, in another dtype."""
     kept = {*case.temperatures, "k", "num_samples", "num_iters", "delta", "gap"}
     params = {n: x if n in kept else jnp.asarray(x, dtype) for n, x in case.params.items()}
     return dataclasses.replace(case, params=params)
@@ -47,7 +47,7 @@ def chi_square(outcomes, probabilities):
 
 
 def is_nan(x):
-    """Of every element of a batch, whether a number of it is NaN."""
+    """For every element of a batch, whether one of its numbers is NaN."""
     x = np.asarray(x)
     return np.isnan(x.reshape(*x.shape[:2], -1)).any(-1)
 
@@ -62,7 +62,7 @@ def spoiled(case, name, bad):
 class_rows = lambda *conditions: pytest.mark.parametrize(
     "case", [case for case in DISTRIBUTIONS if all(holds(case) for holds in conditions)], ids=str
 )
-# those with a fixed list of values, and with all that can be summed over it
+# laws with a fixed list of values, and with everything that can be summed over it
 DISCRETE = {
     case.distribution for case in DISTRIBUTIONS
     if issubclass(case.distribution, (rd.OneHotCategorical, rd.StraightThroughBernoulli))

@@ -1,4 +1,4 @@
-"""Exact laws of discrete draws, of one element of a batch, and which of their outcomes a draw is."""
+"""Exact laws of discrete draws, for one element of a batch, and which of their outcomes a draw is."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def root(logits, **_):
 
 
 def bit_pairs(logits, scale_tril, **_):
-    """Of two correlated bits, in the order 00, 01, 10, 11, by the bivariate normal."""
+    """Probabilities of two correlated bits, in the order 00, 01, 10, 11, from the bivariate normal."""
     probit = sp.ndtri(sp.expit(logits.astype(float)))
     covariance = scale_tril @ scale_tril.T
     both = st.multivariate_normal([0, 0], covariance).cdf(probit)
@@ -48,7 +48,7 @@ def subsets(logits, k, **_):
 
 
 def bits_given_their_sum(logits, k, **_):
-    """Independent bits of these log-odds, given that k are ones, by enumeration."""
+    """Independent bits with these log-odds, given that k are ones, by enumeration."""
     sums = [logits[list(s)].astype(float).sum() for s in itertools.combinations(range(len(logits)), k)]
     return sp.softmax(sums)
 
@@ -77,7 +77,7 @@ def pair_index(draws):
 
 
 def which_permutation(draws):
-    """Of matrices whose row i is the item at place i."""
+    """The index of matrices whose row i is the item at place i."""
     n = np.shape(draws)[-1]
     digits = n ** np.arange(n)[::-1]
     codes = [np.dot(order, digits) for order in itertools.permutations(range(n))]
@@ -109,7 +109,7 @@ def gaussian_bits(loc, scale):
     return np.array([sp.ndtr((0.5 - loc) / scale), sp.ndtr((loc - 0.5) / scale)])
 
 
-# --- log-densities and log-masses as they are written, of one element of a batch, in float64 -----
+# --- log-densities and log-masses as written in papers, for one element of a batch, in float64 ---
 
 
 def binary_concrete(z, logits, tau, **_):

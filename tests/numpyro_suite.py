@@ -24,7 +24,7 @@ SOURCE = pathlib.Path(os.environ["NUMPYRO_SOURCE"], "test", "test_distributions.
 
 
 def load():
-    """NumPyro's module of tests, which draws from and looks at this library's constraints as well."""
+    """NumPyro's module of tests, extended to draw from and look at this library's constraints."""
     spec = importlib.util.spec_from_file_location("numpyros_test_distributions", SOURCE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -50,7 +50,7 @@ def load():
 
 
 def positional(case):
-    """The class of a case, as NumPyro's tests build one: its parameters by position, options set."""
+    """The class of a case, as NumPyro's tests build one: parameters by position, with options set."""
 
     def __init__(self, *args, **kwargs):
         given = __init__.__signature__.bind(self, *args, **kwargs).arguments
@@ -68,7 +68,7 @@ def positional(case):
 
 
 def given(case):
-    """The rows of NumPyro's table for a case: of one element, and of a batch."""
+    """The entries of NumPyro's table for a case: for one element, and for a batch."""
     cls = positional(case)
     for shape, params in (("one", case.element(0)), ("batch", case.params)):
         arguments = tuple(params.get(name) for name in cls.arg_constraints)  # None where not given
@@ -100,7 +100,7 @@ module = load()
 
 
 def ours(name, test):
-    """The same test, over these classes; what has no density is tested up to where it needs one."""
+    """The same test, over these classes; classes without a density are tested up to where it needs one."""
 
     @functools.wraps(test)
     def run(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Every public function with arguments that are right, and what is wrong for each kind of argument."""
+"""Every public function with right arguments, and wrong ones for each kind of argument."""
 
 import inspect
 
@@ -25,11 +25,11 @@ SUM = lambda b: jnp.sum(b, -1)
 CHAIN = jnp.log(jnp.array([[0.9, 0.1], [0.5, 0.5]]))
 STEP = lambda state, token: (CHAIN[token], state)
 
-# --- what is wrong, by the kind of argument: a function of a good one -------------------------
+# --- wrong arguments of each kind: a function of a good one --------------------------------------
 
 
 def no_numbers(good):
-    """Neither an array nor what becomes one."""
+    """Neither an array nor anything that becomes one."""
     ragged, objects = [[1.0, 2.0], [3.0]], np.full(np.shape(good), None)
     return [None, ragged, "one", ["one", "two"], {"a": 1.0}, {1.0}, objects, float, SUM]
 
@@ -40,7 +40,7 @@ def no_reals(good):
 
 
 def no_floats(good):
-    """Integer arrays and booleans are no parameters: a Python number of either kind may be meant."""
+    """Integer arrays and booleans are not parameters; a Python number of either kind may be meant as one."""
     return [
         *no_reals(good),
         np.ones_like(good, int),
@@ -131,7 +131,7 @@ def no_params(good):
 
 
 def no_potentials(good):
-    """Any pytree of floats may be right: the function of the user's says which."""
+    """Any pytree of floats may be right: the user's function decides."""
     return ["one", np.ones(2, int), True, {"a": jnp.ones(2), "b": jnp.ones(2, int)}, KEY, (), None]
 
 
@@ -158,7 +158,7 @@ def no_levels(good):
 
 
 def no_numbers_of_rows(good):
-    """Of `count`, whose default is None."""
+    """Wrong values of `count`, whose default is None."""
     return no_indices(np.array([1, 2]))
 
 
@@ -216,19 +216,19 @@ def count_model():
 
 
 def relaxed(fn, **options):
-    """The model is run: what `relax` says of names of sites, it says then."""
+    """The model is run, since `relax` checks names of sites only then."""
     model = handlers.seed(hd.relax(fn, **options), 0)
     jax.eval_shape(lambda: model())
 
 
 class Call:
-    """A public function with arguments that are right."""
+    """A public function with right arguments."""
 
     def __init__(self, function, /, *, kinds=(), **arguments):
         self.function, self.arguments, self.kinds = function, arguments, KINDS | dict(kinds)
 
     def bad(self, name):
-        """What is wrong for this argument; what has no other kind is an array of floats."""
+        """Wrong values for this argument; by default it is an array of floats."""
         good = self.arguments[name]
         bad = self.kinds.get(name, no_floats)(good)
         return [x for x in bad if not (x is None and name in OPTIONAL)]

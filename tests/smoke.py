@@ -1,4 +1,4 @@
-"""What has to work where only the wheel is installed: python -W error smoke.py, away from the source.
+"""Check that the wheel alone works: python -W error smoke.py, away from the source.
 
 Laws, not shapes: frequencies within 4.5 standard errors, densities that integrate to 1, means of estimators
 at the enumerated gradient, a posterior that is known.

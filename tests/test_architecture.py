@@ -73,7 +73,7 @@ def test_modules_see_only_what_they_may():
 
 
 def test_private_names_of_numpyro_are_in_one_file():
-    """Where a release may change them, one file is to be mended."""
+    """If a release changes them, only one file needs a fix."""
     for path, module in modules():
         for name in imports(path):
             private = any(part.startswith("_") for part in name.split("."))
@@ -81,7 +81,7 @@ def test_private_names_of_numpyro_are_in_one_file():
 
 
 def test_files_are_named_by_what_is_in_them():
-    """No file is for what is left over. A class is in the file of its sampler's name, or with its kind."""
+    """There is no file for leftovers. A class is in the file of its sampler's name, or with its kind."""
     assert not [path for path, _ in modules() if path.stem in ("_base", "_utils", "_common")]
     files = {module: {path.stem for path, m in modules() if m == module} for module in MODULES}
     assert files["samplers"] <= files["distributions"]
@@ -98,7 +98,7 @@ def test_examples_and_benchmarks_use_the_public_names_only():
 
 
 def test_importing_the_package_does_not_import_numpyro():
-    """Nor the submodules beside the samplers, which are imported at their first use."""
+    """Importing the samplers imports no other submodules, which are imported at their first use."""
     heavy = ("numpyro", "flax", "optax", "matplotlib", "scipy.optimize", "relaxit_jax.diagnostics")
     heavy += ("relaxit_jax.quantizers", "relaxit_jax.structured")
     code = f"""if True:
@@ -143,7 +143,7 @@ CHECKS = ("pytest.raises", "pytest.warns", "np.testing.assert_", "chex.assert_")
 
 
 def own_nodes(function):
-    """What runs as the function does: the functions inside it return to it."""
+    """Nodes that run when the function does: the functions inside it return to it."""
     for node in ast.iter_child_nodes(function):
         if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
             yield node
@@ -151,7 +151,7 @@ def own_nodes(function):
 
 
 def cannot_fail(source):
-    """Lines of tests that pass for any code: those that end a case early, and tests that look at nothing."""
+    """Lines of tests that pass for any code: those that end a case early, and tests without a check."""
     skips = ("pytest.skip", "pytest.xfail", "pytest.importorskip", "pytest.mark.skip", "pytest.mark.xfail")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(skips):

@@ -43,7 +43,7 @@ def everything(y=None):
 
 @pytest.mark.whole
 def test_auto_mean_field_covers_the_model_in_its_order():
-    """So that NumPyro's mean-field ELBO has nothing to warn of; all its parameters get gradients."""
+    """NumPyro's mean-field ELBO has nothing to warn of; all its parameters get gradients."""
     guide = AutoMeanField(everything)
     soft = [relax(f, tau=0.5) for f in (everything, guide)]
     trace = handlers.trace(handlers.seed(soft[1], 0)).get_trace()
@@ -73,7 +73,7 @@ def test_auto_mean_field_covers_the_model_in_its_order():
 @pytest.mark.whole
 @pytest.mark.parametrize("outside", [True, False])
 def test_auto_mean_field_masks_inside_of_an_event_and_outside(outside):
-    """Of three bits in each of two rows the model does not see one: it stays as it is, the others move."""
+    """The model does not see one of three bits in each of two rows: it stays unchanged, the others move."""
     seen = np.array([True, False]) if outside else np.array([True, False, True])
 
     def masked(law):
@@ -95,7 +95,7 @@ def test_auto_mean_field_masks_inside_of_an_event_and_outside(outside):
 
 @pytest.mark.whole
 def test_auto_mean_field_asks_how_many_values_a_count_has_whose_rate_is_a_draw():
-    """Those of the one draw that it sees may end far below the posterior; and its first logits are alike."""
+    """The values of the one draw it sees may end far below the posterior; its first logits are equal."""
 
     def model():
         n = numpyro.sample("n", dist.Poisson(numpyro.sample("rate", dist.Gamma(2, 0.2))))
@@ -125,7 +125,7 @@ def rows_of_a_minibatch(mask=SEEN):
 @pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("seen", [SEEN, ~SEEN], ids=["first mask", "another"])
 def test_auto_mean_field_has_the_mask_of_each_call_and_of_its_rows(seen, compiled):
-    """Loss and gradient are those of the rows that were drawn, whatever mask the first call had."""
+    """Loss and gradient use the rows that were drawn, whatever mask the first call had."""
     guide = AutoMeanField(rows_of_a_minibatch)
     handlers.seed(guide, 0)(SEEN)
     logits = jnp.array([-2.0, 1.0, 0.5, 3.0])
@@ -164,7 +164,7 @@ def test_auto_mean_field_is_read_after_it_was_called(read):
 
 
 def test_auto_mean_field_may_first_be_called_inside_of_jit():
-    """Nothing of the trace stays behind; the logits start at zero then."""
+    """Nothing of the trace is left; the logits then start at zero."""
     guide = AutoMeanField(lambda: numpyro.sample("z", dist.Categorical(jnp.array([0.2, 0.8]))))
     traced = jax.jit(
         lambda key: handlers.trace(handlers.seed(guide, key)).get_trace()["z_auto_logits"]["value"]
@@ -183,7 +183,7 @@ def test_auto_mean_field_takes_other_guides_for_the_continuous_sites():
 
 @pytest.mark.whole
 def test_an_impossible_value_stays_impossible():
-    """Of a Binomial with fewer trials than its neighbour: probability 0, gradient 0, no NaN."""
+    """A Binomial with fewer trials than its neighbor: probability 0, gradient 0, no NaN."""
 
     def model():
         n = numpyro.sample("n", dist.Binomial(np.array([2, 5]), 0.4).to_event(1))
@@ -200,7 +200,7 @@ def test_an_impossible_value_stays_impossible():
 
 
 def two_sides():
-    """A coefficient on each side of a bit; the data know their sum alone."""
+    """A coefficient on each side of a bit; the data determine only their sum."""
     a = numpyro.sample("a", dist.Normal(0, 1))
     numpyro.sample("z", dist.Bernoulli(0.3))
     b = numpyro.sample("b", dist.Normal(0, 1))
@@ -209,7 +209,7 @@ def two_sides():
 
 @pytest.mark.whole
 def test_auto_mean_field_with_one_joint_guide_finds_the_posterior_of_all_continuous_sites():
-    """Of two normals seen by their sum: covariance (I + 11' / s^2)^-1, mean its rows' sums times y / s^2."""
+    """Two normals seen by their sum: covariance (I + 11' / s^2)^-1, mean its rows' sums times y / s^2."""
     guide = AutoMeanField(two_sides, continuous=AutoMultivariateNormal)
     schedule = optax.exponential_decay(0.05, 1000, 0.05)
     loss = Trace_ELBO(num_particles=32)
@@ -259,7 +259,7 @@ def test_auto_mean_field_takes_partly_observed_sites_of_a_minibatch(elbo):
 
 @pytest.fixture(scope="module")
 def read_guide():
-    """A guide of every kind of site, and parameters away from where they start."""
+    """A guide with every kind of site, and parameters away from their start."""
     guide = AutoMeanField(everything)
     trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
     params = {name: s["value"] for name, s in trace.items() if s["type"] == "param"}
@@ -292,7 +292,7 @@ def test_auto_mean_field_draws_from_its_probabilities(read_guide):
 
 @pytest.mark.whole
 def test_auto_mean_field_has_the_quantiles_of_its_law(read_guide):
-    """Of counts and bits as SciPy has them, of the normal too; classes have no order and are left out."""
+    """Counts and bits agree with SciPy, as does the normal; classes have no order and are left out."""
     guide, params = read_guide
     levels = np.array([0.05, 0.31, 0.5, 0.77, 0.99])
     found = guide.quantiles(params, levels)
@@ -314,7 +314,7 @@ def test_auto_mean_field_has_the_quantiles_of_its_law(read_guide):
 
 @pytest.mark.whole
 def test_auto_mean_field_reads_its_own_sites_alone():
-    """A deterministic site of the model is not the guide's: NumPyro would compute it from other draws."""
+    """A deterministic site of the model is not in the guide: NumPyro would compute it from other draws."""
 
     def model():
         z, x = numpyro.sample("z", dist.Bernoulli(0.5)), numpyro.sample("x", dist.Normal(0, 1))
@@ -344,7 +344,7 @@ def test_auto_mean_field_starts_where_it_is_told():
 
 @pytest.mark.whole
 def test_auto_mean_field_serves_in_a_list_and_in_predictive():
-    """NumPyro's list of guides and its predictive draws take it as they take an `AutoNormal`."""
+    """NumPyro's list of guides and its predictive draws accept it like an `AutoNormal`."""
     guide = AutoGuideList(handlers.block(two_sides, hide=["z"]))
     guide.append(AutoNormal(handlers.block(two_sides, hide=["z"])))
     guide.append(AutoMeanField(handlers.block(two_sides, expose=["z"])))
@@ -360,7 +360,7 @@ def test_auto_mean_field_serves_in_a_list_and_in_predictive():
 
 
 def hidden_bit():
-    """Two bits behind one number: the first is summed by NumPyro, the second is the guide's."""
+    """Two bits behind one number: NumPyro sums over the first, and the guide has the second."""
     a = numpyro.sample("a", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
     z = numpyro.sample("z", dist.Bernoulli(0.3))
     numpyro.sample("y", dist.Normal(a + 2.0 * z, 0.5), obs=1.7)
@@ -368,7 +368,7 @@ def hidden_bit():
 
 @pytest.mark.whole
 def test_auto_mean_field_leaves_enumerated_sites_to_who_sums_over_them():
-    """It refuses the whole model; beside a hidden site, TraceEnum_ELBO finds the exact posterior."""
+    """It refuses the whole model; with that site hidden, TraceEnum_ELBO finds the exact posterior."""
     with pytest.raises(ValueError, match=r"'a' has infer=.*hide=\['a'\]"):
         handlers.seed(AutoMeanField(hidden_bit), 0)()
     guide = AutoMeanField(handlers.block(hidden_bit, hide=["a"]))
@@ -393,7 +393,7 @@ def steps_of_rows(subsample_size=None):
 @pytest.mark.whole
 @pytest.mark.parametrize("elbo", [*ELBOS, RLOO_ELBO(3)], ids=lambda elbo: type(elbo).__name__)
 def test_auto_mean_field_takes_plates_inside_of_scans(elbo):
-    """Without NumPyro's warning about plates that the model does not show, and with the exact gradient."""
+    """It gives no warning about plates that the model does not show, and the exact gradient."""
     guide = AutoMeanField(steps_of_rows)
     handlers.seed(guide, 0)()
     logits = jnp.array([[0.4, -1.0, 0.2], [1.0, -0.5, 0.1]])

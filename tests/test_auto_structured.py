@@ -1,4 +1,4 @@
-"""`AutoStructured`: laws that sum to one and are those of the draws, exact posteriors, what relax refuses."""
+"""`AutoStructured`: laws that sum to one and match the draws, exact posteriors, and refusals of relax."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ def chain():
 
 
 def causes():
-    """Bits whose plate says that they are independent, and that meet in a sum; beside them a class."""
+    """Bits whose plate says that they are independent, but that meet in a sum; and a class."""
     with numpyro.plate("causes", 3):
         z = numpyro.sample("z", dist.Bernoulli(np.array([0.3, 0.6, 0.5], np.float32)))
         slope = numpyro.sample("slope", dist.Normal(0, 1))
@@ -89,7 +89,7 @@ VALUES = {
     },
 }  # fmt: skip
 MODELS = {f.__name__: f for f in (chain, causes, rows, pairs)}
-TABLES = {  # shapes of the parameters: what is given what
+TABLES = {  # shapes of the parameters: which site depends on which
     "chain": {"first": (2, 3), "z": (2, 2, 6, 3), "b": (2, 2, 18, 2)},
     "causes": {"z": (3, 2), "kind": (3,)},
     "rows": {"z": (2, 3, 3)},
@@ -99,7 +99,7 @@ TABLES = {  # shapes of the parameters: what is given what
 
 @functools.cache
 def untrained(name):
-    """The guide, and parameters at random, so that every dependence shows."""
+    """The guide with random parameters, so that every dependence shows."""
     guide = AutoStructured(MODELS[name])
     trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
     shapes = {name: s["value"] for name, s in trace.items() if s["type"] == "param"}
@@ -216,7 +216,7 @@ def trained(model, guide, steps, particles=10, rate=0.05, seed=0):
 
 @pytest.mark.whole
 def test_a_hidden_chain_gets_its_exact_posterior():
-    """The bound is the evidence, and the marginals are those of forward-backward."""
+    """The ELBO is the evidence, and the marginals agree with forward-backward."""
     guide = AutoStructured(guides.hidden_markov)
     params = trained(guides.hidden_markov, guide, 2500)
     answer = guides.hidden_markov_answer()
@@ -231,7 +231,7 @@ def test_a_hidden_chain_gets_its_exact_posterior():
 
 @pytest.mark.whole
 def test_a_chain_of_two_hundred_steps_trains():
-    """To within a nat of the evidence: each step pays for itself and for what follows."""
+    """It gets within a nat of the evidence: each step pays for itself and for the steps after it."""
     rng = np.random.default_rng(1)
     y = guides.LEVELS[guides.walk(rng, guides.MOVES, 200)] + rng.normal(size=200)
 
@@ -260,7 +260,7 @@ def test_twelve_causes():
 
 @pytest.mark.whole
 def test_a_slope_knows_its_bit():
-    """Where the bit is off its slope has the prior, where it is on the posterior."""
+    """Where the bit is off its slope has the prior, where it is on it has the posterior."""
     x = np.array([0.5, -1.0, 2.0, 1.5], np.float32)
 
     def model():
@@ -290,7 +290,7 @@ def shifted(y=None):
 
 @pytest.mark.whole
 def test_it_is_an_auto_guide():
-    """Medians, quantiles, posterior draws, pickles and predictions; a joint guide of the other sites."""
+    """Medians, quantiles, posterior draws, pickles and predictions; a joint guide for the other sites."""
     model = shifted
     y = jnp.array([-1.0, 3.2, 3.0])
     guide = AutoStructured(model, continuous=AutoMultivariateNormal)

@@ -1,4 +1,4 @@
-"""Stochastic beam search against the Gumbel-top-k draws of all its sequences, written out."""
+"""Stochastic beam search, compared with Gumbel-top-k draws over the list of all its sequences."""
 
 import functools
 import itertools
@@ -85,7 +85,7 @@ def test_the_same_law_as_top_k_over_all_sequences(k, length, end):
 
 
 def test_as_many_as_there_are():
-    """k as large as it can be gives every sequence once; what is left over has probability 0."""
+    """The largest possible k gives every sequence once; the remaining places have probability 0."""
     sequences, laws = written_out(3, 0)
     count = 1 + 2 + 4 * 3
     tokens, log_probs, values = jax.jit(lambda key: search(key, count, 3, 0))(KEY)
@@ -101,7 +101,7 @@ def test_as_many_as_there_are():
 
 @pytest.mark.whole
 def test_gradient_of_log_probabilities():
-    """That of the sequences drawn, by differences; impossible tokens have none."""
+    """The gradient of the drawn sequences matches differences; impossible tokens have none."""
 
     def total(table):
         tokens, log_probs, _ = search(KEY, 4, 3, 0, functools.partial(step, table=table))
@@ -123,7 +123,7 @@ def test_gradient_of_log_probabilities():
 
 @pytest.mark.whole
 def test_state_follows_its_sequence():
-    """A state of several arrays; each sequence's log-probability is that of its own history."""
+    """A state of several arrays; each sequence's log-probability depends on its own history."""
     weights = jnp.float32(np.random.default_rng(1).normal(size=(5, 5)))
 
     def recurrent(state, token):
@@ -146,7 +146,7 @@ def test_state_follows_its_sequence():
 
 @pytest.mark.whole
 def test_unlikely_sequences_are_told_apart():
-    """Where log-probabilities are below -1e4 the order is still that of their differences."""
+    """Even if log-probabilities are below -1e4, the order follows their differences."""
     logits = jnp.array([0.0, -3.0, -3.0 + jnp.log(3.0)])
     far = lambda state, token: (jnp.where(state == 0, jnp.array([0.0, -1e4, -jnp.inf]), logits), state + 1)
     n = 20_000

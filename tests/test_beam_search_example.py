@@ -1,4 +1,4 @@
-"""The example's estimates are those of the law, its model's probabilities those of its searches."""
+"""The example's estimates match the law, and its model's probabilities match its searches."""
 
 import json
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 def test_estimates_without_replacement():
-    """Over all draws the weighted sum has the exact mean; of all there is, it is exact; so is the ratio."""
+    """Over all draws the weighted sum has the exact mean; with all words it is exact, and so is the ratio."""
     log_p = np.log([0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
     f = np.array([1.0, -2.0, 4.0, 0.5, 10.0, -30.0])
     exact = np.exp(log_p) @ f
@@ -34,7 +34,7 @@ def test_estimates_without_replacement():
 
 
 def test_errors_are_those_of_their_estimates():
-    """Of two runs of four words, from the definition of each column."""
+    """For two runs with four words, from the definition of each column."""
     rng = np.random.default_rng(0)
     tokens, with_tokens = rng.integers(3, size=(2, 2, 4, 3))
     log_p, with_log_p = -rng.uniform(1, 3, (2, 2, 4))

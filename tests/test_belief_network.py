@@ -1,4 +1,4 @@
-"""The belief networks: gradients are those over all outcomes, bounds are bounds, calls are counted."""
+"""The belief networks: gradients match sums over all outcomes, bounds are bounds, calls are counted."""
 
 import functools
 
@@ -53,7 +53,7 @@ def enumerated(layers):
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_exact_inside_of_exact_is_the_gradient_over_all_outcomes(layers):
-    """What the example compares with."""
+    """This is the example's reference."""
     _, exact = example.small_gradients(KEY, layers, es.reinforce, 2)
     np.testing.assert_allclose(exact, enumerated(layers)[1], rtol=1e-3, atol=1e-4)
 
@@ -61,7 +61,7 @@ def test_exact_inside_of_exact_is_the_gradient_over_all_outcomes(layers):
 @pytest.mark.parametrize("method", example.METHODS)
 @pytest.mark.parametrize("layers", [2, 3])
 def test_a_gradient_is_that_of_all_outcomes_or_known_to_be_biased(layers, method):
-    """Of every parameter, of both networks; straight-through alone is wrong, in the inference network."""
+    """Every parameter of both networks is checked; only straight-through is wrong, when it infers."""
     exact = enumerated(layers)[1]
     estimator = example.estimator_of(method, SAMPLES)[0]
     rows, _ = example.small_gradients(KEY, layers, estimator, 20_000)
@@ -82,7 +82,7 @@ def test_a_gradient_is_that_of_all_outcomes_or_known_to_be_biased(layers, method
 
 @pytest.mark.parametrize("method", example.METHODS)
 def test_its_value_is_the_bound_in_the_mean(method):
-    """Of straight-through too: its draws are exact."""
+    """This includes straight-through, whose draws are exact."""
     merge, params, x = example.small_network(2)
     estimator = example.estimator_of(method, SAMPLES)[0]
     one = lambda key: example.elbo(merge(params), x, key, estimator)[0]
@@ -92,7 +92,7 @@ def test_its_value_is_the_bound_in_the_mean(method):
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_weights_of_exact_draws_average_to_the_probability_of_the_image(layers):
-    """And their logarithm to the ELBO; more samples are a tighter bound."""
+    """The mean of their logarithm is the ELBO; more samples give a tighter bound."""
     merge, params, x = example.small_network(layers)
     elbo, _, evidence = enumerated(layers)
     draw = lambda key: example.log_weights(merge(params), x[0], key)
@@ -105,7 +105,7 @@ def test_weights_of_exact_draws_average_to_the_probability_of_the_image(layers):
 
 @pytest.mark.parametrize("method", example.METHODS)
 def test_calls_are_counted_as_they_run(method, monkeypatch):
-    """Of f of each layer: under vmap a call is one for every element."""
+    """It counts the f of each layer: under vmap there is one call for every element."""
     layers, seen = 3, []
     plain = example.BeliefNetwork.log_likelihood
 
@@ -136,7 +136,7 @@ def images(tmp_path_factory):
 
 
 def test_example_from_flags_to_files(images, tmp_path, capsys):
-    """Its numbers are those of the parameters in its last checkpoint, and the bounds are in their order."""
+    """Its numbers come from the parameters in its last checkpoint, and the bounds are in their order."""
     flags = [*SMALL, "--data", images, "--epochs", 3, "--layers", 2, "--layers", 1, "--out", tmp_path / "run"]
     assert run(*flags, "--method", "disarm", "--method", "straight_through") == 0
     out, metrics = tmp_path / "run", read(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like, and say of a run what was measured in it."""
+"""The benchmarks compare like with like, and report what was measured in a run."""
 
 import functools
 import inspect
@@ -42,7 +42,7 @@ def test_every_sampler_is_measured():
 
 @functools.partial(jax.jit, static_argnums=0)
 def draws_and_gradients(draw, key, logits, weights):
-    """Of 4,000 draws, and the gradient in the logits of a quadratic function of each."""
+    """4,000 draws, and the gradient in the logits of a quadratic function of each."""
 
     def one(key):
         z, pull = jax.vjp(lambda l: draw(key, l), logits)
@@ -53,7 +53,7 @@ def draws_and_gradients(draw, key, logits, weights):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_line_by_hand_is_the_same_method(name):
-    """Its draws have the same mean and its gradients too, of a quadratic function."""
+    """Its draws have the same mean, and so do its gradients, for a quadratic function."""
     row = ROWS[name]
     logits = 0.7 * jax.random.normal(jax.random.key(1), row.small)
     out = jax.eval_shape(row.ours, jax.random.key(0), logits)
@@ -64,14 +64,14 @@ def test_the_line_by_hand_is_the_same_method(name):
         strict=True,
     ):
         a, b = (np.asarray(x, np.float64).reshape(4000, -1) for x in (ours, by_hand))
-        b = b[np.isfinite(b).all(-1)]  # that of relaxed_top_k is NaN where a share rounds to 1
+        b = b[np.isfinite(b).all(-1)]  # relaxed_top_k gives NaN where a share rounds to 1
         assert len(b) > 3900 and np.abs(b).max() > 0
         error = np.sqrt((a.var(0) + b.var(0)) / len(b)) + 1e-6
         assert np.abs((a.mean(0) - b.mean(0)) / error).max() < 4.8
 
 
 def test_turns_are_interleaved_and_timed(monkeypatch):
-    """On a clock that only the functions move: 2 and 6 milliseconds, in turns, and twice as slow later."""
+    """Only the functions move the clock: 2 and 6 milliseconds, in turns, and twice as slow later."""
     now, order = [0.0], []
 
     def work(name, seconds):
@@ -122,7 +122,7 @@ def test_annealing_compiles_once():
 
 
 def report(**rows):
-    """What `variance` reads of a GradientReport."""
+    """The part of a GradientReport that `variance` reads."""
     numbers = {name: dict(zip(("variance", "mse", "seconds", "biased"), row, strict=True))
                for name, row in rows.items()}  # fmt: skip
     for row in numbers.values():
@@ -136,7 +136,7 @@ def report(**rows):
 
 
 def test_the_best_estimator_of_a_budget():
-    """A biased one for the smallest budget, then a cheap one of large variance or a dear one of small."""
+    """A biased one wins at the smallest budget, then one that is cheap, or one with little variance."""
     found = report(
         biased=(1.0, 5.0, 0.001, True), rloo=(100.0, 100.0, 0.01, False), dear=(10.0, 10.0, 0.05, False)
     )
@@ -167,7 +167,7 @@ def test_speed_from_flags_to_files(tmp_path):
 
 
 def test_bandwidth_is_what_moves_over_what_a_copy_moves(tmp_path, monkeypatch):
-    """A pass of 4 arrays in 2 ms, and a copy of 2 MB in 1 ms: 4 x 4 kB / 2 ms of 4 GB/s."""
+    """A pass moves 4 arrays in 2 ms, and a copy moves 2 MB in 1 ms: 4 x 4 kB / 2 ms of 4 GB/s."""
     times = {"ours": 2e-3, "hand-written JAX": 4e-3, "a copy": 1e-3}
     monkeypatch.setattr(bandwidth, "interleaved", lambda functions, *_, **__: {
         name: np.full(5, times[name]) for name in functions if f_runs(functions[name])
@@ -254,7 +254,7 @@ ENTRY %main.2 (logits: bf16[4,8]) -> (f32[4], f32[4,8]) {
 
 
 def test_bytes_of_a_program_are_those_of_its_kernels():
-    """Loops as often as they turn; copies ahead of time, parameters and tuples cost nothing."""
+    """Loops count as often as they turn; copies ahead of time, parameters and tuples cost nothing."""
     assert accelerators.kernels(PROGRAM) == [
         ("start", 1, 64, 128), ("step", 3, 128, 128), ("both", 1, 128, 144),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`check`: its numbers against exact ones, and every sentence of its advice by a model that deserves it."""
+"""`check`: its numbers agree with exact ones, and a model deserves every sentence of its advice."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def bit_guide():
 
 
 def test_the_numbers_of_a_bit():
-    """At a logit of 1: the bound, the gradient of it and the weighted probability are sums over 0 and 1."""
+    """At a logit of 1, the ELBO, its gradient and the weighted probability are sums over 0 and 1."""
     q = sp.expit(1.0)
     log_joint = np.log([1 - P, P]) + st.norm([0, 1], 1).logpdf(Y)
     bound = (1 - q) * (log_joint[0] - np.log(1 - q)) + q * (log_joint[1] - np.log(q))
@@ -62,7 +62,7 @@ def test_the_bias_under_relax():
 
 
 def test_counts_that_do_not_begin_at_zero_and_sites_below():
-    """Weighted draws of 3 to 7; and a site that the guide draws given another one is not taken for fixed."""
+    """Weighted draws from 3 to 7; and a site that depends on another one in the guide is not held fixed."""
     y = 5.6
 
     def model():
@@ -97,7 +97,7 @@ def logit_of(p):
 
 
 def test_a_probability_that_is_off_is_said_by_weighted_draws():
-    """By little: the bound alone, .07 nats from the evidence, would not tell."""
+    """It is off by little: the ELBO alone, .07 nats from the evidence, would not show it."""
     exact = sp.expit(np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y))
     found = check(bit, bit_guide, logit_of(exact + 0.18), rival=False)  # by 1,000 draws
     assert (
@@ -112,7 +112,7 @@ def test_a_probability_that_is_off_is_said_by_weighted_draws():
 
 
 def test_a_bound_that_is_hardly_better_counts_where_the_answer_differs():
-    """The rival is .15 to 1 nats better, its weights can be trusted, and its answer is another."""
+    """The rival is .15 to 1 nats better, its weights can be trusted, and its answer differs."""
     exact = sp.expit(np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y))
     params = logit_of(exact + 0.4)
     found = said("nats better. Train it instead of this guide", bit, bit_guide, params, rival=True)
@@ -121,7 +121,7 @@ def test_a_bound_that_is_hardly_better_counts_where_the_answer_differs():
 
 
 def test_nothing_is_wrong_with_an_exact_guide(capsys):
-    """All weights are alike, the gap is 0, and what is printed is what is returned."""
+    """All weights are equal, the gap is 0, and the printed text is returned."""
     posterior = np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y)
     found = check(bit, bit_guide, {"logits": jnp.array(posterior)}, losses=np.ones(100))
     assert found.advice == () and abs(found.gap) < 1e-4 and found.trend == pytest.approx((0, 0), abs=1e-9)
@@ -162,7 +162,7 @@ def exactly_one():
 
 
 def test_a_family_that_does_not_hold_the_posterior():
-    """Independent bits at 1/4: more than a nat away. The exact law, bit after bit, is not."""
+    """Independent bits at 1/4 are more than a nat away. The exact law, bit after bit, is not."""
     guide = AutoMeanField(exactly_one)
     handlers.seed(guide, 0)()
     params = {"z_auto_logits": jnp.full(4, float(sp.logit(0.25)))}
@@ -192,7 +192,7 @@ def mixture():
 
 
 def test_a_start_that_is_not_the_best():
-    """All points in one part, the other one empty: a mode of its own, far below."""
+    """All points are in one part and the other one is empty: a separate mode, far below."""
     guide = AutoMeanField(mixture)
     handlers.seed(guide, 0)()
     one = np.tile(np.array([8.0, -8.0], np.float32), (20, 1))

@@ -1,4 +1,4 @@
-"""A checkpoint is what was written or it is not taken: every bit of it counts, on a full disk as well."""
+"""A checkpoint is restored as written or rejected: every bit of it counts, also on a full disk."""
 
 import contextlib
 import json
@@ -44,13 +44,13 @@ def test_what_is_restored_is_what_was_saved(run):
 
 
 def flips(size, places):
-    """One bit of each of some bytes."""
+    """Flip one bit in each of some bytes."""
     for place in np.unique(np.linspace(0, size - 1, min(size, places)).astype(int)):
         yield int(place), 1 << int(place) % 8
 
 
 def test_every_bit_counts(run, capsys):
-    """Each is noticed as damage, and never blamed on the settings; then the epoch before it is the last."""
+    """Each flip counts as damage, and never as other settings; then the previous epoch is the last."""
     folder = run.folder / "1"
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"sha256", "run.json", "_METADATA"} <= {path.name for path in files}
@@ -99,7 +99,7 @@ def test_all_damaged_is_said_at_each_call(run):
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 5), ("hidden", [8, 8]), ("data", "77aa")])
 def test_another_run_is_not_continued(name, value, run):
-    """Nor is its checkpoint called damaged, whatever shapes the other settings would need."""
+    """Its checkpoint is not called damaged either, whatever shapes the other settings would need."""
     other = Checkpoints(run.folder, SETTINGS | {name: value})
     with pytest.raises(UserError, match=f"has other settings: {name} {SETTINGS[name]!r}".replace("[", r"\[")):
         other.restore({"weights": jnp.zeros(4), "step": jnp.array(0)})
@@ -154,7 +154,7 @@ class Stopped(Exception):
 
 
 def test_the_temperature_falls_over_all_epochs_and_over_a_resume(fast_compilation, monkeypatch, tmp_path):
-    """At step t of T it is tau (tau_end / tau)^(t / T), in every epoch, be the run stopped or not."""
+    """At step t of T it is tau (tau_end / tau)^(t / T), in every epoch, even after a stop."""
     images, seen = common.split_images(bars()), []
     epochs, start, end = 4, 2.0, 0.25
 

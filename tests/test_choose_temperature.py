@@ -1,4 +1,4 @@
-"""The example that compares gradients: its exact gradient is exact, and its biases are those of theory."""
+"""The example that compares gradients: its exact gradient is exact, and its biases agree with theory."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ EXACT = [example.exact_gradient(PROBLEM[0], slopes) for slopes in PROBLEM[1]]
 
 
 def expectation(logits, slopes):
-    """E f, its terms written out."""
+    """E f, as a sum of all terms."""
     total = 0
     for chosen in itertools.product(range(3), repeat=2):
         on = np.array([chosen[0], 3 + chosen[1]])  # where z is 1
@@ -47,7 +47,7 @@ def measured(name, tau):
 
 
 def test_biases_at_temperature_one_are_those_of_first_and_second_order():
-    """A gradient of order k has no bias for functions up to order k, and one beyond."""
+    """A gradient of order k has no bias for functions up to order k, and has one beyond."""
     first, second = measured("straight_through_categorical", 1.0), measured("reinmax", 1.0)
     for row in (first[0], second[0], second[1]):
         assert row["bias"] < 4.5 * row["standard_error"] + example.ROUNDING
@@ -57,7 +57,7 @@ def test_biases_at_temperature_one_are_those_of_first_and_second_order():
 
 
 def test_methods_of_one_mean_have_one_bias():
-    """Averaging over noise given the draw, and a forward temperature, leave the mean as it is."""
+    """Averaging over noise given the draw, or a forward temperature, leaves the mean unchanged."""
     plain, *others = (
         measured(n, 0.5) for n in ("gumbel_softmax_hard", "gumbel_rao", "decoupled_gumbel_softmax")
     )

@@ -1,4 +1,4 @@
-"""Every option of every example: a value that it cannot take is one line, before anything is written."""
+"""Every option of every example: a wrong value gives a one-line error before anything is written."""
 
 import functools
 import importlib
@@ -45,7 +45,7 @@ ZERO_IS_FINE = {
 
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
-    """A working directory of the test's own, in which nothing may appear."""
+    """A separate working directory for the test, where nothing may appear."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not list(tmp_path.iterdir())
@@ -53,7 +53,7 @@ def empty(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reached(monkeypatch):
-    """What the commands would have run with, if they came so far."""
+    """The settings that the commands would have run with, if they came that far."""
     seen = []
     for example in COMMANDS:
         monkeypatch.setattr(example.main, "callback", lambda **options: seen.append(options))
@@ -72,7 +72,7 @@ def test_there_are_commands():
 
 @by_name(COMMANDS)
 def test_numbers_have_bounds(example):
-    """And types that know of NaN."""
+    """Their types refuse NaN."""
     for option in example.main.params:
         each = getattr(option.type, "each", option.type)
         assert type(each) not in (click.FloatRange, type(click.FLOAT), type(click.INT)), option.name
@@ -149,7 +149,7 @@ def test_what_the_machine_refuses_is_one_line(error, words, empty, capsys):
 
 
 def test_defects_keep_their_traceback():
-    """Only what the user can mend is a line."""
+    """Only errors that the user can fix become one line."""
 
     @click.command()
     def main():

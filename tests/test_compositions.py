@@ -1,8 +1,8 @@
-"""Every class inside what users run it in: the right number, or a refusal whose sentence says what to do.
+"""Every class inside the engines that users run: the right number, or a refusal that says what to do.
 
 One element of a plate is ``z ~ class(prior)``, ``y ~ N(f(z), 1)`` with ``f(z) = a . z + (b . z)^2``, and the
-guide is of the same class. The exact loss is a sum over the outcomes of z, or a quadrature. `OWED` says what
-each kind of class owes to each engine; docs/families/numpyro.md has the same table.
+guide has the same class. The exact loss is a sum over the outcomes of z, or a quadrature. `OWED` says what
+each kind of class has to do under each engine; docs/families/numpyro.md has the same table.
 """
 
 import functools
@@ -54,8 +54,8 @@ ENGINES = {
     "Trace_ELBO, unrounded": (Trace_ELBO, unrounded),
 }  # fmt: skip
 ATOMS, NO_SLOPE, OWN_ATOM, NO_DENSITY = "atoms at 0 and 1", "no slope", "root of its own", "no|hard=True"
-# What a kind of class owes to each engine: "exact", the gradient of the exact loss; "own", the mean of its
-# straight-through gradient of the linear log-masses and the likelihood; or words of its refusal.
+# Duties of each kind of class under each engine: "exact", the gradient of the exact loss; "own", the mean
+# of its straight-through gradient of the linear log-masses and the likelihood; or words of its refusal.
 OWED = {
     "continuous": dict.fromkeys(ENGINES, "exact"),
     "gate": dict.fromkeys(ENGINES, "exact") | {"Trace_ELBO": ATOMS},
@@ -83,8 +83,8 @@ def kind(case):
     return named.get(case.distribution, "straight-through")
 
 
-# One class of a kind goes through every engine and arrangement. The programs of the others differ in the draw
-# and the density alone, and compiling them is slow: they go through the engines that use both.
+# One class of each kind runs through every engine and arrangement. The programs of the others differ only in
+# the draw and the density, and compiling them is slow: they run through the engines that use both.
 WHOLE = [
     "relaxed_bernoulli", "gumbel_softmax", "hard_concrete", "straight_through_bernoulli",
     "straight_through_categorical", "one_hot_categorical", "relaxed_top_k_hard",
@@ -113,7 +113,7 @@ def moved(params):
 
 
 def site(case, params, arrangement="plate", obs=None):
-    """The site of the guide, and of the model where there are data."""
+    """The site of the guide, and of the model if there are data."""
 
     def element(params):
         z = numpyro.sample("z", case.build(**params))
@@ -133,13 +133,13 @@ def site(case, params, arrangement="plate", obs=None):
 
 
 def trained(case):
-    """The parameters whose gradients are looked at."""
+    """The parameters whose gradients are checked."""
     names = ["logits", "loc", "scale", "tau"] if kind(case) in ("continuous", "gate") else ["logits"]
     return {name: jnp.asarray(x) for name, x in case.floats.items() if name in names}
 
 
 def exact_losses(case, params):
-    """E_q [log q - log p - log N(y; f(z), 1)] of both elements."""
+    """E_q [log q - log p - log N(y; f(z), 1)] for both elements."""
     guide, prior = ({**case.integers, **wide(case), **p} for p in (params, moved(wide(case))))
     if kind(case) in ("straight-through", "discrete", "set"):
         values, _ = outcomes(case)
@@ -248,7 +248,7 @@ def z_scores(gradients, expected, error=0.0):
 @pytest.mark.few(0, "[straight_through_categorical]", "[gaussian_bernoulli]", "[simple_top_k]")
 @rows(*(set(OWED) - {"no density", "own atom"}))
 def test_gradients_of_the_bounds(case):
-    """In a plate, in a scan, and in a minibatch with a scale and a mask."""
+    """The site is in a plate, in a scan, and in a minibatch with a scale and a mask."""
     owed, params = OWED[kind(case)], trained(case)
     exact_gradients = exact(case.name)
     total = {name: g.sum(0) for name, g in exact_gradients.items()}
@@ -292,7 +292,7 @@ def test_gradients_of_the_bounds(case):
 
 @pytest.mark.parametrize("case", [case for case in DISTRIBUTIONS if case.name in WHOLE], ids=str)
 def test_bounds_are_the_same_without_jit(case):
-    """At one key: what is known to a jitted program as a constant is known here as a number."""
+    """They agree at one key: a constant in a jitted program is a number here."""
     owed, params = OWED[kind(case)], trained(case)
     engines = [name for name, what in owed.items() if what in ("exact", "own")]
     for name in engines:
@@ -312,7 +312,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("case", "engine", "words"), REFUSED)
 def test_refusals_of_the_bounds(case, engine, words):
-    """While the program is traced and outside jit, by an error that names the class or its density."""
+    """The error comes while the program is traced and outside jit, and names the class or its density."""
     params = {name: jnp.asarray(x) for name, x in case.floats.items()}
     gradient = jax.grad(lambda p: loss(case, p, KEY, engine))
     for run in (functools.partial(jax.eval_shape, gradient), gradient):
@@ -325,7 +325,7 @@ def test_refusals_of_the_bounds(case, engine, words):
 
 @rows("continuous")
 def test_posterior_by_nuts(case):
-    """The mean of f(z) over the posterior, against quadrature."""
+    """The mean of f(z) over the posterior agrees with quadrature."""
     prior = {name: jnp.asarray(x)[:1] if np.ndim(x) else x for name, x in case.floats.items()}
 
     def model():
@@ -368,7 +368,7 @@ def readout_of_prior(case):
 
 @rows("gate", "straight-through", "set", "own atom")
 def test_continuous_inference_refuses_what_has_atoms(case):
-    """NUTS and a continuous automatic guide would lose the probabilities of single values without a word."""
+    """NUTS and a continuous automatic guide would silently lose the probabilities of single values."""
     model = lambda: site(case, case.floats, "plate", Y)
     message = "single values of it have a probability"
     with pytest.raises(ValueError, match=message):
@@ -378,7 +378,7 @@ def test_continuous_inference_refuses_what_has_atoms(case):
 
 
 def test_nuts_refuses_one_hot_sites():
-    """NumPyro would put 0..K-1 in the place of their values."""
+    """NumPyro would replace their values by 0..K-1."""
     case = next(case for case in DISTRIBUTIONS if kind(case) == "discrete")
 
     def model():
@@ -394,7 +394,7 @@ def test_nuts_refuses_one_hot_sites():
 
 @rows(*(set(OWED) - {"no density", "own atom"}))
 def test_enumeration_sums_bits_and_draws_the_rest(case):
-    """Whoever is marked by `config_enumerate` has values 0, 1, ..., and the sum over them is the evidence."""
+    """A site marked by `config_enumerate` has values 0, 1, ..., and the sum over them is the evidence."""
     prior = moved(case.floats)
     model = lambda: site(case, prior, "plate", Y)
     marked = handlers.trace(handlers.seed(config_enumerate(model), KEY)).get_trace()["z"]
@@ -410,7 +410,7 @@ def test_enumeration_sums_bits_and_draws_the_rest(case):
 
 @rows(*(set(OWED) - {"no density"}))
 def test_predictive_draws_the_law(case):
-    """From the model, and from the guide with what was trained."""
+    """Draws come from the model, and from the guide with the trained parameters."""
     params = {name: jnp.asarray(x) for name, x in case.floats.items()}
     model = lambda: site(case, moved(params), "plate", Y)
     guide = lambda: site(case, params)

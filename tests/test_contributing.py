@@ -1,4 +1,4 @@
-"""What contributors and those who cite are told is true: the map of the code, the steps, versions, CI."""
+"""The texts for contributors and citations are true: the map of the code, the steps, versions, CI."""
 
 import os
 import pathlib
@@ -68,7 +68,7 @@ def test_what_releasing_points_to_is_there():
 
 
 def test_a_method_touches_at_most_nine_files():
-    """Each numbered line names one file, or the folder of its family's file; what it names in it is there."""
+    """Each numbered line names one file, or the folder of its family's file; everything it names exists."""
     section = TEXT.partition("\n## Add a method\n")[2].partition("\n## ")[0]
     steps = re.findall(r"^(\d+)\. (.*?)\n(?=\n|\d+\. )", section, re.MULTILINE | re.DOTALL)
     assert "nine files" in section and [number for number, _ in steps] == list("123456789")
@@ -126,7 +126,7 @@ def test_the_workflow_runs_ci_on_every_python():
 
 
 def test_workflows_may_do_what_they_need_and_no_more():
-    """All read; publishing and deploying have rights of their own, by identity and not by a token."""
+    """All can read; publishing and deploying have their own rights, by identity and not by a token."""
     rights = {}
     for name, workflow in WORKFLOWS.items():
         assert workflow["permissions"] == {"contents": "read"}, name
@@ -177,7 +177,7 @@ def test_only_a_tag_of_the_version_is_released(tag, heading, said, tmp_path):
 
 
 def test_pre_commit_is_the_ruff_of_ci():
-    """All that nox's lint session runs, at a version with which this tree passes."""
+    """It covers everything in nox's lint session, at a version with which this tree passes."""
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     hooks = {hook["id"]: repo for repo in repos for hook in repo["hooks"]}
     assert {

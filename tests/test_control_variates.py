@@ -1,4 +1,4 @@
-"""The toy of the control variates: what its docstring proves, and where its runs end."""
+"""The small problem of the control variates: the claims of its docstring, and where its runs end."""
 
 import json
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 @pytest.mark.parametrize("loss", [toy.parabola, toy.line], ids=lambda f: f.__name__)
 def test_how_much_rebar_helps_is_its_loss_where_the_bit_turns(loss):
-    """The slope of E |g|^2 in eta at 0, for two outcomes alike: -c(0) f / 2, whatever tau is."""
+    """The slope of E |g|^2 in eta at 0, for two equal outcomes, is -c(0) f / 2, whatever tau is."""
 
     def objective(theta, eta, key, tau):
         f = lambda b: loss(b, 0.5)
@@ -31,7 +31,7 @@ def test_how_much_rebar_helps_is_its_loss_where_the_bit_turns(loss):
 
 
 def test_the_example_shows_who_converges(tmp_path, monkeypatch):
-    """Variance decides: the two whose variate fits are at the bit's 0, the others all over the place."""
+    """Variance decides: the two methods with a fitting variate reach the bit's 0, the others scatter."""
     monkeypatch.setattr(toy, "DRAWS", 100)
     toy.main(["--steps", "4000", "--seeds", "8", "--out", str(tmp_path)], standalone_mode=False)
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]

@@ -1,4 +1,4 @@
-"""Counts on finitely many values: their laws against scipy, and what is learned through their draws."""
+"""Counts on finitely many values: their laws agree with SciPy, and their draws can be trained through."""
 
 import functools
 
@@ -83,7 +83,7 @@ def test_tails_of_every_weight_are_folded_into_the_last_value(support, parameter
 @quick
 @laws
 def test_gradient_of_the_logits(support, parameters, law):
-    """Of all parameters but the number of trials, against central differences in float64."""
+    """It covers all parameters except the number of trials, with central differences in float64."""
     fixed = parameters[:1] if support is rj.binomial_support else ()
     free = np.array(parameters[len(fixed) :])
     n = support(*parameters)[1].size
@@ -126,7 +126,7 @@ def test_extreme_parameters_have_finite_gradients(support):
 @pytest.mark.whole
 @quick
 def test_totals_beyond_what_is_kept():
-    """A few of a billion trials, and a mean of 1 from a total without an end: Poisson laws."""
+    """A few of a billion trials, and a mean of 1 from a total without an end, are Poisson laws."""
     for support in (
         lambda: rj.binomial_support(10**9, sp.logit(1e-9)),
         lambda: rj.negative_binomial_support(1e9, np.log(1e-9)),
@@ -180,7 +180,7 @@ def test_a_traced_rate_may_round_to_nothing(support, slope, dtype):
 @quick
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_poisson_terms_have_all_their_digits(dtype):
-    """From x = 1 to 20,000 and on both sides of where one form gives way to another, by exact factorials."""
+    """From x = 1 to 20,000, and on both sides of the switch between the two forms, by exact factorials."""
     x = np.array([*range(1, 31), 100, 5000, 20_000], dtype)[:, None]
     ratio = np.array(
         [1e-3, 0.1, 0.4999, 0.5, 0.5001, 0.8999, 0.9, 0.9001, 0.999, 1, 1.001, 1.0999, 1.1, 1.1001, 2, 9]
@@ -219,7 +219,7 @@ def test_poisson_terms_have_all_their_digits(dtype):
     ids=["poisson", "geometric", "binomial", "negative_binomial"],
 )
 def test_a_rate_is_learned_through_the_relaxed_draw(mean, support, largest, hard):
-    """From the mean of counts with a true mean of 7.5, by Adam, to within 2 %."""
+    """Adam finds the rate from the mean of counts with a true mean of 7.5, to within 2%."""
     true, tau, adam = 7.5, 0.1, optax.adam(optax.cosine_decay_schedule(0.05, 300))
     parameter = jnp.exp if support is rj.poisson_support else lambda x: x
     num_values = support(largest)[1].size  # static, and once

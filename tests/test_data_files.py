@@ -1,4 +1,4 @@
-"""However an .npz file is broken, one line says so, and nothing in it is run."""
+"""However an .npz file is broken, the error is one line, and nothing in it is executed."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ IMAGES = np.random.default_rng(0).random((10, 2, 3), np.float32)
 
 
 def refused(path):
-    """The line about it, which names the file."""
+    """The error line, which names the file."""
     with pytest.raises(common.UserError) as error:
         common.load_images(str(path))
     assert str(path) in error.value.message and "\n" not in error.value.message
@@ -67,7 +67,7 @@ def test_cut_anywhere(path):
 
 
 def test_a_changed_bit_is_noticed_or_changes_nothing(path):
-    """The archive keeps dates and names that nobody reads; of the pixels it has a checksum."""
+    """The archive has dates and names that nobody reads; the pixels have a checksum."""
     content, noticed = path.read_bytes(), 0
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
@@ -90,7 +90,7 @@ def test_a_changed_bit_is_noticed_or_changes_nothing(path):
     ],
 )
 def test_encrypted_or_of_another_compression(local, central, value, words, path):
-    """Fields of the archive's two headers of a file: flags and method."""
+    """The test changes fields of the archive's two headers of a file: flags and method."""
     content = bytearray(path.read_bytes())
     for start, place in ((0, local), (content.index(b"PK\x01\x02"), central)):
         content[start + place : start + place + 2] = struct.pack("<H", value)
@@ -114,7 +114,7 @@ def test_headers_that_lie(path):
 
 
 class Trap:
-    """Whoever unpickles it makes a folder."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -137,7 +137,7 @@ def test_nothing_is_unpickled(path, tmp_path):
 
 
 def test_what_is_no_regular_file(tmp_path):
-    """Reading a pipe would wait for ever."""
+    """Reading a pipe would wait forever."""
     os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "device.npz").symlink_to("/dev/zero")
     for name in ("pipe", "device"):
@@ -166,7 +166,7 @@ def test_a_download_that_fails_leaves_nothing_behind(was_there, monkeypatch, tmp
 
 @pytest.fixture
 def folder(tmp_path):
-    """IDX files of bytes, those to test gzipped."""
+    """IDX files of bytes; the test files are gzipped."""
     rng = np.random.default_rng(1)
     for count, (images, labels) in zip((20, 10), common.IDX_FILES, strict=True):
         for name, shape in ((images, (count, 3, 2)), (labels, (count,))):

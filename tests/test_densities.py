@@ -1,4 +1,4 @@
-"""Every density of tests/cases.py: it integrates to one, it is that of the draws, to the last digits."""
+"""Every density of tests/cases.py integrates to one and matches the draws, to the last digits."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ EDGES = np.arange(-4.0, 4.5, 1.0)  # of the bins that draws are counted in; they
 def grid(case):
     """Midpoints of a grid over the unconstrained coordinates, shape (..., d), and its step.
 
-    Midpoints of a smooth density converge exponentially: a tenth is enough in two dimensions too.
+    The midpoint rule converges exponentially for a smooth density: a tenth suffices in two dimensions too.
     """
     step = 0.1 if case.event else 0.05
     line = np.arange(-REACH, REACH, step) + step / 2
@@ -105,9 +105,9 @@ def test_both_forms_of_a_value_have_one_density(case):
 @dtypes
 @rows(cases(has_log_space))
 def test_density_of_own_draws_agrees_with_float64(case, dtype):
-    """To 1e-4, down to tau = 0.01, where most of the draws themselves round to vertices.
+    """The error is below 1e-4, down to tau = 0.01, where most of the draws round to corners.
 
-    And with what else is positive much smaller and larger than in the row.
+    Other positive parameters are also much smaller and larger than in the entry.
     """
     logs = dataclasses.replace(case, sample_options={"log_space": True})
 
@@ -141,7 +141,7 @@ def test_density_of_own_draws_agrees_with_float64(case, dtype):
 @quick
 @rows(cases(has_log_prob))
 def test_the_law_in_float64_is_its_formula(case):
-    """As it is written, by SciPy, of the own draws in float64: to digits that float32 has not."""
+    """The law is evaluated as written, with SciPy, at own draws in float64, to digits that float32 lacks."""
     with jax.enable_x64(True):
         params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items()}
         value, law = jax.jit(lambda p: (z := case.draw(KEY, (40, 2), **p), case.density(z, **p)))(params)
@@ -155,7 +155,7 @@ def test_the_law_in_float64_is_its_formula(case):
 @quick
 @rows(cases(has_log_prob))
 def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
-    """NaN of value and parameters, and what has to be positive and is not, also at a vertex and outside."""
+    """NaN in value or parameters, or a parameter that is not positive, also at a corner and outside."""
     taken = inspect.signature(case.log_prob).parameters
     integers = case.support == "order"
 
@@ -191,7 +191,7 @@ def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
 @quick
 @rows(cases(has_log_prob, lambda case: case.support != "atoms"))  # an atom moves with its logit
 def test_gradient_of_the_density_is_its_derivative(case):
-    """In every argument, and in the value of a density, by central differences in float64."""
+    """Every argument and the value of a density are checked by central differences in float64."""
     log_space = case.log_space
     with jax.enable_x64(True):
         logs = dataclasses.replace(
@@ -289,7 +289,7 @@ def test_second_derivatives_are_finite_and_symmetric(case):
 @pytest.mark.whole
 @quick
 def test_slopes_of_the_atoms_far_into_the_tail():
-    """phi(x) / Phi(x) at x = -loc / scale, by its continued fraction in float64."""
+    """phi(x) / Phi(x) at x = -loc / scale, from its continued fraction in float64."""
     slope = jax.grad(rj.gaussian_bernoulli_log_prob, 1)
     for loc, scale in ((0.5, 0.2), (3.0, 0.3), (3.0, 0.01), (1.0, 1e-3), (1e4, 1.0), (1e4, 1e-3)):
         x, fraction = loc / scale, 0.0
@@ -369,7 +369,7 @@ def test_a_factor_may_have_any_signs_on_its_diagonal():
 @pytest.mark.whole
 @quick
 def test_limits_at_the_vertices():
-    """Where z is rounded to a vertex the density is its limit there, never NaN."""
+    """Where z is rounded to a corner the density is its limit there, never NaN."""
     ends = np.float32([0, 1])
     for tau, limit in ((0.5, np.inf), (2.0, -np.inf)):
         assert (rj.relaxed_bernoulli_log_prob(ends, 0.3, tau) == limit).all()

@@ -1,4 +1,4 @@
-"""Data-parallel training: as many devices and processes as there are, the losses are those of one."""
+"""Data-parallel training: on any number of devices and processes, the losses equal those on one."""
 
 import json
 import os
@@ -49,13 +49,13 @@ def images(tmp_path):
 
 
 def environment():
-    """Of a process that finds what the tests find."""
+    """The environment of a process that finds the same modules as the tests."""
     paths = [str(EXAMPLES), os.path.dirname(__file__)]
     return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
 
 
 def test_losses_do_not_depend_on_how_many_devices_share_a_batch():
-    """Of a sampler and of an estimator; and what the devices tell each other are sums, not the batch."""
+    """It covers a sampler and an estimator; devices exchange sums, not the batch."""
     command = [sys.executable, "-c", ON_FOUR, COLLECTIVES]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ STARTED = []
 
 @pytest.fixture(autouse=True)
 def nothing_left_running():
-    """A test that fails half-way ends the processes it started: the next one has the machine to itself."""
+    """A test that fails halfway ends the processes it started, so the next one has the machine to itself."""
     yield
     while STARTED:
         process = STARTED.pop()
@@ -90,7 +90,7 @@ def nothing_left_running():
 
 
 def start_two(images, out, *flags, second=()):
-    """Two processes that train together, the second one with some flags of its own."""
+    """Two processes that train together; the second one has some flags of its own."""
     command = [sys.executable, EXAMPLES / "vae.py", *TINY, "--data", images, "--epochs", EPOCHS, "--out", out]
     command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, *flags]
     processes = [
@@ -114,7 +114,7 @@ def history(out):
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_other_and_the_run_resumes(lost, images, tmp_path):
-    """SIGKILL to either; the checkpoints continue, in two processes or in one, to the losses of one alone."""
+    """After SIGKILL to either process, one or two continue from the checkpoints with the same losses."""
     out = tmp_path / "run"
     processes = start_two(images, out)
     deadline = time.monotonic() + 200
@@ -145,7 +145,7 @@ def test_a_lost_process_ends_the_other_and_the_run_resumes(lost, images, tmp_pat
 
 
 def ends_of(processes):
-    """The one error line of each, which ends with exit code 2."""
+    """The single error line of each, which ends with exit code 2."""
     for process in processes:
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 2 and "Traceback" not in errors, errors
@@ -154,7 +154,7 @@ def ends_of(processes):
 
 
 def test_processes_with_other_settings_or_data_end_with_one_line(images, tmp_path):
-    """Before anything is written. The data has the same shape and one other pixel."""
+    """They end before anything is written. The data have the same shape and one different pixel."""
     other = bars()
     other[3, 2, 1] = 1 - other[3, 2, 1]
     np.savez(tmp_path / "other.npz", images=other)
@@ -186,7 +186,7 @@ def test_processes_with_other_numbers_of_devices_end_with_one_line():
 
 
 def test_what_one_process_cannot_do_ends_all(monkeypatch):
-    """The one with its own words, the others with those and its number."""
+    """The failing process prints its own error, the others print the same with its number."""
     said = [None, "no room"]
     monkeypatch.setattr(devices.Cluster, "ask", lambda self, problem: said)
 
@@ -202,7 +202,7 @@ def test_what_one_process_cannot_do_ends_all(monkeypatch):
 
 
 def test_a_port_in_use(images, tmp_path, capsys):
-    """Of another program, or of the coordinator of another run."""
+    """Another program, or the coordinator of another run, uses the port."""
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -215,7 +215,7 @@ def test_a_port_in_use(images, tmp_path, capsys):
 
 
 def test_nobody_comes(images, tmp_path):
-    """A process whose coordinator does not answer says so, and ends."""
+    """A process whose coordinator does not answer reports it and ends."""
     command = [sys.executable, EXAMPLES / "vae.py", *TINY, "--data", images, "--out", tmp_path / "run"]
     command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id", 1]
     done = subprocess.run(
@@ -255,7 +255,7 @@ def test_a_batch_that_the_devices_cannot_share(monkeypatch, images, tmp_path, ca
 
 
 def test_a_word_is_said_only_where_the_process_ends(capfd):
-    """Not when it is done, nor with an error of its own."""
+    """It is not printed when the process finishes, or fails with its own error."""
     with devices.last_words("lost"):
         pass
     with pytest.raises(UserError), devices.last_words("lost"):

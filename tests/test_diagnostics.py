@@ -1,4 +1,4 @@
-"""The report of estimators against what can be summed by hand: biases, variances, cosines, calls."""
+"""The report of estimators, compared with separate sums: biases, variances, cosines, calls."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ WEIGHTS = {n: FORMS.normal(size=(n, n)).astype(np.float32) for n in (3, 6)}
 
 
 def quadratic(b):
-    """Of bits or of one-hot vectors, all variables together."""
+    """A quadratic function of bits or of one-hot vectors, over all variables together."""
     x = b.reshape(-1)
     return 1 + x @ WEIGHTS[x.size] @ x / 2 + x[0]
 
@@ -112,7 +112,7 @@ def test_unbiased_estimators_have_no_bias_and_their_calls_are_counted():
 
 @pytest.mark.whole
 def test_the_bias_of_straight_through_on_a_quadratic_is_found():
-    """Its mean is the gradient of f at the mean: the covariance of the draws is what it does not see."""
+    """Its mean is the gradient of f at the mean: it does not see the covariance of the draws."""
     report = classes_report("exact")
 
     def of_covariance(logits):
@@ -146,7 +146,7 @@ def test_variance_error_and_cosines_are_those_of_reinforce_summed_by_hand(kind):
 
 @pytest.mark.whole
 def test_numbers_are_those_of_the_same_draws_kept_in_one_array():
-    """Batches are merged without a trace: NumPy on all gradients at once finds the same."""
+    """Batches are merged exactly: NumPy finds the same from all gradients at once."""
     n, size = 600, 100
     q, sampler = es.OneHotCategorical(CLASSES), rj.reinmax
     cubic = lambda z: jnp.sum(z @ jnp.array([1.0, -2.0, 0.5])) ** 3
@@ -195,7 +195,7 @@ def test_a_long_run_agrees_with_the_exact_gradient_and_its_error_counts():
 @pytest.mark.whole
 @pytest.mark.parametrize("errors", [[1.0], [1, 1, 1], [10, 1, 1, 1, 0.1], [1] * 50])
 def test_noise_alone_is_called_a_bias_once_in_a_thousand(errors):
-    """Reports of no bias at all, their noise drawn by NumPy: of one coordinate, and of many, unlike ones."""
+    """The reports have no bias, and NumPy draws their noise: one coordinate, or many different ones."""
     n = 40_000
     noise = np.random.default_rng(1).normal(size=(n, len(errors))) * errors
     report = dataclasses.replace(
@@ -211,7 +211,7 @@ def test_noise_alone_is_called_a_bias_once_in_a_thousand(errors):
 
 @pytest.mark.whole
 def test_bits_that_are_never_seen_on_do_not_make_an_estimator_biased():
-    """REINFORCE, two bits with a gradient and a hundred of 1e-4: their spread is not seen in 1,000 draws."""
+    """REINFORCE with two bits that have a gradient and a hundred at 1e-4, whose spread 1,000 draws miss."""
     q = es.Bernoulli(jnp.concatenate([jnp.zeros(2), jnp.full(100, -9.2)]))
     f = lambda b: 5 + b[0] - 2 * b[1] + 3 * jnp.sum(b[2:])
     report = dg.gradient_report(KEY, f, q, {"reinforce": es.reinforce}, 1000)
@@ -225,7 +225,7 @@ def test_many_outcomes_ask_for_a_long_run():
     methods = {"of 16": functools.partial(es.rloo, num_samples=16)}
     report = dg.gradient_report(KEY, f, q, methods, 2000, batch_size=500, reference_samples=8000)
     assert report.reference.startswith("a long run, 8000 estimates by rloo of 16 draws")
-    # its own error is that of a mean of the same estimator
+    # its own error is the error of a mean of the same estimator
     error = np.sum(report.gradient_error**2)
     assert error == pytest.approx(report.variance[0] / 8000, rel=0.1)
     assert (np.abs(report.gradient - np.arange(15) / 4) < 4.8 * report.gradient_error).all()
@@ -234,7 +234,7 @@ def test_many_outcomes_ask_for_a_long_run():
 @pytest.mark.whole
 def test_calls_under_vmap_scan_and_a_batch():
     def many(key, f, q):
-        """Under both, 3 x 4 estimates of 2 calls each."""
+        """Under both, there are 3 x 4 estimates of 2 calls each."""
         inner = jax.vmap(lambda key: es.disarm(key, f, q))
         step = lambda total, key: (total + jnp.mean(inner(jax.random.split(key, 4)), 0) / 3, None)
         return jax.lax.scan(step, jnp.zeros(q.batch_shape), jax.random.split(key, 3))[0]
@@ -260,7 +260,7 @@ def test_any_mapping_of_estimators_is_taken():
 
 
 def test_time_is_that_of_one_estimate(monkeypatch):
-    """By a clock that goes a second with every look: each batch of 20 takes one."""
+    """It uses a clock that advances a second with every look: each batch of 20 takes one."""
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     report = dg.gradient_report(KEY, quadratic, es.Bernoulli(BITS), {"one": es.rloo}, 100, batch_size=20)
@@ -383,7 +383,7 @@ def tree_report(reference="exact"):
 
 
 def tree_by_hand(estimator):
-    """Each outcome's probability, and its estimate in every leaf; by the chain rule in float64."""
+    """The probability of each outcome, and its estimate in every leaf, by the chain rule in float64."""
     decoder, x = PARAMS["decoder"].astype(float), INPUT.astype(float)
     logits = x @ PARAMS["encoder"]["kernel"].astype(float) + BITS.astype(float)
     events, chance, score = outcomes(logits, "bits")
@@ -456,7 +456,7 @@ def test_a_long_run_is_in_every_leaf():
 
 
 def test_logits_as_parameters_give_the_report_in_the_logits():
-    """To the last bit, but for the time: an array is the smallest tree, and has no leaf of its own."""
+    """They agree to the last bit, except for the time: an array is the smallest tree, without leaves."""
     methods = {"rloo": es.rloo, "rebar": es.rebar}
     plain = dg.gradient_report(KEY, quadratic, es.Bernoulli(BITS), methods, 200)
     of_tree = dg.gradient_report(KEY, lambda _, b: quadratic(b), es.Bernoulli, methods, 200, params=BITS)
@@ -494,7 +494,7 @@ def test_parameters_that_do_not_fit_are_named():
 
 
 def report_of(**columns):
-    """Of estimators with these numbers, on a gradient of norm 2."""
+    """A report on estimators with these numbers, for a gradient of norm 2."""
     rows = len(columns["variance"])
     numbers = {name: np.zeros(rows) for name in ("bias_norm", "bias_norm_error", "cosine", "mean_cosine",
                                                  "mse", "mse_error", "seconds")}  # fmt: skip
@@ -505,7 +505,7 @@ def report_of(**columns):
 
 
 def test_a_recommendation_is_the_least_error_for_the_calls():
-    """Bias stays, variance falls with the number of estimates; who costs more than there is drops out."""
+    """Bias stays, variance falls with the number of estimates; estimators that cost too much drop out."""
     report = report_of(
         variance=np.array([1.0, 8.0, 0.5]), mse=np.array([1.25, 8.0, 0.5]), calls=np.array([1, 2, 8]),
         bias_norm=np.array([0.5, 0.0, 0.0]),
@@ -525,7 +525,7 @@ def test_a_recommendation_is_the_least_error_for_the_calls():
 
 
 def test_a_value_that_is_not_finite_is_named(tmp_path):
-    """Where it shows in the estimates alone, compiled: the row has no numbers, and the others keep theirs."""
+    """It shows only in the compiled estimates: that estimator has no numbers, and the others keep theirs."""
     rough = dg.from_sampler(lambda key, logits: jnp.sqrt(rj.relaxed_bernoulli(key, logits, 0.5) - 0.5))
     methods = {"rough": rough, "rloo": es.rloo}
     f = lambda b: jnp.sum(b, -1)

@@ -96,7 +96,7 @@ def test_draws_in_half_precision_are_in_the_support(case, dtype):
 @pytest.mark.few(1)
 @rows(lambda case: case.log_space)
 def test_intermediates_hold_what_the_draw_rounds_away(case):
-    """At tau = 0.01 the law of a draw is that of its log-space form, to the digits of float64."""
+    """At tau = 0.01 the law of a draw equals the law of its log-space form, to the digits of float64."""
     params = arrays(case) | ({"tau": jnp.float32(0.01)} if "tau" in case.params else {})
 
     @jax.jit
@@ -137,7 +137,7 @@ def test_without_a_log_space_there_are_no_intermediates(case):
 @pytest.mark.few(2)
 @rows()
 def test_shapes_are_inferred(case):
-    """Positional, by keyword, and as probs; with batches that broadcast, also of one parameter alone."""
+    """Parameters come by position, by keyword, and as probs; batches broadcast, also of one parameter."""
     names = list(inspect.signature(case.distribution).parameters)
     one = {name: np.asarray(x) for name, x in case.element(0).items()}
     grown = [
@@ -232,7 +232,7 @@ def test_law_of_every_outcome(case):
 @pytest.mark.few(1)
 @rows(has_law, lambda case: case.log_prob is None)
 def test_gradient_of_the_law_is_its_derivative(case):
-    """In every parameter, by central differences in float64, through the class."""
+    """Every parameter is checked by central differences in float64, through the class."""
     with jax.enable_x64(True):
         # numbers that are only compared with have no slope
         params = {n: jnp.asarray(x, jnp.float64) for n, x in case.floats.items() if n != "values"}
@@ -269,7 +269,7 @@ OUTSIDE = {
 # any number is one of "exact_number"; what is not of its list is tested above
 @rows(has_law, lambda case: case.support != "exact_number")
 def test_outside_of_the_support_is_impossible(case, monkeypatch):
-    """If validated, by the support alone: whatever the density says there."""
+    """If validated, the support alone decides, whatever the density says there."""
     z = np.float32(OUTSIDE[case.support])
     if len(case.event) and case.event != (3,):
         z = -np.ones((2, *case.event), np.float32)
@@ -343,7 +343,7 @@ def test_a_cdf_without_a_closed_form_is_an_error(case):
 @pytest.mark.few(1)
 @rows(has_cdf)
 def test_cdf(case):
-    """cdf and icdf are inverse, have the jumps and the slope of the law, and are those of the draws."""
+    """cdf and icdf are inverse, have the jumps and the slope of the law, and match the draws."""
     n, v = 5000, np.random.default_rng(3).uniform(size=(5000, 2))
     levels = np.repeat(np.linspace(0, 1, 41, dtype=np.float32)[:, None], 2, 1)
 

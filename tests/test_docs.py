@@ -1,4 +1,4 @@
-"""The site is true: its snippets run, its reference is complete, what it includes and points to is there."""
+"""The site is true: its snippets run, its reference is complete, its includes and links exist."""
 
 import ast
 import importlib.util
@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 PYTHON = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# What pages may write in capitals beside code: the rest may be a placeholder for a number or a table.
+# Words that pages may write in capitals outside code: any other may be a placeholder for a number or a table.
 CAPITALS = {"AUROC", "CHANGELOG", "ELBO", "H100", "ICLR", "JSON", "MCMC", "MNIST", "NUTS", "README", "SIMPLE"}
 CAPITALS |= {name.upper() for name in (*estimators.__all__, *elbo.__all__)}
 PICTURES = sorted(path.stem for path in (ROOT / "tools" / "pictures").glob("*.py") if path.stem != "make")
@@ -52,7 +52,7 @@ def load(path):
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if PYTHON.search(text)])
 def test_snippets_run(page):
-    """And what they say of their results holds: each page asserts something."""
+    """Their claims about results hold: each page asserts something."""
     names, snippets = {}, PYTHON.findall(PAGES[page])
     assert re.search(r"^ *assert ", "".join(snippets), re.MULTILINE)
     for number, snippet in enumerate(snippets):
@@ -88,7 +88,7 @@ def test_what_a_page_includes_and_points_to_is_there(hooks, page):
 
 
 def target(path):
-    """Pictures of the benchmarks come into the site when it is built."""
+    """The build copies the pictures of the benchmarks into the site."""
     pictures = DOCS / "benchmarks"
     path = path.resolve()
     return ROOT / "benchmarks" / "results" / path.name if path.parent == pictures.resolve() else path
@@ -100,7 +100,7 @@ def without_code(text):
 
 
 def left_behind(text):
-    """Words in capitals that are no names, as a writer leaves them for what is yet to be measured."""
+    """Words in capitals that are not names, which a writer leaves for figures still to be measured."""
     text = re.sub(r"\]\([^)]*\)|\]\[[^]]*\]|{{[^}]*}}|\$[^$]*\$", "", without_code(text))
     return set(re.findall(r"@@\w*|\b(?:[A-Z][A-Z0-9_]{3,}|TBD|XXX)\b", text)) - CAPITALS
 
@@ -245,14 +245,14 @@ def test_pictures_are_made(name, monkeypatch):
 
 
 def test_mutations_still_apply():
-    """What tools/mutations.py replaces stands in its file once, and its tests are there."""
+    """The text that tools/mutations.py replaces appears once in its file, and its tests exist."""
     for defect, file, old, new, files, _ in load("tools/mutations.py").MUTATIONS:
         assert (ROOT / file).read_text().count(old) == 1 and new != old, defect
         assert all((ROOT / "tests" / name).exists() for name in files.split()), defect
 
 
 def test_the_site_and_its_tools_are_apart():
-    """What is in docs/ is published or recorded; what makes it is in tools/."""
+    """Everything in docs/ is published or recorded; the scripts that make it are in tools/."""
     assert {path.suffix for path in DOCS.rglob("*") if path.is_file()} == {
         ".css",
         ".md",
@@ -272,7 +272,7 @@ RECORDED = (
 
 @pytest.mark.parametrize("path", sorted((DOCS / "outputs").iterdir()), ids=lambda path: path.name)
 def test_a_recorded_output_says_with_which_versions(path):
-    """In its last line; the tables of evidence in the last before their end."""
+    """The versions are in its last line, or in the last line before the end for tables of evidence."""
     last = path.read_text().removesuffix("<!-- end -->\n").splitlines()[-1]
     assert re.fullmatch(RECORDED, last.strip("*"))
 

@@ -1,4 +1,4 @@
-"""Outside jitted functions: what a call compiles, the next one has."""
+"""Outside jitted functions: the next call reuses everything that a call compiles."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from cases import cases, has_log_prob, is_differentiable
 from helpers import KEY, few, quick, rows
 from public_calls import CALLS
 
-# They trace a function of the user's anew, in loops: whether it is the same function cannot be known.
+# They trace a user's function again, in loops: it is not known whether it is the same function.
 OF_USERS = {"stochastic_beam_search", "gradient_report", "check", "marginals"}
 
 

@@ -1,4 +1,4 @@
-"""`RLOO_ELBO`, `VIMCO_ELBO`: their mean is the enumerated gradient, with less variance by a baseline."""
+"""`RLOO_ELBO`, `VIMCO_ELBO`: their mean is the enumerated gradient, and a baseline lowers the variance."""
 
 import functools
 import warnings
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 @functools.cache
 def estimates(name, elbo=RLOO_ELBO, particles=3, draws=4000):
-    """Losses and gradients, flat, of many keys."""
+    """Losses and gradients, flat, for many keys."""
     case = CASES[name]
     model, guide = (lambda p, f=f: f(p) for f in (case.model, case.guide))
     loss = lambda p, key: elbo(particles).loss(key, {}, model, guide, p)
@@ -59,7 +59,7 @@ def test_the_mean_is_the_exact_loss_and_gradient(name):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "subsampled"])
 def test_the_bound_of_two_is_exact(name):
-    """Its mean is the sum over all pairs, and the value that of NumPyro at the same key."""
+    """Its mean is the sum over all pairs, and its value equals NumPyro's at the same key."""
     case = CASES[name]
     loss, gradient = jax.jit(jax.value_and_grad(lambda p: exact_loss_of_two(case, p)))(case.params)
     losses, gradients = estimates(name, VIMCO_ELBO, particles=2, draws=6000)
@@ -109,7 +109,7 @@ def test_minibatches_have_the_mean_of_the_whole():
     assert (np.abs(found[4].mean(0)) > 10 * noise).any()
 
     def masked(logit):
-        """Of the last element, over all triples: it is drawn from its law, which is not in its weight."""
+        """The last element is masked, over all triples: it is drawn from its law, which has no weight."""
         z = jnp.asarray(all_values([0, 1], 3))
         chance = jnp.exp(jnp.sum(jax.nn.log_sigmoid(jnp.where(z == 1, logit, -logit)), 1))
         log_w = 0.7 * dist.Normal(2.0 * z, 1).log_prob(1.1)
@@ -122,7 +122,7 @@ def test_minibatches_have_the_mean_of_the_whole():
 
 @pytest.mark.whole
 def test_vimco_has_less_variance_than_the_score_of_the_bound():
-    """By NumPyro's bound with the score of all sites, which has no baseline."""
+    """It is compared with NumPyro's bound with the score of all sites, which has no baseline."""
     case = CASES["bits"]
     model, guide = (lambda p, f=f: f(p) for f in (case.model, case.guide))
 
@@ -148,7 +148,7 @@ def test_vimco_has_less_variance_than_the_score_of_the_bound():
 
 @pytest.mark.whole
 def test_a_particle_of_probability_0_has_no_weight():
-    """The bound stays finite while one particle is possible, and so do its gradients."""
+    """The bound and its gradients stay finite while one particle is possible."""
 
     def model(logits):
         n = numpyro.sample("n", dist.Poisson(4.0))
@@ -170,7 +170,7 @@ def test_a_particle_of_probability_0_has_no_weight():
 
 @pytest.mark.whole
 def test_more_particles_come_nearer_to_the_evidence():
-    """In the mean, and below it: NumPyro's exact sum over the bits."""
+    """The mean rises, and stays below NumPyro's exact sum over the bits."""
     case = CASES["bits"]
     model, guide = (lambda p, f=f: f(p) for f in (case.model, case.guide))
     bounds = []
@@ -185,7 +185,7 @@ def test_more_particles_come_nearer_to_the_evidence():
 
 
 def test_relaxed_sites_have_no_weights():
-    """Also in a plate and in event axes."""
+    """This includes sites in a plate and in event axes."""
     p = {"x": jnp.array([0.3, 0.7]), "z": jnp.array([[0.1, -0.4, 0.7]] * 3)}
     plate = [relax(f, tau=0.5) for f in (pathwise_model, pathwise_guide)]
     event = [relax(lambda p, f=f: f(p), tau=0.5) for f in (BITS.model, BITS.guide)]
@@ -236,7 +236,7 @@ def test_less_variance_than_without_a_baseline(name):
 
 @pytest.mark.whole
 def test_an_element_of_a_plate_pays_for_itself():
-    """More elements, and noise that is not downstream, leave the variance of its gradient as it is."""
+    """More elements, and noise that is not downstream, do not change the variance of its gradient."""
 
     def model(n, noise):
         u = numpyro.sample("u", dist.Normal(0, 1))
@@ -260,7 +260,7 @@ def test_an_element_of_a_plate_pays_for_itself():
 
 @pytest.mark.parametrize("markov", [False, True], ids=["all at once", "scan"])
 def test_a_step_of_a_scan_pays_for_itself_and_what_follows(markov):
-    """Steps that do not reach each other: the last one's gradient has the variance of a scan of one step."""
+    """Steps do not reach each other: the last one's gradient has the variance of a scan with one step."""
 
     def model(n):
         def step(before, _):
@@ -288,7 +288,7 @@ def test_a_step_of_a_scan_pays_for_itself_and_what_follows(markov):
 
 @pytest.mark.whole
 def test_no_variance_at_the_posterior_of_a_minibatch():
-    """All particles see the same data: where the guide is exact, all have the same cost."""
+    """All particles see the same data: if the guide is exact, all have the same cost."""
     y = jnp.linspace(-2, 3, 12)
 
     def model():
@@ -306,7 +306,7 @@ def test_no_variance_at_the_posterior_of_a_minibatch():
         assert (np.abs(gradients).max() < 1e-4) == (size == 1e-4)
 
 
-# --- beside NumPyro's -------------------------------------------------------------------------
+# --- compared with NumPyro's ELBOs ------------------------------------------------------------
 
 
 def continuous(f):
@@ -333,7 +333,7 @@ def pathwise_guide(p, x):
 @pytest.mark.whole
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_pathwise_sites_are_those_of_trace_elbo(vectorize):
-    """Also the discrete ones that are relaxed: the same draws, the same loss, the same gradient."""
+    """Relaxed discrete sites count too: the same draws, the same loss, the same gradient."""
     p = {"x": jnp.array([0.3, 0.7]), "z": jnp.array([[0.1, -0.4, 0.7]] * 3)}
     soft_model, soft_guide = (relax(f, tau=0.5) for f in (pathwise_model, pathwise_guide))
     ours, theirs = (
@@ -406,7 +406,7 @@ def test_mutable_state_survives_updates():
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.filterwarnings("ignore:Failed to verify mean field:UserWarning")
 def test_partly_observed_sites_under_relax(name, elbo):
-    """Straight-through draws are exact, so that the mean of the relaxed loss is the enumerated one."""
+    """Straight-through draws are exact, so the mean of the relaxed loss is the enumerated one."""
     case = CASES[name]
     model, guide = (relax(lambda p, f=f: f(p), tau=0.5, method="straight_through")
                     for f in (case.model, case.guide))  # fmt: skip
@@ -423,7 +423,7 @@ def test_partly_observed_sites_under_relax(name, elbo):
 
 
 def test_what_is_observed_stays_where_it_is():
-    """All particles have the same cost there: the gradient is 0, no rounding that Adam would walk along."""
+    """All particles have the same cost there: the gradient is 0, without rounding that Adam would follow."""
     case = CASES["partly"]
     guide = lambda p: case.guide(p)
     loss = lambda p: RLOO_ELBO(3).loss(KEY, {}, lambda p: case.model(p), guide, p)
@@ -434,7 +434,7 @@ def test_what_is_observed_stays_where_it_is():
 
 @pytest.mark.whole
 def test_a_draw_of_probability_0_is_named_and_stays_where_it_is():
-    """More were counted than there can be: the elements that it does not reach keep their gradients."""
+    """More were counted than possible: the elements that the draw does not reach keep their gradients."""
     y = jnp.array([1, 6, 2])
 
     def model(p):

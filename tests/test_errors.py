@@ -1,7 +1,7 @@
-"""Every public function is given a wrong kind of thing for each of its arguments, one at a time.
+"""Every public function gets a wrong kind of value for each of its arguments, one at a time.
 
-The error is a ValueError that begins with the argument's name: outside a jitted function, inside one,
-and where the wrong array is traced.
+The error is a ValueError that begins with the argument's name: outside a jitted function, inside one, and if
+the wrong array is traced.
 """
 
 import inspect
@@ -44,7 +44,7 @@ NOT_HERE = {"GradientReport", "Quantized", "CodebookState", "AutoMeanField", "Au
 
 @pytest.fixture
 def step(pytestconfig):
-    """The quick tier tries every sixth of the values that are wrong."""
+    """The quick tier tries every sixth of the wrong values."""
     return 6 if pytestconfig.option.quick else 1
 
 
@@ -87,7 +87,7 @@ def test_narrow_floats_are_to_be_cast(name):
             call()
 
 
-# --- what is given in another way -------------------------------------------------------------
+# --- values passed in another way ---------------------------------------------------------------
 
 VALUE = np.float32(0.5)
 QUANTILES = [case for case in DISTRIBUTIONS if "icdf" in vars(case.distribution)]
@@ -124,7 +124,7 @@ def test_distribution_functions_name_their_arguments(case):
 @pytest.mark.whole
 @pytest.mark.parametrize("name", ["StraightThroughBernoulli", "StraightThroughCategorical", "SimpleTopK"])
 def test_exact_draws_may_be_integers_or_booleans(name):
-    """They are zeros and ones, also where NumPyro looks whether they are in the support."""
+    """They are zeros and ones, also when NumPyro checks whether they are in the support."""
     (case,) = (case for case in DISTRIBUTIONS if case.distribution.__name__ == name)
     d = case.build(validate_args=True)
     z = d.sample(KEY)
@@ -300,14 +300,14 @@ def test_shapes_that_do_not_fit_are_named():
 
 @pytest.mark.parametrize("number", [-1, 0, 2.5, "a", True])
 def test_a_number_of_values_is_looked_at_before_the_model_runs(number):
-    """Also where no site is a count, so that nobody would ask for it."""
+    """This also holds if no site is a count, so that nobody would use it."""
     for bad, name in ((number, "num_values"), ({"z": number}, r"num_values\['z'\]")):
         with pytest.raises(ValueError, match=rf"^{name} must be an integer in .*, got "):
             hd.relax(lambda: None, tau=0.5, num_values=bad)
 
 
 def test_none_is_no_bad_number_of_values():
-    """In a dictionary as outside one, it asks for as many as are needed."""
+    """In a dictionary as well as outside one, it stands for as many as are needed."""
     shapes = [
         jax.eval_shape(lambda n=n: relaxed_law(n)).shape for n in (None, {"z": None}, {}, 20, {"z": 20})
     ]
@@ -320,7 +320,7 @@ def relaxed_law(num_values):
 
 
 def test_a_guide_takes_the_options_of_its_model_for_a_partly_observed_site():
-    """It has the unobserved part alone, which the options may call by the name of the whole."""
+    """It has only the unobserved part, which the options may call by the name of the whole."""
     classes, mask = dist.Categorical(np.float32([0.2, 0.8])).expand([3]), np.array([True, False, True])
     model = lambda: numpyro.sample("z", classes, obs=np.array([0, 1, 0]), obs_mask=mask)
     guide = lambda: numpyro.sample("z_unobserved", classes)

@@ -1,4 +1,4 @@
-"""Unbiased estimators against enumeration, their known orders of variance, and where they are used."""
+"""Unbiased estimators: compared with enumeration, in their order of variance, and where they are used."""
 
 import functools
 import itertools
@@ -57,7 +57,7 @@ def draws(name, family, n=300_000):
 
 @quick
 def test_exact_is_the_sum_over_all_outcomes():
-    """In float64, by numpy: the value and, by differences, its gradient."""
+    """The value in float64 with NumPy and, by differences, its gradient."""
 
     def expectation(logits):
         total = np.zeros(2)
@@ -90,7 +90,7 @@ def test_mean_is_the_exact_gradient_and_value(name, family):
 
 
 def total_variance(name, family):
-    """Of the gradient in the logits, summed, and its standard error."""
+    """The variance of the gradient in the logits, summed, and its standard error."""
     slopes = draws(name, family)[0]
     squares = ((slopes - slopes.mean(0)) ** 2).reshape(len(slopes), -1).sum(1)
     return squares.mean(), squares.std() / len(squares) ** 0.5
@@ -240,7 +240,7 @@ def each(x, like):
 
 
 def by_scores(draws, logits, family, weight, gains):
-    """Of `reinforce` and `rloo`: the gain of each draw, given the values of all."""
+    """The estimate of `reinforce` and `rloo`: the gain of each draw, given the values of all."""
     values, _, weights = zip(*(f_by_hand(b, weight) for b in draws), strict=True)
     score = lambda b: b - probabilities(logits, family)
     slope = sum(each(g, b) * score(b) for g, b in zip(gains(np.stack(values)), draws, strict=True))
@@ -268,7 +268,7 @@ def antithetic_by_hand(factor):
 
 
 def coupled_by_hand(draws, logits, family, weight, variate):
-    """Of `rebar` and `relax`: the slope of z~ at a fixed P(z < z~ | b), found without how z~ is made."""
+    """For `rebar` and `relax`: the slope of z~ at a fixed P(z < z~ | b), found without its construction."""
     b, z, again = (draws[name] for name in ("drawn", "noisy", "again"))
     p = probabilities(logits, family)
     value, _, weights = f_by_hand(b, weight)
@@ -301,7 +301,7 @@ def relax_by_hand(draws, logits, family, weight, control_variate):
 
 
 def correlation(p, n):
-    """Of two of n antithetic bits."""
+    """The correlation of two of n antithetic bits."""
     r = np.minimum(p, 1 - p)
     both = np.maximum(2 * r ** (1 / (n - 1)) - 1, 0) ** (n - 1)  # two of the draws have the rarer value
     return (both - r**2) / (r * (1 - r))
@@ -323,7 +323,7 @@ def arms_by_hand(draws, logits, family, weight, num_samples=4):
 
 
 def arms_of_a_class(drawn, logits, values):
-    """By a tree over the binary digits of the classes: the mean over all pairs of draws."""
+    """The mean over all pairs of draws, from a tree over the binary digits of the classes."""
     n, p = len(drawn), sp.softmax(logits)
     classes = np.arange(len(p))
     slope = np.zeros_like(p)
@@ -348,7 +348,7 @@ def arms_of_a_class(drawn, logits, values):
 
 
 def chance_of_set(p, items):
-    """That these are the first, in any order: the sum over all orders."""
+    """The probability that these come first, in any order: the sum over all orders."""
     total = 0.0
     for order in itertools.permutations(items):
         chance, left = 1.0, p.sum()
@@ -360,7 +360,7 @@ def chance_of_set(p, items):
 
 
 def set_by_hand(draws, logits, family, weight, num_samples=2):
-    """By the sum over all orders, for each row of the batch."""
+    """The estimate from the sum over all orders, for each batch element."""
     value, slope, weights = np.zeros(len(logits)), np.zeros_like(logits), np.zeros(len(logits))
     for row, l in enumerate(logits):
         p, n = sp.softmax(l), len(l)
@@ -433,7 +433,7 @@ def test_value_and_gradient_are_the_formula_at_every_draw(name, family, dtype, t
 @quick
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_equal_variables_and_equal_rows_are_uncorrelated(name, family):
-    """Each a call of f of its own, so that nothing but shared noise can correlate them."""
+    """Each has its own call of f, so only shared noise could correlate them."""
     if family == "bits":
         q, f, variate = es.Bernoulli(jnp.full((2, 2), 0.4), 0), lambda b: jnp.exp(0.7 * b), jnp.tanh
     else:  # of one class, or of several
@@ -462,7 +462,7 @@ TABLE = np.random.default_rng(3).normal(size=(2, TOKENS + 1, TOKENS)).astype(np.
 
 
 def log_prob_of_sequence(logits, tokens):
-    """Each token given the last one, and whether it is the first."""
+    """The log-probability of each token given the last one, and whether it is the first."""
     before = jnp.concatenate([jnp.full_like(tokens[..., :1], TOKENS), tokens[..., :-1]], -1)
     rows = jax.nn.log_softmax(logits)[jnp.minimum(jnp.arange(STEPS), 1), before]
     return jnp.take_along_axis(rows, tokens[..., None], -1)[..., 0].sum(-1)
@@ -476,7 +476,7 @@ def score_of_sequence(tokens, weight):
 @quick
 @pytest.mark.parametrize("k", [2, 5])
 def test_a_gradient_over_sequences_from_a_beam_of_draws(k):
-    """Of E f over 27 sequences, by k of `stochastic_beam_search`; and by all 27, where it is exact."""
+    """The gradient of E f over 27 sequences, from k of `stochastic_beam_search`; with all 27 it is exact."""
     every = jnp.stack(jnp.meshgrid(*STEPS * [jnp.arange(TOKENS)], indexing="ij"), -1).reshape(-1, STEPS)
 
     def exact(logits, weight):
@@ -507,7 +507,7 @@ def test_a_gradient_over_sequences_from_a_beam_of_draws(k):
 @quick
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_many_classes_and_a_large_set(scale):
-    """32 of 1,000 classes: the mean along five directions, as a class by itself is seldom drawn."""
+    """With 32 of 1,000 classes, the mean is checked along five directions, as single classes are rare."""
     rng = np.random.default_rng(5)
     logits, values = scale * rng.normal(size=1000), rng.normal(size=1000)
     logits, values = jnp.asarray(logits, jnp.float32), jnp.asarray(values, jnp.float32)
@@ -532,7 +532,7 @@ def test_a_set_of_all_classes_is_exact():
 
 
 def log_joint(weight):
-    """Of three bits, or of one class of five; one outcome is impossible."""
+    """A log-joint of three bits, or of one class of five; one outcome is impossible."""
 
     def f(b):
         value = 2 * interacting(weight, 1)(jnp.pad(b, (0, 5 - b.shape[-1])))
@@ -546,7 +546,7 @@ def log_joint(weight):
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("family", ["bits", "one class"])
 def test_vimco_is_exact_over_all_draws_to_the_second_order(family, k):
-    """Of the bound of k draws, by the sum over all k-tuples, in float64."""
+    """The bound with k draws, as the sum over all k-tuples, in float64."""
     cls = es.Bernoulli if family == "bits" else OneVariable
     with jax.enable_x64(True):
         start = jnp.append(jnp.array([0.4, -1.0, 0.3] if family == "bits" else ONE_CLASS[0], float), 0.7)
@@ -600,14 +600,14 @@ def test_vimco_has_far_less_variance_than_the_score_of_the_bound():
     assert (np.abs(both[0].mean(0) - both[1].mean(0)) < 4.8 * error).all()
 
 
-# --- what f returns beside its value ----------------------------------------------------------
+# --- aux values that f returns ----------------------------------------------------------------
 
 
 @pytest.mark.few(4)
 @quick
 @pytest.mark.parametrize(("name", "family"), [*PAIRS, ("exact", "classes"), ("vimco", "bits")])
 def test_aux_is_that_of_the_first_call(name, family):
-    """Beside the same value and gradients; it may be any pytree, and has gradients of its own."""
+    """Value and gradients stay the same; aux may be any pytree, and has its own gradients."""
     cls, logits = FAMILIES[family]
     alone = {"exact": lambda key, f, q, **o: es.exact(f, q, **o), "vimco": es.vimco} | ESTIMATORS
     estimator = alone[name]
@@ -658,7 +658,7 @@ def test_aux_is_that_of_the_first_call(name, family):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 @pytest.mark.parametrize("family", ["bits", "classes"])
 def test_score_and_log_prob_keep_their_digits_in_the_tails(family, dtype, tolerance):
-    """At log odds x, P is sigmoid(x): of a bit to be what it is, of a class against all others."""
+    """At log-odds x, P is sigmoid(x): for a bit to have its value, or a class against all others."""
     far = np.array([-1e4, -60, -20, -3, 3, 20, 60, 1e4], dtype)
     if family == "bits":
         cls, logits, draws = functools.partial(es.Bernoulli, event_ndims=0), far, np.array([[0], [1]])
@@ -684,7 +684,7 @@ def test_score_and_log_prob_keep_their_digits_in_the_tails(family, dtype, tolera
 
 
 def toy(theta, variate, key, target=0.499):
-    """min over theta of E (b - target)^2, the classic one, by REBAR."""
+    """The classic problem, min over theta of E (b - target)^2, with REBAR."""
     f = lambda b: jnp.sum((b - target) ** 2, -1)
     return es.rebar(key, f, es.Bernoulli(theta), tau=jnp.exp(variate["log_tau"]), eta=variate["eta"])
 
@@ -711,7 +711,7 @@ def test_value_and_grads_are_those_of_the_loss_and_of_the_variance():
 @pytest.mark.whole
 @quick
 def test_learned_control_variates_have_less_variance():
-    """Of REBAR's eta and tau, and of RELAX's network, by gradient descent from where they start."""
+    """REBAR's eta and tau, and RELAX's network, are trained by gradient descent from their start."""
 
     def with_network(theta, variate, key):
         control = lambda z: jnp.sum(variate["out"] * jnp.tanh(variate["in"] * z + variate["bias"]), -1)
@@ -756,7 +756,7 @@ LAYERS = {
 @quick
 @pytest.mark.parametrize("outer", LAYERS)
 def test_an_estimator_inside_of_another_is_unbiased(outer):
-    """For every pair; of the outer logits."""
+    """Every pair is checked, in the outer logits."""
     upper, keys = jnp.array([0.3, -0.5]), jax.random.split(KEY, 20_000)
     every = functools.partial(two_layers, LAYERS["exact"], LAYERS["exact"])
     exact = np.asarray(jax.jit(jax.grad(every))(upper, KEY))
@@ -778,7 +778,7 @@ def test_an_estimator_inside_of_another_is_unbiased(outer):
 @pytest.mark.whole
 @quick
 def test_the_slope_in_eta_is_right_in_layers_too():
-    """That in tau is not, as the docstring says."""
+    """The slope in tau is not, as the docstring says."""
     upper, keys = jnp.array([0.3, -0.5]), jax.random.split(KEY, 100_000)
 
     def loss(logits, variate, key):
@@ -797,7 +797,7 @@ def test_the_slope_in_eta_is_right_in_layers_too():
 @pytest.mark.whole
 @quick
 def test_the_control_variate_does_not_reach_the_loss():
-    """Nor do the noisy logits: f's parameters get their gradient from the draw alone."""
+    """Neither do the noisy logits: f's parameters get their gradient from the draw alone."""
     slopes = jax.grad(toy, 1)(jnp.array([0.4, -0.3]), VARIATE, KEY)
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, VARIATE))
     f = lambda weight: lambda b: jnp.sum(weight * b**2, -1)
@@ -867,7 +867,7 @@ def test_under_jit_vmap_scan_and_checkpoint(name):
 @pytest.mark.whole
 @quick
 def test_f_may_be_a_module_of_flax():
-    """The gradient reaches the module's parameters and those of the encoder that made the logits."""
+    """The gradient reaches the parameters of the module and of the encoder that made the logits."""
     from flax import nnx  # which the quick tier does not install
 
     encoder, decoder = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))

@@ -44,7 +44,7 @@ def config_of(settings):
 
 @pytest.mark.parametrize("method", ["relaxed_bernoulli", "poisson", "vimco", "relax_categorical"])
 def test_vae_writes_what_it_trained(method, images, tmp_path):
-    """Its metrics are the bounds of the parameters in its last checkpoint; and its pictures are there."""
+    """Its metrics are the bounds of the parameters in its last checkpoint; and its pictures exist."""
     out = tmp_path / "run"
     assert run(*TINY, "--data", images, "--method", method, "--out", out, "--epochs", 3) == 0
     metrics = read(out)
@@ -68,7 +68,7 @@ def test_vae_writes_what_it_trained(method, images, tmp_path):
 
 
 def start(out, images, *extra):
-    """A run in a process of its own; what is compiled is shared, so that the test is short."""
+    """A run in a separate process; compiled programs are shared, so the test is short."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(images.parent),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -80,7 +80,7 @@ def start(out, images, *extra):
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(images, tmp_path):
-    """SIGKILL, three times; the metrics agree to the last bit with those of a run left alone."""
+    """SIGKILL, three times; the metrics agree to the last bit with a run left alone."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     first, second = start(alone, images), start(killed, images)
     for moment in ("checkpoints", "checkpoints/3*", "checkpoints/12*"):  # the first: before any is whole
@@ -248,7 +248,7 @@ def unrelaxed_losses(model, params, *args, draws=2000):
 
 
 def test_mixture_answer_is_the_optimum_of_the_bound_of_its_model():
-    """Its -ELBO is that of NumPyro for the same guide, and every other guide of the family is worse."""
+    """Its -ELBO agrees with NumPyro for the same guide, and every other guide of the family is worse."""
     centres, _, x = mixture.make_data(3, 40, 2.0, 0)
     q, loc, loss = mixture.coordinate_ascent(x, centres)
     variance = 1 / (1 / mixture.PRIOR_SCALE**2 + q.sum(0))[:, None]
@@ -300,7 +300,7 @@ def test_best_mean_field_inclusion_is_that_of_a_general_optimizer():
 
 
 def test_spike_and_slab_example(tmp_path):
-    """With the other method than the mixture: what a method does to a site is in test_relax.py."""
+    """It uses a different method than the mixture: test_relax.py covers what a method does to a site."""
     flags = "--rows 100 --columns 5 --support 2 --correlation 0.3 --steps 1000 --particles 10"
     method = "straight_through"
     assert run(*flags.split(), "--method", method, "--out", tmp_path, example=spike_and_slab) == 0

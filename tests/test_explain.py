@@ -1,4 +1,4 @@
-"""Learning to explain: patches are where they should be, judges count right, known answers are found."""
+"""Learning to explain: patches are in place, judges count right, known answers are found."""
 
 import functools
 import json
@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 @pytest.fixture(autouse=True)
 def _small_networks(monkeypatch):
-    """In all of these tests, as what is compiled keeps the size that it has seen."""
+    """All of these tests use it, since compiled programs keep the size that they have seen."""
     monkeypatch.setattr(ex, "HIDDEN", 32)
 
 
 def pixels_of(patch):
-    """By counting: the rows and columns of the image that a patch covers."""
+    """Count the rows and columns of the image that a patch covers."""
     top, left = 4 * (patch // 7), 4 * (patch % 7)
     return [28 * row + column for row in range(top, top + 4) for column in range(left, left + 4)]
 
@@ -41,7 +41,7 @@ def test_every_pixel_is_in_one_patch_and_that_is_where_its_mask_goes():
 
 @functools.cache
 def by_hand():
-    """Three classes, whose logits are the sums of three patches; one of them is bright, the others dark."""
+    """Three classes whose logits are the sums of three patches; one of them is bright, the others dark."""
     model = nnx.Sequential(
         nnx.Linear(784, ex.HIDDEN, rngs=nnx.Rngs(0)), jax.nn.relu, nnx.Linear(ex.HIDDEN, 10, rngs=nnx.Rngs(0))
     )
@@ -63,7 +63,7 @@ def by_hand():
 
 @pytest.mark.parametrize("name", ["straight-through", "SIMPLE"])
 def test_an_explainer_finds_the_patches_that_hold_the_answer(name):
-    """On images that it has not seen; so that the gradient reaches it, and says what it should.
+    """The images are new, so the gradient reaches the explainer and has the right sign.
 
     With 400 steps one class of the three was still not found from 3 of 12 keys; with 1,000 from none.
     """
@@ -77,7 +77,7 @@ def test_an_explainer_finds_the_patches_that_hold_the_answer(name):
 
 
 def test_occlusion_is_what_taking_a_patch_away_costs():
-    """Recomputed for one image; and the gradient's score is the sum of a patch, as the logit is linear."""
+    """Recomputed for one image; the gradient's score is the sum of a patch, since the logit is linear."""
     classifier, images, (first, last) = by_hand()
     x = np.asarray(images[0], float)
     log_p = lambda x: (z := (x @ first + 1) @ last) - np.log(np.exp(z).sum())
@@ -93,7 +93,7 @@ def test_occlusion_is_what_taking_a_patch_away_costs():
 
 
 def test_the_judges_count_the_answers_kept():
-    """The classifier's share by NumPy; and who reads masks that tell the answer knows it, others do not."""
+    """NumPy gives the classifier's share; only judges that read masks know an answer that masks reveal."""
     classifier, images, (first, last) = by_hand()
     answers = ((np.asarray(images) @ first + 1) @ last).argmax(1)
     telling = np.zeros((400, 49), np.float32)
@@ -115,7 +115,7 @@ def test_the_judges_count_the_answers_kept():
 
 
 def test_the_example_says_who_keeps_the_answer(tmp_path, monkeypatch):
-    """Occlusion and gradients keep more than chance by far, also of a classifier that is hardly trained."""
+    """Occlusion and gradients keep far more than chance, even for a classifier that is hardly trained."""
     names = ("random", "occlusion", "L2X")
     monkeypatch.setattr(ex, "COLOURS", {name: ex.COLOURS[name] for name in names})
     monkeypatch.setattr(ex, "load_labelled", lambda: [(x[:400], y[:400]) for x, y in load_labelled()])

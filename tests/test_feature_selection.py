@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 
 def test_the_penalty_is_the_expected_number_of_open_gates():
-    """Whatever the correlation; which shows in how much the number varies."""
+    """It is so whatever the correlation, which shows in how much the number varies."""
     rows, spread = 20_000, []
     alike = jnp.array([[1.0, 0, 0], [0.9, 0.19**0.5, 0], [0.9, 0.19**0.5, 0]])
     for gates, factor in ((fs.GAUSSIAN, jnp.eye(3)), (fs.BITS, jnp.eye(3)), (fs.BITS, alike)):
@@ -43,7 +43,7 @@ def xor():
 
 @pytest.mark.parametrize("name", list(fs.METHODS)[2:])
 def test_gates_find_an_exclusive_or(name, monkeypatch):
-    """Beside columns that are like the two; and their predictions are those of the two columns."""
+    """Other columns resemble the two; the predictions depend on the two columns alone."""
     monkeypatch.setattr(fs, "PENALTIES", np.array([0.08 if name == "stochastic gates" else 0.04, 5.0]))
     task = xor()
     path = fs.METHODS[name](task, 0, STEPS, HIDDEN)
@@ -65,7 +65,7 @@ def test_lasso_misses_an_exclusive_or_unless_it_is_told_to_look_for_products():
 
 
 def test_the_fewest_columns_within_the_error_are_chosen():
-    """Losses made by hand: 1.0, 0.5 (the best), 0.55 and 0.9, of standard error 0.1."""
+    """The losses are set to 1.0, 0.5 (the best), 0.55 and 0.9, with standard error 0.1."""
     offset = np.tile([-1.0, 1.0], 50)
     offset *= 0.1 * 10 / offset.std(ddof=1)
     loss = np.array([[1.0], [0.5], [0.55], [0.9]]) + np.array([[0], [1], [1], [0]]) * offset
@@ -100,7 +100,7 @@ def test_a_task_has_the_truth_that_it_says():
 
 
 def test_the_example_reports_what_was_selected(tmp_path, monkeypatch):
-    """F1 by sets, the count of noise, and lasso's score at its penalty, from the metrics alone."""
+    """F1 from sets, the count of noise, and lasso's score at its penalty, from the metrics alone."""
     methods = {name: fs.METHODS[name] for name in ("lasso", "independent bits", "correlated gates")}
     monkeypatch.setattr(fs, "METHODS", methods)
     arguments = ["--seeds", "1", "--steps", "20", "--hidden", "4", "--out", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Fused kernels draw what the plain form draws: on a CPU they are run by the interpreter of Pallas."""
+"""Fused kernels draw the same as the plain form: on a CPU the interpreter of Pallas runs them."""
 
 import functools
 
@@ -71,7 +71,7 @@ LAYOUTS = {  # batches and rows that do not fill a block, a temperature for each
     [*((layout, jnp.float32) for layout in LAYOUTS), ("small", jnp.bfloat16), ("small", jnp.float16)],
 )
 def test_draws_and_gradients_are_those_of_the_plain_form(name, dtype, layout, fused):
-    """To rounding in the logits and in tau, with a class that is impossible."""
+    """They agree up to rounding in the logits and in tau, with one impossible class."""
     shape, tau = LAYOUTS[layout]
     logits = 3 * np.random.default_rng(1).normal(size=shape)
     logits[..., 0] = -np.inf if shape[-1] > 1 else 0
@@ -173,7 +173,7 @@ def test_where_kernels_do_not_fit_the_plain_form_is_used():
 @samplers
 @pytest.mark.parametrize(("shape", "tau"), [((7,), 0.5), ((5, 7), 0.5), ((2, 3, 4), [[0.3, 0.4, 0.5]])])
 def test_a_cpu_draws_by_the_plain_form(name, shape, tau):
-    """The same to the bit; gradients are written in another way."""
+    """Draws are the same to the bit; gradients are written in another way."""
     logits, tau = jax.random.normal(KEY, shape), jnp.float32(tau)
     plain = jax.jit(loss_and_draw(name, KEY))(logits, tau)
     with rj.fused_kernels(True):

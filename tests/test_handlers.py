@@ -25,7 +25,7 @@ MASK = np.arange(20).reshape(10, 2) % 3 > 0
 
 
 def losses(handle, prior, params, mask=MASK):
-    """The loss and its gradient under every ELBO, of a guide that is the prior."""
+    """The loss and its gradient under every ELBO, for a guide that equals the prior."""
 
     def site(d):
         with numpyro.plate("outer", 10, dim=-2), numpyro.plate("inner", 2, dim=-1):
@@ -42,7 +42,7 @@ def losses(handle, prior, params, mask=MASK):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("case", CONTINUOUS, ids=str)
 def test_guide_equal_to_prior_costs_nothing_at_low_temperature(case):
-    """In masked plates, scaled by 100, at tau = 0.01: loss 0 and finite gradients under every ELBO."""
+    """In masked plates, scaled by 100, at tau = 0.01, every ELBO has loss 0 and finite gradients."""
     params = {n: jnp.asarray(x) for n, x in case.floats.items()}
     if "tau" in params:
         params["tau"] = jnp.full((2,), 0.01)
@@ -58,7 +58,7 @@ def test_guide_equal_to_prior_costs_nothing_at_low_temperature(case):
 
 @pytest.mark.whole
 def test_without_the_handler_it_costs_a_lot():
-    """The loss that NumPyro's own class has too; here the rounded draws of guide and prior disagree."""
+    """NumPyro's own class has this loss too; here the rounded draws of guide and prior disagree."""
     logits = jnp.array([0.3, -0.7])
     own = lambda logits: rd.RelaxedBernoulli(logits=logits, tau=0.01)
     for prior in (own, lambda logits: dist.RelaxedBernoulliLogits(0.01, logits)):
@@ -72,7 +72,7 @@ def test_without_the_handler_it_costs_a_lot():
 
 @pytest.mark.whole
 def test_a_draw_of_another_kind_is_scored_by_its_value():
-    """The unrounded draw of a hard concrete gate is that before stretching: of no use to another class."""
+    """The unrounded draw of a hard concrete gate is before stretching: of no use to another class."""
     kinds = [
         lambda: rd.HardConcrete(logits=0.0, tau=0.5),
         lambda: rd.HardConcrete(logits=0.0, tau=0.5, stretch=(-0.2, 1.2)),
@@ -107,7 +107,7 @@ def test_masks_outside_of_the_handler():
 @pytest.mark.few(1)
 @pytest.mark.parametrize("handle", [unrounded, functools.partial(relax, tau=0.5)], ids=["unrounded", "relax"])
 def test_masks_inside_and_outside_of_the_handler_both_count(handle):
-    """An element is scored where both let it: the losses of masked pieces are those of the elements."""
+    """An element is scored where both masks allow it: masked pieces have the losses of their elements."""
     relaxed = handle is unrounded
     logits, other = jnp.linspace(-1, 1, 4), jnp.linspace(2, -1, 4)
     inner, outer = jnp.array([True, True, False, False]), jnp.array([True, False, True, False])
@@ -143,7 +143,7 @@ def chain(body=lambda f: f):
 @pytest.mark.parametrize("kl", ["discrete", "relaxed"])
 @pytest.mark.parametrize("wrap", ["whole", "body"])
 def test_scan_carries_every_step(kl, wrap):
-    """A guide that is the prior costs nothing, also with the unrounded densities at tau = 0.01."""
+    """A guide that equals the prior costs nothing, also with the unrounded densities at tau = 0.01."""
     soft = functools.partial(relax, tau=0.01, kl=kl)
     if wrap == "whole":  # a site inside the scan is one of the model's
         soft = functools.partial(soft, config={"z": "relaxed", "first": "relaxed"})
@@ -170,7 +170,7 @@ def shifted(body):
 
 @pytest.mark.whole
 def test_scan_scores_by_the_guide_of_the_same_step():
-    """The KL of a chain with a mean-field guide, each of whose steps has a law of its own."""
+    """The KL of a chain with a mean-field guide, each of whose steps has its own law."""
     q = jax.nn.log_softmax(jnp.linspace(-2, 2, 10).reshape(5, 2))
     prior = jnp.log(jnp.array([0.3, 0.7]))
 
@@ -184,7 +184,7 @@ def test_scan_scores_by_the_guide_of_the_same_step():
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-# --- what cannot be done, said ----------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------
 
 
 def bits():
@@ -325,7 +325,7 @@ class Unknown(dist.Distribution):
     ids=["relax", "unrounded"],
 )
 def test_rows_that_change_from_step_to_step_are_refused(handle, law):
-    """Replay hands the guide's values on, while NumPyro draws the rows of each step anew for the model."""
+    """Replay hands on the guide's values, while NumPyro draws new rows in each step for the model."""
 
     def model(subsample_size):
         def step(carry, _):

@@ -1,4 +1,4 @@
-"""Subsets and orders as families of the estimators: their laws, and gradients beside the sum over all."""
+"""Subsets and orders as families of the estimators: their laws, and gradients compared with full sums."""
 
 import functools
 import itertools
@@ -25,14 +25,14 @@ families = pytest.mark.parametrize("name", FAMILIES)
 
 
 def f(weight, b):
-    """Far from linear; of a subset or of a permutation matrix."""
+    """A function far from linear, for a subset or a permutation matrix."""
     x = b.reshape(*b.shape[:1], -1)
     place = jnp.arange(x.shape[-1], dtype=b.dtype)
     return 1 + jnp.tanh(x @ jnp.cos(place) + weight * (x @ jnp.sin(2 * place)) ** 2)
 
 
 def mass_by_hand(name, logits, outcome):
-    """By the definition of the law, in float64."""
+    """The mass from the definition of the law, in float64."""
     w = np.exp(logits.astype(float))
     if name == "simple":
         total = sum(w[list(c)].prod() for c in itertools.combinations(range(4), 2))
@@ -69,7 +69,7 @@ def test_draws_have_the_law_of_log_prob(name):
 @families
 @pytest.mark.parametrize("estimator", [es.reinforce, es.rloo])
 def test_mean_is_exact_to_the_second_order(name, estimator):
-    """In the logits and in a parameter of f, the second derivatives included."""
+    """It is checked in the logits and in a parameter of f, including second derivatives."""
     start = jnp.append(LOGITS.ravel(), 0.4)
 
     def total(estimator, x, **options):
@@ -109,7 +109,7 @@ def test_rloo_has_less_variance_than_reinforce_and_is_in_reports(name):
 
 @families
 def test_several_in_one_event_and_aux(name):
-    """Both rows belong to one call of f: the log-probabilities add up."""
+    """Both rows belong to one call of f, so the log-probabilities add up."""
     one, both = FAMILIES[name](jnp.asarray(LOGITS)), FAMILIES[name](jnp.asarray(LOGITS), event_ndims=2)
     assert one.batch_shape == (2,) and both.batch_shape == ()
     sample = both.sample(KEY)

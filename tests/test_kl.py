@@ -1,4 +1,4 @@
-"""The KL rules against Monte Carlo and enumeration, and the Laplace Bridge on distributions."""
+"""The KL rules compared with Monte Carlo and enumeration, and the Laplace Bridge on distributions."""
 
 import itertools
 
@@ -94,7 +94,7 @@ def test_continuous_rules(name):
 
 
 def bits(logits, kind):
-    """All that stands for a bit of these log-odds, or nearly; with a temperature of another batch."""
+    """Every class that (nearly) stands for a bit with these log-odds; tau has another batch."""
     tau = jnp.full((4, 1, 1), 0.5)
     return {
         "RelaxedBernoulli": lambda: rd.RelaxedBernoulli(logits=logits, tau=tau),
@@ -120,7 +120,7 @@ PAIRS = [(p, q) for p, q in itertools.product(EXACT + RELAXED, EXACT) if "S" in 
 @pytest.mark.few(4)
 @pytest.mark.parametrize(("p", "q"), PAIRS)
 def test_rules_of_bits(p, q):
-    """By enumeration, batches broadcast, that of the temperature too; also of an uneven gate."""
+    """By enumeration, with broadcast batches, also in the temperature; also for an uneven gate."""
     one, other = bits(LOGITS, p), bits(OTHER_LOGITS, q)
     a, b = probability_of_one(LOGITS, p), probability_of_one(OTHER_LOGITS, q)
     exact = a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b))
@@ -194,7 +194,7 @@ def test_impossible_and_certain_outcomes():
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_gradients_are_the_derivatives(name):
-    """Of every parameter of both, by central differences in float64."""
+    """Every parameter of both is checked by central differences in float64."""
     with jax.enable_x64(True):
         pair = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, float)), CONTINUOUS[name])
         leaves, tree = jax.tree.flatten(pair)
@@ -237,7 +237,7 @@ def test_near_concretes_in_float32():
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [rd.RelaxedBernoulli, rd.HardConcrete])
 def test_the_closed_form_of_constant_temperatures_is_the_quadrature_of_traced_ones(kind):
-    """To the digits of float64 and of float32, from equal logits to far ones."""
+    """They agree to the digits of float64 and of float32, from equal logits to far ones."""
     logits = [-8.0, -1.0, -1.0, 0.3, 2.0, 5.0], [7.0, -1.0, -1.001, 2.0, -0.5, 5.5]
 
     def kl(tau, other_tau=0.6):
@@ -274,7 +274,7 @@ def test_counts_and_what_has_no_closed_form():
 
 @pytest.mark.whole
 def test_softmax_does_not_see_the_all_ones_direction():
-    """A shift of all means, and noise common to all logits, change no KL; a singular Sigma is well."""
+    """A shift of all means, and noise common to all logits, change no KL; a singular Sigma is allowed."""
     moved = rd.LogisticNormalSoftmax(
         loc=LOC + 3, scale_tril=jnp.linalg.cholesky(full.covariance_matrix + 2.0)
     )
@@ -327,7 +327,7 @@ def test_through_the_wrappers(wrapper):
 
 @pytest.mark.whole
 def test_half_precision():
-    """Parameters of any dtype; the KL is taken in float32."""
+    """Parameters may have any dtype; the KL is computed in float32."""
     for name in ("invertible gaussians", "diagonal, full", "dirichlet, full", "concretes"):
         pair = CONTINUOUS[name]
         half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), pair)
@@ -345,7 +345,7 @@ to_logistic_normal, to_dirichlet = jax.jit(rd.to_logistic_normal), jax.jit(rd.to
 @pytest.mark.few(1)
 @pytest.mark.parametrize("batch", [(), (4, 2)])
 def test_bridge_of_distributions(batch):
-    """Its Gaussian after projection is that of the arrays, and the way back is exact."""
+    """Its Gaussian after projection agrees with the arrays, and the way back is exact."""
     alpha = np.broadcast_to(ALPHA if batch else ALPHA[0], (*batch, 3))
     dirichlet = dist.Dirichlet(alpha)
     there = to_logistic_normal(dirichlet)

@@ -76,7 +76,7 @@ def test_gradients():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("k", [2, 3, 10])
 def test_logits_far_apart(k, dtype):
-    """Spans up to 200, where alpha passes the range of float32: its logarithm, and each alpha that fits."""
+    """Spans reach 200, where alpha exceeds float32: its logarithm, and each alpha that fits."""
     rng = np.random.default_rng(k)
     span = np.array([0, 1, 10, 80, 90, 100, 150, 200])
     loc = (span[:, None] * np.linspace(0, 1, k)).astype(dtype)
@@ -111,7 +111,7 @@ def test_logits_far_apart(k, dtype):
     assert (np.isinf(alpha) == ~fits).all() and fits.all() == (dtype == np.float64)
     np.testing.assert_allclose(np.log(alpha[fits]), exact[fits], rtol=eps, atol=eps)
 
-    # d log alpha_i / d loc_j, by the share of the spread in alpha_i; both are centred
+    # d log alpha_i / d loc_j, by the share of the spread in alpha_i; both are centered
     share = np.exp(log_spread - np.log(variance) - exact)
     jacobian = share[..., None] * (np.eye(k) - sp.softmax(-centred, -1)[:, None, :]) @ project
     np.testing.assert_allclose(slope_of_log, np.einsum("ni,nij->nj", small, jacobian), rtol=1e-4, atol=1e-4)

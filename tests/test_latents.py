@@ -25,7 +25,7 @@ LAWS = {
 
 @pytest.fixture(params=LAWS, ids=lambda family: family.__name__)
 def case(request):
-    """A family of three counts, q and the prior, and their float64 probabilities, the tail folded in."""
+    """A family of three counts, q and the prior, and their float64 probabilities, with the tail added."""
     family = request.param(types.SimpleNamespace(latents=3, largest_mean=LARGEST))
     q, prior = jnp.array([-1.5, 0.3, 2.0]), jnp.array([0.0, -0.7, 1.0])
     exact = [folded(LAWS[request.param](expit(np.asarray(x, float))[:, None]), family) for x in (q, prior)]
@@ -50,7 +50,7 @@ def test_kl_is_the_sum_over_all_values(case):
 
 
 def test_draws_have_their_law_and_ratio(case):
-    """Frequencies by a chi-squared test; the ratio is that of the float64 laws, so its mean of exp is 1."""
+    """Frequencies by a chi-squared test; the ratio agrees with float64 laws, so its mean of exp is 1."""
     family, q, g, p, prior = case
     z, ratio = jax.jit(jax.vmap(lambda key: family.draw(key, q, g)))(jax.random.split(KEY, N))
     from_prior = jax.jit(lambda key: family.draw_prior(key, g, N))(KEY)

@@ -49,7 +49,7 @@ def test_bernoulli_entropy_and_kl():
 
 @quick
 def test_their_gradients():
-    """In closed form; finite for impossible classes, and where the divergence is infinite."""
+    """They match the closed form; finite for impossible classes, and where the divergence is infinite."""
     p, q = (sp.softmax(np.float64(x), -1) for x in (P, Q))
     entropy = sp.entr(p).sum(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -201,7 +201,7 @@ def test_embeddings_are_the_rows_themselves():
 
 
 def test_an_embedding_takes_the_memory_of_a_lookup():
-    """Of 512 one-hot draws of 50,000 words: beside the draw itself, nothing of its size forward."""
+    """For 512 one-hot draws of 50,000 words: besides the draw itself, nothing of its size forward."""
     words, rows = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((50_000, 256), (512, 50_000)))
     forward = jax.jit(rj.embed).lower(rows, words).compile().memory_analysis()
     assert forward.temp_size_in_bytes < 2**24

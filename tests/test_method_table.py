@@ -21,13 +21,13 @@ SAMPLERS = {
 }  # fmt: skip
 REQUIRED = {"family", "draws", "value", "bias", "variance", "calls", "work"}
 OPTIONAL = {"tau", "hard", "density", "classes", "related", "sources", "benchmarks"}
-# What is no method: a family of an estimator, and the training of a control variate.
+# Names that are not methods: a family of an estimator, and the training of a control variate.
 HELPERS = {"Bernoulli", "LinearChain", "OneHotCategorical", "PlackettLuce", "SpanningTree", "Subset"}
 HELPERS |= {"value_and_grads"}
 
 
 def named(path):
-    """What stands in the package under a dotted name."""
+    """The object in the package with a dotted name."""
     return functools.reduce(getattr, path.split("."), relaxit_jax)
 
 

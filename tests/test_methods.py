@@ -1,4 +1,4 @@
-"""The methods of the autoencoder: their bounds are bounds, and unbiased ones have the gradient of theirs."""
+"""The methods of the autoencoder: their bounds are bounds, and unbiased gradients match the bounds."""
 
 import functools
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 
 @functools.cache
 def judge(family, correlation):
-    """What tells -log p(x) and the bounds of parameters, compiled once for all methods of a family."""
+    """Compute -log p(x) and the bounds of parameters, compiled once for all methods of a family."""
     method = next(name for name, row in METHODS.items() if row.family is family)
     made = vae.Experiment(tiny(LEARNED[0] if correlation == "learned" else method, correlation=correlation),
                           *common.split_images(bars()))  # fmt: skip
@@ -43,7 +43,7 @@ def judge(family, correlation):
 
 @pytest.mark.parametrize(("method", "correlation"), EVERY_ROW)
 def test_bounds_are_those_of_the_model_that_was_trained(method, correlation):
-    """They are above the model's own -log p(x), by a plain average over the prior; training lowers them."""
+    """They are above the model's own -log p(x), from a plain average over the prior; training lowers them."""
     experiment = vae.Experiment(tiny(method, correlation=correlation), *common.split_images(bars()))
     likelihoods, bounds = judge(METHODS[method].family, correlation)
     before = bounds(experiment.state[0])[1]
@@ -78,7 +78,7 @@ def test_densities_of_draws_and_kl(method, correlation):
 
 @pytest.mark.parametrize("method", sorted(set(SAMPLERS) - {"stochastic_times_smooth", "invertible_gaussian"}))
 def test_training_draws_become_exact_as_the_temperature_falls(method):
-    """Every sampler trains on what it is tested on, but for the two whose law is another at any tau."""
+    """Every sampler trains on the law it is tested on, except two whose law differs at any tau."""
     family, n = family_of(tiny(method, tau_end=1e-3)), 20_000
     q, g = jnp.linspace(-1, 1, family.outputs), family.shared()
 
@@ -107,7 +107,7 @@ def experiment(method):
 
 
 def enumerated(made, params):
-    """The objective, with the sum over all outcomes of the latents in the place of the draw."""
+    """The objective, with the sum over all outcomes of the latents instead of the draw."""
     model = made.model(params)
     q, g = model.encode(made.test)
     f = lambda z: model.log_likelihood(made.test, made.family.code(z))
@@ -130,7 +130,7 @@ def enumerated_bound_of_two(made, params):
 
 @pytest.mark.parametrize("method", [*ESTIMATORS, "vimco"])
 def test_the_training_gradient_is_that_of_the_bound(method):
-    """For every weight of both networks and the prior, and the value as well: |z| of the mean is small."""
+    """It covers every weight of both networks and the prior, and the value: |z| of the mean is small."""
     made, params, variate = experiment(method)
     n = 8_000
     one = lambda key: made.gradients(params, variate, made.test, key, TAU)
@@ -165,7 +165,7 @@ def test_the_gradient_is_whole_although_the_encoder_is_taken_apart(method):
 
 @pytest.mark.parametrize("method", ["rebar", "relax", "rebar_categorical", "relax_categorical"])
 def test_control_variates_learn_the_variance_of_the_encoders_signal(method):
-    """The gradient of each of their parameters is that of |gradient in q|^2, by differences."""
+    """The gradient in each of their parameters is the gradient of |gradient in q|^2, by differences."""
     made, params, variate = experiment(method)
     q, _ = made.model(params).encode(made.test)
 

@@ -1,4 +1,4 @@
-"""The mixture of experts: what is mixed, the balance loss, gradients of the routers, a small run."""
+"""The mixture of experts: the mixing, the balance loss, gradients of the routers, a small run."""
 
 import itertools
 import json
@@ -60,7 +60,7 @@ def test_weights_sum_to_one_and_the_marginals_are_those_of_the_choice(name):
 
 @pytest.mark.parametrize("name", example.ROUTERS)
 def test_the_router_learns_from_the_outputs(name):
-    """Without the balance loss: a gradient that is not 0 in the logit of every expert that can be chosen."""
+    """Without the balance loss, every expert that can be chosen has a nonzero gradient in its logit."""
     value = jnp.array([1.0, -2.0, 0.5, 3.0])
 
     def loss(logits, keys):

@@ -1,4 +1,4 @@
-"""The notebooks are in step with their scripts, run, and hold outputs that can be shown.
+"""The notebooks match their scripts, run, and have outputs that can be shown.
 
 The scripts in notebooks/ are the source. After a change of one, write its notebook again:
 python notebooks/make.py NAME. Here the cells run as one script with few steps, and end in assertions.

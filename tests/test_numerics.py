@@ -28,7 +28,7 @@ UPPER = {  # the same quantiles from 1 - u, where u itself would round
 
 @pytest.fixture
 def with_bits(monkeypatch):
-    """A call in which these are the random bits. What was compiled is forgotten before it and after it."""
+    """A call in which these are the random bits. Compiled programs are cleared before and after it."""
 
     def call(bits, function, *arguments):
         with monkeypatch.context() as patch:
@@ -66,7 +66,7 @@ def test_noise_is_the_quantile_of_its_bits(noise, dtype, with_bits):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (7,), (3, 1, 5), (2**16 + 3,), (2, 3, 4, 5)])
 def test_bits_are_those_of_jax(shape):
-    """To the last one, of typed and of raw keys, in a batch of keys, eager and compiled."""
+    """They agree to the last bit, for typed and raw keys, in a batch of keys, eager and compiled."""
     for key in (jax.random.key(0), jax.random.PRNGKey(2**31 + 5), jax.random.key(7, impl="rbg")):
         expected = np.asarray(jax.random.bits(key, shape))
         np.testing.assert_array_equal(rng.random_bits(key, shape, 32), expected)
@@ -140,9 +140,9 @@ def one_of_two(log_odds):
 @pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_tails_are_right_to_the_last_bit(dtype, with_bits):
-    """Which random bits make a rare event, counted from the end: as many as its probability has.
+    """The test counts which random bits cause a rare event, from the end: as many as its probability says.
 
-    Bits are uniform, so this is the frequency of the event, in either tail and of both parts of a law.
+    Bits are uniform, so this is the frequency of the event, in either tail and for both parts of a law.
     """
     width = 32 if dtype == jnp.float32 else 64
     rare = np.array([1e-2, 1e-4, 1e-6, 1e-8] if width == 32 else [1e-3, 1e-8, 1e-12, 1e-16])
@@ -196,7 +196,7 @@ def test_rare_events_have_their_frequency(method, sign):
 
 
 def test_low_precision_noise_keeps_rare_classes():
-    """In bfloat16 a class of probability 9e-4 is drawn at 9e-4, not at 5.5e-4, as by noise of bfloat16."""
+    """In bfloat16 a class of probability 9e-4 is drawn at 9e-4, not at 5.5e-4 as with bfloat16 noise."""
     logits = jnp.array([0.0, -7.0], jnp.bfloat16)
     draws = rj.gumbel_softmax(KEY, logits, 1.0, shape=(1_000_000,), hard=True)
     hits = int(jnp.sum(draws[:, 1].astype(jnp.float32)))
@@ -292,7 +292,7 @@ FORMS = [
     ("f", "reference", "ends", "switches"), FORMS, ids=[f"{f.__name__}{ends}" for f, _, ends, _ in FORMS]
 )
 def test_log_space_functions_have_all_their_digits(f, reference, ends, switches, dtype):
-    """Value and slope on a fine grid, and next to where one form gives way to another, on both sides."""
+    """Value and slope on a fine grid, and next to every switch between two forms, on both sides."""
     width = np.dtype(dtype).itemsize * 8
     steps = np.array([-1e-2, -1e-5, 0, 1e-5, 1e-2])
     near = [x + steps for x in switches[width]] + [np.nextafter(dtype(x), dtype(y)) + 0 * steps
@@ -319,7 +319,7 @@ def test_static_checks_hold_inside_a_jitted_function():
 
 @pytest.mark.parametrize("form", [lm.index_of_largest, lm.largest_of_numbers, lm.largest_of_pairs])
 def test_largest_is_the_first_of_equals(form):
-    """The form for CPUs and the one for accelerators; of NaN it is K, which is no class."""
+    """The form for CPUs and the form for accelerators; for NaN it is K, which is not a class."""
     x = np.float32([[1, 3, 3], [2, 2, 2], [-np.inf, 0, -np.inf], [-np.inf, -np.inf, -np.inf]])
     np.testing.assert_array_equal(form(jnp.asarray(x))[:, 0], [1, 0, 1, 0])
     np.testing.assert_array_equal(form(jnp.array([[1, jnp.nan, 0], [jnp.nan, 2, 3]]))[:, 0], [3, 3])

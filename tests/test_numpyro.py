@@ -1,4 +1,4 @@
-"""Every class of relaxit_jax.distributions in NumPyro's hands: expand, vmap, arguments, models."""
+"""Every class of relaxit_jax.distributions inside NumPyro: expand, vmap, arguments, models."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def spread(params, shape):
-    """Parameters whose batch axis stands at `shape`, as (2, 1); of scalars, nothing changes."""
+    """Parameters whose batch axis stands at `shape`, as (2, 1); scalars do not change."""
     return {
         name: x if jnp.ndim(x) == 0 else jnp.reshape(x, shape + x.shape[1:]) for name, x in params.items()
     }
@@ -39,7 +39,7 @@ def spread(params, shape):
 @pytest.mark.few(1)
 @rows()
 def test_expanded_reinterpreted_and_masked(case):
-    """Against the distribution whose parameters were broadcast by hand; (2, 1) becomes (3, 2, 4)."""
+    """It agrees with the distribution whose parameters are broadcast first; (2, 1) becomes (3, 2, 4)."""
     shape, mask = (3, 2, 4), np.array([True, False, True, False])
 
     @jax.jit
@@ -170,7 +170,7 @@ def test_it_is_a_pytree(case):
 @pytest.mark.few(1)
 @rows()
 def test_vmap_over_each_parameter(case):
-    """Built under vmap over one parameter, its other batches left as they are, and over all at once."""
+    """It is built under vmap over one parameter, with its other batches unchanged, and over all at once."""
     params = arrays(case)
     changed = {
         n: jnp.stack([x, x[::-1] if n == "scale_tril" else 1.2 * x, x if n == "scale_tril" else 0.9 * x])
@@ -221,7 +221,7 @@ def test_vmap_over_each_parameter(case):
 @pytest.mark.few(1)
 @rows(lambda case: "logits" in case.params)
 def test_probs_are_logits(case):
-    """Certain and impossible ones too: nothing is clamped to an epsilon."""
+    """This includes certain and impossible ones: nothing is clamped to an epsilon."""
     logits = np.array(case.params["logits"])
     bits = (case.event == () and "values" not in case.params) or "scale_tril" in case.params
     if bits:
@@ -298,7 +298,7 @@ def test_bad_values_are_named_if_validated(case):
 
 @rows()
 def test_a_sampler_looks_at_values_unless_told_not_to(case, monkeypatch):
-    """With `validate_args=False` what was constructed can be drawn and scored, whatever its values."""
+    """With `validate_args=False` every distribution can be drawn and scored, whatever its values."""
 
     def sampler(*_, shape=(2,), **__):
         arg.require_values("tau", -1.0, "positive", lambda x: x > 0)
@@ -313,7 +313,7 @@ def test_a_sampler_looks_at_values_unless_told_not_to(case, monkeypatch):
 
 
 def test_of_a_logistic_normal_both_scales_can_be_read():
-    """The one that was not given is computed, and neither kept nor handed to the sampler."""
+    """The one that was not passed is computed, and neither kept nor handed to the sampler."""
     case = {case.name: case for case in DISTRIBUTIONS}
     diagonal, full = case["logistic_normal"].build(), case["logistic_normal_full"].build()
     for d, given in ((diagonal, "scale"), (full, "scale_tril")):
@@ -363,7 +363,7 @@ def test_options_are_checked_and_kept():
 
 @rows()
 def test_a_positional_argument_is_an_error_that_shows_the_call(case):
-    """And the calls that it shows are complete."""
+    """The calls that it shows are complete."""
     cls = case.distribution
     with pytest.raises(TypeError, match=f"^{cls.__name__} takes its parameters by keyword: ") as caught:
         cls(*case.params.values())
@@ -379,7 +379,7 @@ def test_a_positional_argument_is_an_error_that_shows_the_call(case):
 
 
 def test_a_subclass_may_take_positions():
-    """A user's own constructor is the user's."""
+    """A user's own constructor is left alone."""
 
     class Fair(rd.StraightThroughBernoulli):
         def __init__(self, num_bits):

@@ -1,4 +1,4 @@
-"""Models inside NumPyro's own handlers, and in plates of both orders: the right answer by each guide."""
+"""Models inside NumPyro's own handlers, and in plates of both orders: every guide gives the right answer."""
 
 import functools
 
@@ -46,7 +46,7 @@ def train(model, guide, tau=None, steps=800):
 
 
 def lifted():
-    """The level is a parameter of the model that `lift` makes a site."""
+    """`lift` turns a parameter of the model, the level, into a site."""
     level = numpyro.param("level", 0.0)
     z = numpyro.sample("z", dist.Bernoulli(0.3))
     numpyro.sample("y", dist.Normal(level + z, 0.5), obs=1.5)
@@ -82,7 +82,7 @@ def test_a_site_that_is_conditioned_is_not_in_the_guide(guide):
 
 @GUIDES
 def test_a_site_that_is_substituted_is_refused(guide):
-    """NumPyro takes it for latent: the guide would draw what the model does not take."""
+    """NumPyro treats it as latent: the guide would draw a value that the model does not use."""
     with pytest.raises(ValueError, match=r"Use handlers\.condition to fix it"):
         train(
             handlers.substitute(toy, data={"z": jnp.array(1)}), guide(handlers.substitute(toy, data={"z": 1}))
@@ -91,7 +91,7 @@ def test_a_site_that_is_substituted_is_refused(guide):
 
 @GUIDES
 def test_an_intervention_leaves_the_prior(guide):
-    """`do` cuts the bit off what follows: y says nothing of it any more."""
+    """`do` cuts the bit off from what follows, so y says nothing about it."""
     model = handlers.do(toy, data={"z": jnp.array(1)})
     made = guide(model)
     assert abs(marginals(made, train(model, made))["z"] - 0.3) < 0.02
@@ -123,7 +123,7 @@ def test_a_blocked_site_keeps_its_prior(guide):
 
 @pytest.mark.parametrize("tau", [None, 0.1])
 def test_a_hand_written_guide_with_an_auxiliary_site(tau):
-    """A fair coin that only the guide has, given which the bit has one of two laws: their mean is right."""
+    """A fair coin that only the guide has decides which of two laws the bit has: their mean is right."""
 
     def guide():
         coin = numpyro.sample("coin", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
@@ -138,7 +138,7 @@ def test_a_hand_written_guide_with_an_auxiliary_site(tau):
 
 
 def test_stein_mixtures_of_discrete_sites_are_refused():
-    """By NumPyro, in its own words."""
+    """NumPyro refuses them, in its own words."""
     made = AutoMeanField(toy)
     svi = SteinVI(toy, made, numpyro.optim.Adam(0.05), RBFKernel(), num_stein_particles=3)
     with pytest.raises(Exception, match="Cannot enumerate model with discrete variables"):
@@ -163,7 +163,7 @@ def test_plates_in_either_order(rows_outside, guide):
 
 
 def test_one_site_is_relaxed_and_another_is_summed_and_found_again():
-    """`TraceEnum_ELBO` sums b, the guide has z; then `infer_discrete` draws b given z."""
+    """`TraceEnum_ELBO` sums over b, and the guide has z; then `infer_discrete` draws b given z."""
 
     def model():
         z = numpyro.sample("z", dist.Bernoulli(0.3))

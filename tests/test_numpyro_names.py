@@ -1,4 +1,4 @@
-"""What `relaxit_jax/_numpyro.py` relies on: each test fails where a release of NumPyro or JAX changes it."""
+"""The parts of NumPyro that `relaxit_jax/_numpyro.py` uses: each test fails if a release changes one."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ CHANGED = f"NumPyro {numpyro.__version__} changed"
 
 
 class Seen(Messenger):
-    """Notes what a function of each message gives."""
+    """Record what a function returns for each message."""
 
     def __init__(self, fn, note):
         self.note, self.found = note, []
@@ -107,7 +107,7 @@ def test_the_body_of_a_scan_is_its_first_argument():
 
 
 def test_replay_hands_values_to_a_reversed_scan_in_the_wrong_order():
-    """Read by `is_reverse` and `require_right_order`, which may go where this fails."""
+    """Read by `is_reverse` and `require_right_order`, which can be removed if this fails."""
     flows = []
     for reverse in (False, True):
         model = lambda reverse=reverse: scan(step, 0.0, jnp.arange(3.0), reverse=reverse)[1]

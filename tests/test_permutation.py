@@ -1,4 +1,4 @@
-"""Gumbel-Sinkhorn against its definition, its derivative, and SciPy's assignment."""
+"""Gumbel-Sinkhorn compared with its definition, its derivative, and SciPy's assignment."""
 
 import chex
 import jax
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def perturbed(logits, shape=()):
-    """logits + G of the same key, in float64."""
+    """logits + G for the same key, in float64."""
     logits = jnp.asarray(logits, jnp.float32)
     noise = rng.gumbel(KEY, (*shape, *logits.shape[-2:]), logits)
     return np.asarray(lm.centre(logits) + noise, np.float64)
@@ -35,7 +35,7 @@ def rounds(a, count):
 @pytest.mark.whole
 @pytest.mark.parametrize(("n", "tau"), [(3, 0.2), (12, 1.0)])
 def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
-    """In value and gradient, those of float32 beside a long unrolled loop in float64."""
+    """Value and gradient in float32, compared with a long unrolled loop in float64."""
     logits, way = np.random.default_rng(n).normal(size=(2, n, n))
     weights = jnp.float32(way)
     total = lambda x: (jnp.sum(weights * (z := rj.gumbel_sinkhorn(KEY, x, tau))), z)
@@ -51,7 +51,7 @@ def test_it_is_the_limit_of_normalising_rows_and_columns_in_turn(n, tau):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("n", [2, 10, 100])
 def test_rows_and_columns_sum_to_one(n):
-    """Within 2e-5, which normalising in turn reaches after some 10,000 rounds at tau = 0.05."""
+    """The error is below 2e-5, which normalizing in turn reaches after some 10,000 rounds at tau = 0.05."""
     scale = np.repeat([0.0, 1.0, 20.0], 3)[:, None, None]
     logits = jnp.float32(scale * np.random.default_rng(n).normal(size=(9, n, n)))
     z = jax.jit(rj.gumbel_sinkhorn)(KEY, logits, 0.05)
@@ -61,7 +61,7 @@ def test_rows_and_columns_sum_to_one(n):
 
 @pytest.mark.parametrize("tau", [0.01, 1e-3])
 def test_columns_sum_to_one_where_one_number_would_not_resolve_them(tau):
-    """Most matrices are nearly permutations there; of 100 some have places that are shared."""
+    """Most matrices are nearly permutations there; some of the 100 have shared places."""
     logits = jnp.float32(np.random.default_rng(0).normal(size=(100, 50, 50)))
     z = jax.jit(rj.gumbel_sinkhorn)(KEY, logits, tau)
     assert ((z > 0.1) & (z < 0.9)).any()
@@ -116,7 +116,7 @@ def test_two_places_have_the_law_of_the_sum_of_two_logistics(hard, tau):
 
 
 def test_gradient_is_that_of_the_limit():
-    """By differences in float64, in the logits and in tau, also where rounds would take too long."""
+    """Differences in float64 check it, in the logits and in tau, also where rounds would take too long."""
     rng = np.random.default_rng(3)
     x, across, way = rng.normal(size=(3, 5, 5))
 
@@ -147,7 +147,7 @@ def test_memory_does_not_grow_with_the_steps():
 
 @pytest.mark.whole
 def test_impossible_places():
-    """A triangle leaves one permutation; what leaves none is an error, or NaN where a trace hides it."""
+    """A triangle leaves one permutation; if none is left, it is an error, or NaN under a trace."""
     logits = jnp.where(jnp.tril(jnp.ones((4, 4))) > 0, 0.3, -jnp.inf)
     for hard in (False, True):
         draw = jax.jit(lambda l, hard=hard: rj.gumbel_sinkhorn(KEY, l, 0.5, hard=hard))
@@ -163,7 +163,7 @@ def test_impossible_places():
 
 
 def test_an_item_that_is_sure_to_be_last():
-    """A logit of -inf: the law of the others, and no gradient; two of them are an error, or NaN."""
+    """With a logit of -inf, the others keep their law, and it has no gradient; two are an error, or NaN."""
     logits = jnp.array([0.3, -jnp.inf, 1.0])
     draw = lambda l, hard, tau=0.5: rj.relaxed_permutation(KEY, l, tau, shape=(5000,), hard=hard)
     hard, soft, cold = jax.jit(lambda l: (draw(l, True), draw(l, False), draw(l, False, 1e-3)))(logits)

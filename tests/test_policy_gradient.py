@@ -1,4 +1,4 @@
-"""The example of policy gradients: on a small world each gradient is that of all trajectories written out."""
+"""The example of policy gradients: on a small world each gradient matches a sum over all trajectories."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ class Params(NamedTuple):
 
 
 class Tabular:
-    """Two states, two actions, and an end, after which it goes on to hand out rewards."""
+    """Two states, two actions, and an end, after which it still hands out rewards."""
 
     num_actions = 2
 
@@ -68,7 +68,7 @@ NETWORKS = random_networks()
 
 
 def mean_return(policy):
-    """J, by the sum over all trajectories."""
+    """J, as the sum over all trajectories."""
     p = jax.nn.softmax(example.mlp(policy, jnp.eye(STATES) / jnp.asarray(WORLD.scale)))
     states = np.array(list(itertools.product(range(STATES + 1), repeat=HORIZON + 1)))[:, None]
     actions = np.array(list(itertools.product(range(2), repeat=HORIZON)))[None]
@@ -117,14 +117,14 @@ def test_gradient_is_that_of_the_sum_over_all_trajectories(estimator):
 
 @pytest.mark.parametrize("estimator", ["rloo", "relax"])  # reinforce shares its lines with both
 def test_nothing_after_the_end_is_learned_from(estimator):
-    """Another sight of the end, which many of the episodes reach early, changes no gradient."""
+    """Another view of the end, which many of the episodes reach early, changes no gradient."""
     one, other = (compiled(estimator)[0](NETWORKS, KEY, end) for end in (1.0, 30.0))
     assert not one[1].alive.all() and not np.allclose(one[1].observation, other[1].observation)
     jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
 
 
 def test_the_trained_control_variate_lowers_the_variance():
-    """At first, where it is 0, RELAX is REINFORCE with the same baseline; its slope leads below."""
+    """At first, when it is 0, RELAX is REINFORCE with the same baseline; its slope leads below."""
     optimizer = example.optax.adam(0.03)
     layers, last = NETWORKS.variate[:-1], NETWORKS.variate[-1]
     start = NETWORKS._replace(variate=[*layers, jax.tree.map(jnp.zeros_like, last)])

@@ -1,4 +1,4 @@
-"""`relax` finds the posteriors that are known."""
+"""`relax` finds the known posteriors."""
 
 import functools
 
@@ -23,8 +23,8 @@ KEY = jax.random.key(20261122)
 
 
 # The bias of the relaxation is proportional to tau and to the curvature of the log-likelihood between two
-# values; the far mixture has four times that of the mixture, misses 0.04 for it, and is in the benchmark.
-# Of the others, the mixture is the one whose run takes longer than compiling it with all optimisations.
+# values. The far mixture has four times the curvature of the mixture, so it misses 0.04 and is only in the
+# benchmark. Of the others, only the mixture runs longer than it takes to compile with all optimizations.
 @pytest.mark.parametrize("name", sorted(set(posteriors.PROBLEMS) - {"far mixture"}))
 def test_known_posteriors(name, request):
     if name != "mixture":
@@ -38,7 +38,7 @@ def test_known_posteriors(name, request):
 
 @quick
 def test_a_poisson_guide_finds_the_best_rate():
-    """A guide of a family that does not hold the posterior, written by hand."""
+    """A hand-written guide from a family that does not contain the posterior."""
 
     def guide():
         rate = numpyro.param("rate", 4.0, constraint=dist.constraints.positive)

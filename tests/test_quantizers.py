@@ -1,4 +1,4 @@
-"""Quantizers: indices against float64, gradients in closed form, moving averages against sums in one go."""
+"""Quantizers: indices against float64, gradients in closed form, moving averages against direct sums."""
 
 import functools
 import itertools
@@ -20,14 +20,14 @@ CT = np.float32(RNG.normal(size=X.shape))
 
 
 def distances(x, codes):
-    """Of every pair, in float64."""
+    """Distances of every pair, in float64."""
     x, codes = np.asarray(x, np.float64), np.asarray(codes, np.float64)
     return ((x[..., None, :] - codes) ** 2).sum(-1)
 
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Codes are looked at in blocks of this size from now on."""
+    """Codes are compared in blocks of this size from now on."""
 
     def of(size, vectors):
         monkeypatch.setattr(_vector, "_block_size", lambda shape, n, *_: size)
@@ -43,7 +43,7 @@ def blocks(monkeypatch):
 @quick
 @pytest.mark.parametrize(("vectors", "n", "d"), [(200, 500, 8), (64, 1000, 64), (300, 1, 5), (50, 33, 1)])
 def test_indices_are_those_of_float64(vectors, n, d):
-    """Where two distances are within the rounding of float32, either code will do."""
+    """Where two distances are within the rounding of float32, either code is accepted."""
     rng = np.random.default_rng(n)
     x, codes = (np.float32(rng.normal(size=(m, d))) for m in (vectors, n))
     exact = distances(x, codes)
@@ -90,7 +90,7 @@ def test_values_and_losses():
 @quick
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_computed_in_float32(dtype):
-    """The same indices and losses as of the rounded numbers in float32, and exactly the codes."""
+    """The indices and losses equal those from the rounded numbers in float32, with exactly the codes."""
     x, codes = jnp.asarray(X, dtype), jnp.asarray(CODES, dtype)
     half, full = (
         qz.vector_quantize(x, codes),
@@ -292,7 +292,7 @@ def test_a_large_codebook_needs_no_array_of_all_pairs(gradient):
 
 
 def trained(x, n, steps=30):
-    """A codebook of the means of the vectors that have each code."""
+    """A codebook with the means of the vectors of each code."""
     state = qz.codebook_state(x[:n])
     step = jax.jit(lambda s: qz.update_codebook(s, x, qz.vector_quantize(x, s.codebook).index, 0.0))
     for _ in range(steps):
@@ -302,7 +302,7 @@ def trained(x, n, steps=30):
 
 @quick
 def test_residual_stages():
-    """By hand, stage after stage; and trained stages each leave a smaller error, on average."""
+    """They match separate stages; and trained stages each leave a smaller error, on average."""
     x = np.float32(RNG.normal(size=(500, 4)))
     rest, stages, indices, losses, errors = x, [], [], 0, [np.mean(x**2)]
     for _ in range(4):
@@ -339,7 +339,7 @@ def test_residual_stages():
 
 @quick
 def test_each_axis_has_exactly_its_levels():
-    """L = 2..16 at once: evenly spaced, of both ends, in order, and reached; and the way back."""
+    """L = 2..16 at once: evenly spaced, with both ends, in order, and reached; and the way back."""
     levels = tuple(range(2, 17))
     grid = np.linspace(-12, 12, 4801, dtype=np.float32)
     quantize = jax.jit(jax.vmap(lambda x: qz.finite_scalar_quantize(jnp.full(7, x), levels[:7])))
@@ -393,7 +393,7 @@ def test_signs():
 @quick
 @pytest.mark.parametrize("tau", [0.3, 5.0])
 def test_the_entropy_loss_is_the_sum_over_all_codes(tau):
-    """The entropy of a vector's codes by their distances; of the mean over vectors, bit by bit."""
+    """The entropy of a vector's codes from their distances; the entropy of the mean, bit by bit."""
     codes = np.array(list(itertools.product([-1, 1], repeat=3)))
     p = sp.softmax(-distances(X, codes) / tau, -1)
     bits = p @ (codes > 0)
@@ -439,7 +439,7 @@ def test_moving_averages_are_the_sums_in_one_go(smoothing):
 
 @quick
 def test_devices_add_up_what_they_have():
-    """Over a mapped axis the state is that of all vectors, and perplexity counts all indices."""
+    """Over a mapped axis the state covers all vectors, and perplexity counts all indices."""
     x = np.float32(RNG.normal(size=(4, 10, 3)))
     index = RNG.integers(0, 7, (4, 10))
     state = qz.codebook_state(CODES)

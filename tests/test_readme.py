@@ -23,31 +23,23 @@ def test_it_is_a_screen_and_a_half():
     assert len(README.splitlines()) <= 130 and len(README) <= 8000
     code = "".join(re.findall(r"```\w+\n(.*?)```", README, re.DOTALL))
     assert code and max(map(len, code.splitlines())) <= 80
-    assert max(line.count("|") - 1 for line in README.splitlines()) == 2  # columns
+    assert max(line.count("|") - 1 for line in README.splitlines()) == 5  # columns
     assert (
         "PyTorch" in README.partition("\n\n")[2].partition("\n\n")[0]
     )  # what relaxit is, in the first lines
-    pictures, headings = (
-        re.findall(r"^!\[", README, re.MULTILINE),
-        re.findall(r"^## (.*)", README, re.MULTILINE),
-    )
-    assert len(pictures) == 1 and len(SNIPPETS) == 2 and headings[0] == "Install"
-
-
-def test_it_says_when_not_to_use_it():
-    assert "You do not need this library if" in README
 
 
 @pytest.mark.whole
 @pytest.mark.usefixtures("fast_compilation")
 def test_snippets_run_when_pasted_and_do_what_they_say():
     """Each alone."""
-    training, model = ({} for _ in SNIPPETS)
-    for snippet, names in zip(SNIPPETS, (training, model), strict=True):
+    training, model, unbiased = ({} for _ in SNIPPETS)
+    for snippet, names in zip(SNIPPETS, (training, model, unbiased), strict=True):
         exec(snippet, names)
     assert jnp.argmax(training["logits"]) == 2 and jax.nn.softmax(training["logits"])[2] > 0.9
     left = model["guide"].probs(model["result"].params)["z"][:, 0]  # of the first cluster
     assert (left > 0.9).sum() in (2, 3) and (left < 0.1).sum() in (2, 3)
+    assert unbiased["gradient"].shape == (5, 8) and (unbiased["gradient"] != 0).any()
 
 
 def test_commands_are_those_that_ci_runs():
@@ -62,7 +54,7 @@ def test_commands_are_those_that_ci_runs():
 def test_names_are_those_of_the_library():
     modules = (relaxit_jax, diagnostics, distributions, elbo, estimators, handlers, numpyro.infer)
     names = re.findall(r"`(?:estimators\.)?(\w+)`", README)
-    assert len(names) > 12
+    assert len(names) > 20
     for name in names:
         assert any(hasattr(module, name) for module in modules), name
 

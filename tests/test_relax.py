@@ -1,4 +1,4 @@
-"""What `relax` replaces, what `AutoMeanField` makes, and that the objective is what it says."""
+"""Sites that `relax` replaces, guides that `AutoMeanField` makes, and the documented objective."""
 
 import chex
 import jax
@@ -76,7 +76,7 @@ def by_hand(params, soft_model, soft_guide, key):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["relaxed", "straight_through"])
 def test_the_objective_under_every_elbo(method):
-    """-E log p(y | z) + KL(q || p), the same number and gradient under each, with scale and mask."""
+    """It is -E log p(y | z) + KL(q || p), the same number and gradient under each, with scale and mask."""
     soft_model, soft_guide = relax(model, tau=0.5, method=method), relax(guide, tau=0.5, method=method)
 
     @jax.jit
@@ -111,7 +111,7 @@ def test_temperature_may_be_traced():
 
 @pytest.mark.whole
 def test_subsampled_plates_get_unbiased_gradients():
-    """The guide's parameters are those of the whole plate; the mean over subsamples is the full gradient."""
+    """The guide has parameters for the whole plate; the mean over subsamples is the full gradient."""
     table = jnp.array([-1.0, 1.0, 3.0])
     data = np.linspace(-1, 3, 6, dtype=np.float32)
 
@@ -277,7 +277,7 @@ def test_the_trained_guide_draws_discrete_values():
 @pytest.mark.whole
 @pytest.mark.parametrize("low", [0, 2])
 def test_a_change_point(low):
-    """``where(t < s, a, b)`` for a uniform s: with straight-through draws the mean loss is the exact one."""
+    """``where(t < s, a, b)`` for a uniform s: with straight-through draws the mean loss is exact."""
     t, y = np.arange(8), np.float32([0.3, -0.2, 0.1, 2.2, 1.7, 2.4, 1.9, 2.1])
     logits = jnp.linspace(-1, 1, 8 - low)
 

@@ -28,7 +28,7 @@ COUNTS = {
 @pytest.mark.whole
 @pytest.mark.parametrize("name", COUNTS)
 def test_truncated_counts(name):
-    """Less than 1e-6 is beyond the last value, which has it; the moments are those of SciPy to 1e-3."""
+    """Less than 1e-6 is beyond the last value and added to it; the moments agree with SciPy to 1e-3."""
     d, exact = COUNTS[name]
     law = _site.law_of("n", d)
     p, values = np.exp(np.asarray(law.log_pmf, np.float64)), law.values.astype(float)

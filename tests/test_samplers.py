@@ -77,7 +77,7 @@ def test_support(case):
 @quick
 @rows(CASES)
 def test_the_form_for_accelerators_is_the_same(case, for_accelerators):
-    """Draws, and their gradients in every parameter, are those of CPUs up to rounding."""
+    """Draws, and their gradients in every parameter, are the same as on CPUs up to rounding."""
     params = {n: jnp.asarray(x) for n, x in case.batched.items()}
 
     def loss(params):
@@ -119,7 +119,7 @@ def test_jit_eager_and_vmap_agree(case):
 @quick
 @rows(CASES)
 def test_noise_is_independent_across_the_batch(case):
-    """Of equal parameters, every two elements of the batch are uncorrelated, in value and square."""
+    """With equal parameters, any two elements of the batch are uncorrelated, in value and square."""
     n, copies = 20_000, 3
     same = {
         name: x if np.ndim(x) == 0 else np.repeat(np.asarray(x)[:1], copies, 0)
@@ -132,7 +132,7 @@ def test_noise_is_independent_across_the_batch(case):
         if x.std() > 1e-3:
             correlation = np.corrcoef(x.T)[np.triu_indices(copies, 1)]
             assert np.abs(correlation).max() * np.sqrt(n) < 4.5
-    # and a draw is not that of the element before it, shifted
+    # and a draw is not the shifted draw of the element before it
     lagged = np.corrcoef(draws[1:, 0], draws[:-1, 1])[0, 1]
     assert abs(lagged) * np.sqrt(n) < 4.5
 
@@ -162,7 +162,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(case):
     )
 )
 def test_gradient_is_the_derivative_of_the_draw(case):
-    """Of a soft draw at fixed noise, in every parameter, by central differences in float64."""
+    """A soft draw at fixed noise is checked in every parameter, by central differences in float64."""
     with jax.enable_x64(True):
         params = {n: jnp.asarray(x, jnp.float64) for n, x in case.batched.items()}
         loss = jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.cos(3 * case.draw(KEY, (20, 2), **p)))))
@@ -179,7 +179,7 @@ def test_gradient_is_the_derivative_of_the_draw(case):
 @quick
 @rows(cases(has_soft_draw))
 def test_straight_through_has_the_gradient_of_the_soft_draw(case):
-    """In every parameter: of the draw without ``hard``, or of the definition differentiated by JAX."""
+    """In every parameter: against the draw without ``hard``, or the definition differentiated by JAX."""
     params = {n: jnp.asarray(x) for n, x in case.batched.items()}
     weights = jnp.cos(jnp.arange(50 * 2 * np.prod(case.event, dtype=int))).reshape(50, 2, *case.event)
     one = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.draw(KEY, (50, 2), **p))))(params)
@@ -217,11 +217,11 @@ def test_low_temperature_has_the_discrete_law(case):
         law = case.discrete(**seen(cold).element(i))
         assert chi_square(case.nearest(draws[:, i]), law) > P_VALUE
     z = draws.astype(np.float64)
-    assert np.mean((z > 0.01) & (z < 0.99)) < 0.01  # and the draws lie near the vertices
+    assert np.mean((z > 0.01) & (z < 0.99)) < 0.01  # and the draws lie near the corners
 
 
 def at_extremes(case, dtype):
-    """Logits of +-1e4 and 0 in the places of the row's own."""
+    """Logits of +-1e4 and 0 instead of the entry's own."""
     pattern = np.array([1e4, -1e4, 0.0, 3.0])
     shape = case.params["logits"].shape[1:]
     logits = np.stack([np.resize(pattern, shape), np.resize(-pattern, shape)])
@@ -346,7 +346,7 @@ def test_log_space_is_the_same_draw_unrounded(case):
 @quick
 @rows(cases(is_differentiable))
 def test_a_bad_number_is_seen_in_its_element_and_nowhere_else(case):
-    """NaN, also behind an exact value, and what has to be positive and is not, where a trace hides it."""
+    """NaN, also behind an exact value, or a traced parameter that is not positive."""
 
     @jax.jit
     def both(params):
@@ -384,7 +384,7 @@ def test_bad_numbers_are_seen_in_all_else_that_is_public():
 @pytest.mark.few(6)
 @rows(cases(lambda case: case.per_event))
 def test_a_temperature_with_an_event_axis_is_an_error(case):
-    """(B, 1) beside logits (B, K) would draw all pairs; what asks for those says so."""
+    """(B, 1) with logits (B, K) would draw all pairs; parameters that ask for those say so."""
     draws = lambda shape, **params: jax.eval_shape(lambda: case.draw(KEY, shape, **params)).shape
     for name in case.per_event:
         x = case.batched[name]

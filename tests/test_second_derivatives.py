@@ -1,4 +1,4 @@
-"""Derivatives of the estimators' gradients: of every order, in the logits and in what f depends on."""
+"""Derivatives of the estimators' gradients: of every order, in the logits and in f's parameters."""
 
 import functools
 
@@ -35,8 +35,11 @@ def point(family, dtype=np.float32):
 
 
 def every_draw(name, family):
-    """All that the estimator can draw, and the chance of each: of arm and disarm by the midpoints of the
-    intervals of u, between which the estimate and its derivatives are linear in u."""
+    """Every possible draw of the estimator, and its probability.
+
+    For arm and disarm these are the midpoints of intervals of u, where the estimate and its derivatives are
+    linear in u.
+    """
     logits = LOGITS[family].astype(float)
     if name in ("arm", "disarm"):
         p = sp.expit(logits[0])
@@ -84,7 +87,7 @@ def test_the_sum_over_all_draws_is_exact_to_the_third_order(name, family):
 
 
 def hessians(estimator, family, n, f=interacting):
-    """n of them, in the logits and f's parameter, and the exact one."""
+    """n Hessians, in the logits and f's parameter, and the exact one."""
     hessian = jax.hessian(lambda x, key: total(functools.partial(estimator, key), family, x, f))
     found = jax.jit(lambda keys: jax.lax.map(lambda k: hessian(point(family), k), keys, batch_size=5000))
     exact = jax.jit(jax.hessian(lambda x: total(es.exact, family, x, f)))
@@ -122,7 +125,7 @@ def with_kinks(weight, event_ndims):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["rebar", "relax"])
 def test_neither_f_nor_the_control_variate_has_to_be_smooth(name, family):
-    """Second derivatives of c are those of no function where c has a kink, so none may be used."""
+    """Where c has a kink its second derivatives belong to no function, so none may be used."""
     control = lambda z: jnp.sum(jax.nn.relu(z - 0.3), tuple(range(1, z.ndim))) / 4
     estimator = es.rebar if name == "rebar" else functools.partial(es.relax, control_variate=control)
     found, exact = hessians(estimator, family, 60_000, with_kinks)
@@ -133,7 +136,7 @@ def test_neither_f_nor_the_control_variate_has_to_be_smooth(name, family):
 @pytest.mark.whole
 @pytest.mark.parametrize(("name", "family"), [p for p in PAIRS if p[0] not in ("rebar_tuned", "rloo_5")])
 def test_a_gradient_goes_through_a_training_step(name, family):
-    """The gradient of y^T M y / 2, y after one step of SGD; each y by draws of its own."""
+    """The gradient of y^T M y / 2, with y after one step of SGD; each y has its own draws."""
     size = LOGITS[family].size
     m = np.random.default_rng(3).normal(size=(size, size))
     m = jnp.asarray(m + m.T, jnp.float32)

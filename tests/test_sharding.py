@@ -1,6 +1,6 @@
 """Sharded draws: the same numbers on any mesh, and no device asks another for anything.
 
-Eight virtual CPU devices need a process of their own, as a backend has its devices from its start.
+Eight virtual CPU devices need their own process, since a backend has its devices from the start.
 """
 
 import functools
@@ -29,7 +29,7 @@ GATHERED = {"gumbel_sinkhorn"}
 
 
 def in_eight(code):
-    """What a process of eight devices prints as JSON."""
+    """The output of a process with eight devices, printed as JSON."""
     prelude = 'import jax; jax.config.update("jax_num_cpu_devices", 8)\nimport json, test_sharding as t\n'
     folders = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -68,7 +68,7 @@ def mesh(shape, names):
 
 
 def of_rows(half):
-    """Of every row: the collectives of its program on a mesh of 4 x 2, and its distance to one device's."""
+    """For every entry: the collectives of its program on a 4 x 2 mesh, and its distance from one device."""
     sharded = NamedSharding(mesh((4, 2), ("a", "b")), PartitionSpec("a", "b"))
     found = {}
     for case in CASES[half::HALVES]:
@@ -87,7 +87,7 @@ def of_rows(half):
 
 @pytest.mark.parametrize("half", range(HALVES))
 def test_a_sharded_draw_is_that_of_one_device_and_asks_nobody(half):
-    """Forward and backward, the batch over a mesh of 4 x 2; discrete draws to the last bit."""
+    """Forward and backward, with the batch over a mesh of 4 x 2; discrete draws agree to the last bit."""
     found = in_eight(f"print(json.dumps(t.of_rows({half})))")
     assert len(found) == len(CASES[half::HALVES])
     for case in CASES[half::HALVES]:
@@ -103,14 +103,14 @@ SAMPLERS = {
     "hard bits": (lambda l: rj.straight_through_bernoulli(KEY, l), (16, 8)),
     "one axis": (lambda l: rj.hard_concrete(KEY, l, 0.7), (24,)),
     "a bit a device": (lambda l: rj.relaxed_bernoulli(KEY, l, 0.7), (8,)),
-    "two bits a row": (lambda l: rj.relaxed_bernoulli(KEY, l, 0.7), (8, 2)),
+    "two bits per row": (lambda l: rj.relaxed_bernoulli(KEY, l, 0.7), (8, 2)),
     "classes": (lambda l: rj.gumbel_softmax(KEY, l, 0.7), (8, 2, 5)),
     "one-hot": (lambda l: rj.gumbel_softmax(KEY, l, 0.7, hard=True), (16, 2, 5)),
 }
 
 
 def over_meshes():
-    """Numbers on every mesh and axis, of elementwise and last-axis samplers, and of `shape` with one row."""
+    """Numbers on every mesh and axis, for elementwise and last-axis samplers, and `shape` with one row."""
     eight, both = mesh((8,), ("a",)), mesh((4, 2), ("a", "b"))
     found = {}
     for name, (draw, shape) in SAMPLERS.items():
@@ -150,7 +150,7 @@ def control():
 
 
 def test_whatever_the_mesh_and_the_axis():
-    """Elementwise samplers may be split along any axis, those of the last axis along all others."""
+    """Elementwise samplers may be split along any axis, samplers over the last axis along all others."""
     found = in_eight("print(json.dumps([t.over_meshes(), t.control()]))")
     for name, (error, collectives) in found[0].items():
         assert error < 1e-6 and collectives == [], name
@@ -175,7 +175,7 @@ def of_bits(name, key, f, logits):
 
 
 def data_of_devices():
-    """Of each estimator: one key, the same logits, an f with each device's data; the gradient's distance."""
+    """For each estimator: one key, the same logits, an f with each device's data; the gradient's distance."""
     where = jax.make_mesh((8,), ("d",), (jax.sharding.AxisType.Auto,))
     rows, same = PartitionSpec("d"), PartitionSpec()
     x = np.asarray(jax.random.normal(jax.random.key(3), (8, 4)))
@@ -201,7 +201,7 @@ def test_an_estimator_adds_up_what_devices_with_different_data_find():
 
 
 def codebooks():
-    """How far a codebook of eight devices is from that of one, and what a sharded search asks others."""
+    """How far a codebook on eight devices is from one on one device, and what a sharded search needs."""
     qz = rj.quantizers
     rng = np.random.default_rng(0)
     x, codes = np.float32(rng.normal(size=(64, 4))), np.float32(rng.normal(size=(12, 4)))
@@ -226,13 +226,13 @@ def codebooks():
 
 
 def test_devices_keep_one_codebook():
-    """Averages, restarts and perplexity are those of one device; the nearest code is found by each alone."""
+    """Averages, restarts and perplexity are as on one device; each device finds the nearest code alone."""
     error, collectives = in_eight("print(json.dumps(t.codebooks()))")
     assert error < 1e-5 and collectives == []
 
 
 def methods(part=0, parts=1):
-    """Of every sampler and density, and of what has neither: a function of a key and arrays of eight rows.
+    """Functions of a key and arrays of eight rows: every sampler and density, or a class with neither.
 
     The values of densities are drawn, and drawing is compiled, in the part that they are in.
     """
@@ -241,12 +241,12 @@ def methods(part=0, parts=1):
 
 
 def with_value(case, rows):
-    """Arrays of a density: the parameters, and a draw beside them."""
+    """Arrays of a density: the parameters, and a draw."""
     return {"value": np.asarray(jax.jit(lambda rows: case.draw(KEY, None, **rows))(rows))} | rows
 
 
 def functions():
-    """All of `methods`; in place of arrays with a draw among them, what makes these."""
+    """All of `methods`; if arrays contain a draw, a function that makes these."""
     stretch = lambda x: np.broadcast_to(x, (4, *np.shape(x))).reshape(8, *np.shape(x)[1:]).astype(np.float32)
     for case in CASES:
         rows = {n: stretch(x) if np.ndim(x) else np.full(8, x, np.float32) for n, x in case.floats.items()}
@@ -394,7 +394,7 @@ def beams_of_rows(key, a):
 
 
 def value_and_gradient(f):
-    """Of a function of a key and arrays, both as arrays of numbers."""
+    """For a function of a key and arrays, both as arrays of numbers."""
 
     def both(key, a):
         value = f(key, a)
@@ -409,11 +409,11 @@ TRACED = ("log_prob", "class")  # of these rows JAX's checks of the types are en
 
 
 def everywhere(part):
-    """Of each of `methods`, under shard_map of one and eight devices and on explicit meshes.
+    """Results of all `methods`, under shard_map on one and eight devices and on explicit meshes.
 
-    The rows are split at one key, or whole at a key a device (the gradient is then the sum over the keys), or
-    on a mesh that shards the first argument, the others or all. What JAX refuses it refuses by the types,
-    before it compiles; where noise is drawn, the numbers are compared with those of one device as well.
+    The rows are split at one key, or whole with one key per device (the gradient is then the sum over the
+    keys), or on a mesh that shards the first argument, the others or all. JAX refuses programs by their
+    types, before it compiles them; if noise is drawn, the numbers are also compared with one device.
     """
     found = {}
     rows, same, devices = PartitionSpec("d"), PartitionSpec(), jax.devices()
@@ -466,7 +466,7 @@ PARTS = 4
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_everything_works_in_shard_map_and_on_explicit_meshes(part):
-    """With the default checks of shard_map; values and gradients are those of one device."""
+    """With the default checks of shard_map; values and gradients are the same as on one device."""
     found = in_eight(f"print(json.dumps(t.everywhere({part})))")
     assert len(found) >= 10
     for name, errors in found.items():
@@ -475,7 +475,7 @@ def test_everything_works_in_shard_map_and_on_explicit_meshes(part):
 
 
 def exported(part):
-    """Of each of `methods`: how far a program of any batch size is from one of eight, after it was saved."""
+    """For each of `methods`: how far a saved program for any batch size is from one for eight."""
     (size,) = jax.export.symbolic_shape("size")
     found = {}
     for name, f, a in methods(part, PARTS):

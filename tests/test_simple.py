@@ -1,4 +1,4 @@
-"""SIMPLE: its draws, marginals and gradient against all subsets written out, and at large sizes."""
+"""SIMPLE: its draws, marginals and gradient against the list of all subsets, and at large sizes."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ def written_out(logits, k):
 @quick
 @pytest.mark.parametrize("k", [1, 2, 5, 6])
 def test_marginals_and_their_derivative(k):
-    """The derivative of E z is the covariance of z; that of the marginals of a draw is the same."""
+    """The derivative of E z, and of the marginals of a draw, is the covariance of z."""
     hot, law = written_out(LOGITS, k)
     mean = law @ hot
     covariance = (hot * law[:, None]).T @ hot - np.outer(mean, mean)
@@ -72,7 +72,7 @@ def test_backward_is_the_difference_of_marginals_in_float64():
 
 @quick
 def test_draws_have_the_law_of_every_subset():
-    """Also where halves of the tree are uneven, and where there is nothing to split."""
+    """This includes trees with uneven halves, and with nothing to split."""
     for n, k in ((6, 2), (6, 4), (5, 2), (3, 2), (2, 1), (1, 1), (5, 5)):
         hot, law = written_out(LOGITS[:n], k)
         draws = np.asarray(
@@ -197,7 +197,7 @@ def test_what_cannot_be_drawn():
 @pytest.mark.whole
 @quick
 def test_kl_is_the_sum_over_all_subsets():
-    """In the value and in both gradients; inf where p draws what q cannot."""
+    """The value and both gradients are checked; inf if p draws a subset that q excludes."""
     p, q = ITEMS
 
     def by_enumeration(p, q):
@@ -219,7 +219,7 @@ def test_kl_is_the_sum_over_all_subsets():
 
 @quick
 def test_rows_with_a_count_of_their_own_have_its_law():
-    """Draws, marginals, probabilities and gradients of each row are those of its count as k."""
+    """Draws, marginals, probabilities and gradients of each row are the same as with its count as k."""
     logits = jnp.asarray(np.float32([[0.3, -1.0, 0.5, 2.0]] * 4))
     count = jnp.arange(4)
     marginals = jax.jit(lambda l: rj.simple_top_k_marginals(l, 3, count=count))(logits)

@@ -1,4 +1,4 @@
-"""Sorting digits: the loss and the scores by hand, the network as convolutions, a run better than chance."""
+"""Sorting digits: the loss and the scores computed separately, convolutions, a run better than chance."""
 
 import itertools
 import json

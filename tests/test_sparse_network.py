@@ -19,7 +19,7 @@ X, LABELS = RNG.normal(size=(20, 7)).astype(np.float32), RNG.integers(0, example
 
 
 def random_network():
-    """With biases that leave no neuron dead, and gates of which some are closed at test time."""
+    """Biases leave no neuron dead, and some gates are closed at test time."""
     network = example.init(KEY, SIZES)
     biases = [jnp.linspace(0.5, 1, b.size) for b in network.biases]
     gates = [jnp.asarray(RNG.permutation(np.linspace(-3.5, 3.5, g.size)), jnp.float32) for g in network.gates]
@@ -30,7 +30,7 @@ NETWORK = random_network()
 
 
 def gated_matrices(network, gates):
-    """Matrices that hold 0 where the gate of the input or that of the output is 0."""
+    """Matrices that hold 0 where the gate of the input or of the output is 0."""
     outputs = [*gates[1:], np.ones(example.CLASSES)]
     return [
         np.asarray(gate)[:, None] * np.asarray(w) * (np.asarray(out) != 0)
@@ -64,7 +64,7 @@ def test_the_smaller_network_is_the_gated_one():
 
 
 def test_both_parts_of_the_loss_reach_every_gate():
-    """That of the data, on average of the draws, and that of the price, which is known in closed form."""
+    """The gradient of the data term, averaged over draws, and of the penalty, known in closed form."""
     gradient = jax.jit(jax.grad(example.loss), static_argnames="gated")
     key = jax.random.key(0)
     x, labels = np.tile(X, (100, 1)), np.tile(LABELS, 100)

@@ -1,4 +1,4 @@
-"""Where guides start: at the conditional law of each element, at what the user gives, or refused."""
+"""Where guides start: at the conditional law of each element, at the user's values, or refused."""
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ def test_what_the_data_rule_out_is_not_drawn():
 
 
 def test_given_logits_are_where_it_starts():
-    """An array, or a function of the model's arguments; of bits one number, of others one for each value."""
+    """An array, or a function of the model's arguments, has one number per bit, else one per value."""
 
     def model(y):
         b = numpyro.sample("b", dist.Bernoulli(0.5).expand([2]).to_event(1))
@@ -130,7 +130,7 @@ def test_given_logits_are_where_it_starts():
 
 @pytest.mark.whole
 def test_the_ascent_goes_on_from_given_logits():
-    """So that the labels are the user's."""
+    """The labels are therefore the user's."""
     truth = np.repeat([2, 0, 1], 12)
     guide, params = started(mixture, init="data", init_logits={"z": 3.0 * np.eye(3)[truth]})
     np.testing.assert_array_equal(np.argmax(guide.probs(params)["z"], -1), truth)
@@ -157,7 +157,7 @@ def subsampled():
 
 @pytest.mark.whole
 def test_a_first_call_inside_of_jit():
-    """Nothing can be seen there: all start at zero, the site given its bit as well, and nothing leaks."""
+    """No values are known there: all start at zero, also the site given its bit, and nothing leaks."""
 
     def model():
         with numpyro.plate("points", 3):
@@ -220,7 +220,7 @@ def test_a_structured_guide_starts_at_the_prior_where_it_cannot_read_the_data():
 
 @pytest.mark.whole
 def test_positive_sites_under_relax():
-    """The guide of a positive site is a transformed distribution: what it hands on is not of this library."""
+    """The guide of a positive site is a transformed distribution, which hands on nothing of this library."""
 
     def model():
         scale = numpyro.sample("scale", dist.HalfNormal(1.0))
@@ -236,7 +236,7 @@ def test_positive_sites_under_relax():
 
 @pytest.mark.whole
 def test_latent_classes_of_digits_start_near_the_best_coordinate_ascent():
-    """From random points the bound at the start is within 50 nats of the best of twenty long runs."""
+    """From random points, the ELBO at the start is within 50 nats of the best of twenty long runs."""
     guide, params = started(guides.latent_classes, init="data")
     q = np.asarray(guide.probs(params)["z"], np.float64)
     q = np.where(q < 0.01, 0, q)  # without what every value keeps

@@ -129,7 +129,7 @@ def test_first_order_is_exact_for_linear_and_second_order_for_quadratic_function
 
 @quick
 def test_second_order_is_not_always_better():
-    """What the documentation says: there are functions on which ReinMax has the larger bias."""
+    """The documentation says that there are functions on which ReinMax has the larger bias."""
     z = jax.nn.one_hot(jnp.array([0, 2]), 3)
 
     def steep(draw, order=9):
@@ -144,7 +144,7 @@ def test_second_order_is_not_always_better():
 
 
 def total_variance(gradients):
-    """Over all coordinates, and its standard error."""
+    """The variance over all coordinates, and its standard error."""
     squares = ((gradients - gradients.mean(0)) ** 2).sum((1, 2))
     return squares.mean(), squares.std() / len(squares) ** 0.5
 
@@ -230,7 +230,8 @@ def test_gumbel_rao_has_the_mean_of_straight_through_gumbel_softmax_and_less_var
         squares = ((rao - rao.mean(0)) ** 2).sum((1, 2))
         variance[samples] = squares.mean(), squares.std() / n**0.5
     one, two, ten = (variance[samples] for samples in (1, 2, 10))
-    # One sample is straight-through Gumbel-softmax; n of them leave V + (V1 - V) / n, V that of the draw.
+    # One sample is straight-through Gumbel-softmax; n of them leave V + (V1 - V) / n, with V the variance
+    # of the draw.
     squares = ((plain - plain.mean(0)) ** 2).sum((1, 2))
     assert abs(squares.mean() - one[0]) < 4.5 * np.hypot(squares.std() / n**0.5, one[1])
     assert one[0] - two[0] > 4.5 * np.hypot(one[1], two[1])
@@ -301,7 +302,7 @@ def test_classes_that_are_hardly_ever_drawn_count_at_a_high_temperature(sampler)
 
 @pytest.mark.parametrize("hard", [True, False])
 def test_an_exact_draw_makes_no_softmax_where_no_gradient_is_asked_for(hard):
-    """So it reads the logits twice, for their largest and for that of their noise, and stores neither."""
+    """It reads the logits twice, for their largest and for the largest with noise, and stores neither."""
     draws = [
         functools.partial(rj.gumbel_softmax, hard=True),
         lambda key, logits, tau: rj.straight_through_categorical(key, logits),

@@ -30,7 +30,7 @@ UPPER = np.triu_indices(N, 1)
 
 
 def all_trees(n):
-    """Those subsets of n - 1 edges that connect all nodes."""
+    """All subsets of n - 1 edges that connect all nodes."""
     found = []
     for edges in itertools.combinations(itertools.combinations(range(n), 2), n - 1):
         tree = np.zeros((n, n))
@@ -45,7 +45,7 @@ TREES = all_trees(N)
 
 
 class Chains:
-    """Of 5 steps and 3 classes, with a matrix of transitions for each step."""
+    """Chains with 5 steps and 3 classes, with a matrix of transitions for each step."""
 
     structures = PATHS
     potentials = (UNARY, TRANSITIONS)
@@ -68,7 +68,7 @@ class Chains:
 
 
 class Trees:
-    """All 125 of five nodes."""
+    """All 125 trees of five nodes."""
 
     structures = TREES
     potentials = (WEIGHTS,)
@@ -137,7 +137,7 @@ def test_draws_have_the_enumerated_law(kind, potentials, dtype, pytestconfig):
 @pytest.mark.whole
 @both
 def test_the_form_for_accelerators_is_the_same(kind, potentials, for_accelerators):
-    """The law of its draws, which may differ from those of CPUs; values and derivatives to rounding."""
+    """The law of its draws, which may differ from draws on CPUs; values and derivatives to rounding."""
     way = np.cos(np.arange(kind.structures[0].size)).reshape(kind.structures[0].shape)
 
     def compiled(potentials):
@@ -156,7 +156,7 @@ def test_the_form_for_accelerators_is_the_same(kind, potentials, for_accelerator
 @pytest.mark.few(1)
 @pytest.mark.parametrize("steps", [2, 4, 7, 12])
 def test_a_tree_of_any_number_of_steps(steps, for_accelerators):
-    """With padding at some levels: probabilities of pairs of classes at neighboring steps, by draws too."""
+    """Some levels have padding: probabilities of pairs of classes at neighboring steps, also by draws."""
     unary, transition = NUMBERS.normal(size=(2, steps, K)), NUMBERS.normal(size=(2, steps - 1, K, K))
     given = tuple(jnp.float32(x) for x in (unary, transition))
     pairs = lambda x: jax.grad(lambda w: jnp.sum(st.chain_log_partition(x[0], w)))(x[1])
@@ -170,7 +170,7 @@ def test_a_tree_of_any_number_of_steps(steps, for_accelerators):
 @pytest.mark.few(2)
 @both
 def test_the_gradient_of_a_draw_is_the_derivative_of_the_marginals(kind, potentials):
-    """By differences in float64, in all potentials; and forward mode."""
+    """Differences in float64 check it, in all potentials; forward mode too."""
     way = NUMBERS.normal(size=kind.structures[0].shape)
     across = [NUMBERS.normal(size=x.shape) for x in potentials]
     with jax.enable_x64(True):
@@ -192,7 +192,7 @@ def test_the_gradient_of_a_draw_is_the_derivative_of_the_marginals(kind, potenti
 @pytest.mark.few(2)
 @both
 def test_relaxed_draws_are_in_the_hull_and_become_the_best_structure(kind, potentials):
-    """No linear function is larger than at the best structure; cold, the best for the noise is drawn."""
+    """No linear function exceeds the best structure; when cold, the best one for the noise is drawn."""
     draw = jax.jit(lambda tau, shape=(500,): kind.relaxed(KEY, *potentials, tau, shape=shape))
     flat = kind.structures.reshape(len(kind.structures), -1)
     for tau in (0.1, 1.0, 1e3):
@@ -247,7 +247,7 @@ def test_what_is_forbidden_is_never_drawn_and_has_no_gradient(kind, potentials):
 @pytest.mark.parametrize("seed", range(4))
 @kinds
 def test_potentials_far_apart_are_right_and_finite(kind, seed):
-    """Of -1e4, 0 and 1e4, so that many structures tie but for small numbers: against float64."""
+    """Potentials are -1e4, 0 and 1e4, so many structures tie up to small numbers: against float64."""
     numbers = np.random.default_rng(seed)
     potentials = [
         np.float32(1e4 * numbers.integers(-1, 2, x.shape) + numbers.normal(size=x.shape))
@@ -280,7 +280,7 @@ def test_potentials_far_apart_are_right_and_finite(kind, seed):
 
 @pytest.mark.whole
 def test_long_chains_and_large_trees():
-    """Of 1,000 steps against float64, and of 64 nodes: the number of trees, n^(n - 2), and of edges."""
+    """1,000 steps against float64; with 64 nodes, the number of trees, n^(n - 2), and of edges."""
     unary, transition = NUMBERS.normal(size=(1000, 4)), NUMBERS.normal(size=(4, 4))
     with jax.enable_x64(True):
         exact = jax.jit(st.chain_marginals)(unary, transition)
@@ -333,7 +333,7 @@ def test_a_value_that_is_no_structure_has_no_mass():
 
 @pytest.mark.whole
 def test_where_no_structure_is_possible():
-    """The log-partition is -inf with gradient 0; all else is an error, or NaN there under a trace."""
+    """The log-partition is -inf with gradient 0; everything else is an error, or NaN under a trace."""
     apart = WEIGHTS.copy()
     apart[:2, 2:] = -np.inf
     closed = np.where(np.arange(T)[:, None] == 2, -np.inf, UNARY)
@@ -399,7 +399,7 @@ def test_jit_eager_vmap_and_batches_agree(kind, potentials):
 
 
 def test_any_log_partition_has_its_relaxation():
-    """Of one class it is Gumbel-softmax; of trees, points of the hull; a pytree has noise on each leaf."""
+    """One class gives Gumbel-softmax; trees give points of the hull; a pytree has noise on each leaf."""
     logits = jnp.array([[0.3, -1.0, 0.5], [2.0, 0.0, -np.inf]])
     draw = jax.jit(
         lambda tau: st.relaxed_structure(
@@ -556,7 +556,7 @@ def test_a_larger_number_of_nodes_has_all_of_its_trees():
 
 
 def test_in_a_relaxed_model_by_config():
-    """relax leaves them as they are, and takes a class by config."""
+    """relax leaves them unchanged, and accepts a class through config."""
     import numpyro
     from numpyro import handlers
 

@@ -1,4 +1,4 @@
-"""Draws without replacement: their probabilities against enumeration, and what a relaxed draw keeps."""
+"""Draws without replacement: their probabilities against enumeration, and the facts of a relaxed draw."""
 
 import functools
 import itertools
@@ -73,7 +73,7 @@ def test_one_of_n_is_a_category():
 @pytest.mark.whole
 @pytest.mark.parametrize(("n", "k", "ahead"), [(50, 20, 3.0), (1000, 500, 0.0), (300, 299, 8.0)])
 def test_large_sets(n, k, ahead):
-    """k elements of one logit, n - k of another: P(S) is a ratio of gamma functions."""
+    """k elements have one logit, n - k another: P(S) is a ratio of gamma functions."""
     logits = np.where(np.arange(n) < k, ahead, 0.0)
     inverse = (n - k) / np.exp(ahead)
     exact = sp.gammaln(1 + inverse) + sp.gammaln(k + 1) - sp.gammaln(k + 1 + inverse)
@@ -86,7 +86,7 @@ def test_large_sets(n, k, ahead):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("ordered", [True, False])
 def test_gradient_of_log_prob(ordered):
-    """Against differences, and the score has mean zero: sum_S P(S) grad log P(S) = 0."""
+    """Differences check it, and the score has mean zero: sum_S P(S) grad log P(S) = 0."""
     with jax.enable_x64(True):
         logits = jnp.asarray(ITEMS[0], jnp.float64)
         outcomes = np.array(list(itertools.permutations(range(4), 2))) if ordered else SETS
@@ -139,7 +139,7 @@ def test_perturbed_values_are_sorted_and_carry_the_gradient():
 
 @pytest.mark.whole
 def test_soft_removal_is_exact_where_a_draw_is_certain():
-    """log(1 - o) of an o that rounds to 1 is finite and right, so the next draws leave it alone."""
+    """log(1 - o) for an o that rounds to 1 is finite and right, so the next draws leave it alone."""
     z = rj.relaxed_top_k(KEY, jnp.array([30.0, 0.0, 0.0, -30.0]), 3, 1e-3, shape=(200,))
     assert (jnp.abs(z - jnp.array([1.0, 1.0, 1.0, 0.0])).max(-1) < 1e-3).mean() > 0.95
     everything = rj.relaxed_top_k(KEY, jnp.zeros(5), 5, 0.02, shape=(100,))
@@ -164,7 +164,7 @@ def test_too_few_possible_elements():
 
 @pytest.mark.whole
 def test_memory_of_relaxed_top_k_is_what_its_docstring_says():
-    """k arrays of the size of the result, and some; 100 of 10,000 in a batch of 64 is 256 MB."""
+    """There are k arrays of the size of the result, and a few more: 256 MB for 100 of 10,000, batch 64."""
     for k in (5, 100):
         logits = jnp.zeros((64, 10_000))
         loss = jax.jit(jax.grad(lambda l, k=k: jnp.sum(rj.relaxed_top_k(KEY, l, k, 0.5) ** 2)))
@@ -175,7 +175,7 @@ def test_memory_of_relaxed_top_k_is_what_its_docstring_says():
 @quick
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_inclusion_probabilities_are_the_sums_over_sets(k):
-    """In value and gradient, for logits near to each other and far apart."""
+    """Value and gradient are checked, for logits close to each other and far apart."""
     sets = np.array(list(itertools.combinations(range(4), k)))
     hot = (sets[..., None] == np.arange(4)).any(1)
     marginals = jax.jit(lambda logits: rj.gumbel_top_k_marginals(logits, k))
@@ -194,7 +194,7 @@ def test_inclusion_probabilities_are_the_sums_over_sets(k):
 @pytest.mark.whole
 @quick
 def test_inclusion_probabilities_of_many():
-    """They sum to k; of equal logits all are k / n; nothing overflows, and impossible elements have none."""
+    """They sum to k; for equal logits all are k / n; nothing overflows, and impossible elements have none."""
     equal = rj.gumbel_top_k_marginals(jnp.zeros(300), 20)
     np.testing.assert_allclose(equal, 20 / 300, rtol=2e-5)
     logits = jax.random.normal(KEY, (3, 200)) * jnp.array([[1.0], [10.0], [3000.0]])

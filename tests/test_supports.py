@@ -1,4 +1,4 @@
-"""Counts of every support, as numbers, as one-hot vectors and left discrete, beside exact posteriors."""
+"""Counts of every support, as numbers, as one-hot vectors and left discrete, against exact posteriors."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +54,7 @@ def error(name, guide, params, num_values):
 
 
 def number(name):
-    """None where the support says it."""
+    """The number of values; None if the support sets it."""
     return None if name in ("Binomial", "BetaBinomial", "DiscreteUniform") else len(N)
 
 
@@ -74,7 +74,7 @@ def test_left_discrete(name, guide):
 @counts
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_relaxed(name, one_hot):
-    """As a number and as weights of 0, 1, ...: with a bias of the temperature."""
+    """As a number and as weights of 0, 1, ..., with a bias from the temperature."""
     made = AutoMeanField(model_of(name), num_values=number(name))
     config = {"n": "one_hot"} if one_hot else None
     soft = [relax(f, tau=0.1, config=config, num_values=number(name)) for f in (model_of(name), made)]
@@ -87,7 +87,7 @@ ANIMALS = st.poisson(8).pmf(N) * st.binom(N, 0.4).pmf(LEAST)
 
 
 def animals():
-    """So many as were counted there are at least."""
+    """There are at least as many as were counted."""
     n = numpyro.sample("n", dist.Poisson(8.0))
     numpyro.sample("y", dist.Binomial(n, 0.4), obs=jnp.array(LEAST))
 
@@ -97,7 +97,7 @@ LEFT_OUT = {"n": np.where(N < LEAST, -np.inf, 0)}
 
 @pytest.mark.parametrize("options", [{"init": "data"}, {"init_logits": LEFT_OUT}])
 def test_a_guide_that_is_cut_at_the_data(options):
-    """Both leave out what the data rule out; without, the loss is infinite and the parameters NaN."""
+    """Both leave out values that the data rule out; else the loss is infinite and parameters are NaN."""
     guide = AutoMeanField(animals, num_values=len(N), **options)
     params = train(animals, guide, RLOO_ELBO(10))
     found = guide.probs(params)["n"]
@@ -128,7 +128,7 @@ def chain():
 @pytest.mark.parametrize("guide", [AutoMeanField, AutoStructured])
 @pytest.mark.parametrize("loss", [RLOO_ELBO(10), VIMCO_ELBO(10), Trace_ELBO(10)])
 def test_a_class_that_is_left_out_of_a_chain(guide, loss):
-    """Also where each state depends on the last one, under each bound, and relaxed by `Trace_ELBO`."""
+    """This also holds if each state depends on the last one, under each ELBO, and under `relax`."""
     made = guide(chain, init_logits={"z": np.array([[0, 0, -np.inf]] * 4)})
     pair = [chain, made]
     if isinstance(loss, Trace_ELBO):

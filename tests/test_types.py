@@ -1,4 +1,4 @@
-"""Every public signature says what kind each argument is and what comes back; shapes are in docstrings."""
+"""Every public signature has the kinds of its arguments and results; shapes are in docstrings."""
 
 import inspect
 import re
@@ -23,7 +23,7 @@ MODULES = (relaxit_jax, estimators, quantizers, diagnostics, distributions, hand
 
 
 def public():
-    """The functions and, of the classes, the methods that this library defines, by name."""
+    """The functions and, for classes, the methods that this library defines, by name."""
     for module in MODULES:
         for name in module.__all__:
             thing = getattr(module, name)

@@ -1,4 +1,4 @@
-"""The last layer's Laplace approximation and its predictions, each against a calculation of its own."""
+"""The last layer's Laplace approximation and its predictions, each against a separate calculation."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def test_the_gaussian_of_the_logits_is_that_of_drawn_weights():
 
 
 def test_both_monte_carlos_have_the_mean_of_softmax():
-    """For two classes it is an integral over one number; for three, that of weights drawn here."""
+    """For two classes it is an integral over one number; for three, a mean over weights drawn here."""
     loc, covariance = np.array([[0.5, -1.0], [2.0, 0.3]]), np.array([[[1.5, 0.4], [0.4, 0.8]]] * 2)
     nodes, mass = np.polynomial.hermite_e.hermegauss(60)
     gap = (loc[:, 0] - loc[:, 1])[:, None] + np.sqrt(1.5 + 0.8 - 0.8) * nodes
@@ -76,7 +76,7 @@ def random_law(n=5, k=example.CLASSES):
 
 
 def test_what_the_bridge_sees_of_a_covariance():
-    """Its mean has no use for the scale, which is why its scores are those of MAP; the others have."""
+    """Its mean has no use for the scale, so its scores equal those from MAP; the others use it."""
     loc, covariance = random_law()
     for name, predict in example.ONE_PASS.items():
         p, wide = predict(loc, covariance), predict(loc, 9 * covariance)

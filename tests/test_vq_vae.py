@@ -1,4 +1,4 @@
-"""The autoencoder of codes: patches, each quantizer and its way back, what it learns, its prior."""
+"""The autoencoder of codes: patches, each quantizer and its way back, training, and its prior."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def test_the_loss_reaches_the_encoder_and_the_codes(name):
 
 
 def test_codebooks_follow_their_vectors_and_unused_codes_come_back():
-    """Four clouds, and codes that all begin at one point: they spread over them, and the error falls."""
+    """With four clouds, codes that all begin at one point spread out, and the error falls."""
     centers = 5 * jnp.eye(4, 8)
     x = centers[jnp.arange(400) % 4] + 0.1 * jax.random.normal(KEY, (400, 8))
     for name in ("vq_ema", "vq_rotation", "residual"):
@@ -71,7 +71,7 @@ def test_codebooks_follow_their_vectors_and_unused_codes_come_back():
 
 
 def test_prior_counts_bits_and_draws_what_it_has_learned():
-    """Codes that alternate need almost no bits, and even ones all of theirs."""
+    """Codes that alternate need almost no bits, and even ones need all of theirs."""
     config = {"codes": 4, "units": 16, "seed": 0, "prior_steps": 400, "batch_size": 32}
     rng = np.random.default_rng(0)
     alternating = (np.arange(6) + rng.integers(2, size=(200, 1))).reshape(-1, 2, 3) % 2

@@ -1,4 +1,4 @@
-"""The three problems of the example are what they say, by other means; its answer follows from its table."""
+"""The three problems of the example match other calculations; its answer follows from its table."""
 
 import json
 from itertools import product

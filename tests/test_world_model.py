@@ -1,4 +1,4 @@
-"""The world model: its sequences, its loss beside one written out, and a run that learns to look ahead."""
+"""The world model: its sequences, its loss written out, and a run that learns to look ahead."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_digits_move_evenly_and_stay_inside():
 
 
 def hand_written(model, key, frames, free):
-    """The same loss without this library but for the noise of its exact draws."""
+    """The same loss without this library, except for the noise of its exact draws."""
     keys = jax.random.split(key, len(frames))
     batch = frames.shape[1]
     h, z = jnp.zeros((batch, model.units)), jnp.zeros((batch, *model.shape))

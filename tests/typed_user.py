@@ -1,7 +1,7 @@
-"""What a user writes who checks types strictly: `.ci/run` has it checked, test_types.py runs it.
+"""Code of a user who checks types strictly: `.ci/run` checks it, and test_types.py runs it.
 
-Strict but for what JAX and NumPyro leave unknown, as `jnp.zeros` and `SVI.run` are; what is known is
-asserted.
+It is strict except where JAX and NumPyro leave types unknown, as `jnp.zeros` and `SVI.run` do; known types
+are asserted.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -1,8 +1,8 @@
-"""Opens every page of the built site in Chromium, in three widths, light and dark: python tools/browser.py
+"""Open every page of the built site in Chromium, in three widths, light and dark: python tools/browser.py
 
-Says what is broken: an error of a script, a request that fails or leaves the site, a picture that does not
-load, a page wider than its window, a table or, on a desktop, a block of code that has to be scrolled, TeX
-that was not rendered. Screenshots go to a folder, to be looked at.
+Reports everything that is broken: an error of a script, a request that fails or leaves the site, a picture
+that does not load, a page wider than its window, a table or, on a desktop, a block of code that has to be
+scrolled, TeX that was not rendered. Screenshots go to a folder for review.
 Needs the site (`mkdocs build --strict`), `pip install playwright`, and a Chromium on the PATH.
 """
 
@@ -53,7 +53,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def look(browser, address, path, window, scheme, picture):
-    """What is wrong with a page; its whole length goes to a picture."""
+    """The problems of a page; a screenshot shows its whole length."""
     broken, (width, height) = [], WINDOWS[window]
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.on("pageerror", lambda error: broken.append(f"script error: {error}"))
@@ -76,9 +76,9 @@ def look(browser, address, path, window, scheme, picture):
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.option("--site", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path),
-              default=ROOT / "site", show_default="site", help="The built site.")  # fmt: skip
+              default=ROOT / "site", show_default="site", help="Folder of the built site.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, path_type=pathlib.Path),
-              default=ROOT / "runs/site", show_default="runs/site", help="Screenshots go here.")  # fmt: skip
+              default=ROOT / "runs/site", show_default="runs/site", help="Screenshot folder.")  # fmt: skip
 @click.option(
     "--browser", "name", help="Executable to run; default: the first found of " + ", ".join(BROWSERS) + "."
 )

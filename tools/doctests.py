@@ -15,7 +15,7 @@ class Doctests(griffe.Extension):
 
 
 def with_section(text):
-    """The lines from the first `>>>` on, indented under a heading of their own."""
+    """The lines from the first `>>>` on, indented under their own heading."""
     before, after = text.split(">>>", 1)
     return before + "Examples:\n" + textwrap.indent(fitted(">>>" + after), "    ")
 

@@ -1,7 +1,7 @@
-"""What other libraries draw and score, beside this one: python tools/evidence.py {relaxit,torch,tfp}
+"""Compare other libraries with this one: python tools/evidence.py {relaxit,torch,tfp}
 
-Prints the table of docs/moving.md, which takes it from docs/outputs/evidence_PEER.md. Each row is one claim,
-measured for both libraries with fixed seeds; standard errors stand behind +-. Needs the extra `peers`.
+Prints the table of docs/moving.md, which includes it from docs/outputs/evidence_PEER.md. Each line is one
+claim, measured for both libraries with fixed seeds; standard errors follow +-. Needs the extra `peers`.
 """
 
 import functools
@@ -30,7 +30,7 @@ tensor = torch.tensor
 
 
 def line(claim, theirs, ours):
-    """A row: a claim, behind which what should come out stands in brackets, and what does come out."""
+    """A line of the table: a claim, with the expected value in brackets, and the measured value."""
     what, should = claim.removesuffix("]").rsplit(" [", 1) if claim.endswith("]") else (claim, "")
     what = "... " * what.startswith(" ") + what.strip()
     click.echo(f"| {what} | {should} | {theirs} | {ours} |")
@@ -42,7 +42,7 @@ def mean(draws):
 
 
 def grid(cut):
-    """y from logit(cut) to -logit(cut), z of these log-odds, and dz / dy."""
+    """y from logit(cut) to -logit(cut), z with these log-odds, and dz / dy."""
     y = np.linspace(np.log(cut), -np.log(cut), 400_001)
     z = 1 / (1 + np.exp(-y))
     return y, z, z / (1 + np.exp(y))
@@ -53,7 +53,7 @@ def integral(density, y, slope):
 
 
 def correlated_density():
-    """A normal density about the probability, cut at 0 and 1: no correlation, no temperature's law."""
+    """A normal density about the probability, cut at 0 and 1: no correlation, no temperature."""
     y, z, slope = grid(1e-12)
     theirs = rx.CorrelatedRelaxedBernoulli(tensor([0.7]), torch.eye(1), tensor(0.5))
     density = theirs.log_prob(tensor(z)[:, None]).exp()[:, 0].numpy()
@@ -82,7 +82,7 @@ def correlated_density():
 
 
 def invertible_density():
-    """The last class is taken twice: for K = 2 the Gaussian is scored at 0 whatever was drawn."""
+    """The last class is used twice: for K = 2 the Gaussian is scored at 0 whatever was drawn."""
     for cut in (1e-3, 1e-6, 1e-12):
         y, z, slope = grid(cut)
         both = np.stack([z, 1 - z], -1)
@@ -103,7 +103,7 @@ def invertible_density():
 
 
 def shared_noise():
-    """One uniform number for a whole batch."""
+    """One uniform variable for a whole batch."""
     for name, theirs in {
         "HardConcrete": rx.HardConcrete(torch.ones(1000), tensor(0.5), tensor(1.1), tensor(-0.1)),
         "RebarRelaxation": rx.RebarRelaxation(torch.full((1000,), 0.5), tensor(0.5)),
@@ -176,14 +176,14 @@ def variance_as_deviation():
 
 
 def gauged(d):
-    """Variances of the logits less their mean, of a logistic-normal."""
+    """Variances of the logits minus their mean, for a logistic-normal."""
     covariance = np.asarray(d.covariance_matrix)
     centre = np.eye(len(covariance)) - 1 / len(covariance)
     return np.diag(centre @ covariance @ centre)
 
 
 def gradients():
-    """The scale of the Gaussian gates, and the temperature of the bits' smooth times stochastic."""
+    """The scale of the Gaussian gates, and the temperature of the stochastic-times-smooth bits."""
     scale = tensor([0.3], requires_grad=True)
     z = rx.GaussianRelaxedBernoulli(tensor([0.5]), scale).rsample((1000,))
     theirs = "none" if not z.requires_grad else f"{torch.autograd.grad((z**2).mean(), scale)[0].item():.3f}"
@@ -192,7 +192,7 @@ def gradients():
 
 
 def masses():
-    """A stochastic times smooth bit is the root of p or 0; relaxit scores it as a bit of probability p."""
+    """A stochastic-times-smooth bit is the root of p or 0; relaxit scores it as a bit with probability p."""
     d = rx.StochasticTimesSmooth(probs=tensor(0.25))
     own = rd.StochasticTimesSmooth(probs=0.25)
     values = [0.0, 0.5]
@@ -208,7 +208,7 @@ def masses():
 
 
 def truncation():
-    """eta is the mass that is kept there, by default all of it; eps what may go to the last value here."""
+    """eta is the mass kept there, by default all; eps is the mass added to the last value here."""
     values = torch.arange(0.0, 40.0)
     for kept in (0.9, 0.999):
         d = rx.GeneralizedGumbelSoftmaxNP(pyro.Poisson(tensor(2.0)), values, eta=kept, hard=True)
@@ -231,7 +231,7 @@ def properties():
     d = rx.LogisticNormalSoftmax(torch.zeros(3), torch.ones(3))
     try:
         theirs = f"{float(d.log_prob(torch.full((3,), 1 / 3)).sum()):.3f}"
-    except Exception as error:  # whatever it is
+    except Exception as error:  # any error
         theirs = type(error).__name__
     own = rd.LogisticNormalSoftmax(loc=jnp.zeros(3), scale=jnp.ones(3)).log_prob(jnp.full(3, 1 / 3))
     line("LogisticNormalSoftmax: log_prob at the centre [.909]", theirs, f"{own:.3f}")
@@ -246,7 +246,7 @@ def properties():
 
 
 def rare_classes():
-    """A class of probability 9.1e-4, by noise of the logits' dtype and of float32."""
+    """A class with probability 9.1e-4, with noise in the logits' dtype and in float32."""
     logits = torch.tensor([0.0, -7.0])
     p, n = float(torch.softmax(logits, 0)[1]), 5_000_000
     for name in ("float32", "bfloat16", "float16"):
@@ -260,7 +260,7 @@ def rare_classes():
 
 
 def cold_densities(kinds):
-    """Own draws of ten equal classes whose log_prob is not finite: rounded ones, and those in log space."""
+    """Own draws of ten equal classes whose log_prob is not finite: rounded draws, and draws in log space."""
     logits, shape = jnp.zeros(10), (10_000,)
 
     def ours(tau, log_space):

@@ -1,7 +1,7 @@
-"""How often a rare class of two wins by Gumbel noise of each dtype: python tools/frequencies.py
+"""How often a rare class of two wins with Gumbel noise of each dtype: python tools/frequencies.py
 
-Of argmax(logits + jax.random.gumbel(key, shape, dtype, mode=mode)), and of gumbel_softmax with hard=True.
-What it printed is in docs/outputs, of JAX 0.10 and of 0.12.
+It counts argmax(logits + jax.random.gumbel(key, shape, dtype, mode=mode)), and gumbel_softmax with hard=True.
+Its output for JAX 0.10 and 0.12 is in docs/outputs.
 """
 
 import functools
@@ -14,7 +14,7 @@ import relaxit_jax as rj
 from versions import sentence, versions
 
 BLOCK = 2**21  # draws at once
-LOGITS = (-7.0, -10.0, -13.0)  # numbers that every dtype has
+LOGITS = (-7.0, -10.0, -13.0)  # numbers that every dtype represents
 WAYS = {"JAX, mode low": "low", "JAX, mode high": "high", "relaxit_jax": None}
 
 
@@ -32,7 +32,9 @@ def wins(mode, dtype, blocks, logit, key):
 
 
 @click.command(help=__doc__)
-@click.option("--blocks", default=64, show_default=True, help="Blocks of two million draws for every number.")
+@click.option(
+    "--blocks", default=64, show_default=True, help="Number of blocks of two million draws for every figure."
+)
 def main(blocks):
     n, p = blocks * BLOCK, [float(jax.nn.sigmoid(logit)) for logit in LOGITS]
     click.echo(f"{n:,} draws each")

@@ -1,12 +1,12 @@
-"""What the site is built with beside Markdown: formulas, the examples' own code, what they printed.
+"""Build steps of the site besides Markdown: formulas, the code of the examples, and their recorded output.
 
-A page says `{{ source FILE NAME }}` for a function or class of a file, `{{ output NAME }}` for what
-`tools/record.py` wrote down of a run, `{{ between FILE MARK }}` for what a file holds between comments, and
-`{{ versions NAME }}` for the versions that a result of the benchmarks was recorded with.
+A page writes `{{ source FILE NAME }}` for a function or class of a file, `{{ output NAME }}` for the output
+of a run that `tools/record.py` recorded, `{{ between FILE MARK }}` for the part of a file between comments,
+and `{{ versions NAME }}` for the versions that a result of the benchmarks was recorded with.
 `{{ methods VIEW }}`, `{{ samplers FAMILY }}` and `{{ classes FAMILY }}` come from docs/methods.toml
 (tools/method_tables.py), and `{{ diagram decision }}` from tools/diagram.py.
-So pages cannot drift from the code: a name that is gone stops the build. Formulas are MathML, made here; what
-a reader's browser shows needs neither a script nor a network.
+So pages cannot drift from the code: a missing name stops the build. Formulas become MathML here, so a
+reader's browser needs neither a script nor a network.
 """
 
 import ast
@@ -41,7 +41,7 @@ def source(file, name):
 
 
 def output(name):
-    """The command and the end of what it printed, as recorded."""
+    """The command and the end of its output, as recorded."""
     recorded = (ROOT / "docs" / "outputs" / f"{name}.txt").read_text().rstrip()
     return f"```console\n{widths.output(recorded)}\n```"
 
@@ -55,7 +55,7 @@ def between(file, mark):
 
 
 def versions(name):
-    """What a result of the benchmarks was recorded with."""
+    """The versions that a result of the benchmarks was recorded with."""
     found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["versions"]
     return f"*`benchmarks/results/{name}.json`: {sentence(found)}*"
 
@@ -68,7 +68,7 @@ DIRECTIVES = {
 
 
 def expand(markdown):
-    """A page with its directives replaced by what they stand for."""
+    """A page with its directives replaced."""
 
     def replace(match):
         name, arguments = match.groups()
@@ -91,7 +91,7 @@ def formulas(page):
 
 
 def on_files(files, config):
-    """The pictures of the benchmarks are pages' pictures too."""
+    """Add the pictures of the benchmarks to the pictures of the pages."""
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.png")):
         files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
     return files

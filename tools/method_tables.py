@@ -1,7 +1,7 @@
-"""docs/methods.toml as the site shows it: tables of methods, and lists of names for the reference.
+"""Tables from docs/methods.toml for the site: tables of methods, and lists of names for the reference.
 
-`methods` is what a page says as `{{ methods VIEW }}`: a table for each family, with the columns of one of the
-VIEWS. `samplers` and `classes` are the names of a family that mkdocstrings writes about.
+A page writes `{{ methods VIEW }}` for `methods`: a table for each family, with the columns of one of the
+VIEWS. `samplers` and `classes` are the names of a family that mkdocstrings documents.
 """
 
 import pathlib
@@ -86,7 +86,7 @@ def reference(names):
 
 
 def samplers(family):
-    """The samplers of a family with their densities and what goes with them."""
+    """The samplers of a family with their densities and related functions."""
     names = []
     for name, record in records(family).items():
         own = [f"{name}_log_prob"] if record.get("density", {}).get("name") == f"{name}_log_prob" else []

@@ -1,7 +1,7 @@
-"""Breaks the library on purpose, one line at a time, and tells which tests notice: python tools/mutations.py
+"""Break the library on purpose, one line at a time, and report which tests notice: python tools/mutations.py
 
-Each defect is written into a copy of the package, and the tests that stand with it are run on that. What it
-printed is in docs/outputs/mutations.txt, for docs/correctness.md.
+Each defect is written into a copy of the package, and the tests that cover it run on the copy. The output is
+in docs/outputs/mutations.txt, for docs/correctness.md.
 """
 
 import os
@@ -25,7 +25,7 @@ SAMPLERS, ESTIMATORS, CLASSES = (
 STRUCTURED = "relaxit_jax/structured/_chain.py", "relaxit_jax/structured/_tree.py"
 LOGISTIC = "return jnp.log(where(r < 0, 1 - v, v) / where(r < 0, v, 1 - v))"
 
-# what is wrong, its file, what stands there, what comes in its place, test files and an expression for -k
+# the defect, its file, the old text, the new text, test files and an expression for -k
 MUTATIONS = [
     (
         "logistic noise of float32 uniforms",
@@ -143,7 +143,7 @@ MUTATIONS = [
     (
         "density of a clipped draw",
         MATHS,
-        '"""The binary Concrete log-density of z = sigmoid(y)."""',
+        '"""The binary Concrete log-density at z = sigmoid(y)."""',
         "y = jax.scipy.special.logit(jnp.clip(jax.nn.sigmoid(y), 1e-7, 1 - 1e-7))",
         "test_densities.py",
         "relaxed_bernoulli and own_draws",
@@ -969,7 +969,7 @@ MUTATIONS = [
 
 
 def tests_that_fail(file, old, new, files, expression):
-    """Of the tests chosen, run on a copy with the defect: how many there were, and which failed how often."""
+    """Run the chosen tests on a copy with the defect; return their number, and which failed how often."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in ("relaxit_jax", "tests", "benchmarks", "examples", "tools"):

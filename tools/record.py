@@ -1,8 +1,8 @@
-"""Runs an example as a tutorial tells it, and keeps its words and picture: python tools/record.py NAME ...
+"""Run an example as its tutorial describes, and keep its output and picture: python tools/record.py NAME ...
 
-Writes docs/outputs/NAME.txt (the command, the last lines that it printed, and the versions) and
+Writes docs/outputs/NAME.txt (the command, the last lines of its output, and the versions) and
 docs/images/NAME.png, which the tutorial of that name shows. Without a name all are run, which takes an hour.
-Neither the folder nor how many seconds it took is kept, as both are others the next time.
+Neither the folder nor the time in seconds is kept, since both change from run to run.
 """
 
 import pathlib
@@ -17,10 +17,10 @@ from PIL import Image
 from versions import sentence, versions
 
 ROOT = pathlib.Path(__file__).parents[1]
-LINES = 40  # of what was printed
+LINES = 40  # lines of the output
 SECONDS = re.compile(r"trained in [\d.]+ s\n|[,;] \d+ s\b")
 
-# The command of a tutorial, and which of its pictures is copied: None where docs/images has it for README.
+# The command of a tutorial, and which of its pictures is copied: None if docs/images has it for README.
 RUNS = {
     "vae": ("examples/vae.py", "curve.png"),
     "mixture": ("examples/mixture.py", "mixture.png"),
@@ -61,7 +61,7 @@ def main(names):
 
 
 def copy_picture(made, kept):
-    """In 256 colours, which are enough for lines and dots and take a quarter of the bytes."""
+    """Reduce to 256 colors, which are enough for lines and dots and take a quarter of the bytes."""
     colours = Image.open(made).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     colours.save(kept, optimize=True)
 

@@ -29,6 +29,6 @@ def today():
 
 
 def sentence(found):
-    """The line that a page prints. Old results lack the versions that nobody wrote down."""
+    """The line that a page prints. Old results lack the versions that nobody recorded."""
     packages = ", ".join(f"{name} {found[key]}" for key, name in NAMES.items() if key in found)
     return f"Recorded with {packages} on {found['machine']}, {found['date']}."

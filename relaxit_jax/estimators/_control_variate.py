@@ -145,8 +145,8 @@ def relax(
 
 def _with_variate(key, f, q, variate_at, has_aux):
     """Estimate with the control variate ``variate_at(logits)``, built for noisy logits of the same type."""
-    # z and z~ are functions of the logits, and their gradients are needed here, not those of the inputs
-    # behind them
+    # z and z~ are functions of the logits, and their gradients are needed here, not the gradients of
+    # the inputs behind them
     logits = jax.lax.stop_gradient(q.logits.astype(arg.wide(q.logits.dtype)))
     sample, noisy, again = q.coupled(key)
     value, aux = es.call(f, q, sample, has_aux=has_aux)

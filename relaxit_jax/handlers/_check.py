@@ -309,7 +309,8 @@ def _advice(found, coupled):
     if coupled and found.gap > GAP + 3 * found.gap_error:
         yield (
             f"The draws of this guide are at least {found.gap:.1f} nats from the posterior: its sites depend "
-            "on each other in a way that the guide cannot represent, or training has not ended. Try AutoStructured."
+            "on each other in a way that the guide cannot represent, or training has not ended. "
+            "Try AutoStructured."
         )
     for name, s in found.sites.items():
         if s.swallowed:

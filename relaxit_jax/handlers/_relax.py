@@ -213,7 +213,8 @@ def _check_use(msg, kl):
         raise ValueError(f"{name} is relaxed in the model, not in the guide: wrap the guide in relax as well")
     if isinstance(guide, Delta):
         raise ValueError(
-            f"{name} has a point estimate in the guide, but a relaxed density has no maximum: use AutoMeanField there"
+            f"{name} has a point estimate in the guide, but a relaxed density has no maximum. Give the "
+            "guide a discrete distribution there, as AutoMeanField does"
         )
     if isinstance(guide, Relaxed) != (kl == "discrete"):
         raise ValueError(

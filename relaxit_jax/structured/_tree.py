@@ -93,7 +93,7 @@ def tree_sample(key: Array, weights: ArrayLike, *, shape: Sequence[int] | None =
       key: a JAX random key.
       weights: log-weights of the edges, shape (..., n, n); the upper triangle counts, and -inf is an edge
         that is not there.
-      shape: batch shape of the result; default: that of ``weights``.
+      shape: batch shape of the result; default: the shape of ``weights``.
 
     Returns:
       Symmetric adjacency matrices of shape ``shape + (n, n)``, in the dtype of ``weights``; NaN under a trace

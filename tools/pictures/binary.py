@@ -1,4 +1,4 @@
-"""Histograms of relaxed bits and gates, and what their log-densities say of each bin."""
+"""Histograms of relaxed bits and gates, with the shares that their log-densities predict for each bin."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,7 @@ import numpy as np
 import relaxit_jax as rj
 
 BINS = 25
-LOG_ODDS = np.linspace(
-    -14, 14, 56_001
-)  # of the values at which densities are added up: some have infinite ends
+LOG_ODDS = np.linspace(-14, 14, 56_001)  # values at which densities are added up: some have infinite ends
 ORDER = ("draws in a bin", "its density", "draws of exactly 0 or 1", "its mass")
 LOGIT = 0.5
 GREY, BLUE, BLACK = "#9A9A9A", "#7FB2DC", "#000000"

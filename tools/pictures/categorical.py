@@ -10,13 +10,13 @@ import relaxit_jax as rj
 PROBS = np.array([0.5, 0.3, 0.2])
 LOGITS = jnp.log(jnp.asarray(PROBS, jnp.float32))
 CORNERS = np.array([[0, 0], [1, 0], [0.5, np.sqrt(0.75)]])
-SHOWN = 600  # of the draws
+SHOWN = 600  # number of draws
 SIDE = 140  # points of the density along an edge
 
 
 LOC = LOGITS[:2] - LOGITS[2]
 SHADES = ["#F2F7FC", "#D3E4F3", "#ABD0E6", "#7DB8DA", "#4292C6"]
-OUTSIDE = [0.05, 0.25, 0.5, 0.75]  # parts of the draws at a lower density than where a shade begins
+OUTSIDE = [0.05, 0.25, 0.5, 0.75]  # share of the draws at a lower density than where a shade begins
 
 
 def concrete(tau):
@@ -46,7 +46,7 @@ PANELS = [
 
 
 def relaxed(axis, log_z, log_prob):
-    """Draws over their density, whose shades hold known parts of them."""
+    """Draws over their density, with shades that hold known shares of them."""
     a, b = np.meshgrid((np.arange(SIDE) + 0.5) / SIDE, (np.arange(SIDE) + 0.5) / SIDE)
     z = np.stack([a, b, 1 - a - b], -1)[a + b < 1 - 1e-4]
     log_p = log_prob(jnp.asarray(np.log(z), jnp.float32))

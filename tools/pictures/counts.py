@@ -10,7 +10,7 @@ import numpy as np
 import relaxit_jax as rj
 
 TAUS = (1.0, 0.5, 0.1)
-LAST = 12  # of the values shown
+LAST = 12  # last of the values shown
 PER_UNIT = 5  # bins
 LAWS = {
     "Poisson, mean 4": (rj.poisson_support, 4.0),

@@ -1,4 +1,4 @@
-"""The error that is left over calls of f, as gradient_report draws it, for bits and for categories."""
+"""The error left over calls of f, as gradient_report draws it, for bits and for categories."""
 
 import functools
 

@@ -14,7 +14,7 @@ SIDE = 300  # points along an edge
 
 
 def log_densities(alpha):
-    """Of log z, with respect to two of the coordinates: the Dirichlet's and its logistic-normal's."""
+    """Log-densities of log z in two of the coordinates: the Dirichlet's and its logistic-normal's."""
     alpha = jnp.asarray(alpha)
     loc, covariance = dirichlet_to_gaussian(alpha)
     factor = jnp.linalg.cholesky(covariance + 1)  # softmax does not see the constant

@@ -1,6 +1,7 @@
-"""The pictures of the site that no example makes: python tools/pictures/make.py [NAME ...].
+"""Draw the pictures of the site that no example makes: python tools/pictures/make.py [NAME ...].
 
-One module a picture, with `picture(draws)` that returns a Matplotlib figure, for docs/images/NAME.png.
+Each picture is one module, with `picture(draws)` that returns a Matplotlib figure, for
+docs/images/NAME.png.
 """
 
 import importlib

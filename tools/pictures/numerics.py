@@ -1,7 +1,7 @@
-"""How often a rare bit and a rare class are drawn, over how often they should be, to the last random bit.
+"""The frequency of a rare bit and a rare class over their probability, to the last random bit.
 
-No draws are counted: the noise is that of a key whose bits count instead of being random, so each number that
-it can be comes with its exact probability.
+No draws are counted: the noise comes from a key whose bits count instead of being random, so each possible
+number comes with its exact probability.
 """
 
 import math
@@ -54,14 +54,14 @@ def law(draw, n):
 
 
 def law_by_hand(draw, dtype, n):
-    """The same of JAX's, which has as many equally likely values as the dtype's mantissa."""
+    """The same for JAX's noise, which has as many equally likely values as the dtype's mantissa."""
     n = min(n, 2 ** jnp.finfo(dtype).nmant)
     values = draw(counted(0, 2**32 // n), (n,), dtype)
     return np.sort(np.asarray(values, np.float32)), np.full(n, 1 / n)
 
 
 def bits(values, weights, dtype):
-    """P(b = 1) over p and P(b = 0) over p, of the log-odds at which that should be p."""
+    """P(b = 1) over p and P(b = 0) over p, at the log-odds where it should be p."""
     l = np.asarray(jnp.asarray(LOG_ODDS, dtype), np.float32)
     p = 1 / (1 + np.exp(-l.astype(float)))
     return [
@@ -71,7 +71,7 @@ def bits(values, weights, dtype):
 
 
 def classes(values, weights, dtype):
-    """P(the second of two classes is drawn) over p: its noise is ahead of that of the first."""
+    """P(the second of two classes is drawn) over p: its noise is ahead of the noise of the first."""
     l = jnp.asarray(LOG_ODDS, dtype)
     below = np.concatenate([[0], np.cumsum(weights)])
     wins = []
@@ -82,8 +82,8 @@ def classes(values, weights, dtype):
 
 
 def lines(draws):
-    """Of each way of drawing: the dtype, the law of its logistic and that of its Gumbel noise."""
-    n = 1 << (420 * draws).bit_length() - 1  # for 20,000 all that a float32 uniform can be
+    """For each way of drawing: the dtype, the law of its logistic and of its Gumbel noise."""
+    n = 1 << (420 * draws).bit_length() - 1  # for 20,000 it covers every float32 uniform
     yield "relaxit_jax", jnp.float32, law(logistic, n // 2), law(gumbel, n // 2)
     for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
         noise = (law_by_hand(draw, dtype, n) for draw in (jax.random.logistic, jax.random.gumbel))

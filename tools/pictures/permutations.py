@@ -1,4 +1,4 @@
-"""One relaxed permutation over the temperature, beside the scores, the assignment and the mean of many."""
+"""One relaxed permutation over the temperature, with the scores, the assignment and the mean of many."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A guide that is the prior, and posteriors by `relax` against exact ones, over the temperature."""
+"""A guide equal to the prior, and posteriors with `relax` next to exact ones, over the temperature."""
 
 import functools
 
@@ -18,7 +18,7 @@ from relaxit_jax.elbo import RLOO_ELBO
 from relaxit_jax.handlers import relax, select, take, unrounded
 
 TAUS = np.geomspace(0.01, 1, 13)
-LOOKS = {  # of ways to train: options of relax, none for RLOO_ELBO
+LOOKS = {  # for each way to train: options of relax, none for RLOO_ELBO
     "relax": ({}, "#0072B2", "-"),
     "relax, straight_through": ({"method": "straight_through"}, "#000000", "--"),
     'relax, kl="relaxed"': ({"kl": "relaxed"}, "#E69F00", "-"),
@@ -58,8 +58,8 @@ LEVEL, SPREAD, NOISE = 25.0, 10.0, 5.0
 table, mpg = autompg_data()
 FOUR = table[:, 0] == 4
 YEARS, MPG = np.int32(1900 + table[FOUR, 5]), np.float32(mpg[FOUR])
-FIRST = np.arange(1971, 1983)  # the years that may be the first of the new level
-AFTER = np.float32(FIRST[:, None] <= YEARS)  # by the first year, of each car
+FIRST = np.arange(1971, 1983)  # the years that may be the first with the new level
+AFTER = np.float32(FIRST[:, None] <= YEARS)  # for each car, by the first year
 
 
 def cars():
@@ -70,7 +70,7 @@ def cars():
 
 
 def cars_guide(params):
-    """The levels depend on the year, as they do in the posterior, which this family holds."""
+    """The levels depend on the year, as in the posterior, which this family contains."""
     z = numpyro.sample("z", dist.Categorical(logits=params["logits"]))
     loc, scale = take(params["loc"], z), jnp.exp(take(params["log_scale"], z))
     numpyro.sample("levels", dist.Normal(loc, scale).to_event(1))
@@ -84,7 +84,7 @@ CARS_START = {
 
 
 def cars_answer():
-    """Normal levels, integrated out."""
+    """Normal levels are integrated out."""
     evidence = np.zeros(len(FIRST))
     for side in (AFTER == 0, AFTER == 1):
         n, total = side.sum(1), side @ (MPG - LEVEL) / NOISE**2
@@ -97,7 +97,7 @@ def cars_answer():
 
 
 def train(model, guide, start, steps, options, particles=50):
-    """Trained logits for every temperature at once; without options, by RLOO_ELBO for them all."""
+    """Trained logits for every temperature at once; without options, with RLOO_ELBO for them all."""
 
     def one(tau):
         if options == "numpyro":
@@ -124,7 +124,7 @@ def train(model, guide, start, steps, options, particles=50):
 
 
 def losses_at_the_prior(draws):
-    """Of NumPyro's relaxed bit, and of this library's under `unrounded`; both should be 0."""
+    """Losses of NumPyro's relaxed bit, and of this library's under `unrounded`; both should be 0."""
 
     def loss(site, handle):
         model = handle(lambda: numpyro.sample("z", site))

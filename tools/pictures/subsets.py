@@ -1,4 +1,4 @@
-"""How often each element is among k of n by the two laws, and one relaxed draw over the temperature."""
+"""How often each element is among k of n under the two laws, and one relaxed draw over the temperature."""
 
 import itertools
 
@@ -18,7 +18,7 @@ LAWS = {"one after another: gumbel_top_k": "#0072B2", "bits given their sum: sim
 
 
 def inclusion(draws):
-    """Of each law, the shares of draws with each element, and the exact probabilities."""
+    """For each law, the shares of draws with each element, and the exact probabilities."""
     key = jax.random.key(0)
     indices, _ = rj.gumbel_top_k(key, LOGITS, K, shape=(draws,))
     sets = np.array(list(itertools.combinations(range(N), K)))

@@ -13,7 +13,9 @@ from relaxit_jax.diagnostics import from_sampler, gradient_report
 TAUS = np.geomspace(0.03, 10, 16)
 BUDGET = 10  # calls of f in a step
 rng = np.random.default_rng(1)
-LOGITS, WEIGHTS = (jnp.asarray(x, jnp.float32) for x in rng.normal(size=(2, 8)))  # those of which_method.py
+LOGITS, WEIGHTS = (
+    jnp.asarray(x, jnp.float32) for x in rng.normal(size=(2, 8))
+)  # the same as in which_method.py
 FUNCTIONS = ("quadratic", "steep")
 LOOKS = {
     "relaxed_bernoulli": ("#CC79A7", "-"), "the same, hard=True": ("#56B4E9", "-"),
@@ -22,7 +24,7 @@ LOOKS = {
 
 
 def f(z):
-    """Both functions, on the axis before that of the bits; whatever axes are in front."""
+    """Both functions, on the axis before the axis of the bits, with any axes in front."""
     x = jnp.sum(WEIGHTS * z, -1) - 1
     return jnp.stack([x[..., 0] ** 2, jax.nn.sigmoid(20 * x[..., 1])], -1)
 
@@ -32,7 +34,7 @@ def at_every_tau(sampler):
 
 
 def rebar(key, f, q):
-    """Its temperature is a scalar, so that each has a call of its own."""
+    """Its temperature is a scalar, so each has its own call."""
     one = lambda logits, tau: es.rebar(key, f, es.Bernoulli(logits), tau=tau)
     return jax.vmap(one)(q.logits, jnp.float32(TAUS))
 
@@ -63,7 +65,7 @@ def picture(draws):
         line[0].set_ylabel(label, fontsize=10.5)
         for axis, methods in zip(line, quantity, strict=True):
             for (name, (colour, dashes)), values in zip(LOOKS.items(), methods, strict=True):
-                seen = np.where(values > 0, values, np.nan)  # of no bias there is no line
+                seen = np.where(values > 0, values, np.nan)  # without a bias there is no line
                 axis.plot(TAUS, seen, color=colour, ls=dashes, lw=2, label=name)
             axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.3)

@@ -54,7 +54,7 @@ def of_all(weights, place):
 
 
 def problem(family, shape):
-    """The four functions and the draws that they take; the same logits for each."""
+    """The four functions and the draws that they take, with the same logits for each."""
     logits, weights = rng.normal(size=(2, *shape))
     q = family(jnp.asarray(np.broadcast_to(logits, (len(FUNCTIONS), *shape)), jnp.float32))
     return of_all(jnp.asarray(weights, jnp.float32), 1.0), q
@@ -78,14 +78,14 @@ def part(report, *index):
 
 
 def parts_of_error(report):
-    """Of each method, over |gradient|: bias, 0 if none is seen, and standard deviation of one estimate."""
+    """For each method over |gradient|: bias (0 if unseen), and standard deviation of one estimate."""
     norm = np.linalg.norm(report.gradient)
     bias = np.sqrt(np.maximum(report.bias_norm**2 - report.bias_norm_error**2, 0))
     return np.where(report.biased, bias, 0) / norm, np.sqrt(report.variance) / norm
 
 
 def reports(draws):
-    """Of each family, a report for each of the functions."""
+    """For each family, a report for each of the functions."""
     for title, (f, q, methods) in PROBLEMS.items():
         whole = gradient_report(jax.random.key(0), f, q, methods, draws, batch_size=500)
         yield title, [part(whole, i) for i in range(len(FUNCTIONS))]
