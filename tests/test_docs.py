@@ -1,6 +1,7 @@
 """The site is true: its snippets run, its reference is complete, its includes and links exist."""
 
 import ast
+import doctest
 import importlib.util
 import inspect
 import json
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import diagram
+import doctests
 import relaxit_jax
 import widths
 from relaxit_jax import (
@@ -132,6 +134,24 @@ def test_included_code_keeps_its_meaning():
         text = path.read_text()
         bare = [ast.dump(without_docstrings(code)) for code in (text, widths.code(text))]
         assert bare[0] == bare[1], path
+
+
+def test_doctests_keep_their_meaning():
+    """The reference shows them narrower, with the same statements and the same results."""
+    parse, seen = doctest.DocTestParser().get_examples, 0
+    modules = (relaxit_jax, estimators, quantizers, diagnostics, distributions, handlers, elbo, structured)
+    for module in modules:
+        for name in module.__all__:
+            thing = getattr(module, name)
+            text = inspect.getdoc(thing) or ""
+            if ">>>" not in text or inspect.ismodule(thing):
+                continue
+            before, after = (parse(x) for x in (text, doctests.fitted(text[text.index(">>>") :])))
+            assert [x.want for x in before] == [x.want for x in after]
+            trees = [[ast.dump(ast.parse(x.source)) for x in found] for found in (before, after)]
+            assert trees[0] == trees[1]
+            seen += 1
+    assert seen > 80
 
 
 def without_docstrings(code):

@@ -22,14 +22,14 @@ def with_section(text):
 
 def fitted(text):
     """A doctest with its inputs formatted to the width."""
-    pieces = []
-    for piece in doctest.DocTestParser().parse(text):
-        if isinstance(piece, str):
-            pieces.append(piece.strip("\n"))
-            continue
-        wide = any(len(line) > widths.WIDTH - 4 for line in piece.source.splitlines())
-        lines = (widths.code(piece.source, widths.WIDTH - 4) if wide else piece.source.rstrip()).split("\n")
-        prompts = [">>> ", *["... "] * (len(lines) - 1)]
-        source = "\n".join((prompt + line).rstrip() for prompt, line in zip(prompts, lines, strict=True))
-        pieces.append(source + ("\n" + piece.want.rstrip("\n") if piece.want else ""))
-    return "\n".join(filter(None, pieces))
+    pieces = doctest.DocTestParser().parse(text)
+    return "".join(piece if isinstance(piece, str) else written(piece) for piece in pieces)
+
+
+def written(example):
+    """The lines of an input with their prompts, and of its result."""
+    source, width = example.source, widths.WIDTH - 4
+    if max(map(len, source.splitlines())) > width:
+        source = widths.code(source, width)
+    first, *rest = source.splitlines()
+    return "\n".join([f">>> {first}", *(f"... {line}".rstrip() for line in rest), example.want])
