@@ -42,7 +42,9 @@ def pytest_addoption(parser):
         "`few` some cases; where files are named, all of them.",
     )  # fmt: skip
     parser.addoption("--quick", action="store_true", help="The quick tier, also of the files that are named.")
-    parser.addoption("--rest", action="store_true", help="Run every test that the quick tier leaves out.")
+    parser.addoption(
+        "--rest", action="store_true", help="Run every test that the quick tier leaves out or thins."
+    )
 
 
 WHOLE_MODULE = re.compile(r"^pytestmark = [^\n]*(\n    [^\n]*)*pytest\.mark\.whole", re.MULTILINE)
@@ -53,7 +55,7 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path.suffix != ".py" or collection_path in named(config):
         return None
     without = collection_path.parent.name == "tests" and not collection_path.name.startswith("test_")
-    whole = not (config.option.all or config.option.rest) and WHOLE_MODULE.search(collection_path.read_text())
+    whole = config.option.quick and WHOLE_MODULE.search(collection_path.read_text())
     return True if without or whole else None
 
 
@@ -76,8 +78,8 @@ def pytest_collection_modifyitems(config, items):
         number = min(number, len(cases))
         kept.update(cases[i * len(cases) // number] for i in range(number))  # evenly spread
         kept.update(case for case in cases if any(text in case.name for text in texts))
-    if config.option.rest:
-        kept = {*items} - kept
+    if config.option.rest:  # a test that reads the configuration does more in the whole
+        kept = {item for item in items if item not in kept or "pytestconfig" in item.fixturenames}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
@@ -86,6 +88,7 @@ def pytest_configure(config):
     """Share compiled programs between the workers of pytest-xdist and the processes of the examples."""
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:  # naming a file selects all of it
         config.option.all = not (config.option.quick or config.option.rest)
+    config.option.quick = not (config.option.all or config.option.rest)
     if not config.getoption("numprocesses", None):
         return
     cheap = [f"--{name}={str(value).lower()}" for name, value in known(CHEAP).items()]
@@ -199,7 +202,7 @@ def as_users_compile(fast_compilation, _defaults, monkeypatch, pytestconfig):
     at low temperatures, so all samplers; in test_densities.py, the densities of own draws, so all that have a
     form in log space; in test_estimators.py, the means of all estimators and their variances.
     """
-    if pytestconfig.option.all:
+    if not pytestconfig.option.quick:
         monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=_defaults))
 
 

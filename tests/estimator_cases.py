@@ -60,7 +60,7 @@ ESTIMATORS = {
     "arm": es.arm,
     "disarm": es.disarm,
     "arms": es.arms,
-    "arms_9": functools.partial(es.arms, num_samples=9),
+    "arms_5": functools.partial(es.arms, num_samples=5),
     "rebar": es.rebar,
     "rebar_tuned": functools.partial(es.rebar, tau=1.3, eta=0.6),
     "relax": functools.partial(es.relax, control_variate=network),

@@ -36,7 +36,7 @@ def test_compilations_are_counted(compilations):
     assert not compiles_once(lambda: jax.jit(lambda x: x + 1)(jnp.ones(3)), compilations)
 
 
-@pytest.mark.few(24, "[relaxed_top_k]")
+@pytest.mark.few(16, "[relaxed_top_k]")
 @quick
 @pytest.mark.parametrize("name", sorted(CALLS.keys() - OF_USERS))
 def test_a_second_call_compiles_nothing(name, compilations):

@@ -45,7 +45,7 @@ NOT_HERE = {"GradientReport", "Quantized", "CodebookState", "AutoMeanField", "Au
 @pytest.fixture
 def step(pytestconfig):
     """The quick tier tries every sixth of the wrong values."""
-    return 1 if pytestconfig.option.all else 6
+    return 6 if pytestconfig.option.quick else 1
 
 
 def test_every_public_function_is_here():

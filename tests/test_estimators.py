@@ -104,7 +104,7 @@ def total_variance(name, family):
         ("disarm", "arm", "bits"), ("rloo", "reinforce", "bits"), ("rloo", "reinforce", "classes"),
         ("baseline", "reinforce", "bits"), ("baseline", "reinforce", "classes"),
         ("rloo_5", "rloo", "bits"), ("rloo_5", "rloo", "classes"), ("rebar", "reinforce", "bits"),
-        ("arms", "disarm", "bits"), ("arms_9", "arms", "bits"), ("arms_9", "arms", "classes"),
+        ("arms", "disarm", "bits"), ("arms_5", "arms", "bits"), ("arms_5", "arms", "classes"),
         ("unordered_set_4", "unordered_set", "one class"),
     ],
 )  # fmt: skip

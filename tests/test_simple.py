@@ -17,6 +17,7 @@ from relaxit_jax import distributions as rd
 from relaxit_jax.samplers import _simple
 
 quick = pytest.mark.usefixtures("fast_compilation")
+sizes = pytest.mark.parametrize(("n", "k"), [(1000, 100), (5000, 500)])
 
 LOGITS = np.array([0.5, -1.0, 1.2, 0.1, -2.5, 3.0])
 
@@ -113,9 +114,11 @@ def spread(n):
     )
 
 
-def test_large_problems_are_right_in_float32_and_small_in_memory():
-    """n = 5,000, k = 500, logits of +-1e4: draws, marginals and gradient agree with float64."""
-    n, k = 5000, 500
+@pytest.mark.few(1)
+@pytest.mark.usefixtures("as_users_compile")
+@sizes
+def test_large_problems_are_right_in_float32_and_small_in_memory(n, k):
+    """With logits of +-1e4, draws, marginals and gradient agree with float64."""
     weights = np.cos(np.arange(n))
 
     def total(logits):
@@ -124,7 +127,7 @@ def test_large_problems_are_right_in_float32_and_small_in_memory():
     draw = jax.jit(jax.grad(lambda logits: jnp.sum(jnp.float32(weights) * rj.simple_top_k(KEY, logits, k))))
     logits = jnp.asarray(spread(n))
     memory = draw.lower(logits[0]).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 6 * 4 * n * (k + 1)  # 60 MB
+    assert memory.temp_size_in_bytes < 6 * 4 * n * (k + 1)  # 60 MB for 500 of 5,000
     draws = jax.jit(lambda logits: rj.simple_top_k(KEY, logits, k))(logits)
     assert (draws.sum(-1) == k).all() and ((draws == 0) | (draws == 1)).all()
     # all at the level above what the k-th has are chosen, none below
@@ -139,9 +142,9 @@ def test_large_problems_are_right_in_float32_and_small_in_memory():
 
 @pytest.mark.few(1)
 @quick
+@sizes
 @pytest.mark.parametrize("row", range(4))
-def test_large_problems_are_right_by_the_tree_of_accelerators(row, for_accelerators):
-    n, k = 5000, 500
+def test_large_problems_are_right_by_the_tree_of_accelerators(row, n, k, for_accelerators):
     logits = spread(n)[row]
     weights = np.cos(np.arange(n))
 
@@ -222,21 +225,24 @@ def test_rows_with_a_count_of_their_own_have_its_law():
     marginals = jax.jit(lambda l: rj.simple_top_k_marginals(l, 3, count=count))(logits)
     draws = jax.jit(lambda l: rj.simple_top_k(KEY, l, 3, count=count, shape=(20_000, 4)))(logits)
     assert (draws.sum(-1) == count).all()
-    slopes = jax.jacobian(lambda l: rj.simple_top_k_marginals(l, 3, count=count))(logits)
+    slopes = jax.jit(jax.jacobian(lambda l: rj.simple_top_k_marginals(l, 3, count=count)))(logits)
+    laws = jax.jit(lambda z, count: rj.simple_top_k_log_prob(z, logits, 3, count=count))
+    law = laws(draws[0], count)
     for i in range(4):
         alone = rj.simple_top_k_marginals(logits[i], i) if i else jnp.zeros(4)
         np.testing.assert_allclose(marginals[i], alone, rtol=1e-5)
         error = 4.5 * np.sqrt(alone * (1 - alone) / 20_000)
         assert (np.abs(draws[:, i].mean(0) - alone) <= error + 1e-7).all()
-        of_row = jax.jacobian(lambda l, i=i: rj.simple_top_k_marginals(l, max(i, 1)))(logits[i]) * (i > 0)
-        np.testing.assert_allclose(slopes[i, :, i], of_row, atol=1e-6)
-        law = rj.simple_top_k_log_prob(draws[0], logits, 3, count=count)
+        of_row = jax.jit(jax.jacobian(lambda l, i=i: rj.simple_top_k_marginals(l, max(i, 1))))
+        np.testing.assert_allclose(slopes[i, :, i], of_row(logits[i]) * (i > 0), atol=1e-6)
         own = rj.simple_top_k_log_prob(draws[0, i], logits[i], i) if i else 0.0
         np.testing.assert_allclose(law[i], own, rtol=1e-5, atol=1e-6)
     back = lambda l: jnp.sum(jnp.cos(jnp.arange(4.0)) * rj.simple_top_k(KEY, l, 3, count=count), -1)
     expected = jnp.einsum("j,ijik->ik", jnp.cos(jnp.arange(4.0)), slopes)
-    np.testing.assert_allclose(jnp.einsum("iik->ik", jax.jacobian(back)(logits)), expected, atol=1e-6)
-    assert (rj.simple_top_k_log_prob(draws[0], logits, 3, count=count[::-1]) == -jnp.inf).all()
+    np.testing.assert_allclose(
+        jnp.einsum("iik->ik", jax.jit(jax.jacobian(back))(logits)), expected, atol=1e-6
+    )
+    assert (laws(draws[0], count[::-1]) == -jnp.inf).all()
 
 
 @pytest.mark.whole

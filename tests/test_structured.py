@@ -101,12 +101,13 @@ def mean(p, structures):
 kinds = pytest.mark.parametrize("kind", [Chains, Trees])
 BOTH = {
     "chains": (Chains, Chains.potentials),
-    "chains alike": (Chains, (UNARY, TRANSITIONS[0])),
     "trees": (Trees, Trees.potentials),
+    "chains alike": (Chains, (UNARY, TRANSITIONS[0])),
 }
 both = pytest.mark.parametrize(("kind", "potentials"), BOTH.values(), ids=list(BOTH))
 
 
+@pytest.mark.few(2)
 @both
 def test_log_partition_marginals_and_masses_are_the_sums_over_all(kind, potentials):
     total, p = law(kind, potentials)
@@ -122,11 +123,11 @@ def test_log_partition_marginals_and_masses_are_the_sums_over_all(kind, potentia
         np.testing.assert_allclose(slopes[1], pairs, atol=2e-6)
 
 
-@pytest.mark.few(1, "float32")
+@pytest.mark.few(1, "chains-float32", "trees-float32")
 @dtypes
 @both
 def test_draws_have_the_enumerated_law(kind, potentials, dtype, pytestconfig):
-    n = 500_000 if pytestconfig.option.all else 200_000
+    n = 200_000 if pytestconfig.option.quick else 500_000
     potentials = tuple(jnp.asarray(x, dtype) for x in potentials)
     draws = jax.jit(lambda key: kind.sample(key, *potentials, shape=(n,)))(KEY)
     assert draws.dtype == dtype and set(np.unique(np.asarray(draws, float))) == {0, 1}
@@ -166,6 +167,7 @@ def test_a_tree_of_any_number_of_steps(steps, for_accelerators):
     assert (np.abs(found - expected) < 4.8 * np.sqrt(expected * (1 - expected) / 20_000) + 1e-4).all()
 
 
+@pytest.mark.few(2)
 @both
 def test_the_gradient_of_a_draw_is_the_derivative_of_the_marginals(kind, potentials):
     """Differences in float64 check it, in all potentials; forward mode too."""
@@ -187,6 +189,7 @@ def test_the_gradient_of_a_draw_is_the_derivative_of_the_marginals(kind, potenti
     np.testing.assert_allclose(forward, difference, rtol=1e-7)
 
 
+@pytest.mark.few(2)
 @both
 def test_relaxed_draws_are_in_the_hull_and_become_the_best_structure(kind, potentials):
     """No linear function exceeds the best structure; when cold, the best one for the noise is drawn."""
@@ -364,6 +367,7 @@ def test_where_no_structure_is_possible():
         assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
 
 
+@pytest.mark.few(1)
 @both
 def test_jit_eager_vmap_and_batches_agree(kind, potentials):
     n = len(potentials)
@@ -530,6 +534,7 @@ def test_score_functions_are_unbiased_and_reports_compare_all_three(name):
     np.testing.assert_allclose(passed, es.rloo(KEY, f, both), rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_the_score_reaches_the_transitions():
     f = lambda z: jnp.sum(z[..., 0, :] * z[..., 2, :], -1)
     total = lambda estimator, w: estimator(q=es.LinearChain(UNARY[:3], w), f=f)
