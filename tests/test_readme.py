@@ -1,4 +1,4 @@
-"""The README is short and true: its snippets run, its commands are those of CI, its links lead somewhere."""
+"""The README is short and true: its snippets run, CI runs its commands, and its links lead somewhere."""
 
 import pathlib
 import re
