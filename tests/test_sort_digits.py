@@ -40,12 +40,26 @@ def test_network_is_two_convolutions_and_two_layers():
 def test_loss_is_the_share_of_places_that_are_allowed():
     digits = np.array([[7, 2, 7, 0], [1, 1, 1, 3]])
     weights = jnp.float32(np.random.default_rng(1).normal(size=(2, 4, 4)))
-    loss, slope = jax.jit(jax.value_and_grad(sort_digits.misplacement, 1))(KEY, weights, digits, 0.7)
+    cost = lambda weights: sort_digits.misplacement(sort_digits.by_weights(KEY, weights, 0.7), digits)
+    loss, slope = jax.jit(jax.value_and_grad(cost))(weights)
     z = np.asarray(jax.jit(rj.gumbel_sinkhorn)(KEY, weights, 0.7))
     allowed = [{7: [2, 3], 2: [1], 0: [0]}, {1: [0, 1, 2], 3: [3]}]
     shares = [z[b, i, allowed[b][digit]].sum() for b in range(2) for i, digit in enumerate(digits[b])]
     np.testing.assert_allclose(loss, -np.mean(np.log(shares)), rtol=1e-4)
     assert jnp.isfinite(slope).all() and (jnp.abs(slope).max((1, 2)) > 0).all()
+
+
+def test_one_number_for_each_image_sorts_from_the_smallest():
+    """Cold and far apart, images with larger numbers are at later places; as are orders at test time."""
+    numbers = jnp.array([[30.0, -20.0, 80.0], [0.0, 200.0, 100.0]])[..., None]
+    order = np.array([[1, 0, 2], [0, 2, 1]])
+    np.testing.assert_array_equal(sort_digits.best_order(numbers), order)
+    permutation = np.asarray(sort_digits.by_numbers(KEY, numbers, 0.01))
+    expected = np.swapaxes(np.eye(3)[order], -1, -2)
+    np.testing.assert_allclose(permutation, expected, atol=1e-5)
+    digits = np.array([[4, 2, 9], [1, 7, 3]])
+    assert sort_digits.misplacement(permutation, digits) < 1e-4
+    assert sort_digits.misplacement(permutation, digits[::-1]) > 1
 
 
 def test_scores_of_orders():

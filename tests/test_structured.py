@@ -7,8 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 import scipy.special as sp
+from numpyro import handlers
 from numpyro.distributions import kl_divergence
 
 import relaxit_jax as rj
@@ -555,14 +558,33 @@ def test_a_larger_number_of_nodes_has_all_of_its_trees():
     assert found == {x.astype(np.int8).tobytes() for x in TREES}
 
 
-def test_in_a_relaxed_model_by_config():
-    """relax leaves them unchanged, and accepts a class through config."""
-    import numpyro
-    from numpyro import handlers
+STRUCTURES = {
+    "chains": lambda: rd.LinearChain(unary=UNARY, transition=TRANSITIONS),
+    "trees": lambda: rd.SpanningTree(weights=WEIGHTS),
+    "orders": lambda: rd.RelaxedPermutation(logits=WEIGHTS[0], tau=0.5, hard=True),
+}
+
+
+@pytest.mark.parametrize("make", STRUCTURES.values(), ids=list(STRUCTURES))
+def test_in_a_relaxed_model(make):
+    """relax leaves them unchanged next to a site that it relaxes, and says so if config asks for more."""
 
     def model():
-        return numpyro.sample("z", rd.LinearChain(unary=UNARY, transition=TRANSITIONS))
+        numpyro.sample("bit", dist.Bernoulli(0.3))
+        return numpyro.sample("z", make())
 
-    relaxed = rj.handlers.relax(model, tau=0.5)
-    trace = handlers.trace(handlers.seed(relaxed, KEY)).get_trace()
-    assert set(np.unique(trace["z"]["value"])) == {0, 1}
+    for config in (None, {"z": None}):
+        relaxed = rj.handlers.relax(model, tau=0.5, config=config)
+        trace = handlers.trace(handlers.seed(relaxed, KEY)).get_trace()
+        assert set(np.unique(trace["z"]["value"])) == {0, 1} and 0 < trace["bit"]["value"] < 1
+        assert trace["z"]["fn"].log_prob(trace["z"]["value"]) > -np.inf
+    for own in (lambda d: d, "straight_through"):
+        with pytest.raises(ValueError, match=r"config\['z'\] must be None or left out: .* write the distrib"):
+            handlers.seed(rj.handlers.relax(model, tau=0.5, config={"z": own}), KEY)()
+    with pytest.raises(ValueError, match=r"config must be a relaxation of .*write one of another shape into"):
+        handlers.seed(rj.handlers.relax(model, tau=0.5, config={"bit": lambda d: make()}), KEY)()
+    if make is not STRUCTURES["orders"]:  # a class with logits and tau, whose shape says that it does not fit
+        with pytest.raises(
+            ValueError, match=r"config\['bit'\] must be .* a class .* with logits and tau, got"
+        ):
+            rj.handlers.relax(model, tau=0.5, config={"bit": type(make())})

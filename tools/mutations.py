@@ -245,6 +245,14 @@ MUTATIONS = [
         "accelerators or any_number",
     ),
     (
+        "slopes of a chain's marginals without those of its sums",
+        STRUCTURED[0],
+        "of_shares = slope[..., :, None] + transition_slope - of_sums[..., None, :]",
+        "of_shares = slope[..., :, None] + transition_slope",
+        "test_structured.py",
+        "gradient_of_a_draw",
+    ),
+    (
         "chains with 0.9 of the gradient of a draw",
         STRUCTURED[0],
         "return value, pl.placed(jax.jvp(_marginals, primals, tangents)[1], value)",

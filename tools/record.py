@@ -29,6 +29,8 @@ RUNS = {
     "explain": ("examples/explain.py", None),
     "sparse_network": ("examples/sparse_network.py", None),
     "sort_digits": ("examples/sort_digits.py", None),
+    "segment": ("examples/segment.py", "segment.png"),
+    "latent_tree": ("examples/latent_tree.py", "latent_tree.png"),
     "policy_gradient": ("examples/policy_gradient.py", None),
     "belief_network": ("examples/belief_network.py", "belief_network.png"),
     "uncertainty": ("examples/uncertainty.py", None),

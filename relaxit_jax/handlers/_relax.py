@@ -138,6 +138,8 @@ class relax(unrounded):
             self._observe_a_part(msg)
         elif msg["type"] == "sample" and wr.is_latent(msg) and wr.is_discrete(msg["fn"]):
             self._relax(msg)
+        elif msg["type"] == "sample":
+            rl.check_left_alone(msg["name"], wr.innermost(msg["fn"]), self.options)
         super().process_message(msg)
 
     def _relax(self, msg):

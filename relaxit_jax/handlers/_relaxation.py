@@ -123,6 +123,18 @@ def law_and_method(name: str, d: Distribution, options: Options) -> tuple[site.L
     return (site.as_classes(name, law) if as_vector else law), method
 
 
+STRUCTURES = (rd.LinearChain, rd.SpanningTree, rd.RelaxedPermutation, rd.GumbelSinkhorn)
+
+
+def check_left_alone(name: str, d: Distribution, options: Options) -> None:
+    """A structure of the library is drawn as its class says; no method is made for it."""
+    if isinstance(d, STRUCTURES) and options.has_own_method(name):
+        raise ValueError(
+            f"config['{name}'] must be None or left out: relax leaves {type(d).__name__} as it is; write the "
+            "distribution that the site is to have into model and guide"
+        )
+
+
 def _is_one_hot(kind):
     return isinstance(kind, type) and issubclass(kind, sd.OneHot)
 
@@ -131,7 +143,10 @@ def relaxed_site(name: str, d: Distribution, law: site.Law, method: Any, options
     """The distribution that replaces a discrete one with this law in a model."""
     relaxation = method(d) if is_function(method) else _relaxation(name, law, method, options.tau)
     event = law.log_pmf.shape[-1:] if law.kind == "class" else ()
-    need = f"a relaxation of batch shape {d.batch_shape} and event shape {event} for the site '{name}'"
+    need = (
+        f"a relaxation of batch shape {d.batch_shape} and event shape {event} for the site '{name}' "
+        "(write one of another shape into model and guide)"
+    )
     fits = isinstance(relaxation, Distribution)
     got = (relaxation.batch_shape, relaxation.event_shape) if fits else type(relaxation).__name__
     arg.require(got == (d.batch_shape, event), "config", need, got)

@@ -333,11 +333,13 @@ _keeping_sums = functools.partial(
 
 @_keeping_sums
 def _filter_step(alpha, unary, transition):
-    """The log-weights of the classes of the next step minus their largest, and this largest."""
-    total = unary + _log_product(alpha[..., None, :], transition)[..., 0, :]
+    """The log-weights of the classes of the next step minus their largest; this largest; the sums over the
+    previous classes."""
+    sums = _log_product(alpha[..., None, :], transition)[..., 0, :]
+    total = unary + sums
     top = jax.lax.stop_gradient(jnp.max(total, -1, keepdims=True))
     top = _finite(top)
-    return total - top, top[..., 0]
+    return total - top, top[..., 0], sums
 
 
 def _in_time(unary, transition):
@@ -350,25 +352,96 @@ def _in_time(unary, transition):
 
 
 def _filtered(unary, transition):
-    """At (t, ..., k): log-weights of sequences up to step t that end in k, minus an offset; the offset."""
+    """At (t, ..., k): log-weights of sequences up to step t that end in k, minus an offset; the offset; and,
+    for all steps but the first, the log-weights without the step's own."""
     first, rest, transition = _in_time(unary, transition)
     top = _finite(jax.lax.stop_gradient(jnp.max(first, -1, keepdims=True)))
     first, top = first - top, top[..., 0]
     shared = transition.shape[0] == 1 and len(rest) != 1
 
     def visit(alpha, step):
-        alpha, top = _filter_step(alpha, step[0], transition[0] if shared else step[1])
-        return alpha, (alpha, top)
+        alpha, top, sums = _filter_step(alpha, step[0], transition[0] if shared else step[1])
+        return alpha, (alpha, top, sums)
 
     if not len(rest):
-        return first[None], top[None]
-    _, (alphas, tops) = jax.lax.scan(visit, first, (rest,) if shared else (rest, transition))
-    return jnp.concatenate([first[None], alphas]), jnp.concatenate([top[None], tops])
+        return first[None], top[None], first[:0]
+    _, (alphas, tops, sums) = jax.lax.scan(visit, first, (rest,) if shared else (rest, transition))
+    return jnp.concatenate([first[None], alphas]), jnp.concatenate([top[None], tops]), sums
 
 
 def _log_partition_in_sequence(unary, transition):
-    alphas, tops = _filtered(unary, transition)
+    alphas, tops, _ = _filtered(unary, transition)
     return lm.log_sum_exp(alphas[-1]) + jnp.sum(tops, 0)
+
+
+def _shares(alpha, transition, sums):
+    """P(class | the next class), classes last but one."""
+    return jnp.exp(alpha[..., :, None] + transition - sums[..., None, :])
+
+
+# Nothing of a step is kept: its shares, K^2 numbers, are made again.
+_lean = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_lean
+def _along_forward(slope, alpha, sums, transition, transition_slope, unary_slope):
+    """The slopes of the log-weights of the next step; and those of the sums over the classes before it."""
+    share = _shares(alpha, transition, sums)
+    of_sums = jnp.sum(share * (slope[..., :, None] + transition_slope), -2)
+    return of_sums + unary_slope, of_sums
+
+
+@_lean
+def _back(mean, alpha, sums, transition):
+    """The marginals of a step from those of the next."""
+    return jnp.sum(_shares(alpha, transition, sums) * mean[..., None, :], -1)
+
+
+@_lean
+def _along_backward(mean_slope, mean, slope, of_sums, alpha, sums, transition, transition_slope):
+    """Their slopes: of `_back`, whose shares have the slopes of their logarithms as factors."""
+    of_shares = slope[..., :, None] + transition_slope - of_sums[..., None, :]
+    inner = mean_slope[..., None, :] + of_shares * mean[..., None, :]
+    return jnp.sum(_shares(alpha, transition, sums) * inner, -1)
+
+
+def _marginals_and_slope(unary, transition, unary_dot, transition_dot):
+    """The marginals, and their slope along a direction, linear in it: passes forward and backward.
+
+    The derivative of the gradient of the log-partition would be the same, in more passes that keep more.
+    """
+    alphas, _, sums = _filtered(unary, transition)
+    (_, rest, transition), slopes = jax.jvp(_in_time, (unary, transition), (unary_dot, transition_dot))
+    first_dot, rest_dot, transition_dot = slopes
+    shared = transition.shape[0] == 1 and len(rest) != 1
+    of_step = lambda pair: (transition[0], transition_dot[0]) if shared else pair
+    pairs = None if shared else (transition, transition_dot)
+
+    def forward(slope, step):
+        alpha, sums, rest_dot, pair = step
+        after, of_sums = _along_forward(slope, alpha, sums, *of_step(pair), rest_dot)
+        return after, (slope, of_sums)
+
+    def backward(after, step):
+        mean, mean_dot = after
+        alpha, sums, slope, of_sums, pair = step
+        transition, transition_dot = of_step(pair)
+        before_dot = _along_backward(mean_dot, mean, slope, of_sums, alpha, sums, transition, transition_dot)
+        before = _back(mean, alpha, sums, transition), before_dot
+        return before, before
+
+    slope, mean = first_dot, jax.nn.softmax(alphas[-1])
+    if len(rest):
+        slope, (slopes, of_sums) = jax.lax.scan(forward, slope, (alphas[:-1], sums, rest_dot, pairs))
+    mean_dot = mean * (slope - jnp.sum(mean * slope, -1, keepdims=True))
+    last = mean, mean_dot
+    if len(rest):
+        steps = alphas[:-1], sums, slopes, of_sums, pairs
+        _, before = jax.lax.scan(backward, last, steps, reverse=True)
+        last = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), before, last)
+    else:
+        last = jax.tree.map(lambda last: last[None], last)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2), last)
 
 
 # --- the tree -------------------------------------------------------------------------------------
@@ -449,31 +522,38 @@ def _either(most, unary, in_sequence, by_tree, *operands):
     return jax.lax.platform_dependent(*operands, cpu=in_sequence, default=by_tree)
 
 
-@functools.partial(jax.jit, static_argnames="most")
-def _log_partition(unary, transition, *, most=MOST_CLASSES):
-    value = _either(most, unary, _log_partition_in_sequence, _log_partition_by_tree, unary, transition)
+@jax.jit
+def _log_partition(unary, transition):
+    value = _either(
+        MOST_CLASSES, unary, _log_partition_in_sequence, _log_partition_by_tree, unary, transition
+    )
     hidden = jnp.any(jnp.isnan(unary), (-1, -2)) | jnp.any(jnp.isnan(transition), (-1, -2, -3))
     return where(hidden, jnp.nan, where(value < NEVER / 2, -jnp.inf, value))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _slope(most, unary, transition):
+@jax.jit
+def _slope(unary, transition):
     batch = jnp.broadcast_shapes(unary.shape[:-2], transition.shape[:-3])
     unary = pl.placed(
         jnp.broadcast_to(unary, (*batch, *unary.shape[-2:])), unary, transition[..., 0, 0, :, None]
     )
-    return jax.grad(lambda unary: jnp.sum(_log_partition(unary, transition, most=most)))(unary)
+    return jax.grad(lambda unary: jnp.sum(_log_partition(unary, transition)))(unary)
 
 
-@jax.custom_jvp
-def _marginals(unary, transition):
-    return _slope(MOST_CLASSES, unary, transition)
+_marginals = jax.custom_jvp(_slope)
 
 
 @_marginals.defjvp
+@jax.jit
 def _marginals_jvp(primals, tangents):
-    slope = jax.jvp(functools.partial(_slope, MOST_FOR_SLOPES), primals, tangents)[1]
-    return _marginals(*primals), slope
+    unary = primals[0]
+
+    def by_tree(*given):
+        if unary.shape[-1] > MOST_FOR_SLOPES:
+            return _slope(*given[:2]), _marginals_and_slope(*given)[1]
+        return jax.jvp(_slope, given[:2], given[2:])
+
+    return _either(MOST_CLASSES, unary, _marginals_and_slope, by_tree, *primals, *tangents)
 
 
 @jax.custom_jvp
@@ -502,7 +582,7 @@ def _drawn(shape, key, unary, transition):
     noise = rng.exponential(key, (*shape, steps, k), unary)
 
     def in_sequence(noise, unary, transition):
-        alphas, _ = _filtered(unary, transition)
+        alphas, *_ = _filtered(unary, transition)
         noise = jnp.moveaxis(noise, -2, 0)
         transition = jnp.moveaxis(transition, -3, 0)
         last = _race(alphas[-1], noise[-1])
@@ -557,7 +637,7 @@ def _column(matrices, index):
 
 def log_conditionals(unary, transition):
     """log P(last class), and at (t, ..., i, j) log P(z_t = i | z_(t+1) = j)."""
-    alphas, _ = _filtered(unary, transition)
+    alphas, *_ = _filtered(unary, transition)
     joint = alphas[:-1, ..., :, None] + _grounded(jnp.moveaxis(transition, -3, 0))
     before = _log_normalized(joint, -2)
     return _log_normalized(alphas[-1], -1), before

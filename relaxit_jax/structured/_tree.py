@@ -281,22 +281,32 @@ def _share(x, total):
     return where(never, 0, jnp.exp(where(never, 0, x - _finite(total))))
 
 
-_eliminate_lean = jax.checkpoint(_eliminate, prevent_cse=False)
+# Nothing of a step is kept for the backward pass but the graph before it.
+_lean = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_lean
+def _without(edges, v):
+    """The graph without node v, and s."""
+    gone = jnp.arange(edges.shape[-1]) == v
+    left, s = _eliminate(edges, _node(edges, v, -2), _node(edges, v, -1))
+    return where(gone[:, None] | gone, -jnp.inf, left), s
+
+
+@_lean
+def _back(slope, edges, v, slope_of_s):
+    """The slope in a graph of what has these slopes in the graph without node v, and in s."""
+    return jax.vjp(lambda edges: _without(edges, v), edges)[1]((slope, slope_of_s))[0]
 
 
 def _eliminated(edges):
     """Eliminate all nodes but the last, one after another: s for each, and the graph before each."""
-    n = edges.shape[-1]
 
     def visit(edges, v):
-        gone = jnp.arange(n) == v
-        out = _node(edges, v, -2)
-        into = _node(edges, v, -1)
-        left, s = _eliminate_lean(edges, out, into)
-        left = where(gone[:, None] | gone, -jnp.inf, left)
+        left, s = _without(edges, v)
         return left, (s, edges)
 
-    last, (s, graphs) = jax.lax.scan(visit, edges, jnp.arange(n - 1))
+    last, (s, graphs) = jax.lax.scan(visit, edges, jnp.arange(edges.shape[-1] - 1))
     return s, graphs, last
 
 
@@ -315,7 +325,11 @@ def _log_partition(edges):
 
 @jax.jit
 def _marginals(edges):
-    slope = jax.grad(lambda edges: jnp.sum(_log_partition(edges)))(edges)
+    """The gradient of the log-partition in steps that keep two graphs each where they are differentiated."""
+    s, graphs, last = _eliminated(edges)
+    lawful = where(jnp.any(s == -jnp.inf, 0), 0, 1).astype(edges.dtype)
+    visit = lambda slope, step: (_back(slope, *step, lawful), None)
+    slope, _ = jax.lax.scan(visit, 0 * _finite(last), (graphs, jnp.arange(len(graphs))), reverse=True)
     return slope + jnp.matrix_transpose(slope)
 
 
