@@ -5,7 +5,13 @@ an earlier, stopped run left in a file.
 """
 
 import functools
+import json
 import math
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 import zipfile
 from types import SimpleNamespace
@@ -20,7 +26,7 @@ import policy_gradient
 import relaxit_jax as rj
 import sort_digits
 import vae
-from common import UserError, read_idx_folder
+from common import IDX_FILES, UserError, read_idx_folder
 from latents import Categories
 from methods import METHODS, Estimator, Sampler
 from relaxit_jax import estimators
@@ -83,7 +89,19 @@ def read_amat(path):
     return (digits - ord("0")).reshape(lines, -1)
 
 
+def idx_folder(folder, name):
+    """The folder itself, of which only the names of files are looked at here."""
+    inner = folder / name
+    folder = inner if inner.is_dir() else folder
+    for file in sum(IDX_FILES, ()):
+        if not any((folder / f"{file}{end}").is_file() for end in ("", ".gz")):
+            raise UserError(f"there is no file {folder / file}; download it, or name other --data")
+    return folder
+
+
 DATA = {
+    "MNIST": lambda folder: idx_folder(folder, "mnist"),
+    "Fashion-MNIST": lambda folder: idx_folder(folder, "fashion"),
     "grey": lambda folder: grey(folder, 0),
     "grey, 5,000 held out": lambda folder: grey(folder, 5000),
     "fixed binarization": binarized,
@@ -332,6 +350,32 @@ def train_vae(protocol, row, images, seed, rate, saved, fraction=1.0):
         yield {"epoch": epoch + 1} | {name: round(float(value), 3) for name, value in measures.items()}
 
 
+def train_example(protocol, row, folder, seed, rate, saved, fraction=1.0):
+    """examples/vae.py with its defaults, in a process of its own; it keeps its state itself."""
+    out = saved.path.with_suffix("") if saved.path else pathlib.Path(tempfile.mkdtemp())
+    command = [
+        sys.executable,
+        vae.__file__,
+        "--method",
+        row.method,
+        "--data",
+        folder,
+        "--seed",
+        seed,
+        "--out",
+        out,
+    ]
+    command += ["--resume"] * (out / "checkpoints").exists() + ["--epochs", 1] * (fraction < 1)
+    subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    metrics = json.loads((out / "metrics.json").read_text())
+    for epoch, found in enumerate(metrics["history"], 1):
+        last = epoch == len(metrics["history"])
+        weighted = {"test, 100 samples": metrics["test_negative_bound_100_samples"]} if last else {}
+        yield {"epoch": epoch} | {name: round(value, 3) for name, value in (found | weighted).items()}
+    if fraction < 1:
+        shutil.rmtree(out)
+
+
 # --- sorting numbers --------------------------------------------------------------------------------
 
 
@@ -401,17 +445,16 @@ def discounted(rewards, gamma):
 
 def play(protocol, row, images, seed, rate, saved, fraction=1.0):
     """Episodes until 100 of them, one after another, have a mean return of 195 or more."""
-    world = policy_gradient.make_world("CartPole-v1", protocol.horizon)
+    world = policy_gradient.make_world("CartPole-v1", protocol.horizon)._replace(scale=(1, 1, 1, 1))
     copies = 2 if row.method == "rloo" else 1
-    optimizer = optax.rmsprop(rate)
+    optimizer = optax.rmsprop(rate, initial_scale=1.0)  # as TensorFlow's begins
     left = 1 - jnp.arange(protocol.horizon) / protocol.horizon
     left = jnp.broadcast_to(left[:, None, None], (protocol.horizon, copies, 1))
-    scale = 0.01  # of the rewards, for values of the order of 1; RMSProp does not notice
 
     def update(state, key):
         networks, moments = state
         episodes = policy_gradient.roll_out(world, row.method, networks.policy, key, copies, copies)
-        to_go = scale * discounted(episodes.reward, 0.99)
+        to_go = discounted(episodes.reward, 0.99)
         features = jnp.concatenate([episodes.observation, left], -1)
 
         def squared_error(baseline):
@@ -424,7 +467,7 @@ def play(protocol, row, images, seed, rate, saved, fraction=1.0):
 
         def objective(policy, variate):
             entropy = rj.categorical_entropy(policy_gradient.mlp(policy, episodes.observation))
-            bonus = 0.01 * scale * jnp.sum(jnp.where(episodes.alive, entropy, 0)) / copies
+            bonus = 0.01 * jnp.sum(jnp.where(episodes.alive, entropy, 0)) / copies
             data = row.method, episodes, to_go, baseline, features
             return policy_gradient.surrogate(policy, variate, *data) - bonus
 
@@ -436,6 +479,7 @@ def play(protocol, row, images, seed, rate, saved, fraction=1.0):
     advance = jax.jit(lambda state, keys: jax.lax.scan(update, state, keys))
     key, init_key = jax.random.split(jax.random.key(seed))
     networks = policy_gradient.init_networks(init_key, world, SimpleNamespace(hidden=10))
+    networks = networks._replace(policy=policy_gradient.init_mlp(init_key, 4, 10, 10, 2, last=1.0))
     state, returns, solved = (networks, optimizer.init(networks)), [], None
     most = math.ceil(protocol.steps * fraction)
     while solved is None and len(returns) < most:

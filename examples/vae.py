@@ -64,6 +64,7 @@ from networks import VAE
 from relaxit_jax.estimators import value_and_grads
 
 SAMPLES = (1, 5, 50, 100)  # of the bounds of a trained model
+MANY = 20_000  # training images, which need neither many epochs nor moved copies
 
 
 class Config(NamedTuple):
@@ -71,7 +72,7 @@ class Config(NamedTuple):
 
     method: str
     data: str
-    epochs: int
+    epochs: int | None
     seed: int
     latents: int
     variables: int
@@ -84,7 +85,7 @@ class Config(NamedTuple):
     hidden: tuple[int, ...]
     activation: str
     prior: str
-    augment: bool
+    augment: bool | None
     centre: bool
     batch_size: int
     learning_rate: float
@@ -290,7 +291,10 @@ def report(experiment, history, bounds, pictures, out):
     "files of MNIST or Fashion-MNIST, gzipped or not.",
 )
 @click.option(
-    "--epochs", type=click.IntRange(0, 100_000), default=50, help="Passes over the training images."
+    "--epochs",
+    type=click.IntRange(0, 100_000),
+    show_default=False,
+    help=f"Passes over the training images.  [default: 50; 10 from {MANY:,} images on]",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the initial weights and of all draws.")
 @click.option("--latents", type=SIZE, default=48, help="Number of bits, gates, elements or counts.")
@@ -351,8 +355,10 @@ def report(experiment, history, bounds, pictures, out):
 )
 @click.option(
     "--augment/--no-augment",
-    default=True,
-    help="Small random affine maps of the training images, against overfitting.",
+    default=None,
+    show_default=False,
+    help="Small random affine maps of the training images, against overfitting.  [default: augment, but not "
+    f"from {MANY:,} images on]",
 )
 @click.option(
     "--centre/--no-centre", default=True, help="Subtract the mean training image before the encoder."
@@ -394,6 +400,7 @@ def main(out, resume, tau, tau_end, subset_size, **options):
     cluster = join(**cluster_options)
     with guarded(cluster):
         training, test, images = cluster.together(prepare, config, cluster)
+        config = fitted(config, len(training))
         settings = config._asdict() | {"data": images}
         cluster.agree(settings | {"resume": resume})
         out, checkpoints = cluster.together(open_run, out, name, settings, resume, cluster)
@@ -417,6 +424,13 @@ def prepare(config, cluster):
             f"--batch-size {config.batch_size} is above the {len(training)} training images; lower it"
         )
     return training, test, digest(np.concatenate([training, test]))
+
+
+def fitted(config, images):
+    """With defaults that fit so many training images."""
+    epochs = config.epochs if config.epochs is not None else 10 if images >= MANY else 50
+    augment = config.augment if config.augment is not None else images < MANY
+    return config._replace(epochs=epochs, augment=augment)
 
 
 def open_run(out, name, settings, resume, cluster):
