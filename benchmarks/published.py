@@ -176,7 +176,7 @@ PROTOCOLS = {
         source="github.com/UCLA-StarAI/SIMPLE, DVAE/DVAE-SIMPLE.ipynb, printed test loss by epoch",
         data="grey",
         rows={"notebook's entropy": Row("simple_top_k, notebook's entropy", {NOTEBOOK: SIMPLE}),
-              "exact entropy": Row("simple_top_k", {"test": SIMPLE})},
+              "exact entropy": Row("simple_top_k", {"test": dict.fromkeys(SIMPLE)})},
         differs="The notebook's entropy of a subset leaves out its first nine bits, so its KL is too large. "
         "One row trains on its KL, the other on the exact one.",
         latents={"variables": 20, "classes": 20, "subset_size": 10}, hidden=(512, 256), rates=(5e-4,),
@@ -356,25 +356,20 @@ def picture(results):
     for axis, (name, each) in zip(axes.flat, panels.items(), strict=False):
         for y, line in enumerate(each):
             axis.plot([min(line.measured), max(line.measured)], [y, y], color="C0", lw=3)
-            axis.plot(
-                np.mean(line.measured), y, "o", color="C0", label="this library: mean and range of seeds"
-            )
+            axis.plot(np.mean(line.measured), y, "o", color="C0")
             if line.published is not None:
                 span = line.published if isinstance(line.published, tuple) else [line.published] * 2
-                axis.plot(span, [y, y], "-d", color="C1", lw=3, label="published")
+                axis.plot(span, [y, y], "-d", color="C1", lw=3)
         axis.set_yticks(
             range(len(each)), [f"{line.row}: {line.measure}, {place(line.point)}" for line in each]
         )
         axis.tick_params("y", labelsize=8)
         axis.set(title=PROTOCOLS[name].title, xlabel=PROTOCOLS[name].unit)
         axis.grid(axis="x", alpha=0.3)
-        axis.legend(*unique(*axis.get_legend_handles_labels()), fontsize=8)
+    styles = {"this library: mean and range of seeds": "-oC0", "published": "-dC1"}
+    handles = [axes[0, 0].plot([], [], style, lw=3, label=label)[0] for label, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
-
-
-def unique(handles, labels):
-    found = dict(zip(labels, handles, strict=True))
-    return found.values(), found.keys()
 
 
 # --- the command line -------------------------------------------------------------------------------
