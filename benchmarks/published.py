@@ -130,13 +130,15 @@ def example(data):
     )
 
 
+SORTED = {"sequences with an error": {"end": 0.0}, "sequences with an error, float64": {"end": None}}
+
 PROTOCOLS = {
     "sorting": Protocol(
         title="Gumbel-Sinkhorn's sorting of numbers",
         source="G. Mena, D. Belanger, S. Linderman, J. Snoek (2018), arXiv:1802.08665; settings: "
         "github.com/google/gumbel_sinkhorn, sorting/sorting_train.py",
         data=None,
-        rows={f"N = {n}": Row("gumbel_sinkhorn", {"sequences with an error": {"end": 0.0}}, {"numbers": n})
+        rows={f"N = {n}": Row("gumbel_sinkhorn", SORTED, {"numbers": n})
               for n in (5, 10, 15, 80, 100)},
         differs="Sinkhorn's iteration is run to its limit, not for 10 rounds.",
         train=reproduce.sort_numbers, batch_size=10, draws=5, rates=(0.1,), steps=500, seeds=5,

@@ -386,6 +386,18 @@ def sinkhorn(log_matrices, rounds):
     return jnp.exp(log_matrices)
 
 
+def misplaced(x, weights):
+    """Which numbers the best assignment by these weights puts in a wrong place."""
+    order = sort_digits.best_assignment(weights)
+    return np.take_along_axis(np.asarray(x), order, -1) != np.sort(x, -1)
+
+
+def in_float64(networks, x):
+    """The same weights, in which numbers that are close to each other are not rounded together."""
+    (first, bias), (second, other) = (map(np.float64, layer) for layer in networks)
+    return np.maximum(np.float64(x)[..., None] @ first + bias, 0) @ second + other
+
+
 def margin(matrices):
     """The largest distance of a row's or a column's sum from 1."""
     return max(float(jnp.abs(matrices.sum(axis) - 1).max()) for axis in (-1, -2))
@@ -419,8 +431,7 @@ def sort_numbers(protocol, row, images, seed, rate, saved, fraction=1.0):
     (networks, _), values = train(networks, jax.random.split(key, steps))
     x = jax.random.uniform(test_key, (1000 if fraction == 1 else 20, n))
     weights = weigh(networks, x)
-    order = sort_digits.best_assignment(weights)
-    wrong = np.take_along_axis(np.asarray(x), order, -1) != np.sort(x, -1)
+    wrong, wrong_in_float64 = (misplaced(x, w) for w in (weights, in_float64(networks, x)))
     shape = (protocol.draws, protocol.batch_size)
     noisy = weights[: protocol.batch_size] + jax.random.gumbel(noise_key, (*shape, n, n))
     ours = rj.gumbel_sinkhorn(noise_key, weights[: protocol.batch_size], 1.0, shape=shape)
@@ -429,6 +440,7 @@ def sort_numbers(protocol, row, images, seed, rate, saved, fraction=1.0):
         "train": float(values[-1]),
         "numbers misplaced": float(wrong.mean()),
         "sequences with an error": float(wrong.any(-1).mean()),
+        "sequences with an error, float64": float(wrong_in_float64.any(-1).mean()),
         "margin, 10 rounds": margin(sinkhorn(noisy, 10)),
         "margin, ours": margin(ours),
     }

@@ -226,6 +226,19 @@ def test_rewards_to_go_and_when_a_task_is_solved():
     assert reproduce.first_solved([194.0] * 300) is None
 
 
+def test_which_numbers_are_misplaced():
+    x = jnp.array([[0.2, 0.9, 0.5]])
+    right = np.eye(3)[None, [0, 2, 1]]
+    assert not reproduce.misplaced(x, right).any()
+    np.testing.assert_array_equal(reproduce.misplaced(x, right[:, [1, 0, 2]]), [[True, False, True]])
+    networks = reproduce.layers(KEY, (1, 4, 3), reproduce.glorot)
+    weights = reproduce.in_float64(networks, x)
+    assert weights.dtype == np.float64
+    np.testing.assert_allclose(
+        weights, reproduce.mlp(networks, x[..., None], jax.nn.relu), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_margins_of_ten_rounds():
     x = jnp.array([[[4.0, 0.0], [0.0, 0.0]]])
     once = np.exp(x[0]) / np.exp(x[0]).sum(1, keepdims=True)
@@ -349,11 +362,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypat
     protocol = tiny({"variables": 2, "classes": 3}, epochs=4, data="grey, 5,000 held out")
     row = {"rebar": published.Row("rebar_categorical", {"train": {4: 1.0}})}
     monkeypatch.setitem(PROTOCOLS, "storchastic", protocol._replace(rows=row))
+    trained, order = [], reproduce.Training.rows
+    monkeypatch.setattr(
+        reproduce.Training, "rows", lambda made, epoch: trained.append(epoch) or order(made, epoch)
+    )
     flags = ["--protocol", "storchastic", "--data", folder]
     for place, epochs in (("whole", (4,)), ("parts", (1, 3, 4))):
         for number in epochs:
             more = "--epochs", number, "--out", tmp_path / place, "--state", tmp_path / place
             assert run(*flags, *more, example=published) == 0
+    assert trained == [0, 1, 2, 3] * 2
     whole, parts = (
         json.loads((tmp_path / place / "published.json").read_text())["protocols"]["storchastic"]["rebar"]
         for place in ("whole", "parts")
