@@ -137,7 +137,7 @@ def margins():
     for name, runs in read("published")["protocols"]["sorting"].items():
         ends = [run["history"][-1] for run in runs.values()]
         worst = (max(end[f"margin, {which}"] for end in ends) for which in ("10 rounds", "ours"))
-        rows.append((name, *(f"{value:.1g}" for value in worst)))
+        rows.append((name, *(f"{value:.2g}" for value in worst)))
     return table(("numbers", "10 rounds", "the limit, ours"), rows)
 
 
