@@ -131,6 +131,16 @@ def side_by_side(is_shown):
     return table(head, shown) if shown else "None of those that were measured."
 
 
+def not_run():
+    """The rows that have no results yet."""
+    results, rows = read("published")["protocols"], []
+    for name, protocol in published.PROTOCOLS.items():
+        left = [row for row in protocol.rows if row not in results.get(name, {})]
+        if left:
+            rows.append((f"`{name}`", "all" if len(left) == len(protocol.rows) else ", ".join(left)))
+    return table(("protocol", "rows without a result"), rows) if rows else "All rows have results."
+
+
 def margins():
     """Of the matrices of each length of numbers, the worst of all seeds."""
     rows = []
@@ -164,6 +174,7 @@ TABLES = {
     "docs/published.md": {
         "worse": lambda: side_by_side(lambda line: line.worse is not None and line.worse > 0),
         "others": lambda: side_by_side(lambda line: line.worse is None or line.worse <= 0),
+        "not_run": not_run,
         "margins": margins,
         "all_images": all_images,
     },
