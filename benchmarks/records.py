@@ -19,13 +19,14 @@ out_option = click.option(
 )
 
 
-def write(name, content, out=None, figure=None):
+def write(name, content, out=None, figure=None, quiet=False):
     """Write the JSON, with its versions, and the picture next to it."""
     out = out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     path.write_text(json.dumps({"versions": versions()} | content, indent=1) + "\n")
-    click.echo(f"written to {path}")
+    if not quiet:
+        click.echo(f"written to {path}")
     if figure is not None:
         figure.savefig(path.with_suffix(".png"), dpi=80, bbox_inches="tight")
         shrink(path.with_suffix(".png"))

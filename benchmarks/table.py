@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/performance.md from benchmarks/results: python benchmarks/table.py
+"""Write the tables of README.md and the site's pages from benchmarks/results: python benchmarks/table.py
 
 Each stands between two comments, and a test compares it with the results.
 """
@@ -9,6 +9,7 @@ import re
 
 import click
 
+import published
 from records import RESULTS
 from versions import sentence
 
@@ -20,6 +21,7 @@ SHOWN = {  # shown in README, at one size
     "gumbel_softmax", "gumbel_rao", "simple_top_k", "relaxed_top_k",
 }  # fmt: skip
 SIZE = "256 x 10 x 128"
+ALL_IMAGES = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}  # protocols for which nothing was published
 
 
 def read(name):
@@ -114,6 +116,52 @@ def epochs():
     ))  # fmt: skip
 
 
+def side_by_side(is_shown):
+    """Published figures beside ours, those of the records for which nothing was published left out."""
+    results, shown = read("published")["protocols"], []
+    for line in published.lines(results):
+        whole = published.PROTOCOLS[line.protocol].epochs
+        if line.measured and line.protocol not in ALL_IMAGES and is_shown(line):
+            run = f"{line.epochs} of {whole} epochs" if line.epochs < whole else "whole"
+            figure = f"{line.measure}, {published.place(line.point)}"
+            cells = published.number(line.published), published.spread(line)
+            shown.append((f"`{line.protocol}`: {line.row}", figure, *cells, run))
+    head = ("protocol and method", "figure", "published", "ours", "run")
+    return table(head, shown) if shown else "None of those that were measured."
+
+
+def not_run():
+    """The rows that have no results yet."""
+    results, rows = read("published")["protocols"], []
+    for name, protocol in published.PROTOCOLS.items():
+        left = [row for row in protocol.rows if row not in results.get(name, {})]
+        if left:
+            rows.append((f"`{name}`", "all" if len(left) == len(protocol.rows) else ", ".join(left)))
+    return table(("protocol", "rows without a result"), rows) if rows else "All rows have results."
+
+
+def margins():
+    """Of the matrices of each length of numbers, the worst of all seeds."""
+    rows = []
+    for name, runs in read("published")["protocols"]["sorting"].items():
+        ends = [run["history"][-1] for run in runs.values()]
+        worst = (max(end[f"margin, {which}"] for end in ends) for which in ("10 rounds", "ours"))
+        rows.append((name, *(f"{value:.2g}" for value in worst)))
+    return table(("numbers", "10 rounds", "the limit, ours"), rows)
+
+
+def all_images():
+    """The VAE of the README on all images: bounds of one and of 100 draws, and minutes."""
+    results, rows = read("published")["protocols"], []
+    for name, title in ALL_IMAGES.items():
+        for method, runs in results.get(name, {}).items():
+            (run,) = runs.values()
+            end = run["history"][-1]
+            bounds = (f"{end[measure]:.2f}" for measure in ("test", "test, 100 samples"))
+            rows.append((title, f"`{method}`", *bounds, f"{run['seconds'] / 60:.0f}"))
+    return table(("images", "`--method`", "one draw", "100 draws", "minutes"), rows)
+
+
 TABLES = {
     "README.md": {"speed": short},
     "docs/performance.md": {
@@ -121,6 +169,13 @@ TABLES = {
         "epochs": epochs,
         "accelerators": accelerators,
         "fused": fused,
+    },
+    "docs/published.md": {
+        "worse": lambda: side_by_side(lambda line: line.worse is not None and line.worse > 0),
+        "others": lambda: side_by_side(lambda line: line.worse is None or line.worse <= 0),
+        "not_run": not_run,
+        "margins": margins,
+        "all_images": all_images,
     },
 }
 

@@ -63,6 +63,7 @@ from networks import VAE
 from relaxit_jax.estimators import value_and_grads
 
 SAMPLES = (1, 5, 50, 100)  # for the bounds of a trained model
+MANY = 20_000  # with so many training images, few epochs suffice and shifted copies are not needed
 
 
 class Config(NamedTuple):
@@ -70,7 +71,7 @@ class Config(NamedTuple):
 
     method: str
     data: str
-    epochs: int
+    epochs: int | None
     seed: int
     latents: int
     variables: int
@@ -83,7 +84,7 @@ class Config(NamedTuple):
     hidden: tuple[int, ...]
     activation: str
     prior: str
-    augment: bool
+    augment: bool | None
     centre: bool
     batch_size: int
     learning_rate: float
@@ -289,7 +290,10 @@ def report(experiment, history, bounds, pictures, out):
     "files of MNIST or Fashion-MNIST, gzipped or not.",
 )
 @click.option(
-    "--epochs", type=click.IntRange(0, 100_000), default=50, help="Number of passes over the training images."
+    "--epochs",
+    type=click.IntRange(0, 100_000),
+    show_default=False,
+    help=f"Number of passes over the training images.  [default: 50; 10 from {MANY:,} images on]",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the initial weights and of all draws.")
 @click.option("--latents", type=SIZE, default=48, help="Number of bits, gates, elements or counts.")
@@ -353,8 +357,10 @@ def report(experiment, history, bounds, pictures, out):
 )
 @click.option(
     "--augment/--no-augment",
-    default=True,
-    help="Apply small random affine maps to the training images, against overfitting.",
+    default=None,
+    show_default=False,
+    help="Apply small random affine maps to the training images, against overfitting.  [default: augment, "
+    f"but not from {MANY:,} images on]",
 )
 @click.option(
     "--centre/--no-centre", default=True, help="Subtract the mean training image before the encoder."
@@ -396,6 +402,7 @@ def main(out, resume, tau, tau_end, subset_size, **options):
     cluster = join(**cluster_options)
     with guarded(cluster):
         training, test, images = cluster.together(prepare, config, cluster)
+        config = fitted(config, len(training))
         settings = config._asdict() | {"data": images}
         cluster.agree(settings | {"resume": resume})
         out, checkpoints = cluster.together(open_run, out, name, settings, resume, cluster)
@@ -419,6 +426,13 @@ def prepare(config, cluster):
             f"--batch-size {config.batch_size} is above the {len(training)} training images; lower it"
         )
     return training, test, digest(np.concatenate([training, test]))
+
+
+def fitted(config, images):
+    """With defaults that fit so many training images."""
+    epochs = config.epochs if config.epochs is not None else 10 if images >= MANY else 50
+    augment = config.augment if config.augment is not None else images < MANY
+    return config._replace(epochs=epochs, augment=augment)
 
 
 def open_run(out, name, settings, resume, cluster):

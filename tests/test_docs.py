@@ -35,7 +35,7 @@ PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.r
 PYTHON = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Words that pages may write in capitals outside code: any other may be a placeholder for a number or a table.
 CAPITALS = {"AUROC", "CHANGELOG", "ELBO", "H100", "ICLR", "JSON", "MCMC", "MNIST", "NUTS", "README", "SIMPLE"}
-CAPITALS |= {name.upper() for name in (*estimators.__all__, *elbo.__all__)}
+CAPITALS |= {"ARSM"} | {name.upper() for name in (*estimators.__all__, *elbo.__all__)}
 PICTURES = sorted(path.stem for path in (ROOT / "tools" / "pictures").glob("*.py") if path.stem != "make")
 
 

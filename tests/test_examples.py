@@ -23,7 +23,7 @@ import posteriors
 import spike_and_slab
 import vae
 from checkpoints import Checkpoints
-from command_lines import EXAMPLES, TINY, bars, read, run
+from command_lines import EXAMPLES, TINY, bars, read, run, tiny
 from methods import METHODS
 from relaxit_jax.handlers import AutoMeanField
 
@@ -186,6 +186,15 @@ def test_a_run_is_never_overwritten_nor_mixed(images, tmp_path, capsys):
     assert "holds a run already; continue it with --resume" in capsys.readouterr().err
     assert run(*flags, "--resume", "--seed", 5) == 2
     assert "has other settings: seed 0; give the same ones" in capsys.readouterr().err
+
+
+def test_defaults_fit_the_number_of_images():
+    left_open = tiny("disarm", epochs=None, augment=None)
+    for images, expected in ((4_000, (50, True)), (60_000, (10, False))):
+        found = vae.fitted(left_open, images)
+        assert (found.epochs, found.augment) == expected
+        given = tiny("disarm", epochs=0, augment=not expected[1])
+        assert vae.fitted(given, images) == given
 
 
 def test_mnist_without_a_network_is_one_line(monkeypatch, capsys):
