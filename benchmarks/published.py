@@ -64,7 +64,7 @@ class Protocol(NamedTuple):
     hidden: tuple[int, ...] = ()
     activation: Callable = jax.nn.relu
     init: Callable = reproduce.glorot
-    thresholded: bool = False  # grey images at 1/2
+    thresholded: bool = False  # gray images at 1/2
     centred: bool = False
     prior_learned: bool = False
     batch_size: int = 100
@@ -162,7 +162,7 @@ PROTOCOLS = {
         title="Storchastic's tutorial",
         source="github.com/HEmile/storchastic, docs/source/intro.discrete_vae.rst, printed training ELBO of "
         "single batches in the fifth epoch",
-        data="grey",
+        data="gray",
         rows={"score function": Row("score function", {"train": {5: (188.9, 209.6)}, "test": {5: None}}),
               "rloo, 10 draws": Row("rloo_categorical, 10 draws", {"train": {5: (151.0, 164.1)}}),
               "gumbel_softmax": Row("gumbel_softmax", {"train": {5: (202.0, 212.3)}}),
@@ -176,7 +176,7 @@ PROTOCOLS = {
     "simple": Protocol(
         title="Discrete VAE of SIMPLE's authors",
         source="github.com/UCLA-StarAI/SIMPLE, DVAE/DVAE-SIMPLE.ipynb, printed test loss by epoch",
-        data="grey",
+        data="gray",
         rows={"notebook's entropy": Row("simple_top_k, notebook's entropy", {NOTEBOOK: SIMPLE}),
               "exact entropy": Row("simple_top_k", {"test": dict.fromkeys(SIMPLE)})},
         differs="The notebook's entropy of a subset leaves out its first nine bits, so its KL is too large. "
@@ -188,7 +188,7 @@ PROTOCOLS = {
         title="Categorical VAE of E. Jang's notebook",
         source="github.com/ericjang/gumbel-softmax, Categorical VAE.ipynb, mean of the five printed ELBOs of "
         "single batches from step 25,001 to 45,001",
-        data="grey, 5,000 held out",
+        data="gray, 5,000 held out",
         rows={"gumbel_softmax": Row("gumbel_softmax", {"train": {(46, 82): 101.97}, "test": {"end": None}})},
         differs="Theirs are five batches with soft draws; ours is the mean over all batches of the epochs 46 "
         "to 82, soft draws too. The test figure has exact draws.",
@@ -198,7 +198,7 @@ PROTOCOLS = {
     "arsm": Protocol(
         title="ARSM's log",
         source="github.com/ARM-gradient/ARSM, vae/ARSM.out, valid_cost (whose epoch 9 is the tenth)",
-        data="grey, 5,000 held out",
+        data="gray, 5,000 held out",
         rows={name: Row(method, {"validation": {10: 122.14, 25: 109.88, 51: 103.77, 101: 99.44}})
               for name, method in {
                   "rloo": "rloo_categorical", "arms": "arms_categorical", "rebar": "rebar_categorical",

@@ -45,7 +45,7 @@ class Images(NamedTuple):
     full: int
 
 
-def grey(folder, held_out):
+def gray(folder, held_out):
     """IDX files, in the folder or in its subfolder mnist; the first images are held out for validation."""
     inner = folder / "mnist"
     (train, _), (test, _) = read_idx_folder(inner if inner.is_dir() else folder)
@@ -102,8 +102,8 @@ def idx_folder(folder, name):
 DATA = {
     "MNIST": lambda folder: idx_folder(folder, "mnist"),
     "Fashion-MNIST": lambda folder: idx_folder(folder, "fashion"),
-    "grey": lambda folder: grey(folder, 0),
-    "grey, 5,000 held out": lambda folder: grey(folder, 5000),
+    "gray": lambda folder: gray(folder, 0),
+    "gray, 5,000 held out": lambda folder: gray(folder, 5000),
     "fixed binarization": binarized,
 }
 
@@ -235,7 +235,7 @@ def mlp(layers, x, activation):
 
 
 class Training(vae.Experiment):
-    """Objective and gradient are those of examples/vae.py; networks, data and optimizer are the record's."""
+    """Objective and gradient come from examples/vae.py; networks, data and optimizer come from the record."""
 
     def __init__(self, protocol, method, images, seed, rate):
         self.protocol, self.method = protocol, TRAINED_BY[method]
@@ -380,7 +380,7 @@ def train_example(protocol, row, folder, seed, rate, saved, fraction=1.0):
 
 
 def sinkhorn(log_matrices, rounds):
-    """Rows and columns normalised in turn, as the authors do it."""
+    """Rows and columns normalized in turn, as the authors do it."""
     for _ in range(rounds):
         log_matrices = jax.nn.log_softmax(jax.nn.log_softmax(log_matrices, -1), -2)
     return jnp.exp(log_matrices)

@@ -117,7 +117,7 @@ def epochs():
 
 
 def side_by_side(is_shown):
-    """Published figures beside ours, those of the records for which nothing was published left out."""
+    """Published figures and ours, without the records for which nothing was published."""
     results, shown = read("published")["protocols"], []
     for line in published.lines(results):
         whole = published.PROTOCOLS[line.protocol].epochs

@@ -1,20 +1,21 @@
 """Which variables belong together? A spanning tree over them, learned by reconstruction.
 
-Each variable is predicted from its neighbors in a tree, and the tree is drawn anew in each step from a law
-with a log-weight for each pair. A pair has a small function for each direction, so that relations need not be
+Each variable is predicted from its neighbors in a tree. Each training step draws the tree from a distribution
+with a log-weight for each pair. A pair has a small function for each direction, so relations need not be
 linear:
 
     x_i = sum_j T_ij g_ij(x_j),    loss = mean (x_i - prediction)^2
 
-The error is a function of the whole tree, so its gradient in the log-weights takes one of
+The error is a function of the whole tree. Its gradient in the log-weights comes from one of
 
     tree_sample    exact draws with the gradient of the marginals
     relaxed_tree   relaxed draws: every edge has a share
-    rloo           exact draws and their scores
+    rloo           exact draws and their score function
 
-First on rows of a known tree, half of whose relations are even functions that no correlation sees. Then on
-images: each variable is the ink of a patch of 4 x 4 pixels. Beside them stands the algorithm of C. K. Chow
-and C. N. Liu (1968), the tree of the largest mutual information, from correlations and from bins.
+The first data set comes from a known tree. Half of its relations are even functions, which leave no
+correlation. The second one has images: each variable is the ink in a patch of 4 x 4 pixels. For comparison
+there is the algorithm of C. K. Chow and C. N. Liu (1968), which finds the tree with the largest mutual
+information, estimated from correlations or from bins.
 
     python examples/latent_tree.py
     python examples/latent_tree.py --method tree_sample --variables 40 --data DIR
@@ -51,7 +52,7 @@ from relaxit_jax import estimators, structured
 
 CHUNK = 50  # steps of training in one compiled call
 PATCH = 4  # pixels of a side that become one variable
-CENTRES = np.linspace(-2, 2, 5, dtype=np.float32)  # of the bumps that make a function of a variable
+CENTERS = np.linspace(-2, 2, 5, dtype=np.float32)  # of the bumps that make a function of a variable
 BINS, RIDGE = 8, 1.0
 METHODS = {"tree_sample": "C2", "relaxed_tree": "C1", "rloo": "C3"}
 BASELINES = {"Chow-Liu, correlations": ":", "Chow-Liu, bins": "--"}
@@ -117,8 +118,8 @@ INFORMATION = dict(zip(BASELINES, (information_of_correlations, information_of_b
 
 
 def bumps(x):
-    """What the functions of a variable are sums of: x itself, and bumps."""
-    return jnp.concatenate([x[..., None], jnp.exp(-2 * (x[..., None] - CENTRES) ** 2)], -1)
+    """The basis of the functions of a variable: x itself, and bumps."""
+    return jnp.concatenate([x[..., None], jnp.exp(-2 * (x[..., None] - CENTERS) ** 2)], -1)
 
 
 def test_error(tree, x, test):
@@ -142,7 +143,7 @@ class Trees(nnx.Module):
 
     def __init__(self, n):
         self.log_weights = nnx.Param(jnp.zeros((n, n)))
-        self.functions = nnx.Param(jnp.zeros((n, n, len(CENTRES) + 1)))
+        self.functions = nnx.Param(jnp.zeros((n, n, len(CENTERS) + 1)))
         self.bias = nnx.Param(jnp.zeros(n))
 
     def parts(self, x):
@@ -243,7 +244,7 @@ def say(name, row, what):
     type=click.Choice(list(METHODS)),
     multiple=True,
     default=list(METHODS),
-    help="How trees are drawn and differentiated; may be given more than once.",
+    help="Method that draws trees and differentiates them; may be given more than once.",
 )
 @click.option(
     "--data",
@@ -256,21 +257,23 @@ def say(name, row, what):
 @click.option(
     "--variables", type=click.IntRange(3, 500), default=20, help="Number of variables of the known tree."
 )
-@click.option("--rows", type=click.IntRange(20, 100_000), default=1000, help="Rows of the known tree.")
+@click.option(
+    "--rows", type=click.IntRange(20, 100_000), default=1000, help="Number of rows drawn from the known tree."
+)
 @click.option("--tau", type=TAU, default=0.5, help="Temperature of relaxed_tree; the others have none.")
-@click.option("--samples", type=click.IntRange(2, 1000), default=8, help="Trees drawn in a step.")
-@click.option("--steps", type=STEPS, default=600, help="Steps of Adam, in rounds of 50.")
-@click.option("--batch-size", type=COUNT, default=128, help="Rows in a step.")
+@click.option("--samples", type=click.IntRange(2, 1000), default=8, help="Number of trees drawn in a step.")
+@click.option("--steps", type=STEPS, default=600, help="Number of steps of Adam, in rounds of 50.")
+@click.option("--batch-size", type=COUNT, default=128, help="Number of rows in a step.")
 @click.option(
     "--learning-rate",
     type=FloatRange(0, 1, min_open=True),
     default=0.05,
-    help="Learning rate of Adam at the start; it falls to zero by a cosine.",
+    help="Initial learning rate of Adam; it falls to zero along a cosine.",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of the data and of all draws.")
 @out_option
 def main(methods, data, variables, rows, out, **config):
-    """Learn a spanning tree over variables by reconstruction, beside the tree of Chow and Liu.
+    """Learn a spanning tree over variables by reconstruction, and compare it with Chow and Liu's.
 
     Writes metrics.json and latent_tree.png.
     """

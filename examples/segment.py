@@ -1,24 +1,24 @@
-"""Segments of a sequence of digits, found without a label, by a chain with a neural emission.
+"""Segments of a sequence of digits, found without labels, with a chain and a neural emission.
 
-A sequence is 20 images. The same digit stays for a few of them, each time another image of it, then one of
-its two successors follows. Nobody tells the model this grammar. The model is a hidden Markov chain. It draws
-a class for each image, class after class, and a network draws the pixels from the class:
+A sequence has 20 images. The same digit stays for a few of them, each time as a different image, and then one
+of its two successors follows. The model is not told this grammar. It is a hidden Markov chain, which draws a
+class for each image, one after another, and a network draws the pixels from the class:
 
     p(z, x) = p(z_1) prod_t p(z_(t+1) | z_t) prod_t p(x_t | z_t)
 
-The sum over all 10^20 sequences of classes is `chain_log_partition`, so the likelihood is exact here. That is
-the classical answer. Beside it stand methods that only look at drawn sequences, as they have to where the
-likelihood of an image depends on more than its class. They draw from the chain q(z | x) whose emission is the
-network, and maximise E_q log p(x | z) - KL(q, p):
+The sum over all 10^20 sequences of classes is `chain_log_partition`, so the likelihood is exact here. This is
+the classical answer. The other methods look only at drawn sequences, as you have to if the likelihood of an
+image depends on more than its class. They draw from the chain q(z | x) whose emission is the network, and
+maximize E_q log p(x | z) - KL(q, p):
 
     marginal       the exact likelihood
     chain_sample   an exact draw of q, with the gradient of its marginals
     relaxed_chain  a relaxed draw of q
-    rloo           exact draws of q, and their scores
-    independent    the exact likelihood of a model in which no class depends on the one before
+    rloo           exact draws of q, and their score function
+    independent    the exact likelihood of a model in which no class depends on the previous one
 
-The likelihood counts little at first: its weight grows from --anneal to 1. Without that, classes come to
-stand for shapes before the grammar is known.
+The likelihood counts little at first: its weight grows from --anneal to 1. Otherwise the classes stand for
+shapes before the grammar is known.
 
     python examples/segment.py
     python examples/segment.py --method marginal --method relaxed_chain --tau 0.2 --data DIR
@@ -57,7 +57,7 @@ from relaxit_jax import estimators, structured
 CHUNK = 50  # steps of training in one compiled call
 POOL = 4  # pixels of a side that become one
 STAY, FIRST = 0.75, 0.7  # of the grammar: the same digit again; the first successor if it changes
-COLOURS = {"marginal": "C0", "chain_sample": "C2", "relaxed_chain": "C1", "rloo": "C3", "independent": "C7"}
+COLORS = {"marginal": "C0", "chain_sample": "C2", "relaxed_chain": "C1", "rloo": "C3", "independent": "C7"}
 
 
 # --- data ------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ COLOURS = {"marginal": "C0", "chain_sample": "C2", "relaxed_chain": "C1", "rloo"
 def grammar(classes):
     """P(next class | class): mostly the same, else one of two others."""
     rng, law = np.random.default_rng(0), STAY * np.eye(classes)
-    ring = rng.permutation(classes)  # after each its neighbour, or the one behind it
+    ring = rng.permutation(classes)  # after each its neighbor, or the one behind that
     law[ring, np.roll(ring, -1)] += FIRST * (1 - STAY)
     law[ring, np.roll(ring, -2)] += (1 - FIRST) * (1 - STAY)
     return law
@@ -109,7 +109,7 @@ class Model(nnx.Module):
         self.decoder.layers[-1].bias[...] = jax.scipy.special.logit(jnp.clip(mean, 0.01, 0.99))
 
     def prior(self, length):
-        """The potentials of p(z), normalised."""
+        """The potentials of p(z), normalized."""
         start, move = jax.nn.log_softmax(self.start[...]), jax.nn.log_softmax(self.move[...])
         return jnp.zeros((length, len(start))).at[0].set(start), move
 
@@ -258,8 +258,8 @@ def draw(results, tags, pictures, true, classes, path):
         curve = np.array(row["curve"])
         steps = CHUNK * np.arange(1, curve.shape[1] + 1)
         label = f"{name}, {np.mean(row['nats']):.2f} nats per image"
-        axes[0].plot(steps, curve.mean(0), color=COLOURS[name], label=label)
-        axes[0].fill_between(steps, curve.min(0), curve.max(0), color=COLOURS[name], alpha=0.15, lw=0)
+        axes[0].plot(steps, curve.mean(0), color=COLORS[name], label=label)
+        axes[0].fill_between(steps, curve.min(0), curve.max(0), color=COLORS[name], alpha=0.15, lw=0)
     axes[0].set(title="test images with the right tag", xlabel="training step", ylabel="share", ylim=(0, 1))
     axes[0].legend(fontsize=8, loc="lower right")
     axes[0].grid(alpha=0.3)
@@ -280,44 +280,46 @@ def draw(results, tags, pictures, true, classes, path):
 @click.option(
     "--method",
     "methods",
-    type=click.Choice(list(COLOURS)),
+    type=click.Choice(list(COLORS)),
     multiple=True,
-    default=list(COLOURS),
-    help="How the model is trained, see above; may be given more than once.",
+    default=list(COLORS),
+    help="Method of training; may be given more than once.",
 )
 @click.option(
     "--data",
     type=Path(),
     default="mnist5k",
     metavar="NAME|FOLDER",
-    help="Labelled images: mnist5k, 5,000 of MNIST; or a folder with the four IDX files of MNIST or "
+    help="Labeled images: mnist5k, 5,000 of MNIST; or a folder with the four IDX files of MNIST or "
     "Fashion-MNIST.",
 )
 @click.option("--sequences", type=COUNT, default=2000, help="Number of sequences to train on.")
 @click.option("--test-sequences", type=COUNT, default=300, help="Number of sequences of test images.")
-@click.option("--length", type=click.IntRange(2, 4096), default=20, help="Images in a sequence.")
-@click.option("--hidden", type=SIZE, default=64, help="Units of the hidden layer of each network.")
+@click.option("--length", type=click.IntRange(2, 4096), default=20, help="Number of images in a sequence.")
+@click.option("--hidden", type=SIZE, default=64, help="Number of units in the hidden layer of each network.")
 @click.option("--tau", type=TAU, default=0.5, help="Temperature of relaxed_chain; the others have none.")
-@click.option("--samples", type=click.IntRange(2, 100), default=4, help="Draws of rloo for each sequence.")
+@click.option(
+    "--samples", type=click.IntRange(2, 100), default=4, help="Number of draws of rloo for each sequence."
+)
 @click.option(
     "--anneal",
     type=FloatRange(0, 1),
     default=0.1,
     help="Weight of the likelihood at the start; it is 1 from two thirds of the steps on.",
 )
-@click.option("--steps", type=STEPS, default=800, help="Steps of Adam, in rounds of 50.")
-@click.option("--batch-size", type=SIZE, default=32, help="Sequences in a step.")
+@click.option("--steps", type=STEPS, default=800, help="Number of steps of Adam, in rounds of 50.")
+@click.option("--batch-size", type=SIZE, default=32, help="Number of sequences in a step.")
 @click.option(
     "--learning-rate",
     type=FloatRange(0, 1, min_open=True),
     default=0.02,
-    help="Learning rate of Adam at the start; it falls to zero by a cosine.",
+    help="Initial learning rate of Adam; it falls to zero along a cosine.",
 )
-@click.option("--seeds", type=SIZE, default=3, help="Models of each method, trained side by side.")
+@click.option("--seeds", type=SIZE, default=3, help="Number of models of each method, trained side by side.")
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights and of all draws.")
 @out_option
 def main(methods, data, sequences, test_sequences, out, **config):
-    """Tag and segment sequences of digits without labels, by a hidden Markov chain with networks.
+    """Tag and segment sequences of digits without labels, with a hidden Markov chain.
 
     Writes metrics.json and segment.png.
     """

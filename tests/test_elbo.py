@@ -495,7 +495,11 @@ REFUSED = {
     "enumerated in the guide": (bit, lambda: bit(enumerate="parallel"), "'z' is enumerated"),
     "marginalised": (lambda: bit(enumerate="parallel"), lambda: None, "'z' is enumerated"),
     "cond": (bit, lambda: cond(True, lambda _: bit(), lambda _: bit(), None), "'z' is inside a cond"),
-    "cond in the model": (lambda: cond(True, lambda _: bit(), lambda _: bit(), None), bit, "of a cond"),
+    "cond in the model": (
+        lambda: cond(True, lambda _: bit(), lambda _: bit(), None),
+        bit,
+        "the guide's draw",
+    ),
     "backwards": (
         backwards,
         lambda: numpyro.sample("z", dist.Bernoulli(jnp.full(3, 0.5))),

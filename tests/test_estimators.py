@@ -46,8 +46,13 @@ def exact_gradient(family):
     return jax.jit(value_of(lambda key, f, q: es.exact(f, q), family))(FAMILIES[family][1], 0.7, None)
 
 
+@pytest.fixture
+def n(pytestconfig):
+    return 100_000 if pytestconfig.option.quick else 300_000
+
+
 @functools.cache
-def draws(name, family, n=300_000):
+def draws(name, family, n):
     """n gradients in the logits and in f's own parameter, and values."""
     estimate = functools.partial(value_of(ESTIMATORS[name], family), FAMILIES[family][1], 0.7)
     keys = jax.random.split(KEY, n)
@@ -81,17 +86,17 @@ def test_exact_is_the_sum_over_all_outcomes():
 @pytest.mark.few(5)
 @as_users
 @pytest.mark.parametrize(("name", "family"), PAIRS)
-def test_mean_is_the_exact_gradient_and_value(name, family):
+def test_mean_is_the_exact_gradient_and_value(name, family, n):
     (slopes, weight), values = exact_gradient(family)
-    for found, expected in zip(draws(name, family), (slopes, weight, values), strict=True):
+    for found, expected in zip(draws(name, family, n), (slopes, weight, values), strict=True):
         error = found.std(0, dtype=float) / len(found) ** 0.5
         assert (np.abs(found.mean(0, dtype=float) - expected) < 4.8 * error).all()
         assert (error > 0).all()
 
 
-def total_variance(name, family):
+def total_variance(name, family, n):
     """The variance of the gradient in the logits, summed, and its standard error."""
-    slopes = draws(name, family)[0]
+    slopes = draws(name, family, n)[0]
     squares = ((slopes - slopes.mean(0)) ** 2).reshape(len(slopes), -1).sum(1)
     return squares.mean(), squares.std() / len(squares) ** 0.5
 
@@ -108,8 +113,8 @@ def total_variance(name, family):
         ("unordered_set_4", "unordered_set", "one class"),
     ],
 )  # fmt: skip
-def test_known_orders_of_variance(less, more, family):
-    (a, a_error), (b, b_error) = total_variance(less, family), total_variance(more, family)
+def test_known_orders_of_variance(less, more, family, n):
+    (a, a_error), (b, b_error) = total_variance(less, family, n), total_variance(more, family, n)
     assert b - a > 4.5 * np.hypot(a_error, b_error)
 
 

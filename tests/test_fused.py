@@ -97,7 +97,7 @@ def test_draws_and_gradients_are_those_of_the_plain_form(name, dtype, layout, fu
         assert (as_float(slopes[0])[..., 0] == 0).all()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_draws_have_the_discrete_law(name, fused):
     logits = np.array([0.5, -1.0, 2.0, 0.1, -3.0], "f")

@@ -300,7 +300,7 @@ def folder(tmp_path_factory):
 
 
 def test_images_are_those_of_the_files(folder, tmp_path):
-    whole, held = (reproduce.DATA[name](folder) for name in ("grey", "grey, 5,000 held out"))
+    whole, held = (reproduce.DATA[name](folder) for name in ("gray", "gray, 5,000 held out"))
     (train, _), (test, _) = common.read_idx_folder(folder / "mnist")
     np.testing.assert_array_equal(whole.train, np.round(train.reshape(-1, 9) * 255))
     np.testing.assert_array_equal(held.train, whole.train[5000:])
@@ -359,7 +359,7 @@ def test_quick_run(name, folder, tmp_path, capsys, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
-    protocol = tiny({"variables": 2, "classes": 3}, epochs=4, data="grey, 5,000 held out")
+    protocol = tiny({"variables": 2, "classes": 3}, epochs=4, data="gray, 5,000 held out")
     row = {"rebar": published.Row("rebar_categorical", {"train": {4: 1.0}})}
     monkeypatch.setitem(PROTOCOLS, "storchastic", protocol._replace(rows=row))
     trained, order = [], reproduce.Training.rows

@@ -131,7 +131,7 @@ def test_command_line(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(*flags.split(), "--data", folder, "--out", out, example=example) == 0
     results = json.loads((out / "metrics.json").read_text())["results"]
-    assert list(results) == list(example.COLOURS)
+    assert list(results) == list(example.COLORS)
     for row in results.values():
         assert len(row["accuracy"]) == 2 and min(row["accuracy"]) > 0.4
         np.testing.assert_allclose(np.sum(row["transitions"], -1), 1, rtol=1e-4)

@@ -219,7 +219,7 @@ def test_kl_is_the_sum_over_all_subsets():
 
 @quick
 def test_rows_with_a_count_of_their_own_have_its_law():
-    """Draws, marginals, probabilities and gradients of each row are the same as with its count as k."""
+    """Draws, marginals, probabilities and gradients of each row are the sums over the subsets of its size."""
     logits = jnp.asarray(np.float32([[0.3, -1.0, 0.5, 2.0]] * 4))
     count = jnp.arange(4)
     marginals = jax.jit(lambda l: rj.simple_top_k_marginals(l, 3, count=count))(logits)
@@ -229,14 +229,15 @@ def test_rows_with_a_count_of_their_own_have_its_law():
     laws = jax.jit(lambda z, count: rj.simple_top_k_log_prob(z, logits, 3, count=count))
     law = laws(draws[0], count)
     for i in range(4):
-        alone = rj.simple_top_k_marginals(logits[i], i) if i else jnp.zeros(4)
-        np.testing.assert_allclose(marginals[i], alone, rtol=1e-5)
-        error = 4.5 * np.sqrt(alone * (1 - alone) / 20_000)
-        assert (np.abs(draws[:, i].mean(0) - alone) <= error + 1e-7).all()
-        of_row = jax.jit(jax.jacobian(lambda l, i=i: rj.simple_top_k_marginals(l, max(i, 1))))
-        np.testing.assert_allclose(slopes[i, :, i], of_row(logits[i]) * (i > 0), atol=1e-6)
-        own = rj.simple_top_k_log_prob(draws[0, i], logits[i], i) if i else 0.0
-        np.testing.assert_allclose(law[i], own, rtol=1e-5, atol=1e-6)
+        hot, p = written_out(np.asarray(logits[i], float), i)
+        mean = p @ hot
+        np.testing.assert_allclose(marginals[i], mean, rtol=1e-5)
+        error = 4.5 * np.sqrt(mean * (1 - mean) / 20_000)
+        assert (np.abs(draws[:, i].mean(0) - mean) <= error + 1e-7).all()
+        covariance = (hot * p[:, None]).T @ hot - np.outer(mean, mean)
+        np.testing.assert_allclose(slopes[i, :, i], covariance, atol=1e-6)
+        own = np.log(p[(hot == draws[0, i]).all(-1)])
+        np.testing.assert_allclose(law[i], own[0], rtol=1e-5, atol=1e-6)
     back = lambda l: jnp.sum(jnp.cos(jnp.arange(4.0)) * rj.simple_top_k(KEY, l, 3, count=count), -1)
     expected = jnp.einsum("j,ijik->ik", jnp.cos(jnp.arange(4.0)), slopes)
     np.testing.assert_allclose(

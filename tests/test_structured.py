@@ -370,7 +370,7 @@ def test_where_no_structure_is_possible():
         assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
 
 
-@pytest.mark.few(1)
+@pytest.mark.whole
 @both
 def test_jit_eager_vmap_and_batches_agree(kind, potentials):
     n = len(potentials)
@@ -565,6 +565,7 @@ STRUCTURES = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", STRUCTURES.values(), ids=list(STRUCTURES))
 def test_in_a_relaxed_model(make):
     """relax leaves them unchanged next to a site that it relaxes, and says so if config asks for more."""

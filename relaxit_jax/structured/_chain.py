@@ -379,13 +379,13 @@ def _shares(alpha, transition, sums):
     return jnp.exp(alpha[..., :, None] + transition - sums[..., None, :])
 
 
-# Nothing of a step is kept: its shares, K^2 numbers, are made again.
+# The K^2 shares of a step are recomputed instead of kept.
 _lean = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 @_lean
 def _along_forward(slope, alpha, sums, transition, transition_slope, unary_slope):
-    """The slopes of the log-weights of the next step; and those of the sums over the classes before it."""
+    """The slopes of the next step's log-weights, and the slopes of the sums over the previous classes."""
     share = _shares(alpha, transition, sums)
     of_sums = jnp.sum(share * (slope[..., :, None] + transition_slope), -2)
     return of_sums + unary_slope, of_sums
@@ -393,7 +393,7 @@ def _along_forward(slope, alpha, sums, transition, transition_slope, unary_slope
 
 @_lean
 def _back(mean, alpha, sums, transition):
-    """The marginals of a step from those of the next."""
+    """The marginals of a step, given the marginals of the next step."""
     return jnp.sum(_shares(alpha, transition, sums) * mean[..., None, :], -1)
 
 
