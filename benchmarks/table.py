@@ -72,7 +72,7 @@ def short():
             on_gpu = ratio(compiled["H100, float32"][name], PASS)
             rows.append((written(name), hand, f"{memory[name]['ratio']:.2f}", peer, on_gpu))
     peers = ", ".join(f"{name} {speed['peers'][name]}" for name in ("PyTorch", "relaxit"))
-    text = table(("sampler", "time", "memory", "time to PyTorch", "H100 bytes"), rows)
+    text = table(("sampler", "time", "memory", "time vs. PyTorch", "bytes moved on an H100"), rows)
     return f"{text}\n\n{sentence(speed['versions'])} Peers: {peers}."
 
 
