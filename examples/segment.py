@@ -1,7 +1,7 @@
 """Segments of a sequence of digits, found without labels, with a chain and a neural emission.
 
 A sequence has 20 images. The same digit stays for a few of them, each time as a different image, and then one
-of its two successors follows. The model is not told this grammar. It is a hidden Markov chain, which draws a
+of its two successors follows. The model is not told this grammar. It is a hidden Markov model, which draws a
 class for each image, one after another, and a network draws the pixels from the class:
 
     p(z, x) = p(z_1) prod_t p(z_(t+1) | z_t) prod_t p(x_t | z_t)
@@ -98,7 +98,7 @@ def coarse_bits(images):
 
 
 class Model(nnx.Module):
-    """A hidden Markov chain, with a network from the class to the pixels."""
+    """A hidden Markov model, with a network from the class to the pixels."""
 
     def __init__(self, classes, mean, hidden, key):
         rngs = nnx.Rngs(key)
@@ -319,7 +319,7 @@ def draw(results, tags, pictures, true, classes, path):
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights and of all draws.")
 @out_option
 def main(methods, data, sequences, test_sequences, out, **config):
-    """Tag and segment sequences of digits without labels, with a hidden Markov chain.
+    """Tag and segment sequences of digits without labels, with a hidden Markov model.
 
     Writes metrics.json and segment.png.
     """
