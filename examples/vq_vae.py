@@ -7,7 +7,7 @@ how many bits an image really takes, and generates new images.
 
     vq            nearest code of a trained codebook, straight-through gradient, no restarts
     vq_ema        the codebook follows moving averages, unused codes are restarted
-    vq_rotation   the same with the rotation gradient
+    vq_rotation   the same on a sphere, with the rotation gradient
     fsq           four levels for each of a few numbers
     lfq           the sign of each of a few numbers
     residual      two small codebooks, the second for what the first leaves
@@ -52,9 +52,10 @@ from relaxit_jax import quantizers as qz
 PATCH = 4  # pixels along a side that become one code
 CHUNK = 50  # steps between evaluations on the test images
 SHOWN = 16  # images per line in the pictures
-COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.05  # weights next to the error, a share of the variance
+COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.3  # weights next to the error, a share of the variance
 DECAY = 0.97  # decay of the moving averages
 LEAST_COUNT = 0.5  # vectors per step; codes with fewer are restarted
+SHARPNESS = 8  # factor of the logits: draws vary less from the start
 
 
 # --- the network -------------------------------------------------------------------------------
@@ -100,8 +101,14 @@ class Quantizer:
     `dim` numbers come from the encoder, `size` numbers go to the decoder.
     """
 
+    pace = 1  # factor of the learning rate
+
     def __init__(self, codes, dim, size=None):
         self.codes, self.dim, self.size = codes, dim, size or dim
+
+    def prepare(self, x):
+        """The vectors to quantize, from the numbers of the encoder."""
+        return x
 
     def init(self, key, x):
         """(learned, state), from the vectors of some images."""
@@ -154,6 +161,16 @@ class Averages(Quantizer):
         return rj.embed(index, state.codebook)
 
 
+class Rotation(Averages):
+    """The same with the rotation gradient, for vectors of one length."""
+
+    def __init__(self, codes, dim):
+        super().__init__(codes, min(dim, 6), "rotation")
+
+    def prepare(self, x):
+        return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+
+
 class Residual(Averages):
     """Two codebooks, each with the square root of the number of codes; the index counts pairs."""
 
@@ -203,6 +220,9 @@ class LookupFree(Quantizer):
     def __init__(self, codes, dim):
         super().__init__(codes, round(math.log2(codes)))
 
+    def prepare(self, x):
+        return jnp.tanh(x)
+
     def __call__(self, key, x, learned, state, done):
         value, index = qz.lookup_free_quantize(x)
         commitment = jnp.mean((x - jax.lax.stop_gradient(value)) ** 2)
@@ -216,9 +236,14 @@ class LookupFree(Quantizer):
 class Drawn(Quantizer):
     """The encoder gives a logit to each code, and a draw stands for the codes: a discrete VAE."""
 
+    pace = 3
+
     def __init__(self, codes, dim, draw):
         super().__init__(codes, codes, dim)
         self.draw = draw
+
+    def prepare(self, x):
+        return SHARPNESS * x
 
     def init(self, key, x):
         return {"codebook": jax.random.normal(key, (self.codes, self.size))}, ()
@@ -241,7 +266,7 @@ class Drawn(Quantizer):
 METHODS = {
     "vq": Vector,
     "vq_ema": Averages,
-    "vq_rotation": lambda codes, dim: Averages(codes, dim, "rotation"),
+    "vq_rotation": Rotation,
     "fsq": FiniteScalar,
     "lfq": LookupFree,
     "residual": Residual,
@@ -258,16 +283,18 @@ def train(name, data, test, config):
     quantizer = METHODS[name](config["codes"], config["dim"])
     graph, weights = nnx.split(Autoencoder(quantizer.dim, quantizer.size, config["units"], config["seed"]))
     init_key, key = jax.random.split(jax.random.key(config["seed"]))
-    start = nnx.merge(graph, weights).encoder(data[: max(64, config["codes"])])
+    encoded = lambda model, patches: quantizer.prepare(model.encoder(patches))
+    start = encoded(nnx.merge(graph, weights), data[: max(64, config["codes"])])
     learned, state = quantizer.init(init_key, start)
     chunks = -(-config["steps"] // CHUNK)
-    adam = optax.adam(optax.cosine_decay_schedule(config["learning_rate"], chunks * CHUNK))
+    rate = quantizer.pace * config["learning_rate"]
+    adam = optax.adam(optax.cosine_decay_schedule(rate, chunks * CHUNK))
     spread = jnp.var(data)
 
     def loss(trained, state, key, batch, done):
         weights, learned = trained
         model = nnx.merge(graph, weights)
-        x = model.encoder(batch)
+        x = encoded(model, batch)
         value, index, extra = quantizer(key, x, learned, state, done)
         error = jnp.mean((model.decoder(value) - batch) ** 2) / spread
         return error + extra, (error, x, index)
@@ -288,7 +315,7 @@ def train(name, data, test, config):
         """For the test images: error, index of each code, and the decoder's output."""
         weights, learned = trained
         model = nnx.merge(graph, weights)
-        value, index = quantizer.at_rest(key, model.encoder(test), learned, state)
+        value, index = quantizer.at_rest(key, encoded(model, test), learned, state)
         made = model.decoder(value)
         return jnp.mean((made - test) ** 2) / spread, index, made
 
@@ -304,7 +331,7 @@ def train(name, data, test, config):
     check_losses(losses)
     (weights, learned), state, _ = carry
     model = nnx.merge(graph, weights)
-    encode = lambda x: quantizer.at_rest(key, model.encoder(x), learned, state)[1]
+    encode = lambda patches: quantizer.at_rest(key, encoded(model, patches), learned, state)[1]
     decode = lambda index: model.decoder(quantizer.codes_of(index, learned, state))
     return jax.jit(encode), jax.jit(decode), np.array(history), np.asarray(index), made
 
@@ -431,7 +458,12 @@ def draw_picture(results, config, path):
     default="256",
     help="Number of codes, a power of 4.",
 )
-@click.option("--dim", type=SIZE, default=16, help="Length of a vector; fsq and lfq choose their own.")
+@click.option(
+    "--dim",
+    type=SIZE,
+    default=16,
+    help="Length of a vector; vq_rotation takes at most 6, and fsq and lfq choose their own.",
+)
 @click.option("--units", type=SIZE, default=64, help="Number of channels in each layer.")
 @click.option("--steps", type=STEPS, default=1000, help="Number of Adam steps, in rounds of 50.")
 @click.option(

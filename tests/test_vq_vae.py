@@ -28,7 +28,7 @@ def test_patches_and_back():
 @pytest.mark.parametrize("name", example.METHODS)
 def test_the_index_says_what_the_value_is(name):
     quantizer = example.METHODS[name](16, 8)
-    x = X[..., : quantizer.dim]
+    x = quantizer.prepare(X[..., : quantizer.dim])
     learned, state = quantizer.init(KEY, x)
     value, index = quantizer.at_rest(KEY, x, learned, state)
     assert index.shape == x.shape[:-1] and index.min() >= 0 and index.max() < 16
@@ -39,7 +39,7 @@ def test_the_index_says_what_the_value_is(name):
 @pytest.mark.parametrize("name", example.METHODS)
 def test_the_loss_reaches_the_encoder_and_the_codes(name):
     quantizer = example.METHODS[name](16, 8)
-    x = X[..., : quantizer.dim]
+    x = quantizer.prepare(X[..., : quantizer.dim])
     learned, state = quantizer.init(KEY, x)
 
     def loss(x, learned):
@@ -56,9 +56,10 @@ def test_the_loss_reaches_the_encoder_and_the_codes(name):
 def test_codebooks_follow_their_vectors_and_unused_codes_come_back():
     """With four clouds, codes that all begin at one point spread out, and the error falls."""
     centers = 5 * jnp.eye(4, 8)
-    x = centers[jnp.arange(400) % 4] + 0.1 * jax.random.normal(KEY, (400, 8))
+    clouds = centers[jnp.arange(400) % 4] + 0.1 * jax.random.normal(KEY, (400, 8))
     for name in ("vq_ema", "vq_rotation", "residual"):
         quantizer = example.METHODS[name](16, 8)
+        x = quantizer.prepare(clouds[:, : quantizer.dim])
         learned, state = quantizer.init(KEY, jnp.tile(x[:1], (100, 1)))
         errors, used = [], []
         for key in jax.random.split(KEY, 300):
