@@ -52,7 +52,7 @@ from relaxit_jax import quantizers as qz
 PATCH = 4  # pixels along a side that become one code
 CHUNK = 50  # steps between evaluations on the test images
 SHOWN = 16  # images per line in the pictures
-COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.3  # weights next to the error, a share of the variance
+COMMITMENT, ENTROPY, BALANCE = 0.1, 0.002, 0.2  # weights next to the error, a share of the variance
 DECAY = 0.97  # decay of the moving averages
 LEAST_COUNT = 0.5  # vectors per step; codes with fewer are restarted
 SHARPNESS = 8  # factor of the logits: draws vary less from the start
@@ -100,8 +100,6 @@ class Quantizer:
 
     `dim` numbers come from the encoder, `size` numbers go to the decoder.
     """
-
-    pace = 1  # factor of the learning rate
 
     def __init__(self, codes, dim, size=None):
         self.codes, self.dim, self.size = codes, dim, size or dim
@@ -236,8 +234,6 @@ class LookupFree(Quantizer):
 class Drawn(Quantizer):
     """The encoder gives a logit to each code, and a draw stands for the codes: a discrete VAE."""
 
-    pace = 3
-
     def __init__(self, codes, dim, draw):
         super().__init__(codes, codes, dim)
         self.draw = draw
@@ -287,8 +283,7 @@ def train(name, data, test, config):
     start = encoded(nnx.merge(graph, weights), data[: max(64, config["codes"])])
     learned, state = quantizer.init(init_key, start)
     chunks = -(-config["steps"] // CHUNK)
-    rate = quantizer.pace * config["learning_rate"]
-    adam = optax.adam(optax.cosine_decay_schedule(rate, chunks * CHUNK))
+    adam = optax.adam(optax.cosine_decay_schedule(config["learning_rate"], chunks * CHUNK))
     spread = jnp.var(data)
 
     def loss(trained, state, key, batch, done):
