@@ -169,7 +169,7 @@ def test_example_from_flags_to_files(images, tmp_path, capsys):
     np.testing.assert_allclose(found["50"], -np.log(np.exp(logs).mean(1)).mean(), rtol=1e-5)
     assert (out / "belief_network.png").stat().st_size > 10_000
     said = capsys.readouterr().out
-    assert "     2  disarm " in said and "       2 + 4 " in said
+    assert "     2 disarm " in said and "       2 + 4 " in said
 
 
 def test_a_run_that_was_stopped_resumes_to_the_same_metrics(images, tmp_path, monkeypatch, capsys):
