@@ -166,7 +166,7 @@ def test_a_family_that_does_not_hold_the_posterior():
     guide = AutoMeanField(exactly_one)
     handlers.seed(guide, 0)()
     params = {"z_auto_logits": jnp.full(4, float(sp.logit(0.25)))}
-    found = said("See AutoStructured.", exactly_one, guide, params)
+    found = said("Try AutoStructured.", exactly_one, guide, params)
     assert found.gap > 2
     guide = AutoStructured(exactly_one)
     handlers.seed(guide, 0)()
