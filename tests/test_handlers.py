@@ -274,6 +274,32 @@ def traced_rate(rate):
     return handlers.seed(relax(lambda: numpyro.sample("n", dist.Poisson(rate)), tau=0.5), 0)()
 
 
+NOT_DISCRETE = {
+    "a number": lambda: dist.Normal(0.0, 1.0),
+    "with a mask": lambda: dist.Normal(0.0, 1.0).mask(True),
+    "a subset": lambda: rd.SimpleTopK(logits=jnp.zeros(3), k=1),
+    "relaxed already": lambda: rd.RelaxedBernoulli(logits=0.0, tau=0.5),
+}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", NOT_DISCRETE)
+def test_a_method_for_a_site_that_is_not_discrete_is_refused(kind):
+    def model(**given):
+        return numpyro.sample("z", NOT_DISCRETE[kind](), **given)
+
+    options = {"tau": 0.5, "config": {"z": "straight_through"}}
+    soft = relax(model, **options)
+    with pytest.raises(ValueError, match=r"config\['z'\] must be None or left out: relax leaves"):
+        handlers.seed(soft, 0)()
+    inner = handlers.substitute(model, {"z": jnp.ones(3)})
+    for other in (relax(model, tau=0.5, config={"z": None}), relax(inner, **options)):
+        handlers.seed(other, 0)()
+    handlers.seed(soft, 0)(obs=jnp.ones(3))
+    twice = relax(relax(bits, tau=0.5, config={"z": "relaxed"}), tau=0.5, config={"z": "relaxed"})
+    assert 0 < jnp.max(handlers.seed(twice, 0)()) < 1  # the inner one has relaxed the site
+
+
 def test_bad_sites():
     def draw(d, **options):
         return handlers.seed(relax(lambda: numpyro.sample("z", d), tau=0.5, **options), 0)()

@@ -136,10 +136,13 @@ class relax(unrounded):
             msg["value"] = jnp.moveaxis(msg["value"], 0, -1)
         elif msg["type"] == "sample" and msg["is_observed"]:
             self._observe_a_part(msg)
-        elif msg["type"] == "sample" and wr.is_latent(msg) and wr.is_discrete(msg["fn"]):
-            self._relax(msg)
-        elif msg["type"] == "sample":
-            rl.check_left_alone(msg["name"], wr.innermost(msg["fn"]), self.options)
+        elif msg["type"] == "sample" and wr.is_latent(msg):
+            if wr.is_discrete(msg["fn"]):
+                self._relax(msg)
+            elif msg["value"] is None and not isinstance(
+                msg["infer"], npr.OnReplay
+            ):  # not relaxed further in
+                rl.check_left_alone(msg["name"], wr.innermost(msg["fn"]), self.options)
         super().process_message(msg)
 
     def _relax(self, msg):

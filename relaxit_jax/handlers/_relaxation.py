@@ -123,15 +123,12 @@ def law_and_method(name: str, d: Distribution, options: Options) -> tuple[site.L
     return (site.as_classes(name, law) if as_vector else law), method
 
 
-STRUCTURES = (rd.LinearChain, rd.SpanningTree, rd.RelaxedPermutation, rd.GumbelSinkhorn)
-
-
 def check_left_alone(name: str, d: Distribution, options: Options) -> None:
-    """A structure of the library is drawn as its class says; no method is made for it."""
-    if isinstance(d, STRUCTURES) and options.has_own_method(name):
+    """Check that no method was given for a site that is not discrete, which relax leaves as it is."""
+    if options.has_own_method(name):
         raise ValueError(
-            f"config['{name}'] must be None or left out: relax leaves {type(d).__name__} as it is; write the "
-            "distribution that the site is to have into model and guide"
+            f"config['{name}'] must be None or left out: relax leaves {type(d).__name__} as it is. To use "
+            "another distribution, write it into the model and the guide"
         )
 
 
