@@ -3,8 +3,8 @@
 Each protocol is a record below: data, networks, optimizer, latents, estimator, steps, evaluation, and the
 figures that were published with their source. `--data` names the folder with the images: the IDX files of
 MNIST and the fixed binarization of Larochelle and Murray, as its three .amat files or as one file
-binarized_mnist.npz of packed bits. They lie in the folder itself or in its subfolders mnist and binarized;
-only those of the chosen protocols are read. Nothing is downloaded.
+binarized_mnist.npz of packed bits. They lie in the folder itself or in its subfolders mnist and binarized.
+Only the files that the chosen protocols need are read. Nothing is downloaded.
 
 A result is written after each evaluation. Results of other protocols, rows and seeds stay, so a stopped
 command can be given again: what is finished is left out, and what was begun goes on from the state kept in

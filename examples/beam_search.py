@@ -41,12 +41,12 @@ from tqdm import tqdm
 import relaxit_jax as rj
 from common import (
     COUNT,
-    RATE,
     SEED,
     SIZE,
     STEPS,
     Path,
     UserError,
+    cosine_rate_option,
     out_option,
     output_folder,
     run,
@@ -267,12 +267,7 @@ def draw(table, path):
 @click.option("--units", type=SIZE, default=96, help="Number of units in the recurrent network.")
 @click.option("--steps", type=STEPS, default=1500, help="Number of Adam steps, in rounds of 50.")
 @click.option("--batch-size", type=COUNT, default=256, help="Number of words in a training step.")
-@click.option(
-    "--learning-rate",
-    type=RATE,
-    default=0.005,
-    help="Initial learning rate of Adam; it falls to zero along a cosine.",
-)
+@cosine_rate_option(0.005)
 @click.option(
     "--words", type=click.IntRange(4, 10_000), default=200, help="Largest number of words drawn at once, k."
 )

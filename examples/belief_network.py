@@ -49,6 +49,7 @@ from common import (
     binarise,
     digest,
     load_images,
+    methods_option,
     out_option,
     output_folder,
     run,
@@ -353,14 +354,7 @@ def table(results):
     default=(2, 3),
     help="Number of layers of bits; may be given more than once.",
 )
-@click.option(
-    "--method",
-    "methods",
-    type=click.Choice(list(METHODS)),
-    multiple=True,
-    default=list(METHODS),
-    help="Estimator in every layer, see the list below; may be given more than once.",
-)
+@methods_option(METHODS, help="Estimator in every layer, see the list below; may be given more than once.")
 @click.option(
     "--data",
     type=Path(),

@@ -121,6 +121,36 @@ out_option = click.option(
     help="Folder for the results.  [default: runs/NAME-TIME]",
 )
 
+images_option = click.option(
+    "--data",
+    type=Path(),
+    default="mnist5k",
+    metavar="NAME|FILE.npz|FOLDER",
+    help="Images: mnist5k, 5,000 of MNIST; an .npz file; or a folder with the four IDX files of MNIST or "
+    "Fashion-MNIST.",
+)
+
+
+def methods_option(names, help):
+    """--method, which may be repeated; all by default."""
+    return click.option(
+        "--method",
+        "methods",
+        type=click.Choice(list(names)),
+        multiple=True,
+        default=list(names),
+        help=help,
+    )
+
+
+def cosine_rate_option(default, kind=RATE):
+    return click.option(
+        "--learning-rate",
+        type=kind,
+        default=default,
+        help="Initial learning rate of Adam; it falls to zero along a cosine.",
+    )
+
 
 def training_options(command):
     """The flags of the examples that train a NumPyro model with `relax`."""
@@ -134,12 +164,7 @@ def training_options(command):
         ),
         click.option("--steps", type=STEPS, default=5000, help="Number of Adam steps."),
         click.option("--particles", type=SIZE, default=40, help="Number of draws in each step."),
-        click.option(
-            "--learning-rate",
-            type=RATE,
-            default=0.05,
-            help="Initial learning rate of Adam; it falls to zero along a cosine.",
-        ),
+        cosine_rate_option(0.05),
         click.option("--seed", type=SEED, default=0, help="Seed of the data and of the training."),
     ]
     for option in reversed(options):

@@ -37,10 +37,12 @@ from common import (
     STEPS,
     TAU,
     FloatRange,
-    Path,
     UserError,
     check_losses,
+    cosine_rate_option,
+    images_option,
     load_split,
+    methods_option,
     out_option,
     output_folder,
     run,
@@ -238,22 +240,8 @@ def say(name, row, what):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--method",
-    "methods",
-    type=click.Choice(list(METHODS)),
-    multiple=True,
-    default=list(METHODS),
-    help="Method that draws trees and differentiates them; may be given more than once.",
-)
-@click.option(
-    "--data",
-    type=Path(),
-    default="mnist5k",
-    metavar="NAME|FILE.npz|FOLDER",
-    help="Images: mnist5k, 5,000 of MNIST; an .npz file; or a folder with the four IDX files of MNIST or "
-    "Fashion-MNIST.",
-)
+@methods_option(METHODS, help="Method that draws trees and differentiates them; may be given more than once.")
+@images_option
 @click.option(
     "--variables", type=click.IntRange(3, 500), default=20, help="Number of variables of the known tree."
 )
@@ -264,12 +252,7 @@ def say(name, row, what):
 @click.option("--samples", type=click.IntRange(2, 1000), default=8, help="Number of trees drawn in a step.")
 @click.option("--steps", type=STEPS, default=600, help="Number of steps of Adam, in rounds of 50.")
 @click.option("--batch-size", type=COUNT, default=128, help="Number of rows in a step.")
-@click.option(
-    "--learning-rate",
-    type=FloatRange(0, 1, min_open=True),
-    default=0.05,
-    help="Initial learning rate of Adam; it falls to zero along a cosine.",
-)
+@cosine_rate_option(0.05, FloatRange(0, 1, min_open=True))
 @click.option("--seed", type=SEED, default=0, help="Seed of the data and of all draws.")
 @out_option
 def main(methods, data, variables, rows, out, **config):

@@ -35,6 +35,7 @@ from common import (
     FloatRange,
     UserError,
     check_losses,
+    cosine_rate_option,
     load_labelled,
     out_option,
     output_folder,
@@ -172,12 +173,7 @@ def draw(results, config, path):
 @click.option("--tau", type=TAU, default=0.5, help="Temperature of relaxed_top_k; the others have none.")
 @click.option("--steps", type=STEPS, default=1500, help="Number of Adam steps, in rounds of 50.")
 @click.option("--batch-size", type=SIZE, default=128, help="Number of images in a step.")
-@click.option(
-    "--learning-rate",
-    type=FloatRange(0, 1, min_open=True),
-    default=3e-3,
-    help="Initial learning rate of Adam; it falls to zero along a cosine.",
-)
+@cosine_rate_option(3e-3, FloatRange(0, 1, min_open=True))
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights and of all draws.")
 @out_option
 def main(balance, out, **config):

@@ -44,7 +44,9 @@ from common import (
     Path,
     UserError,
     check_losses,
+    cosine_rate_option,
     load_labelled,
+    methods_option,
     out_option,
     output_folder,
     run,
@@ -277,14 +279,7 @@ def draw(results, tags, pictures, true, classes, path):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--method",
-    "methods",
-    type=click.Choice(list(COLORS)),
-    multiple=True,
-    default=list(COLORS),
-    help="Method of training; may be given more than once.",
-)
+@methods_option(COLORS, help="Method of training; may be given more than once.")
 @click.option(
     "--data",
     type=Path(),
@@ -309,12 +304,7 @@ def draw(results, tags, pictures, true, classes, path):
 )
 @click.option("--steps", type=STEPS, default=800, help="Number of steps of Adam, in rounds of 50.")
 @click.option("--batch-size", type=SIZE, default=32, help="Number of sequences in a step.")
-@click.option(
-    "--learning-rate",
-    type=FloatRange(0, 1, min_open=True),
-    default=0.02,
-    help="Initial learning rate of Adam; it falls to zero along a cosine.",
-)
+@cosine_rate_option(0.02, FloatRange(0, 1, min_open=True))
 @click.option("--seeds", type=SIZE, default=3, help="Number of models of each method, trained side by side.")
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights and of all draws.")
 @out_option

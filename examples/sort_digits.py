@@ -37,13 +37,14 @@ from tqdm import tqdm
 import relaxit_jax as rj
 from common import (
     COUNT,
-    RATE,
     SIZE,
     STEPS,
     TAU,
     Numbers,
     augment,
+    cosine_rate_option,
     load_labelled,
+    methods_option,
     out_option,
     output_folder,
     run,
@@ -209,14 +210,7 @@ def draw(histories, pictures, path):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--method",
-    "methods",
-    type=click.Choice(list(METHODS)),
-    multiple=True,
-    default=list(METHODS),
-    help="Relaxed permutation; may be given more than once.",
-)
+@methods_option(METHODS, help="Relaxed permutation; may be given more than once.")
 @click.option(
     "--lengths",
     type=Numbers(click.IntRange(2, 1000), "5,10"),
@@ -227,12 +221,7 @@ def draw(histories, pictures, path):
 @click.option("--steps", type=STEPS, default=2000, help="Number of Adam steps, in rounds of 50.")
 @click.option("--copies", type=click.IntRange(1, 50), default=6, help="Number of moved copies of each image.")
 @click.option("--batch-size", type=SIZE, default=32, help="Number of sequences in a step.")
-@click.option(
-    "--learning-rate",
-    type=RATE,
-    default=0.005,
-    help="Initial learning rate of Adam; it falls to zero along a cosine.",
-)
+@cosine_rate_option(0.005)
 @click.option("--seeds", type=SIZE, default=2, help="Number of trainings of each kind.")
 @click.option(
     "--test-sequences", type=COUNT, default=1000, help="Number of sequences from the 1,000 test images."

@@ -36,10 +36,12 @@ from common import (
     SIZE,
     STEPS,
     FloatRange,
-    Path,
     check_losses,
+    cosine_rate_option,
     image_rows,
+    images_option,
     load_split,
+    methods_option,
     out_option,
     output_folder,
     run,
@@ -431,22 +433,8 @@ def draw_picture(results, config, path):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--method",
-    "methods",
-    type=click.Choice(list(METHODS)),
-    multiple=True,
-    default=list(METHODS),
-    help="Quantizer to train; may be given more than once.",
-)
-@click.option(
-    "--data",
-    type=Path(),
-    default="mnist5k",
-    metavar="NAME|FILE.npz|FOLDER",
-    help="Images: mnist5k, 5,000 of MNIST; an .npz file; or a folder with the four IDX files of MNIST or "
-    "Fashion-MNIST.",
-)
+@methods_option(METHODS, help="Quantizer to train; may be given more than once.")
+@images_option
 @click.option(
     "--codes",
     type=click.Choice(["16", "64", "256", "1024", "4096"]),
@@ -468,12 +456,7 @@ def draw_picture(results, config, path):
     help="Number of Adam steps for the prior.",
 )
 @click.option("--batch-size", type=SIZE, default=64, help="Number of images in a step.")
-@click.option(
-    "--learning-rate",
-    type=FloatRange(0, 1, min_open=True),
-    default=3e-3,
-    help="Initial learning rate of Adam; it falls to zero along a cosine.",
-)
+@cosine_rate_option(3e-3, FloatRange(0, 1, min_open=True))
 @click.option("--seed", type=SEED, default=0, help="Seed of the weights and of all draws.")
 @out_option
 def main(methods, data, out, **config):

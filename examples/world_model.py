@@ -38,6 +38,7 @@ from common import (
     FloatRange,
     check_losses,
     load_labelled,
+    methods_option,
     out_option,
     output_folder,
     run,
@@ -249,14 +250,7 @@ def draw_picture(histories, errors, frames, predicted, context, path):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--method",
-    "methods",
-    type=click.Choice(list(METHODS)),
-    multiple=True,
-    default=list(METHODS),
-    help="Method that draws codes in training; may be given more than once.",
-)
+@methods_option(METHODS, help="Method that draws codes in training; may be given more than once.")
 @click.option("--variables", type=SIZE, default=16, help="Number of categorical variables in a code.")
 @click.option(
     "--classes", type=click.IntRange(2, 4096), default=16, help="Number of classes of each variable."

@@ -198,7 +198,7 @@ def test_search_finds_what_people_ask_for(words):
 
 
 def test_the_diagram_leads_somewhere():
-    """Its links are sections or pages, its names those of the library, and both forms have all of them."""
+    """Its links lead to pages or sections, its names exist in the library, and both forms have all."""
     for link in diagram.links():
         page, _, anchor = link.partition("#")
         target = f"{page.removeprefix('../').rstrip('/')}.md" if page else "which-method.md"

@@ -1,4 +1,4 @@
-"""Latent trees: data of a tree, the largest tree, information and errors by hand, a small run."""
+"""Latent trees: data of a tree, the largest tree, information and errors compared with NumPy, a small run."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Segments: grammar, bounds and their gradients against all sequences, scores by hand, a small run."""
+"""Segments: grammar, bounds and their gradients against all sequences, scores of known tags, a small run."""
 
 import functools
 import itertools

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import relaxit_jax as rj
 from cases import BY_NAME, CASES, DISTRIBUTIONS, is_discrete
+from relaxit_jax import structured as st
 
 pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -106,6 +107,11 @@ SAMPLERS = {
     "two bits per row": (lambda l: rj.relaxed_bernoulli(KEY, l, 0.7), (8, 2)),
     "classes": (lambda l: rj.gumbel_softmax(KEY, l, 0.7), (8, 2, 5)),
     "one-hot": (lambda l: rj.gumbel_softmax(KEY, l, 0.7, hard=True), (16, 2, 5)),
+    "orders": (lambda l: rj.relaxed_permutation(KEY, l, 0.7), (8, 2, 5)),
+    "chains": (lambda l: st.chain_sample(KEY, l, jnp.eye(4)), (8, 2, 3, 4)),
+    "relaxed chains": (lambda l: st.relaxed_chain(KEY, l, jnp.eye(4), 0.7), (8, 2, 3, 4)),
+    "trees": (lambda w: st.tree_sample(KEY, w), (8, 2, 4, 4)),
+    "relaxed trees": (lambda w: st.relaxed_tree(KEY, w, 0.7), (8, 2, 4, 4)),
 }
 
 
@@ -352,7 +358,7 @@ def logits_and_quantizers(of_four):
 
 def structured(stretch):
     """Chains and trees, each row with its own potentials, and chains with the same transitions."""
-    st, numbers = rj.structured, np.random.default_rng(5)
+    numbers = np.random.default_rng(5)
     shapes = (3, 2), (2, 2, 2), (4, 4)
     unary, transition, weights = (stretch(numbers.normal(size=(2, *shape))) for shape in shapes)
     chain, tree = {"unary": unary, "transition": transition}, {"weights": weights}
