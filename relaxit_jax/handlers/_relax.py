@@ -139,9 +139,8 @@ class relax(unrounded):
         elif msg["type"] == "sample" and wr.is_latent(msg):
             if wr.is_discrete(msg["fn"]):
                 self._relax(msg)
-            elif msg["value"] is None and not isinstance(
-                msg["infer"], npr.OnReplay
-            ):  # not relaxed further in
+            elif msg["value"] is None and not isinstance(msg["infer"], npr.OnReplay):
+                # neither substituted nor relaxed by a handler further in
                 rl.check_left_alone(msg["name"], wr.innermost(msg["fn"]), self.options)
         super().process_message(msg)
 
