@@ -15,7 +15,7 @@ from numpyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from cases import DISTRIBUTIONS
 from relaxit_jax import distributions as rd
-from relaxit_jax.handlers import relax, take, unrounded
+from relaxit_jax.handlers import AutoMeanField, marginals, relax, take, unrounded
 
 KEY = jax.random.key(20261122)
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -296,9 +296,34 @@ def test_a_method_for_a_site_that_is_not_discrete_is_refused(kind):
     for other in (relax(model, tau=0.5, config={"z": None}), relax(inner, **options)):
         handlers.seed(other, 0)()
     handlers.seed(soft, 0)(obs=jnp.ones(3))
+    with pytest.raises(ValueError, match=r"num_values\['z'\] must be left out, as relax leaves"):
+        handlers.seed(relax(model, tau=0.5, num_values={"z": 3}), 0)()
+    handlers.seed(relax(model, tau=0.5, num_values=3), 0)()
     for kl in ("discrete", "relaxed"):  # the inner one has relaxed the site
         again = functools.partial(relax, tau=0.5, kl=kl, config={"z": "relaxed"})
         assert 0 < handlers.seed(again(again(bits)), 0)() < 1
+
+
+@pytest.mark.parametrize(
+    "d", [dist.Bernoulli(0.3), dist.Bernoulli(logits=0.3), dist.Categorical(jnp.ones(3) / 3)]
+)
+def test_a_number_of_values_for_a_site_that_is_no_count_is_refused(d):
+    """A dictionary names the site; a number is for the counts of the model, whatever its other sites are."""
+
+    def model():
+        return numpyro.sample("n", dist.Poisson(2.0)), numpyro.sample("z", d)
+
+    own, k = {"n": 9, "z": 3}, len(d.enumerate_support())
+    need = rf"num_values\['z'\] must be left out, as a .* has {k} values, got 3"
+    with pytest.raises(ValueError, match=need):
+        handlers.seed(relax(model, tau=0.5, num_values=own), 0)()
+    with pytest.raises(ValueError, match=r"num_values\['z'\]"):
+        handlers.seed(AutoMeanField(model, num_values=own), 0)()
+    with pytest.raises(ValueError, match=r"num_values\['z'\]"):
+        marginals(model, {}, num_values=own)
+    for several in (9, {"n": 9}, {"n": 9, "z": None}):
+        handlers.seed(relax(model, tau=0.5, num_values=several), 0)()
+        assert marginals(model, {}, num_values=several)["n"].shape == (9,)
 
 
 def test_bad_sites():

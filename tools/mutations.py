@@ -1012,7 +1012,8 @@ def main(words, quick):
             click.echo(f"  {name}" + f" x {count}" * (count > 1))
         if not failed:
             missed.append(defect)
-    click.echo(f"{len(defects) - len(missed)} of {len(defects)} defects noticed{' by the quick tier' * quick}")
+    noticed = f"{len(defects) - len(missed)} of {len(defects)} defects noticed"
+    click.echo(noticed + " by the quick tier" * quick)
     for defect in missed:
         click.echo(f"  missed: {defect}")
     click.echo(sentence(versions()))

@@ -354,12 +354,12 @@ class AutoMeanField(AutoGuide):
         name, fn = message["name"], message["fn"]
         stack = [frame for frame in message["cond_indep_stack"] if frame.name in self._prototype_frames]
         d = wr.innermost(fn)
-        given = rl.num_values_of(self.num_values, name)
-        law = site.law_of(name, d, given)
+        law = site.law_of(name, d, self.num_values)
         possible = site.possible(law, d)
         if depends:
             endless = law.kind == "count" and getattr(d.support, "upper_bound", None) is None
             need = f"given for the site '{name}', a {type(d).__name__} whose parameters are draws"
+            given = site.num_values_of(self.num_values, name)
             arg.require(given is not None or not endless, "num_values", need, None)
             if law.kind == "bit":  # one draw may make a value certain that another does not
                 possible = np.ones_like(possible)

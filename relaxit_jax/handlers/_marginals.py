@@ -97,7 +97,7 @@ def law_and_value(name, message, num_values=None):
     if isinstance(d, Autoregressive):
         p, kind, weights = jnp.exp(d.log_pmf(value)), d.site.kind, d.site.weights(value)
     else:
-        law = site.law_of(name, d, rl.num_values_of(num_values, name))
+        law = site.law_of(name, d, num_values)
         p, kind, size = jnp.exp(law.log_pmf), law.kind, law.log_pmf.shape[-1]
         low = 0 if law.values is None else int(law.values[0])
         # mass beyond the last value of a count is added to it

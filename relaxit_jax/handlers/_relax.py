@@ -12,8 +12,8 @@ from numpyro.distributions import Delta, Distribution
 
 from relaxit_jax import _numpyro as npr
 from relaxit_jax.handlers import _relaxation as rl
+from relaxit_jax.handlers import _site as site
 from relaxit_jax.handlers import _wrappers as wr
-from relaxit_jax.handlers._site import Relaxed
 from relaxit_jax.handlers._unrounded import unrounded
 
 OBSERVED = "_observed"  # NumPyro's name for the first half of a site with obs_mask
@@ -56,9 +56,9 @@ class relax(unrounded):
       config: how to treat single sites, by name: a method as above, "one_hot" for a vector of weights over
         the values 0, 1, ... instead of a number (for `take`, `less`, `greater` and `equal`), a function of
         the site's discrete distribution that returns one of this library's, or None to leave the site alone.
-      num_values: how many values a count takes, an integer or a dictionary by site. By default enough to
-        leave out less than 1e-8, if the parameters are known before tracing; the tail mass left out is added
-        to the last value. It must be the same for model and guide.
+      num_values: how many values a count takes, an integer for all counts or a dictionary by site. By
+        default enough to leave out less than 1e-8, if the parameters are known before tracing; the tail mass
+        left out is added to the last value. It must be the same for model and guide.
 
     Returns:
       The handled callable.
@@ -173,7 +173,7 @@ class relax(unrounded):
         whole = msg["name"].removesuffix(OBSERVED)
         if not (wr.is_discrete(msg["fn"]) and whole != msg["name"] and npr.is_within_obs_mask()):
             return
-        name, d = whole + rl.UNOBSERVED, wr.innermost(msg["fn"])
+        name, d = whole + site.UNOBSERVED, wr.innermost(msg["fn"])
         method = self.options.method_of(name)
         if method is None or rl.is_function(method):
             return
@@ -191,7 +191,7 @@ class relax(unrounded):
         # a `trace` further out already has the value; NumPyro continues with this one
         if msg["is_observed"] and (size := self._partly.get(msg["name"].removesuffix(OBSERVED))):
             msg["value"] = jnp.moveaxis(jax.nn.one_hot(msg["value"], size), -1, 0)
-        elif not msg["is_observed"] and msg["name"].removesuffix(rl.UNOBSERVED) in self._partly:
+        elif not msg["is_observed"] and msg["name"].removesuffix(site.UNOBSERVED) in self._partly:
             msg["value"] = jnp.moveaxis(msg["value"], -1, 0)
 
 
@@ -220,7 +220,7 @@ def _check_use(msg, kl):
             f"{name} has a point estimate in the guide, but a relaxed density has no maximum. Give the "
             "guide a discrete distribution there, as AutoMeanField does"
         )
-    if isinstance(guide, Relaxed) != (kl == "discrete"):
+    if isinstance(guide, site.Relaxed) != (kl == "discrete"):
         raise ValueError(
             f"{name} must be relaxed in the same way in model and guide, got kl={kl!r} in the model and a "
             f"{type(guide).__name__} in the guide. Give the guide a discrete distribution there, and relax "

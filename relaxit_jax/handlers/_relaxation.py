@@ -29,7 +29,6 @@ METHODS = {
         "count": functools.partial(rd.GeneralizedGumbelSoftmax, hard=True),
     },
 }
-UNOBSERVED = "_unobserved"  # NumPyro's name for the second half of a site with obs_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +55,10 @@ class Options:
 
     def method_of(self, name: str) -> Any:
         """The method of a site, or None to leave it as it is."""
-        return _of_site(self.config, name, self.method)
+        return site.entry(self.config, name, self.method)
 
     def has_own_method(self, name: str) -> bool:
-        return _of_site(self.config, name, None) is not None
-
-    def num_values_of(self, name: str) -> int | None:
-        return num_values_of(self.num_values, name)
+        return site.entry(self.config, name) is not None
 
     def check_names(self, met: Collection[str]) -> None:
         """Check that the sites in the options exist."""
@@ -73,19 +69,10 @@ class Options:
 def check_names(option: str, table: Any, met: Collection[str]) -> None:
     """Check that the sites in a table exist."""
     # the guide of a site with obs_mask has only its unobserved part
-    known = set(met) | {name.removesuffix(UNOBSERVED) for name in met}
+    known = set(met) | {name.removesuffix(site.UNOBSERVED) for name in met}
     unknown = set(table) - known if isinstance(table, Mapping) else ()
     need = f"names of the sites {sorted(met)}"
     arg.require(not unknown, option, need, ", ".join(sorted(map(repr, unknown))))
-
-
-def num_values_of(num_values: int | Mapping[str, int] | None, name: str) -> int | None:
-    return _of_site(num_values, name, None) if isinstance(num_values, Mapping) else num_values
-
-
-def _of_site(table, name, default):
-    """The unobserved part of a site also goes by the name of the site."""
-    return table.get(name, table.get(name.removesuffix(UNOBSERVED), default))
 
 
 def is_function(method: Any) -> bool:
@@ -113,7 +100,7 @@ def _takes_logits(kind):
 
 def law_and_method(name: str, d: Distribution, options: Options) -> tuple[site.Law, Any]:
     """The finite law of a site, as classes if the method makes vectors of it; and the method."""
-    law, method = site.law_of(name, d, options.num_values_of(name)), options.method_of(name)
+    law, method = site.law_of(name, d, options.num_values), options.method_of(name)
     if isinstance(method, str) and method == "one_hot":
         method = METHODS[options.method]["class"] if isinstance(options.method, str) else options.method
         need = "something other than 'one_hot' if the method draws numbers"
@@ -124,12 +111,16 @@ def law_and_method(name: str, d: Distribution, options: Options) -> tuple[site.L
 
 
 def check_left_alone(name: str, d: Distribution, options: Options) -> None:
-    """Check that no method was given for a site that is not discrete, which relax leaves as it is."""
+    """Check that no option was given for a site that is not discrete, which relax leaves as it is."""
     if options.has_own_method(name):
         raise ValueError(
             f"config['{name}'] must be None or left out: relax leaves {type(d).__name__} as it is. To use "
             "another distribution, write it into the model and the guide"
         )
+    if isinstance(options.num_values, Mapping):
+        given = site.num_values_of(options.num_values, name)
+        need = f"left out, as relax leaves {type(d).__name__} as it is"
+        arg.require(given is None, f"num_values['{name}']", need, given)
 
 
 def _is_one_hot(kind):

@@ -85,6 +85,15 @@ def weights_of_number(value, values=None):
     return jnp.maximum(1 - jnp.abs(value[..., None] - values), 0)
 
 
+def entry(table, name, default=None):
+    """What a table by site has for a site. The unobserved part of one also goes by the name of the whole."""
+    return table.get(name, table.get(name.removesuffix(UNOBSERVED), default))
+
+
+def num_values_of(num_values, name):
+    return entry(num_values, name) if isinstance(num_values, Mapping) else num_values
+
+
 def check_num_values(num_values):
     """Require an integer, or a dictionary of them by site; None stands for as many as are needed."""
     own = num_values if isinstance(num_values, Mapping) else {None: num_values}
@@ -137,6 +146,7 @@ class FiniteDiscrete(dist.Distribution):
 
 CLASSES = (dist.CategoricalProbs, dist.CategoricalLogits, sd.OneHot)
 TRIALS = (dist.MultinomialProbs, dist.MultinomialLogits)
+UNOBSERVED = "_unobserved"  # NumPyro's name for the second half of a site with obs_mask
 TAIL = 1e-8  # mass that a truncated count may add to its last value
 
 
@@ -177,7 +187,16 @@ def possible(law, d):
 
 
 def law_of(name, d, num_values=None):
-    """The law of the innermost distribution of the site `name`."""
+    """The law of the innermost distribution of the site `name`; `num_values` as in `relax`."""
+    given = num_values_of(num_values, name)
+    law = _law_of(name, d, given)
+    if law.kind != "count" and isinstance(num_values, Mapping):
+        need = f"left out, as a {type(d).__name__} has {law.log_pmf.shape[-1]} values"
+        arg.require(given is None, f"num_values['{name}']", need, given)
+    return law
+
+
+def _law_of(name, d, num_values):
     if isinstance(d, dist.BernoulliLogits):
         return Law("bit", _kl.log_pmf_of_bits(jnp.asarray(d.logits)))
     if isinstance(d, dist.BernoulliProbs):
