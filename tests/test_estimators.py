@@ -83,7 +83,7 @@ def test_exact_is_the_sum_over_all_outcomes():
         np.testing.assert_allclose(slopes[i], difference, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3, "rebar_tuned-classes")
 @as_users
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_mean_is_the_exact_gradient_and_value(name, family, n):
@@ -608,7 +608,7 @@ def test_vimco_has_far_less_variance_than_the_score_of_the_bound():
 # --- aux values that f returns ----------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(0, "reinforce-bits", "rloo_5-bits", "relax-bits")
 @quick
 @pytest.mark.parametrize(("name", "family"), [*PAIRS, ("exact", "classes"), ("vimco", "bits")])
 def test_aux_is_that_of_the_first_call(name, family):

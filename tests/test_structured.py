@@ -192,7 +192,7 @@ def test_the_gradient_of_a_draw_is_the_derivative_of_the_marginals(kind, potenti
     np.testing.assert_allclose(forward, difference, rtol=1e-7)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @both
 def test_relaxed_draws_are_in_the_hull_and_become_the_best_structure(kind, potentials):
     """No linear function exceeds the best structure; when cold, the best one for the noise is drawn."""
@@ -224,6 +224,7 @@ FORBIDDEN = {
 }
 
 
+@pytest.mark.few(0, "chains")
 @pytest.mark.parametrize(("kind", "potentials"), FORBIDDEN.values(), ids=list(FORBIDDEN))
 def test_what_is_forbidden_is_never_drawn_and_has_no_gradient(kind, potentials):
     total, p = law(kind, potentials)
@@ -467,6 +468,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.few(0, "trees")
 @pytest.mark.parametrize(("kind", "make"), CLASSES.values(), ids=list(CLASSES))
 def test_classes_have_the_moments_entropy_and_kl_of_the_enumerated_law(kind, make):
     one = kind.potentials

@@ -172,7 +172,7 @@ def test_memory_of_relaxed_top_k_is_what_its_docstring_says():
         assert memory.temp_size_in_bytes < (k + 12) * logits.nbytes
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(0, "2")
 @quick
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_inclusion_probabilities_are_the_sums_over_sets(k):
