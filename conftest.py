@@ -14,9 +14,14 @@ import pytest
 
 # How the workers of pytest-xdist compile: in half of the time, to code that is hardly slower; not all jaxlibs
 # support each of these. And the settings that users get instead, for the tests that compile as they do.
-CHEAP = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+CHEAP = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_disable_hlo_passes": "constant_folding",  # logits of a test are constants of its programs
+}
 DEFAULT = {
     "xla_cpu_use_fusion_emitters": True,
+    "xla_disable_hlo_passes": "",
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
 }

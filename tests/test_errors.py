@@ -322,11 +322,14 @@ def relaxed_law(num_values):
 def test_a_guide_takes_the_options_of_its_model_for_a_partly_observed_site():
     """It has only the unobserved part, which the options may call by the name of the whole."""
     classes, mask = dist.Categorical(np.float32([0.2, 0.8])).expand([3]), np.array([True, False, True])
-    model = lambda: numpyro.sample("z", classes, obs=np.array([0, 1, 0]), obs_mask=mask)
-    guide = lambda: numpyro.sample("z_unobserved", classes)
+    count = dist.Poisson(0.5).expand([3])
+    model = lambda d=classes: numpyro.sample("z", d, obs=np.array([0, 1, 0]), obs_mask=mask)
+    guide = lambda d=classes: numpyro.sample("z_unobserved", d)
     for fn in (model, guide):
-        for options in ({"config": {"z": "straight_through"}}, {"num_values": {"z": 2}}):
-            relaxed(fn, tau=0.5, **options)
+        relaxed(fn, tau=0.5, config={"z": "straight_through"})
+        relaxed(lambda fn=fn: fn(count), tau=0.5, num_values={"z": 9})
+        with pytest.raises(ValueError, match=r"num_values\['z_unobserved'\] must be left out"):
+            relaxed(fn, tau=0.5, num_values={"z": 2})
         for name in ("config", "num_values"):
             with pytest.raises(ValueError, match=rf"^{name} must be names of the sites .*, got 'other'"):
                 relaxed(fn, tau=0.5, **{name: {"z": None, "other": None}})

@@ -114,7 +114,7 @@ def spread(n):
     )
 
 
-@pytest.mark.few(1)
+@pytest.mark.whole
 @pytest.mark.usefixtures("as_users_compile")
 @sizes
 def test_large_problems_are_right_in_float32_and_small_in_memory(n, k):

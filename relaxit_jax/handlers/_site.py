@@ -86,7 +86,7 @@ def weights_of_number(value, values=None):
 
 
 def entry(table, name, default=None):
-    """What a table by site has for a site. The unobserved part of one also goes by the name of the whole."""
+    """The entry for a site in a table by site. Its unobserved part also goes by the name of the site."""
     return table.get(name, table.get(name.removesuffix(UNOBSERVED), default))
 
 
