@@ -54,13 +54,21 @@ def require_values(name, x, need, holds):
         require(np.all(holds(values)), name, need, x)
 
 
-def shown(x):
-    """How an error shows an argument of the wrong kind, always on one line."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is not None and not isinstance(x, type) and not _is_real(dtype):
-        return f"dtype {dtype}"
-    text = " ".join(repr(x).split())
-    return text if len(text) <= 100 else f"{text[:96]} ..."
+class shown:  # noqa: N801  # used as a function
+    """How an error shows an argument of the wrong kind, always on one line.
+
+    It is a string only once an error is raised: writing out an array takes longer than drawing a sample.
+    """
+
+    def __init__(self, x):
+        self.x = x
+
+    def __str__(self):
+        dtype = getattr(self.x, "dtype", None)
+        if dtype is not None and not isinstance(self.x, type) and not _is_real(dtype):
+            return f"dtype {dtype}"
+        text = " ".join(repr(self.x).split())
+        return text if len(text) <= 100 else f"{text[:96]} ..."
 
 
 def _is_real(dtype):

@@ -84,6 +84,7 @@ def index_of_noisy(logits, noise):
     return lm.index_of_largest(lm.centre(logits, for_index=True) + noise)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def plain_softmax(log_space, dtype, shape, key, logits, tau):
     """softmax((logits + G) / tau) with this batch shape, or its logarithm, in the plain form."""
     perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, logits.shape[-1]), logits)

@@ -140,6 +140,9 @@ def _exactly_jvp(primals, tangents):
     return value, pl.placed(tangents[1], value)
 
 
+_exactly = jax.jit(_exactly)  # outside of jit, finding the rule takes longer than the operations
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def one_hot(soft, index, logits, tau, *others):
     """The one-hot vectors of the classes of this index, with the gradient of soft(logits, tau, *others).
@@ -199,6 +202,7 @@ def _softmax_jvp(is_value, primals, tangents):
 
 
 _softmax.defjvp(_softmax_jvp, symbolic_zeros=True)
+_softmax = jax.jit(_softmax, static_argnums=0)
 
 
 def read_once(p, dtype=None):
@@ -232,6 +236,7 @@ def log_softmax_tangent(log_p, x, tau, x_dot, tau_dot):
 
 
 log_softmax.defjvp(_log_softmax_jvp, symbolic_zeros=True)
+log_softmax = jax.jit(log_softmax)
 
 
 @jax.custom_jvp

@@ -83,6 +83,7 @@ def _top_one(row):
     return row[index], index
 
 
+@jax.jit
 @functools.partial(jnp.vectorize, signature="(k),(n)->(n)")
 def k_hot(indices, like):
     """Zeros, and ones at these indices of the last axis. The batch may be sharded."""
@@ -114,6 +115,7 @@ def _over_tau_jvp(primals, tangents):
 
 
 over_tau.defjvp(_over_tau_jvp, symbolic_zeros=True)
+over_tau = jax.jit(over_tau)
 
 
 def tempered_tangent(counts, x, tau, x_dot, tau_dot):
@@ -124,6 +126,7 @@ def tempered_tangent(counts, x, tau, x_dot, tau_dot):
     return moved / tau
 
 
+@functools.partial(jax.jit, static_argnames="for_index")
 def centre(logits, *, for_index=False):
     """Logits minus their largest: the classes stay the same, and noise added to them is not rounded off.
 
@@ -270,6 +273,7 @@ def _log_ndtr_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+@jax.jit
 def probit_to_logit(v):
     """logit Phi(v), without rounding Phi(v) to 0 or 1."""
     far, a, series = _lower_tail(-jnp.abs(v))
@@ -355,6 +359,7 @@ def binary_concrete_log_prob(y, logits, tau):
     return where(certain, mass, where(vertex, limit, inside))
 
 
+@jax.jit
 def apply_factor(scale_tril, noise):
     """scale_tril noise over the last axis, with broadcast batches, in full precision on every device."""
     return jnp.einsum("...j,...ij->...i", noise, scale_tril, precision="highest")

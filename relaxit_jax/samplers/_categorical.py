@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -75,6 +76,7 @@ def gumbel_softmax(
     return fused.plain_softmax(log_space, returned, shape, key, logits, tau)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def one_hot_of_noisy(key, logits, tau, shape, dtype):
     """The one-hot vector of argmax(logits + G), with the gradient of softmax((logits + G) / tau)."""
     if fused.fits(key, logits, shape):
