@@ -54,7 +54,7 @@ def require_values(name, x, need, holds):
         require(np.all(holds(values)), name, need, x)
 
 
-class shown:  # noqa: N801  # used as a function
+class shown:
     """How an error shows an argument of the wrong kind, always on one line.
 
     It is a string only once an error is raised: writing out an array takes longer than drawing a sample.
