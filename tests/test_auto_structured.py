@@ -176,7 +176,7 @@ def test_what_is_given_what(name):
     assert more == expected[name]
 
 
-@pytest.mark.whole
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["chain", "pairs"])
 def test_every_parameter_gets_a_gradient_under_relax(name):
     guide, params = untrained(name)

@@ -14,7 +14,7 @@ from relaxit_jax.handlers import AutoMeanField, AutoStructured, check, select, t
 from relaxit_jax.handlers._site import FiniteDiscrete
 
 KEY = jax.random.key(20261130)
-pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 P, Y = 0.3, 0.9
 
 
@@ -27,6 +27,7 @@ def bit_guide():
     numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.0)))
 
 
+@pytest.mark.whole
 def test_the_numbers_of_a_bit():
     """At a logit of 1, the ELBO, its gradient and the weighted probability are sums over 0 and 1."""
     q = sp.expit(1.0)
@@ -44,6 +45,7 @@ def test_the_numbers_of_a_bit():
     assert site.moved == pytest.approx(q - 0.5, abs=1e-5) and site.swallowed is False
 
 
+@pytest.mark.whole
 def test_the_bias_under_relax():
     """The difference of the mean gradients, for a likelihood that is far from linear between 0 and 1."""
     model = lambda: bit(lambda z: 4.0 * z, y=2.0)
@@ -61,6 +63,7 @@ def test_the_bias_under_relax():
     assert abs(site.relaxed_bias - abs(relaxed - exact)) < 4.5 * error
 
 
+@pytest.mark.whole
 def test_counts_that_do_not_begin_at_zero_and_sites_below():
     """Weighted draws from 3 to 7; and a site that depends on another one in the guide is not held fixed."""
     y = 5.6
@@ -83,6 +86,7 @@ def test_counts_that_do_not_begin_at_zero_and_sites_below():
     assert set(found.refused) == set()
 
 
+@pytest.mark.whole
 def test_refusals_are_said(capsys):
     guide = AutoStructured(exactly_one)
     handlers.seed(guide, 0)()
@@ -96,6 +100,7 @@ def logit_of(p):
     return {"logits": jnp.array(np.log(p) - np.log1p(-p))}
 
 
+@pytest.mark.whole
 def test_a_probability_that_is_off_is_said_by_weighted_draws():
     """It is off by little: the ELBO alone, .07 nats from the evidence, would not show it."""
     exact = sp.expit(np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y))
@@ -120,6 +125,7 @@ def test_a_bound_that_is_hardly_better_counts_where_the_answer_differs():
     assert abs(found.sites["z"].rival - exact) < 0.05
 
 
+@pytest.mark.whole
 def test_nothing_is_wrong_with_an_exact_guide(capsys):
     """All weights are equal, the gap is 0, and the printed text is returned."""
     posterior = np.log(P / (1 - P)) + st.norm(1, 1).logpdf(Y) - st.norm(0, 1).logpdf(Y)
@@ -135,6 +141,7 @@ def said(words, *args, **options):
     return found
 
 
+@pytest.mark.whole
 def test_a_swallowed_gradient():
     swallowing = lambda: bit(lambda z: jnp.where(z, 1.0, 0.0))
     said("Under relax the site 'z' has no gradient", swallowing, bit_guide, {"logits": jnp.array(1.0)})
@@ -144,6 +151,7 @@ def test_a_swallowed_gradient():
     assert not any("no gradient" in sentence for sentence in kept.advice)
 
 
+@pytest.mark.whole
 def test_draws_of_probability_0():
     def model():
         n = numpyro.sample("n", dist.Poisson(4.0))
@@ -161,6 +169,7 @@ def exactly_one():
     numpyro.sample("y", dist.Normal(z.sum(), 0.1), obs=1.0)
 
 
+@pytest.mark.whole
 def test_a_family_that_does_not_hold_the_posterior():
     """Independent bits at 1/4 are more than a nat away. The exact law, bit after bit, is not."""
     guide = AutoMeanField(exactly_one)
@@ -191,6 +200,7 @@ def mixture():
         numpyro.sample("x", dist.Normal(take(loc, z), 1), obs=POINTS)
 
 
+@pytest.mark.whole
 def test_a_start_that_is_not_the_best():
     """All points are in one part and the other one is empty: a separate mode, far below."""
     guide = AutoMeanField(mixture)
@@ -212,6 +222,7 @@ def test_a_start_that_is_not_the_best():
     assert check(mixture, guide, params).advice == ()
 
 
+@pytest.mark.whole
 def test_a_loss_that_still_falls():
     rng = np.random.default_rng(0)
     falling = 100 - 0.1 * np.arange(400) + rng.normal(size=400)
@@ -223,12 +234,14 @@ def test_a_loss_that_still_falls():
         assert not any("still falling" in sentence for sentence in at_rest.advice)
 
 
+@pytest.mark.whole
 def test_a_site_that_has_not_moved():
     far = lambda: bit(lambda z: 3.0 * z, y=3.0)
     found = said("The site 'z' has not moved from its start", far, bit_guide, {"logits": jnp.array(0.0)})
     assert found.sites["z"].moved < 1e-6 < found.sites["z"].gradient
 
 
+@pytest.mark.whole
 def test_a_guide_without_discrete_sites_is_refused():
     with pytest.raises(ValueError, match="guide must be one with discrete latent sites"):
         check(

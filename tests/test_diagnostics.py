@@ -402,7 +402,7 @@ def tree_by_hand(estimator):
     return chance, leaves
 
 
-@pytest.mark.whole
+@pytest.mark.few(1)
 @pytest.mark.parametrize("leaf", ["decoder", "encoder/bias", "encoder/kernel"])
 def test_a_leaf_has_the_gradient_bias_and_variance_that_are_summed_by_hand(leaf):
     report = tree_report().leaves[leaf]
@@ -458,6 +458,7 @@ def test_a_long_run_is_in_every_leaf():
         assert (leaf.gradient_error > 0).all()
 
 
+@pytest.mark.whole
 def test_logits_as_parameters_give_the_report_in_the_logits():
     """They agree to the last bit, except for the time: an array is the smallest tree, without leaves."""
     methods = {"rloo": es.rloo, "rebar": es.rebar}

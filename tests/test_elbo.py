@@ -41,7 +41,7 @@ def z_scores(draws, mean):
     return np.abs(draws.mean(0) - mean) / (draws.std(0) / np.sqrt(len(draws)) + 1e-5)
 
 
-@pytest.mark.few(2, "scan, all at once")
+@pytest.mark.few(2, "scan, a")
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_is_the_exact_loss_and_gradient(name):
     case = CASES[name]

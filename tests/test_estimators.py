@@ -179,7 +179,7 @@ def test_antithetic_groups_have_their_marginal_law_and_correlation(n, p):
     assert abs(each.mean() - p * (1 - p)) < 4.8 * each.std() / len(each) ** 0.5 + 1e-6 * r
 
 
-@pytest.mark.whole
+@pytest.mark.few(1)
 @quick
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_antithetic_groups_of_classes_have_their_marginal_law_and_slopes(n):
@@ -406,7 +406,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(2, "rebar-bits-float32", "arms-bits-float32", "unordered_set-one class-float64")
 @quick
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-11)])
 @pytest.mark.parametrize(("name", "family"), PAIRS)

@@ -64,7 +64,7 @@ LAYOUTS = {  # batches and rows that do not fill a block, a temperature for each
 }
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(6, "tpu-small-float32-gumbel_rao")
 @samplers
 @pytest.mark.parametrize(
     ("layout", "dtype"),

@@ -138,6 +138,7 @@ def test_mixing_keeps_far_logits_finite():
         rj.mix_uniform(P, np.full((5, 1), 0.1, np.float32))
 
 
+@pytest.mark.whole
 @quick
 def test_a_gaussian_gate_is_open_with_the_probability_beside_its_atom():
     loc, scale = np.float32([-4, 0.0, 0.3, 1.4]), np.float32([0.5, 1, 2, 0.1])

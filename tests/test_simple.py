@@ -114,7 +114,7 @@ def spread(n):
     )
 
 
-@pytest.mark.whole
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("as_users_compile")
 @sizes
 def test_large_problems_are_right_in_float32_and_small_in_memory(n, k):
@@ -140,7 +140,7 @@ def test_large_problems_are_right_in_float32_and_small_in_memory(n, k):
             np.testing.assert_allclose(slope, exact(jnp.asarray(row, jnp.float64)), atol=2e-6)
 
 
-@pytest.mark.few(1)
+@pytest.mark.whole
 @quick
 @sizes
 @pytest.mark.parametrize("row", range(4))
@@ -217,6 +217,7 @@ def test_kl_is_the_sum_over_all_subsets():
     assert other == jnp.inf
 
 
+@pytest.mark.whole
 @quick
 def test_rows_with_a_count_of_their_own_have_its_law():
     """Draws, marginals, probabilities and gradients of each row are the sums over the subsets of its size."""

@@ -54,7 +54,6 @@ def test_a_mixture_starts_at_its_exact_posterior(vector):
     np.testing.assert_allclose(guide.probs(params)["z"], exact, atol=0.003)
 
 
-@pytest.mark.whole
 def test_starts_are_ranked_by_their_bound():
     """The expected log-joint and the entropy, in the unconstrained space of a positive site."""
 
@@ -87,7 +86,6 @@ def coupled():
     numpyro.sample("x", dist.Normal(n, 0.3).to_event(1), obs=np.array([0.0, 3.0]))
 
 
-@pytest.mark.whole
 def test_coupled_elements_are_visited_one_after_another():
     guide, params = started(coupled, init="data")
     found = guide.probs(params)

@@ -156,7 +156,7 @@ def test_the_form_for_accelerators_is_the_same(kind, potentials, for_accelerator
     assert chi_square(kind.which(draws), law(kind, potentials)[1]) > P_VALUE
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0, "7")
 @pytest.mark.parametrize("steps", [2, 4, 7, 12])
 def test_a_tree_of_any_number_of_steps(steps, for_accelerators):
     """Some levels have padding: probabilities of pairs of classes at neighboring steps, also by draws."""
@@ -224,7 +224,7 @@ FORBIDDEN = {
 }
 
 
-@pytest.mark.few(0, "chains")
+@pytest.mark.few(0, "trees")
 @pytest.mark.parametrize(("kind", "potentials"), FORBIDDEN.values(), ids=list(FORBIDDEN))
 def test_what_is_forbidden_is_never_drawn_and_has_no_gradient(kind, potentials):
     total, p = law(kind, potentials)
@@ -402,6 +402,7 @@ def test_jit_eager_vmap_and_batches_agree(kind, potentials):
     assert np.abs(np.corrcoef(flat.T)[np.triu_indices(3, 1)]).max() < 4.8 / np.sqrt(2000)
 
 
+@pytest.mark.whole
 def test_any_log_partition_has_its_relaxation():
     """One class gives Gumbel-softmax; trees give points of the hull; a pytree has noise on each leaf."""
     logits = jnp.array([[0.3, -1.0, 0.5], [2.0, 0.0, -np.inf]])
