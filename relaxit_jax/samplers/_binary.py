@@ -224,6 +224,9 @@ def _times_root_jvp(primals, tangents):
     return z, z * sigmoid(-primals[1]) / 2 * tangents[1]
 
 
+_times_root = jax.jit(_times_root)
+
+
 def stochastic_times_smooth_log_prob(value: ArrayLike, logits: ArrayLike) -> Array:
     """Log-mass of `stochastic_times_smooth`, two atoms.
 

@@ -242,6 +242,9 @@ def _stretched_jvp(a, b, primals, tangents):
     return z, slope * tangents[0]
 
 
+_stretched = jax.jit(_stretched, static_argnums=(0, 1))
+
+
 def hard_concrete_log_prob(
     value: ArrayLike,
     logits: ArrayLike,
