@@ -290,6 +290,7 @@ def test_auto_mean_field_draws_from_its_probabilities(read_guide):
     assert {name: x.shape for name, x in one.items()} == {name: x[1:] for name, x in shapes.items()}
 
 
+@pytest.mark.whole
 def test_auto_mean_field_has_the_quantiles_of_its_law(read_guide):
     """Counts and bits agree with SciPy, as does the normal; classes have no order and are left out."""
     guide, params = read_guide

@@ -107,7 +107,7 @@ def test_rloo_has_less_variance_than_reinforce_and_is_in_reports(name):
         assert report["relaxed"]["biased"] and report["relaxed"]["variance"] < report["rloo"]["variance"]
 
 
-@pytest.mark.few(0, "order")
+@pytest.mark.whole
 @families
 def test_several_in_one_event_and_aux(name):
     """Both rows belong to one call of f, so the log-probabilities add up."""

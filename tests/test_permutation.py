@@ -162,6 +162,7 @@ def test_impossible_places():
         rj.gumbel_sinkhorn(KEY, jnp.zeros((2, 3)), 0.5)
 
 
+@pytest.mark.whole
 def test_an_item_that_is_sure_to_be_last():
     """With a logit of -inf, the others keep their law, and it has no gradient; two are an error, or NaN."""
     logits = jnp.array([0.3, -jnp.inf, 1.0])
