@@ -140,7 +140,7 @@ def test_large_problems_are_right_in_float32_and_small_in_memory(n, k):
             np.testing.assert_allclose(slope, exact(jnp.asarray(row, jnp.float64)), atol=2e-6)
 
 
-@pytest.mark.whole
+@pytest.mark.few(1)
 @quick
 @sizes
 @pytest.mark.parametrize("row", range(4))
