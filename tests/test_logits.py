@@ -47,6 +47,7 @@ def test_bernoulli_entropy_and_kl():
     np.testing.assert_array_equal(rj.bernoulli_entropy(certain), 0)
 
 
+@pytest.mark.whole
 @quick
 def test_their_gradients():
     """They match the closed form; finite for impossible classes, and where the divergence is infinite."""
@@ -138,7 +139,6 @@ def test_mixing_keeps_far_logits_finite():
         rj.mix_uniform(P, np.full((5, 1), 0.1, np.float32))
 
 
-@pytest.mark.whole
 @quick
 def test_a_gaussian_gate_is_open_with_the_probability_beside_its_atom():
     loc, scale = np.float32([-4, 0.0, 0.3, 1.4]), np.float32([0.5, 1, 2, 0.1])

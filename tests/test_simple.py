@@ -217,7 +217,6 @@ def test_kl_is_the_sum_over_all_subsets():
     assert other == jnp.inf
 
 
-@pytest.mark.whole
 @quick
 def test_rows_with_a_count_of_their_own_have_its_law():
     """Draws, marginals, probabilities and gradients of each row are the sums over the subsets of its size."""

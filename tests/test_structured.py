@@ -247,7 +247,7 @@ def test_what_is_forbidden_is_never_drawn_and_has_no_gradient(kind, potentials):
         assert np.isfinite(slope).all() and (np.asarray(slope)[np.isneginf(x)] == 0).all()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(0, "Trees-0")
 @pytest.mark.parametrize("seed", range(4))
 @kinds
 def test_potentials_far_apart_are_right_and_finite(kind, seed):
