@@ -245,7 +245,7 @@ def z_scores(gradients, expected, error=0.0):
     return np.abs(mean - flat(expected, 1)[0]) / (np.hypot(spread, error) + 1e-5)
 
 
-@pytest.mark.few(0, "[simple_top_k]", "[straight_through_categorical]")
+@pytest.mark.few(0, "[simple_top_k]", "[straight_through_categorical]", "[gaussian_bernoulli]")
 @rows(*(set(OWED) - {"no density", "own atom"}))
 def test_gradients_of_the_bounds(case):
     """The site is in a plate, in a scan, and in a minibatch with a scale and a mask."""
