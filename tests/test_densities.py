@@ -343,6 +343,7 @@ def test_the_l0_penalty_is_the_mass_beside_the_atom_and_has_its_slopes():
 
 
 @pytest.mark.whole
+@pytest.mark.usefixtures("as_users_compile")
 def test_a_shared_factor_is_not_copied_for_each_row():
     rows_, size = 2000, 50
     factor = jnp.eye(size)
