@@ -99,7 +99,7 @@ def jang(kind, latents, rows):
         data="fixed binarization",
         rows={name: Row(name, {BOUND: {"end": figure}}) for name, figure in rows.items()},
         differs="Steps, batch and first weights are not published: ours are 100 epochs of batches of 20 with "
-        "the largest rate of their grid, exact KL, a learned prior, tau = max(exp(-1e-4 t), .5).",
+        "one rate of their grid, exact KL, a learned prior, tau = max(exp(-1e-4 t), .5).",
         latents=latents,
         prior_learned=True,
         batch_size=20,
