@@ -69,7 +69,61 @@ def top_k(x, k):
     if k == 1:
         return _top_one(x)
     exact = functools.partial(jax.lax.approx_max_k, k=k, recall_target=1.0)
-    return tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(jax.lax.top_k, k=k)))
+    plain = top_few if k <= FEW else jax.lax.top_k
+    return tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(plain, k=k)))
+
+
+FEW = 8  # numbers, or draws, that become one expression
+
+
+def top_few(x, k):
+    """The k largest and their indices with one reduction, like `largest_of_pairs`: x need not be stored.
+
+    jax.lax.top_k sorts every row on a GPU. Each operand here is a sorted list of k pairs; two are merged by a
+    bitonic network (K. E. Batcher, 1968, Sorting Networks and Their Applications). As in jax.lax.top_k, NaN
+    counts as the largest, and of equals the first comes first.
+    """
+    n, length = x.shape[-1], 1 << (k - 1).bit_length()
+
+    def ordered(one, other):
+        (x, i), (y, j) = one, other
+        before = (x > y) | ((x != x) & (y == y))
+        after = (y > x) | ((y != y) & (x == x))
+        swap = after | (~before & (j < i))
+        return (where(swap, y, x), where(swap, j, i)), (where(swap, x, y), where(swap, i, j))
+
+    def merged(run):
+        if len(run) == 1:
+            return run
+        half = len(run) // 2
+        first, second = zip(*map(ordered, run[:half], run[half:]), strict=True)
+        return merged(first) + merged(second)
+
+    def union(one, other):
+        one, other = (list(zip(each[:k], each[k:], strict=True)) for each in (one, other))
+        apart = length - k  # places of a full run that only one of the lists takes
+        both = [ordered(a, b)[0] for a, b in zip(one[apart:], other[apart:][::-1], strict=True)]
+        values, indices = zip(*merged([*one[:apart], *both, *other[:apart][::-1]])[:k], strict=True)
+        return values + indices
+
+    never, nowhere = jnp.array(-jnp.inf, x.dtype), jnp.array(n, jnp.int32)
+    places = pl.placed(jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape), x)
+    absent = [pl.placed(jnp.broadcast_to(value, x.shape), x) for value in (never, nowhere)]
+    operands = (jax.lax.stop_gradient(x), *[absent[0]] * (k - 1), places, *[absent[1]] * (k - 1))
+    found = jax.lax.reduce(operands, (never,) * k + (nowhere,) * k, union, (x.ndim - 1,))
+    indices = jnp.stack(found[k:], -1)
+    return [_entries(jnp.stack(found[:k], -1), x, indices), indices]
+
+
+@jax.custom_jvp
+def _entries(values, x, indices):
+    """The entries of x with these indices; their values are known already."""
+    return values
+
+
+@_entries.defjvp
+def _entries_jvp(primals, tangents):
+    return _entries(*primals), jnp.take_along_axis(tangents[1], primals[2], -1)
 
 
 @functools.partial(jnp.vectorize, signature="(n)->(k),(k)")

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -315,6 +316,23 @@ def test_static_checks_hold_inside_a_jitted_function():
         jax.jit(lambda x: rj.relaxed_bernoulli(KEY, x, -1.0))(0.0)
     with pytest.raises(ValueError, match="known before tracing"):
         jax.jit(lambda x, k: rj.relaxed_top_k(KEY, x, k, 1.0))(jnp.zeros(3), 2)
+
+
+@pytest.mark.parametrize("k", range(2, lm.FEW + 1))
+def test_the_few_largest_by_one_reduction(k):
+    """As jax.lax.top_k finds them: NaN counts as the largest, and of equals the first comes first."""
+    rng = np.random.default_rng(k)
+    x = rng.integers(0, 6, (400, 13)).astype(np.float32)
+    for value, share in ((-np.inf, 0.1), (np.inf, 0.02), (np.nan, 0.05)):
+        x[rng.random(x.shape) < share] = value
+    x[0], x[1] = np.nan, -np.inf
+    chex.assert_trees_all_equal(jax.jit(lm.top_few, static_argnums=1)(x, k), jax.lax.top_k(x, k))
+
+    weights = rng.normal(size=(400, k)).astype(np.float32)
+    x = rng.normal(size=(4, 9)).astype(np.float32)
+    cubes = lambda f: lambda x: jnp.sum(weights[:4] * f(x, k)[0] ** 3)
+    for of in (jax.grad, jax.jacfwd, jax.hessian):
+        chex.assert_trees_all_close(*(of(cubes(f))(x) for f in (lm.top_few, jax.lax.top_k)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", [lm.index_of_largest, lm.largest_of_numbers, lm.largest_of_pairs])

@@ -462,11 +462,10 @@ def relaxed_top_k(
     k, logits, dtype = arg.subset_args(logits, k)
     tau = arg.as_tau(tau, logits.dtype)
     perturbed, _ = _perturb(key, logits, shape, per_event={"tau": tau.shape})
-    perturbed = pl.placed(perturbed, tau[..., None])
+    enough = jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
+    perturbed = where(enough, pl.placed(perturbed, tau[..., None]), jnp.nan)
 
     z = _sum_of_draws(k, perturbed, tau[..., None])
-    enough = jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
-    z = where(enough, z, jnp.nan)
     if not hard:
         return z.astype(dtype)
     return gr.straight_through(lm.k_hot(lm.top_k(perturbed, k)[1], z), z).astype(dtype)
@@ -474,22 +473,48 @@ def relaxed_top_k(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sum_of_draws(k, a, tau):
-    """The softmaxes of k draws, each from the elements that earlier draws have left.
+    """The softmaxes of k draws, each from the elements that earlier draws have left."""
+    kept = functools.partial(_draws_kept, k)
+    if k > lm.FEW:
+        return kept(a, tau)
+    again = functools.partial(_draws_repeated, k)
+    return jax.lax.platform_dependent(a, tau, cuda=again, rocm=again, default=kept)
 
-    For each draw, the backward pass keeps the exponentials and recomputes the rest from them. A few draws are
-    one expression, which compilers fuse: one kernel on a GPU, and a tenth less time on a CPU. For many draws,
-    a loop that takes several at a time would keep twice as much.
+
+def _draws_kept(k, a, tau):
+    """Keep the exponentials of each draw for the backward pass, which recomputes the rest from them.
+
+    A few draws as one expression take a tenth less time on a CPU. For many draws, a loop that takes several
+    at a time would keep twice as much.
     """
     kept = jax.checkpoint_policies.save_only_these_names("exponentials")
+    draw = jax.checkpoint(functools.partial(_draw, tau), prevent_cse=False, policy=kept)
+    start = a, jnp.zeros_like(a)
+    return jax.lax.scan(draw, start, length=k, unroll=k if k <= lm.FEW else 1)[0][1]
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=kept)
-    def draw(carry, _):
-        a, z = carry
-        o, log_rest = _softmax_and_rest(a, tau)
-        return (a + log_rest, z + o), None
 
-    (_, z), _ = jax.lax.scan(draw, (a, jnp.zeros_like(a)), length=k, unroll=k if k <= 8 else 1)
-    return z
+def _draws_repeated(k, a, tau):
+    """Keep nothing: then a GPU computes all draws in one kernel, and two for each draw in the backward pass.
+
+    A part that is kept for later would split these kernels, and so would a part that the compiler finds in
+    both passes; the checkpoints prevent both.
+    """
+    draw = jax.checkpoint(functools.partial(_draw, tau))
+
+    @jax.checkpoint
+    def draws(a):
+        carry = a, jnp.zeros_like(a)
+        for _ in range(k):
+            carry, _ = draw(carry, None)
+        return carry[1]
+
+    return draws(a)
+
+
+def _draw(tau, carry, _):
+    a, z = carry
+    o, log_rest = _softmax_and_rest(a, tau)
+    return (a + log_rest, z + o), None
 
 
 @jax.custom_jvp
@@ -532,9 +557,9 @@ def _softmax_and_rest_jvp(primals, tangents):
         # y, up to a shared constant, which changes nothing; entries without a share do not matter
         y = where(first, lead, jnp.log(where(e > 0, e, 1)))
         y_dot = y_dot - y * (tau_dot / tau)
-    centred = y_dot - jnp.sum(o * y_dot, -1, keepdims=True)
-    o_dot = o * centred
-    of_first = jnp.sum(where(first, 0, e) * centred, -1, keepdims=True) * per_others
+    mean = jnp.sum(o * y_dot, -1, keepdims=True)
+    of_first = jnp.sum(where(first, 0, e) * y_dot, -1, keepdims=True) * per_others - mean
+    o_dot = o * (y_dot - mean)
     log_rest_dot = where(first, of_first, -o_dot / where(first, 1, 1 - o))
     return (o, log_rest), (o_dot, log_rest_dot)
 
