@@ -72,7 +72,7 @@ WAYS = ("jit", "shard_map", "explicit")
 PASSES = ("forward", "forward + backward")
 FUSED = {  # have kernels inside `fused_kernels(True)`
     "gumbel_softmax", "gumbel_softmax_hard", "straight_through_categorical", "decoupled_gumbel_softmax",
-    "gapped_straight_through", "reinmax", "gumbel_rao", "reinmax_rao",
+    "gapped_straight_through", "reinmax", "gumbel_rao", "reinmax_rao", "gumbel_top_k", "relaxed_top_k",
 }  # fmt: skip
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
 AHEAD = ("copy-start", "copy-done", "slice-start", "slice-done")

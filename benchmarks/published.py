@@ -86,7 +86,7 @@ def falling(step):
 
 
 def momentum(rate):
-    """Gradient descent with momentum 0.9; Adam for control variates, whose gradient is far larger at first."""
+    """Gradient descent with momentum 0.9; Adam for control variates, whose gradients are far larger."""
     return optax.multi_transform(
         {"model": optax.sgd(rate, momentum=0.9), "variate": optax.adam(rate)}, ("model", "variate")
     )

@@ -27,15 +27,18 @@ def fused_kernels(enabled: bool) -> contextlib.AbstractContextManager[None]:
 
     Inside ``with fused_kernels(True):`` these samplers have such kernels: `gumbel_softmax`,
     `straight_through_categorical`, `decoupled_gumbel_softmax`, `gapped_straight_through`, `reinmax`,
-    `gumbel_rao` and `reinmax_rao`. The kernels use the same random numbers as the plain form, and draws and
-    gradients agree with it up to rounding. The plain form is still used on CPUs, in float64, on explicit
-    meshes, for keys of other types than Threefry, if ``shape`` repeats the logits, for more than 16,384
-    classes on a TPU, and for the gradients of `gumbel_rao` and `reinmax_rao` with more than 4,096 classes.
+    `gumbel_rao` and `reinmax_rao`, and `gumbel_top_k` and `relaxed_top_k` with up to 8 of at most 4,096
+    elements. The kernels use the same random numbers as the plain form, and draws and gradients agree with it
+    up to rounding. The plain form is still used on CPUs, in float64, on explicit meshes, for keys of other
+    types than Threefry, if ``shape`` repeats the logits, for more than 16,384 classes on a TPU, and for the
+    gradients of `gumbel_rao` and `reinmax_rao` with more than 4,096 classes.
 
     The kernels are off by default: they have been compiled for an H100 and a TPU v5e and run in an
     interpreter, but not timed on a device. A compiler cannot partition a kernel. If arrays are sharded, call
     the sampler inside `jax.shard_map`: otherwise a GPU program gathers the whole array, and a TPU program
-    does not compile. Forward-mode derivatives of `gumbel_rao` and `reinmax_rao` are an error inside.
+    does not compile. Inside, forward-mode derivatives are an error for `gumbel_rao`, `reinmax_rao`,
+    `relaxed_top_k` and, with up to 4,096 classes, for hard draws of `gumbel_softmax` and
+    `decoupled_gumbel_softmax`.
 
     Args:
       enabled: True or False.
@@ -60,8 +63,10 @@ def fused_kernels(enabled: bool) -> contextlib.AbstractContextManager[None]:
     return _chosen(bool(enabled))
 
 
-def fits(key, logits, shape):
-    """Whether the kernels are selected and can make a draw of this batch shape."""
+def fits(key, logits, shape, k=0):
+    """Whether the kernels are selected and can make a draw of this batch shape (of k elements)."""
+    if k > lm.FEW or (k and logits.shape[-1] > PIECE):
+        return False
     if not _chosen.value or (*shape, logits.shape[-1]) != logits.shape or logits.dtype == jnp.float64:
         return False
     return (
@@ -87,8 +92,8 @@ def index_of_noisy(logits, noise):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def plain_softmax(log_space, dtype, shape, key, logits, tau):
     """softmax((logits + G) / tau) with this batch shape, or its logarithm, in the plain form."""
-    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, logits.shape[-1]), logits)
-    return (gr.log_softmax if log_space else gr.softmax)(perturbed, tau).astype(dtype)
+    softmax = gr.log_softmax if log_space else gr.softmax
+    return softmax(rng.perturbed(key, logits, shape), tau).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -151,26 +156,80 @@ def _mean_softmax_fwd(plain_slope, num_samples, shift, given, *arguments):
 
 
 def _mean_softmax_bwd(plain_slope, num_samples, shift, given, arguments, cotangent):
-    key, index, logits, tau = arguments
-
-    def plain(key, index, logits, tau, cotangent):
+    def plain(key, logits, tau, index, cotangent):
         log_p = log_softmax(logits) + shift
         slope = functools.partial(plain_slope, num_samples, logits, key, index, log_p, logits, tau)
         of_logits, of_tau = jax.linear_transpose(slope, logits, tau)(cotangent)
         return [of_logits.astype(given), of_tau]
 
-    like = logits, tau, index, cotangent
-    out = [_out(logits.shape, given, *like), _out((*logits.shape[:-1], 1), tau.dtype, *like)]
-    kernel = "mean_slope", num_samples, shift, out, given
-    vary = lambda x, shape: pl.vary_as(jnp.broadcast_to(x, shape), *like)
-    arrays = (vary(index, index.shape), vary(logits, logits.shape), vary(tau, out[1].shape), cotangent)
-    of_logits, of_tau = _by_platform(plain, kernel, logits.shape[-1], key, *arrays)
-    back = lambda x, shape, ct: jax.linear_transpose(lambda x: vary(x, shape), x)(ct)[0]
-    of_logits = back(logits, logits.shape, of_logits.astype(logits.dtype))
-    return None, None, of_logits, back(tau, out[1].shape, of_tau)
+    key, index, logits, tau = arguments
+    kernel = "mean_slope", num_samples, shift
+    return None, None, *_pulled(plain, kernel, given, key, logits, tau, (index,), cotangent)
 
 
 mean_softmax.defvjp(_mean_softmax_fwd, _mean_softmax_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def slope_of(soft, plain, k, given, key, logits, tau):
+    """An unused value with the derivative of soft(k, logits + G, tau), G the noise of a draw.
+
+    ``soft`` is a function that kernels can contain; ``plain`` is the same elsewhere.
+    """
+    return pl.placed(jnp.zeros_like(logits), tau)
+
+
+def _slope_of_fwd(*arguments):
+    return slope_of(*arguments), arguments[-3:]
+
+
+def _slope_of_bwd(soft, plain, k, given, arguments, cotangent):
+    def from_plain(key, logits, tau, cotangent):
+        soft_of = lambda logits, tau: plain(k, rng.perturbed(key, logits, logits.shape[:-1]), tau)
+        of_logits, of_tau = jax.vjp(soft_of, logits, tau)[1](cotangent)
+        return [of_logits.astype(given), of_tau]
+
+    key, logits, tau = arguments
+    return None, *_pulled(from_plain, ("slope", soft, k), given, key, logits, tau, (), cotangent)
+
+
+slope_of.defvjp(_slope_of_fwd, _slope_of_bwd)
+
+
+def top_few(key, logits, k, given):
+    """The k largest of logits + G and their indices, without a derivative."""
+
+    def plain(key, logits):
+        values, indices = lm.top_k(rng.perturbed(key, logits, logits.shape[:-1]), k)
+        return [values + jnp.max(logits, -1, keepdims=True), indices]
+
+    logits = jax.lax.stop_gradient(logits)
+    out = [_out((*logits.shape[:-1], k), dtype, logits) for dtype in (logits.dtype, jnp.int32)]
+    return _by_platform(plain, ("few", k, out, given), logits.shape[-1], key, logits)
+
+
+def relaxed(soft, plain, k, given, key, logits, tau):
+    """soft(k, logits + G, tau) with its derivative; see `slope_of`."""
+
+    def from_plain(key, logits, tau):
+        return plain(k, rng.perturbed(key, logits, logits.shape[:-1]), tau).astype(given)
+
+    fixed, tau_of_rows = jax.lax.stop_gradient((logits, jnp.broadcast_to(tau, (*logits.shape[:-1], 1))))
+    kernel = "relaxed", soft, k, [_out(logits.shape, given, logits, tau)], given
+    value = _by_platform(from_plain, kernel, logits.shape[-1], key, fixed, tau_of_rows)
+    return gr.straight_through(value, slope_of(soft, plain, k, given, key, logits, tau).astype(given))
+
+
+def _pulled(plain, kernel, given, key, logits, tau, others, cotangent):
+    """The gradients in logits and in tau, each in the shape and the dtype of the argument."""
+    like = logits, tau, *others, cotangent
+    out = [_out(logits.shape, given, *like), _out((*logits.shape[:-1], 1), tau.dtype, *like)]
+    vary = lambda x, shape: pl.vary_as(jnp.broadcast_to(x, shape), *like)
+    arrays = vary(logits, logits.shape), vary(tau, out[1].shape), *(vary(x, x.shape) for x in others)
+    of_logits, of_tau = _by_platform(plain, (*kernel, out, given), logits.shape[-1], key, *arrays, cotangent)
+    back = lambda x, shape, ct: jax.linear_transpose(lambda x: vary(x, shape), x)(ct)[0]
+    of_logits = back(logits, logits.shape, of_logits.astype(logits.dtype))
+    return of_logits, back(tau, out[1].shape, of_tau)
 
 
 def _out(shape, dtype, *like):

@@ -82,7 +82,53 @@ def _relax(score, rows, words, logits, tau, out):
     rows.over_pieces(write, 0)
 
 
-def mean_slope(num_samples, shift, out, given, interpret, device, key, index, logits, tau, cotangent):
+def few(k, out, given, interpret, device, key, logits):
+    """The k largest of the logits with noise, decreasing, and their indices."""
+    return _Rows(device, interpret, logits).call(functools.partial(_few, k), out, key, logits.astype(given))
+
+
+def _few(k, rows, words, logits, values, indices):
+    top = _top(rows, logits)
+    x, place = _noisy("gumbel", rows, words, logits, top, 0), rows.place_in_row(0)
+    nan = _largest(jnp.where(x != x, 1, 0)) > 0
+    left = rows.inside(0)
+    for j in range(k):
+        here = _largest(jnp.where(left, x, -jnp.inf))
+        first = jnp.min(jnp.where(left & (x == here), place, rows.classes), 1, keepdims=True)
+        rows.write_column(values, jnp.where(nan, jnp.nan, here + top), j)
+        rows.write_column(indices, jnp.where(nan, j, first), j)
+        left = left & (place != first)
+
+
+def relaxed(soft, k, out, given, interpret, device, key, logits, tau):
+    """A draw of soft(k, logits with noise, tau)."""
+    rows = _Rows(device, interpret, logits, arrays=2 * k)
+    return rows.call(functools.partial(_apply, soft, k), out, key, logits.astype(given), tau)[0]
+
+
+def _apply(soft, k, rows, words, logits, tau, out):
+    x = _noisy("gumbel", rows, words, logits, _top(rows, logits), 0)
+    # Mosaic has no custom derivatives; taking one leaves plain operations, and its own are never used
+    value, _ = jax.vjp(functools.partial(soft, k), x, rows.read(tau, other=1.0))
+    rows.write(out, value)
+
+
+def slope(soft, k, out, given, interpret, device, key, logits, tau, cotangent):
+    """The gradient of such a draw in the logits and in tau."""
+    rows = _Rows(device, interpret, logits, arrays=4 * k)
+    body = functools.partial(_pull, soft, k)
+    return rows.call(body, out, key, logits.astype(given), tau, cotangent.astype(given))
+
+
+def _pull(soft, k, rows, words, logits, tau, cotangent, of_logits, of_tau):
+    x = _noisy("gumbel", rows, words, logits, _top(rows, logits), 0)
+    _, pull = jax.vjp(functools.partial(soft, k), x, rows.read(tau, other=1.0))
+    of_x, along = pull(rows.read(cotangent).astype(jnp.float32))
+    rows.write(of_logits, of_x)
+    rows.write(of_tau, along)
+
+
+def mean_slope(num_samples, shift, out, given, interpret, device, key, logits, tau, index, cotangent):
     """The gradient in the logits and in tau that `_straight_through._mean_slope` returns."""
     keys = jax.vmap(jax.random.split)(jax.random.split(key, num_samples))
     rows = _Rows(device, interpret, logits)
@@ -121,13 +167,15 @@ def _slope(num_samples, shift, rows, words, logits, tau, index, cotangent, of_lo
 class _Rows:
     """The rows that a program processes, how it reads and writes them, and the call of the kernel."""
 
-    def __init__(self, device, interpret, logits):
+    def __init__(self, device, interpret, logits, arrays=1):
         self.device, self.interpret = device, interpret
         self.classes = logits.shape[-1]
         self.count = logits.size // self.classes
         on_gpu = device == "cuda"
         self.width = min(pallas.next_power_of_2(self.classes), PIECE) if on_gpu else self.classes
-        self.height = max(1, PIECE // 2 // self.width) if on_gpu else 16
+        # as many rows as there is space for with so many arrays of them, a power of 2
+        rows = PIECE // 2 // pallas.next_power_of_2(arrays) // self.width
+        self.height = max(1, rows) if on_gpu else 16
         self.pieces = pallas.cdiv(self.classes, self.width)
 
     def over_pieces(self, turn, start):
@@ -168,6 +216,13 @@ class _Rows:
         else:
             part, mask = self._part(ref, c)
             triton.store(part, value.astype(ref.dtype), mask=mask)
+
+    def write_column(self, ref, value, j):
+        if self.device == "tpu":
+            ref[:, j : j + 1] = value.astype(ref.dtype)
+        else:
+            part = ref.at[pallas.ds(self.first, self.height), pallas.ds(j, 1)]
+            triton.store(part, value.astype(ref.dtype), mask=self.row(1) < self.count)
 
     def call(self, body, out, keys, *arrays):
         """Call the kernel on the words of keys, which every row needs, and on arrays of one or all rows."""

@@ -112,18 +112,19 @@ def top_few(x, k):
     operands = (jax.lax.stop_gradient(x), *[absent[0]] * (k - 1), places, *[absent[1]] * (k - 1))
     found = jax.lax.reduce(operands, (never,) * k + (nowhere,) * k, union, (x.ndim - 1,))
     indices = jnp.stack(found[k:], -1)
-    return [_entries(jnp.stack(found[:k], -1), x, indices), indices]
+    return [entries(jnp.stack(found[:k], -1), x, indices), indices]
 
 
 @jax.custom_jvp
-def _entries(values, x, indices):
+def entries(values, x, indices):
     """The entries of x with these indices; their values are known already."""
     return values
 
 
-@_entries.defjvp
-def _entries_jvp(primals, tangents):
-    return _entries(*primals), jnp.take_along_axis(tangents[1], primals[2], -1)
+@entries.defjvp
+def entries_jvp(primals, tangents):
+    slope = jnp.take_along_axis(tangents[1], primals[2], -1)
+    return entries(*primals), slope.astype(primals[0].dtype)
 
 
 @functools.partial(jnp.vectorize, signature="(n)->(k),(k)")

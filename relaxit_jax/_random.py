@@ -117,6 +117,11 @@ def gumbel(key, shape, like):
     return -jnp.log(exponential(key, shape, like))
 
 
+def perturbed(key, logits, shape):
+    """Centered logits plus Gumbel noise, with this batch shape."""
+    return lm.centre(logits) + gumbel(key, (*shape, logits.shape[-1]), logits)
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def categorical(key, logits, shape):
     """The index of the drawn class, of shape (*shape, 1); K where the logits of an element are not a law.

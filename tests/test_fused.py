@@ -25,8 +25,16 @@ SAMPLERS = {
     "reinmax": rj.reinmax,
     "gumbel_rao": rj.gumbel_rao,
     "reinmax_rao": rj.reinmax_rao,
+    "gumbel_top_k": lambda key, logits, tau: rj.gumbel_top_k(key, logits, min(3, logits.shape[-1]))[1],
+    "relaxed_top_k": lambda key, logits, tau: rj.relaxed_top_k(key, logits, min(3, logits.shape[-1]), tau),
+    "relaxed_top_k, hard": lambda key, logits, tau: rj.relaxed_top_k(
+        key, logits, min(3, logits.shape[-1]), tau, hard=True
+    ),
 }
-EXACT = [name for name in SAMPLERS if name not in ("gumbel_softmax", "gumbel_softmax, log_space")]
+SOFT = ["gumbel_softmax", "gumbel_softmax, log_space", "relaxed_top_k"]
+EXACT = [name for name in SAMPLERS if name not in SOFT]
+ONE_HOT = [name for name in EXACT if "top_k" not in name]
+WHOLE_ROWS = [name for name in SAMPLERS if "top_k" in name or "rao" in name]  # no kernel for longer ones
 samplers = pytest.mark.parametrize("name", SAMPLERS)
 
 
@@ -77,9 +85,8 @@ def test_draws_and_gradients_are_those_of_the_plain_form(name, dtype, layout, fu
     logits[..., 0] = -np.inf if shape[-1] > 1 else 0
     args = jnp.asarray(logits, dtype), jnp.float32(tau)
     gradient = loss_and_draw(name, KEY)
-    slopes, draw = (
-        fused(gradient, *args) if shape[-1] <= 4096 or "rao" not in name else jax.jit(gradient)(*args)
-    )
+    fits = shape[-1] <= 4096 or name not in WHOLE_ROWS
+    slopes, draw = (fused if fits else lambda f, *args: jax.jit(f)(*args))(gradient, *args)
     plain, expected = jax.jit(gradient)(*args)
     one_rounding = float(jnp.finfo(dtype).eps)
     as_float = functools.partial(np.asarray, dtype=np.float32)
@@ -98,7 +105,7 @@ def test_draws_and_gradients_are_those_of_the_plain_form(name, dtype, layout, fu
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ONE_HOT)
 def test_exact_draws_have_the_discrete_law(name, fused):
     logits = np.array([0.5, -1.0, 2.0, 0.1, -3.0], "f")
     many = jnp.broadcast_to(logits, (200_000, 5))
@@ -107,7 +114,10 @@ def test_exact_draws_have_the_discrete_law(name, fused):
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize("name", ["gumbel_softmax, hard", "gumbel_rao", "reinmax"])
+@pytest.mark.parametrize(
+    "name",
+    ["gumbel_softmax, hard", "gumbel_rao", "reinmax", "gumbel_top_k", "relaxed_top_k", "relaxed_top_k, hard"],
+)
 def test_a_nan_is_shown_in_its_row_alone(name, fused):
     logits = jnp.zeros((9, 3)).at[4, 1].set(jnp.nan).at[6].set(-jnp.inf)
     draw = fused(lambda l: SAMPLERS[name](KEY, l, 0.5), logits)
@@ -182,6 +192,18 @@ def test_a_cpu_draws_by_the_plain_form(name, shape, tau):
     chex.assert_trees_all_close(inside[0], plain[0], rtol=2e-5, atol=2e-6)
 
 
-def test_a_forward_mode_derivative_of_the_fused_mean_is_an_error():
+@pytest.mark.parametrize("name", ["gumbel_rao", "gumbel_softmax, hard", "relaxed_top_k"])
+def test_a_forward_mode_derivative_of_a_backward_kernel_is_an_error(name):
     with rj.fused_kernels(True), pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda l: rj.gumbel_rao(KEY, l, 0.5), (jnp.zeros(3),), (jnp.ones(3),))
+        jax.jvp(lambda l: SAMPLERS[name](KEY, l, 0.5), (jnp.zeros(3),), (jnp.ones(3),))
+
+
+def test_too_few_possible_elements_are_shown(fused):
+    """As in the plain form: the k-hot draws are NaN, and the values of the missing elements are -inf."""
+    logits = jnp.array([[0.0, -jnp.inf, 1.0, -jnp.inf], [0.0, 1.0, 2.0, -jnp.inf]])
+    indices, values = fused(lambda l: rj.gumbel_top_k(KEY, l, 3), logits)
+    assert (values[0] == -jnp.inf).tolist() == [False, False, True] and jnp.isfinite(values[1]).all()
+    assert len(set(indices[0].tolist())) == 3
+    for hard in (False, True):
+        draw = fused(lambda l, hard=hard: rj.relaxed_top_k(KEY, l, 3, 0.5, hard=hard), logits)
+        assert jnp.isnan(draw[0]).all() and jnp.isfinite(draw[1]).all()

@@ -215,6 +215,39 @@ MUTATIONS = [
         "plain_form",
     ),
     (
+        "a fused kernel finds the same element again",
+        "relaxit_jax/_kernels.py",
+        "left = left & (place != first)",
+        "left = left & (place > -1)",
+        "test_fused.py",
+        "plain_form and gumbel_top_k",
+    ),
+    (
+        "a fused gradient forgets the noise",
+        "relaxit_jax/_kernels.py",
+        "    _, pull = jax.vjp(functools.partial(soft, k), x, rows",
+        "    x = rows.read(logits, 0, -jnp.inf).astype(jnp.float32)\n"
+        "    _, pull = jax.vjp(functools.partial(soft, k), x, rows",
+        "test_fused.py",
+        "plain_form and top_k",
+    ),
+    (
+        "the few largest on a GPU are the last of equals",
+        MATHS,
+        "swap = after | (~before & (j < i))",
+        "swap = after | (~before & (j > i))",
+        "test_numerics.py",
+        "few_largest",
+    ),
+    (
+        "the slope of log(1 - o) without the mean",
+        f"{SAMPLERS}/_subset.py",
+        "keepdims=True) * per_others - mean",
+        "keepdims=True) * per_others",
+        "test_numerics.py test_subset.py test_samplers.py",
+        "relaxed_top_k or tempered",
+    ),
+    (
         "potentials of gumbel_sinkhorn without the second numbers",
         f"{SAMPLERS}/_permutation.py",
         "(lost + low)",
@@ -754,7 +787,7 @@ MUTATIONS = [
     (
         "the largest k by jax.lax.top_k",
         MATHS,
-        "tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(jax.lax.top_k, k=k)))",
+        "tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(plain, k=k)))",
         "tuple(jax.lax.top_k(x, k))",
         "test_sharding.py",
         "asks_nobody",

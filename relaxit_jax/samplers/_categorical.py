@@ -83,6 +83,8 @@ def one_hot_of_noisy(key, logits, tau, shape, dtype):
         index = fused.index(False, dtype, key, logits)
 
         def soft(logits, tau, key):
+            if logits.shape[-1] <= fused.PIECE:
+                return fused.slope_of(_softmax_in_kernel, _softmax, 1, dtype, key, logits, tau)
             return fused.noisy_softmax(False, dtype, dtype, key, logits, tau).astype(logits.dtype)
 
         return gr.one_hot(soft, index, logits, tau, key).astype(dtype)
@@ -90,6 +92,17 @@ def one_hot_of_noisy(key, logits, tau, shape, dtype):
     index = fused.index_of_noisy(logits, noise)
     soft = lambda logits, tau, noise: gr.slope_of_softmax(lm.centre(logits) + noise, tau)
     return gr.one_hot(soft, index, logits, tau, noise).astype(dtype)
+
+
+def _softmax(_, x, tau):
+    return gr.slope_of_softmax(x, tau)
+
+
+def _softmax_in_kernel(_, x, tau):
+    """The same without a derivative of its own: an entry at -inf is made finite for the gradient in tau."""
+    below = jnp.where(x == -jnp.inf, -1e30, x - jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)))
+    weights = jnp.exp(below / tau)
+    return weights / jnp.sum(weights, -1, keepdims=True)
 
 
 def gumbel_softmax_log_prob(

@@ -82,7 +82,7 @@ def generalized_gumbel_softmax(
     tau = arg.as_tau(tau, logits.dtype)
     batch = {"logits": logits.shape[:-1], "values": values.shape[:-1]}
     shape = arg.batch_shape(shape, **batch, per_event={"tau": tau.shape})
-    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, classes), logits)
+    perturbed = rng.perturbed(key, logits, shape)
     weights = gr.softmax(perturbed, tau[..., None])
     soft = jnp.sum(weights * values, -1)
     if not hard:

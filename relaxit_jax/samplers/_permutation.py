@@ -79,7 +79,7 @@ def gumbel_sinkhorn(
     tau = arg.as_tau(tau, logits.dtype)
     shape = arg.batch_shape(shape, logits=logits.shape[:-2], per_event={"tau": tau.shape})
     # adding a constant to a row changes neither S nor the best permutation; lm.centre says why it is centered
-    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, n, n), logits)
+    perturbed = rng.perturbed(key, logits, (*shape, n))
     z = _sinkhorn(num_iters, lm.over_tau(perturbed, tau[..., None, None]))
     if not hard:
         return z.astype(dtype)
@@ -127,7 +127,7 @@ def relaxed_permutation(
     tau = arg.as_tau(tau, logits.dtype)
     shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
     n = logits.shape[-1]
-    perturbed = lm.centre(logits) + rng.gumbel(key, (*shape, n), logits)
+    perturbed = rng.perturbed(key, logits, shape)
     places, order = lm.top_k(perturbed, n)
     last_place, last = places == -jnp.inf, perturbed == -jnp.inf
     distances = -jnp.abs(where(last_place, 0, places)[..., :, None] - where(last, 0, perturbed)[..., None, :])

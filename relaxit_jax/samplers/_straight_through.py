@@ -135,7 +135,7 @@ def decoupled_gumbel_softmax(
     taus = {"tau_forward": tau_forward, "tau_backward": tau_backward}
     dtype, logits, tau_forward, tau_backward = _arguments(key, logits, shape, **taus)
     if not hard:
-        perturbed = lm.centre(logits) + rng.gumbel(key, logits.shape, logits)
+        perturbed = rng.perturbed(key, logits, logits.shape[:-1])
         value, soft = (gr.softmax(perturbed, tau) for tau in (tau_forward, tau_backward))
         return gr.straight_through(value, soft).astype(dtype)
     # exact draws do not depend on tau_forward, but a NaN in it is shown as everywhere

@@ -16,6 +16,7 @@ from jax.nn import logsumexp
 from jax.typing import ArrayLike
 
 from relaxit_jax import _arguments as arg
+from relaxit_jax import _fused as fused
 from relaxit_jax import _gradients as gr
 from relaxit_jax import _math as lm
 from relaxit_jax import _placement as pl
@@ -56,19 +57,14 @@ def gumbel_top_k(
     >>> indices
     Array([2, 0], dtype=int32)
     """
-    k, logits, _ = arg.subset_args(logits, k)
-    perturbed, shift = _perturb(key, logits, shape)
-    values, indices = lm.top_k(perturbed, k)
-    return indices, values + shift
-
-
-def _perturb(key, logits, shape, per_event=()):
-    """Centered logits plus Gumbel noise, and the constant that centering subtracted."""
     arg.check_key(key)
-    shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event=per_event)
-    centred = lm.centre(logits)
-    noise = rng.gumbel(key, (*shape, logits.shape[-1]), logits)
-    return centred + noise, jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    k, logits, dtype = arg.subset_args(logits, k)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-1])
+    if fused.fits(key, logits, shape, k):
+        values, indices = fused.top_few(key, logits, k, dtype)
+        return indices, lm.entries(values, logits.astype(dtype), indices)  # as narrow as they are given
+    values, indices = lm.top_k(rng.perturbed(key, logits, shape), k)
+    return indices, values + jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
 
 
 def gumbel_top_k_log_prob(value: ArrayLike, logits: ArrayLike, *, ordered: bool = True) -> Array:
@@ -458,17 +454,43 @@ def relaxed_top_k(
     >>> relaxed_top_k(jax.random.key(0), jnp.zeros(5), 2, 0.5).sum().round(4)
     Array(2., dtype=float32)
     """
+    arg.check_key(key)
     arg.require_flags(hard=hard)
     k, logits, dtype = arg.subset_args(logits, k)
     tau = arg.as_tau(tau, logits.dtype)
-    perturbed, _ = _perturb(key, logits, shape, per_event={"tau": tau.shape})
-    enough = jnp.sum(logits != -jnp.inf, -1, keepdims=True) >= k
-    perturbed = where(enough, pl.placed(perturbed, tau[..., None]), jnp.nan)
+    shape = arg.batch_shape(shape, logits=logits.shape[:-1], per_event={"tau": tau.shape})
+    tau = tau[..., None]
+    if fused.fits(key, logits, shape, k):
+        how = _draws_in_kernel, _relaxed, k, dtype, key, logits, tau
+        if not hard:
+            return fused.relaxed(*how)
+        values, indices = fused.top_few(key, logits, k, dtype)
+        z = where(values[..., -1:] > -jnp.inf, fused.slope_of(*how), jnp.nan)
+    else:
+        perturbed = pl.placed(rng.perturbed(key, logits, shape), tau)
+        z = _sum_of_draws(k, perturbed, tau) + _nan_unless_enough(k, logits)
+        if not hard:
+            return z.astype(dtype)
+        indices = lm.top_k(perturbed, k)[1]
+    return gr.straight_through(lm.k_hot(indices, z), z).astype(dtype)
 
-    z = _sum_of_draws(k, perturbed, tau[..., None])
-    if not hard:
-        return z.astype(dtype)
-    return gr.straight_through(lm.k_hot(lm.top_k(perturbed, k)[1], z), z).astype(dtype)
+
+def _nan_unless_enough(k, logits):
+    """0, or NaN where fewer than k elements are possible; added, it costs the backward pass nothing."""
+    possible = jnp.sum(where(logits == -jnp.inf, 0.0, 1.0), -1, keepdims=True)
+    return where(possible >= k, 0.0, jnp.nan).astype(logits.dtype)
+
+
+def _relaxed(k, a, tau):
+    return _sum_of_draws(k, a, tau) + _nan_unless_enough(k, a)
+
+
+def _draws_in_kernel(k, a, tau):
+    """As `_relaxed`, without a choice between devices."""
+    carry = a, jnp.broadcast_to(_nan_unless_enough(k, a), a.shape)
+    for _ in range(k):
+        carry, _ = _draw(False, tau, carry, None)
+    return carry[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -488,7 +510,7 @@ def _draws_kept(k, a, tau):
     at a time would keep twice as much.
     """
     kept = jax.checkpoint_policies.save_only_these_names("exponentials")
-    draw = jax.checkpoint(functools.partial(_draw, tau), prevent_cse=False, policy=kept)
+    draw = jax.checkpoint(functools.partial(_draw, True, tau), prevent_cse=False, policy=kept)
     start = a, jnp.zeros_like(a)
     return jax.lax.scan(draw, start, length=k, unroll=k if k <= lm.FEW else 1)[0][1]
 
@@ -499,7 +521,7 @@ def _draws_repeated(k, a, tau):
     A part that is kept for later would split these kernels, and so would a part that the compiler finds in
     both passes; the checkpoints prevent both.
     """
-    draw = jax.checkpoint(functools.partial(_draw, tau))
+    draw = jax.checkpoint(functools.partial(_draw, False, tau))
 
     @jax.checkpoint
     def draws(a):
@@ -511,20 +533,20 @@ def _draws_repeated(k, a, tau):
     return draws(a)
 
 
-def _draw(tau, carry, _):
+def _draw(named, tau, carry, _):
     a, z = carry
-    o, log_rest = _softmax_and_rest(a, tau)
+    o, log_rest = _softmax_and_rest(named, a, tau)
     return (a + log_rest, z + o), None
 
 
-@jax.custom_jvp
-def _softmax_and_rest(a, tau):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax_and_rest(named, a, tau):
     """o = softmax(a / tau) and log(1 - o), which stays right where o rounds to 1."""
-    return _softmax_parts(a, tau)[:2]
+    return _softmax_parts(named, a, tau)[:2]
 
 
-def _softmax_parts(a, tau):
-    """The two results, then the values that their derivatives need.
+def _softmax_parts(named, a, tau):
+    """The two results, then the values that their derivatives need, named for checkpoints if asked to.
 
     1 - o can round to 0 only for the largest entry, where it is the share of the others. All exponentials use
     one shift, so that the others are not lost (they are at most 80 below it), and a largest entry that would
@@ -535,19 +557,20 @@ def _softmax_parts(a, tau):
     others = where(y == top, -jnp.inf, y)
     second = jnp.max(others, -1, keepdims=True)
     shift = where(second == -jnp.inf, top, jnp.minimum(top, second + 80))
-    e = checkpoint_name(jnp.exp(jnp.minimum(y - shift, 80)), "exponentials")
+    name = functools.partial(checkpoint_name, name="exponentials") if named else lambda x: x
+    e = name(jnp.exp(jnp.minimum(y - shift, 80)))
     total = jnp.sum(e, -1, keepdims=True)
     rest = jnp.sum(where(y == top, 0, e), -1, keepdims=True)
     o = e / total
     log_share = shift - top + jnp.log(rest) - jnp.log1p(rest * jnp.exp(shift - top))
     first = o > 0.5  # one at most
     log_rest = where(first, log_share, jnp.log1p(-where(first, 0, o)))
-    scales = checkpoint_name((1 / total, 1 / where(rest > 0, rest, 1), top - shift), "exponentials")
+    scales = name((1 / total, 1 / where(rest > 0, rest, 1), top - shift))
     return o, log_rest, e, *scales
 
 
-def _softmax_and_rest_jvp(primals, tangents):
-    o, log_rest, e, per_total, per_others, lead = _softmax_parts(*primals)
+def _softmax_and_rest_jvp(named, primals, tangents):
+    o, log_rest, e, per_total, per_others, lead = _softmax_parts(named, *primals)
     a_dot, tau_dot = tangents
     tau = primals[1]
     o = e * per_total  # from the saved values
