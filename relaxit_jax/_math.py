@@ -145,6 +145,7 @@ def k_hot(indices, like):
     return jnp.zeros_like(like).at[indices].set(1)
 
 
+@jax.jit
 def show_nan(x, *arguments, event=()):
     """x, or NaN where an argument is NaN, which a choice between cases must not hide.
 
@@ -233,6 +234,7 @@ def discrete_kl(log_q, log_p):
     return where(jnp.any(excluded, -1), jnp.inf, kl)
 
 
+@jax.jit
 def log_sum_exp(x):
     """log sum exp(x) over the last axis; if all entries are -inf it is -inf, with gradient 0."""
     nothing = jnp.all(x == -jnp.inf, -1)
@@ -293,12 +295,14 @@ def _log_min_gumbel_cdf_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+@jax.jit
 def log_ndtr(x):
     """log Phi(x), with value and slope accurate to the last digits far into the lower tail."""
     far, a, series = _lower_tail(x)
     return where(far, log_normal_pdf(a) - jnp.log(-a / series), jax.scipy.special.log_ndtr(x))
 
 
+@jax.jit
 def log_ndtr_slope(x):
     """phi(x) / Phi(x)."""
     far, a, series = _lower_tail(x)
@@ -380,6 +384,7 @@ def _logit_to_probit_jvp(primals, tangents):
     return v, dx * where(jnp.isinf(x), 0, slope)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def as_log(value, log_space):
     """log z for a simplex value given in either form, and whether z is outside [0, 1]."""
     if log_space:
@@ -393,6 +398,7 @@ def as_log(value, log_space):
     return where(value == 0, -jnp.inf, log_value), outside
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def as_logit(value, log_space):
     """logit(z) for a value given in either form, and whether z is outside [0, 1]."""
     if log_space:
@@ -404,6 +410,7 @@ def as_logit(value, log_space):
     return where(inside, jnp.log(y) - jnp.log1p(-y), vertex), outside
 
 
+@jax.jit
 def binary_concrete_log_prob(y, logits, tau):
     """The binary Concrete log-density at z = sigmoid(y)."""
     vertex, certain = jnp.isinf(y), jnp.isinf(logits)
