@@ -153,6 +153,16 @@ def test_relaxed_top_k_of_one_is_gumbel_softmax():
     )
 
 
+def test_a_few_elements_are_found_without_sorting_on_a_gpu():
+    """XLA's compiler for GPUs sorts whole rows for a top-k, and stores the noise for it."""
+    draw = jax.jit(rj.gumbel_top_k, static_argnums=2)
+    sorts = {}
+    for k in (2, 8, 9):
+        lowered = draw.trace(KEY, jnp.zeros((5, 12)), k).lower(lowering_platforms=("cuda",))
+        sorts[k] = "chlo.top_k" in lowered.as_text()
+    assert sorts == {2: False, 8: False, 9: True}
+
+
 def test_too_few_possible_elements():
     logits = jnp.array([0.0, -jnp.inf, -jnp.inf])
     with pytest.raises(ValueError, match="logits must be above -inf for at least 2"):
