@@ -247,7 +247,7 @@ def softmax_at(p, logits):
 
 @softmax_at.defjvp
 def _softmax_at_jvp(primals, tangents):
-    p = primals[0]
+    p = softmax_at(*primals)
     return p, softmax_tangent(p, tangents[1])
 
 

@@ -112,19 +112,19 @@ def top_few(x, k):
     operands = (jax.lax.stop_gradient(x), *[absent[0]] * (k - 1), places, *[absent[1]] * (k - 1))
     found = jax.lax.reduce(operands, (never,) * k + (nowhere,) * k, union, (x.ndim - 1,))
     indices = jnp.stack(found[k:], -1)
-    return [entries(jnp.stack(found[:k], -1), x, indices), indices]
+    return [with_slope(jnp.stack(found[:k], -1), jnp.take_along_axis(x, indices, -1)), indices]
 
 
 @jax.custom_jvp
-def entries(values, x, indices):
-    """The entries of x with these indices; their values are known already."""
-    return values
+def with_slope(value, x):
+    """The value with the derivatives of x, which is not computed for it. They may have different dtypes."""
+    return value
 
 
-@entries.defjvp
-def entries_jvp(primals, tangents):
-    slope = jnp.take_along_axis(tangents[1], primals[2], -1)
-    return entries(*primals), slope.astype(primals[0].dtype)
+@with_slope.defjvp
+def _with_slope_jvp(primals, tangents):
+    value = with_slope(*primals)
+    return value, pl.placed(tangents[1].astype(value.dtype), value)
 
 
 @functools.partial(jnp.vectorize, signature="(n)->(k),(k)")

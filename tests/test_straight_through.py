@@ -12,6 +12,7 @@ import scipy.special as sp
 import scipy.stats as st
 
 import relaxit_jax as rj
+from relaxit_jax import _random as rng
 
 KEY = jax.random.key(4)
 quick = pytest.mark.usefixtures("fast_compilation")
@@ -111,6 +112,38 @@ def test_backward_is_what_its_definition_says_of_every_draw(sampler, definition,
     assert set(np.argmax(draws, -1).tolist()) == {0, 1, 2, 3}
     for draw, gradient in zip(np.asarray(draws), gradients, strict=True):
         np.testing.assert_allclose(gradient, definition(draw, logits, tau) @ weights, rtol=2e-5, atol=1e-6)
+
+
+def surrogate_of_reinmax(key, draw, l, tau):
+    p1 = (draw + jax.nn.softmax(l / tau)) / 2
+    raised = l + jax.lax.stop_gradient(jnp.log(p1) - l)
+    return 2 * jax.nn.softmax(raised) - jax.nn.softmax(l) / 2
+
+
+def surrogate_of_rao(key, draw, l, tau):
+    log_p, (_, noise_key) = jax.nn.log_softmax(l), jax.random.split(key)
+    keys = jax.random.split(noise_key, 4)
+    gaps = jnp.stack([rng.conditional_gumbel(k, log_p, draw == 1)[1] for k in keys])
+    fixed = jax.lax.stop_gradient(gaps - l)
+    return jnp.mean(jax.nn.softmax((l + fixed) / tau), 0)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("sampler", "surrogate"),
+    [(rj.reinmax, surrogate_of_reinmax), (functools.partial(rj.gumbel_rao, num_samples=4), surrogate_of_rao)],
+    ids=["reinmax", "gumbel_rao"],
+)
+def test_second_derivatives_are_those_of_the_surrogate(sampler, surrogate):
+    """In which the noise, and what raises the class that was drawn, are constants."""
+    logits, weights = jnp.array([0.3, -0.9, 1.1, 0.8]), jnp.array([1.0, -0.4, 0.2, 2.0])
+    for key in jax.random.split(KEY, 5):
+        draw = sampler(key, logits, 0.7)
+        ours, expected = (
+            jax.hessian(lambda l, f=f: weights @ f(l))(logits)
+            for f in (lambda l: sampler(key, l, 0.7), lambda l: surrogate(key, draw, l, 0.7))
+        )
+        np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.whole

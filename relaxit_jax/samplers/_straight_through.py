@@ -372,11 +372,11 @@ def _mean_softmax_jvp(num_samples, primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _mean_slope(num_samples, like, key, index, log_p, _, tau, logits_dot, tau_dot):
+def _mean_slope(num_samples, like, key, index, log_p, logits, tau, logits_dot, tau_dot):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(total, key):
         _, gap = rng.conditional_gumbel(key, log_p, lm.is_class(index, log_p))
-        y = gap / tau
+        y = lm.with_slope(gap, logits) / tau  # the noise is fixed, also for second derivatives
         weights = jnp.exp(y)  # at most 1, the weight of the winner
         # d(x / tau) = dx / tau - (x / tau) dtau / tau, and entries at -inf stay there
         y_dot = (logits_dot - where(y == -jnp.inf, 0, y) * tau_dot) / tau

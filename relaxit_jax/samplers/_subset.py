@@ -62,7 +62,8 @@ def gumbel_top_k(
     shape = arg.batch_shape(shape, logits=logits.shape[:-1])
     if fused.fits(key, logits, shape, k):
         values, indices = fused.top_few(key, logits, k, dtype)
-        return indices, lm.entries(values, logits.astype(dtype), indices)  # as narrow as they are given
+        chosen = jnp.take_along_axis(logits.astype(dtype), indices, -1)  # as narrow as they are given
+        return indices, lm.with_slope(values, chosen)
     values, indices = lm.top_k(rng.perturbed(key, logits, shape), k)
     return indices, values + jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
 
