@@ -327,6 +327,8 @@ class Training(vae.Experiment):
 
 def train_vae(protocol, row, images, seed, rate, saved, fraction=1.0):
     """Epoch by epoch, from the saved state on; a fraction of all steps is one short epoch."""
+    if "tau" in row.options:
+        protocol = protocol._replace(tau=lambda step: row.options["tau"])
     training = Training(protocol, row.method, images, seed, rate)
     epochs, steps = protocol.epochs, training.steps
     if fraction < 1:
