@@ -110,8 +110,8 @@ def jang(kind, latents, rows):
             for name, figure in rows.items()
         },
         differs="Steps, batch and first weights are not published: ours are 100 epochs of batches of 20 with "
-        "one rate of their grid, exact KL, a learned prior, tau = max(exp(-1e-4 t), .5) but for reinmax, which "
-        "has 1. The control variate of rebar is trained by Adam.",
+        "one rate of their grid, exact KL, a learned prior, tau = max(exp(-1e-4 t), .5), 1 for reinmax. The "
+        "control variate of rebar is trained by Adam.",
         latents=latents,
         prior_learned=True,
         batch_size=20,
