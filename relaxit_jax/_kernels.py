@@ -108,7 +108,7 @@ def relaxed(soft, k, out, given, interpret, device, key, logits, tau):
 
 def _apply(soft, k, rows, words, logits, tau, out):
     x = _noisy("gumbel", rows, words, logits, _top(rows, logits), 0)
-    # Mosaic has no custom derivatives; taking one leaves plain operations, and its own are never used
+    # Mosaic has no rule for a function with its own derivative; jax.vjp leaves plain operations
     value, _ = jax.vjp(functools.partial(soft, k), x, rows.read(tau, other=1.0))
     rows.write(out, value)
 
