@@ -53,10 +53,15 @@ def largest_of_pairs(x):
         top = where(second, y, x)
         return top, where(top != top, k, where(second, j, i))
 
-    index = pl.placed(jnp.broadcast_to(jnp.arange(k), x.shape), x)
+    index = _zero_like(x) + jnp.arange(k, dtype=jnp.int32)
     start = jnp.array(-jnp.inf, x.dtype), jnp.array(k, index.dtype)
     _, index = jax.lax.reduce((x, index), start, larger, (x.ndim - 1,))
     return index[..., None]
+
+
+def _zero_like(x):
+    """Integers 0, which depend on x so that they are placed like it, also under vmap; compilers fold them."""
+    return (x != x).astype(jnp.int32) * 0
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -106,11 +111,10 @@ def top_few(x, k):
         values, indices = zip(*merged([*one[:apart], *both, *other[:apart][::-1]])[:k], strict=True)
         return values + indices
 
-    never, nowhere = jnp.array(-jnp.inf, x.dtype), jnp.array(n, jnp.int32)
-    places = pl.placed(jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape), x)
-    absent = [pl.placed(jnp.broadcast_to(value, x.shape), x) for value in (never, nowhere)]
-    operands = (jax.lax.stop_gradient(x), *[absent[0]] * (k - 1), places, *[absent[1]] * (k - 1))
-    found = jax.lax.reduce(operands, (never,) * k + (nowhere,) * k, union, (x.ndim - 1,))
+    never, nowhere, zero = jnp.array(-jnp.inf, x.dtype), jnp.array(n, jnp.int32), _zero_like(x)
+    values = jax.lax.stop_gradient(x), *[never + zero.astype(x.dtype)] * (k - 1)
+    places = zero + jnp.arange(n, dtype=jnp.int32), *[nowhere + zero] * (k - 1)
+    found = jax.lax.reduce(values + places, (never,) * k + (nowhere,) * k, union, (x.ndim - 1,))
     indices = jnp.stack(found[k:], -1)
     return [with_slope(jnp.stack(found[:k], -1), jnp.take_along_axis(x, indices, -1)), indices]
 
