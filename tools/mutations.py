@@ -240,6 +240,14 @@ MUTATIONS = [
         "few_largest",
     ),
     (
+        "second derivatives of reinmax miss a term",
+        GRADIENTS,
+        "    p = softmax_at(*primals)",
+        "    p = primals[0]",
+        "test_straight_through.py",
+        "second_derivatives",
+    ),
+    (
         "the slope of log(1 - o) without the mean",
         f"{SAMPLERS}/_subset.py",
         "keepdims=True) * per_others - mean",
