@@ -53,7 +53,8 @@ def largest_of_pairs(x):
         top = where(second, y, x)
         return top, where(top != top, k, where(second, j, i))
 
-    index = _zero_like(x) + jnp.arange(k)  # of the same dtype as in the form for CPUs
+    index = jnp.arange(k)  # of the same dtype as in the form for CPUs
+    index = index + _zero_like(x).astype(index.dtype)
     start = jnp.array(-jnp.inf, x.dtype), jnp.array(k, index.dtype)
     _, index = jax.lax.reduce((x, index), start, larger, (x.ndim - 1,))
     return index[..., None]
