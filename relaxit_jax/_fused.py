@@ -196,7 +196,7 @@ def _slope_of_bwd(soft, plain, k, given, arguments, cotangent):
 slope_of.defvjp(_slope_of_fwd, _slope_of_bwd)
 
 
-def top_few(key, logits, k, given):
+def noisy_top_k(key, logits, k, given):
     """The k largest of logits + G and their indices, without a derivative."""
 
     def plain(key, logits):

@@ -173,7 +173,7 @@ class _Rows:
         self.count = logits.size // self.classes
         on_gpu = device == "cuda"
         self.width = min(pallas.next_power_of_2(self.classes), PIECE) if on_gpu else self.classes
-        # as many rows as there is space for with so many arrays of them, a power of 2
+        # fewer rows for a kernel that holds several arrays of them; a power of 2
         rows = PIECE // 2 // pallas.next_power_of_2(arrays) // self.width
         self.height = max(1, rows) if on_gpu else 16
         self.pieces = pallas.cdiv(self.classes, self.width)

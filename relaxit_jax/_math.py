@@ -61,7 +61,7 @@ def largest_of_pairs(x):
 
 
 def _zero_like(x):
-    """Integers 0, which depend on x so that they are placed like it, also under vmap; compilers fold them."""
+    """Integer zeros that depend on x, so that they are sharded like x under vmap too. Compilers fold them."""
     return (x != x).astype(jnp.int32) * 0
 
 
@@ -79,7 +79,7 @@ def top_k(x, k):
     return tuple(jax.lax.platform_dependent(x, cpu=exact, default=functools.partial(plain, k=k)))
 
 
-FEW = 8  # numbers, or draws, that become one expression
+FEW = 8  # up to so many numbers, or draws, become one expression
 
 
 def top_few(x, k):
@@ -122,7 +122,7 @@ def top_few(x, k):
 
 @jax.custom_jvp
 def with_slope(value, x):
-    """The value with the derivatives of x, which is not computed for it. They may have different dtypes."""
+    """Return a value with the derivatives of x, which may have another dtype. Compilers drop x itself."""
     return value
 
 

@@ -72,7 +72,7 @@ LAYOUTS = {  # batches and rows that do not fill a block, a temperature for each
 }
 
 
-@pytest.mark.few(6, "tpu-small-float32-gumbel_rao")
+@pytest.mark.few(6, "tpu-small-float32-gumbel_rao", "cuda-small-float32-relaxed_top_k]")
 @samplers
 @pytest.mark.parametrize(
     ("layout", "dtype"),

@@ -89,6 +89,31 @@ def test_the_form_for_accelerators_is_the_same(case, for_accelerators):
     chex.assert_trees_all_close(one, other, rtol=3e-5, atol=3e-6)
 
 
+# their gradients have terms that are constants by definition: test_straight_through.py has the surrogates
+OF_SURROGATES = {"reinmax", "gumbel_rao", "reinmax_rao"}
+
+
+@pytest.mark.few(3, "[relaxed_top_k]")
+@quick
+@rows(cases(lambda case: is_differentiable(case) and case.name not in OF_SURROGATES))
+def test_second_derivatives_are_the_differences_of_first_ones(case, for_accelerators):
+    """In a random direction of all parameters, also in the form for accelerators and under a checkpoint."""
+    with jax.enable_x64(True):
+        params = {n: jnp.asarray(x, float) for n, x in case.floats.items()}
+        way = {n: np.random.default_rng(0).normal(size=np.shape(x)) for n, x in params.items()}
+
+        def loss(params):
+            draw = case.draw(KEY, **params)
+            return jnp.sum(jnp.cos(1.0 + jnp.arange(draw.size)).reshape(draw.shape) * draw)
+
+        gradient = jax.grad(jax.checkpoint(loss))
+        along = lambda params: jax.jvp(gradient, (params,), (way,))[1]
+        at = lambda h: jax.jit(gradient)({n: x + h * way[n] for n, x in params.items()})
+        expected = jax.tree.map(lambda x, y: (x - y) / 2e-6, at(1e-6), at(-1e-6))
+        for result in (jax.jit(along)(params), for_accelerators(along)(params)):
+            chex.assert_trees_all_close(result, expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.few(2)
 @as_users
 @rows(CASES)

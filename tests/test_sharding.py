@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import relaxit_jax as rj
 from cases import BY_NAME, CASES, DISTRIBUTIONS, is_discrete
+from relaxit_jax import _math as lm
 from relaxit_jax import structured as st
 
 pytestmark = [pytest.mark.usefixtures("fast_compilation"), pytest.mark.whole]
@@ -409,6 +410,25 @@ def value_and_gradient(f):
         return value, jax.grad(lambda a: jnp.sum(jnp.sin(1 + f(key, a))))(a)
 
     return both
+
+
+def of_reductions():
+    """How the reductions for accelerators shard their results, of a sharded batch of rows and under vmap."""
+    explicit = jax.make_mesh((8,), ("d",))
+    forms = {"pairs": lm.largest_of_pairs, "few": lambda x: lm.top_few(x, 3)[0]}
+    with jax.set_mesh(explicit):
+        x = jax.device_put(jnp.ones((8, 6)), NamedSharding(explicit, PartitionSpec("d")))
+        return {
+            f"{name} {way}": str(jax.typeof(jax.jit(f)(x)).sharding.spec)
+            for name, form in forms.items()
+            for way, f in {"of rows": form, "under vmap": jax.vmap(form)}.items()
+        }
+
+
+def test_reductions_for_accelerators_keep_the_sharding_of_a_batch():
+    found = in_eight("print(json.dumps(t.of_reductions()))")
+    assert len(found) == 4
+    assert all(spec.startswith("P('d',") for spec in found.values()), found
 
 
 TRACED = ("log_prob", "class")  # of these rows JAX's checks of the types are enough

@@ -120,19 +120,27 @@ def surrogate_of_reinmax(key, draw, l, tau):
     return 2 * jax.nn.softmax(raised) - jax.nn.softmax(l) / 2
 
 
-def surrogate_of_rao(key, draw, l, tau):
-    log_p, (_, noise_key) = jax.nn.log_softmax(l), jax.random.split(key)
+def surrogate_of_rao(key, draw, l, tau, shift=0.0):
+    log_p, (_, noise_key) = jax.nn.log_softmax(l) + shift, jax.random.split(key)
     keys = jax.random.split(noise_key, 4)
     gaps = jnp.stack([rng.conditional_gumbel(k, log_p, draw == 1)[1] for k in keys])
     fixed = jax.lax.stop_gradient(gaps - l)
     return jnp.mean(jax.nn.softmax((l + fixed) / tau), 0)
 
 
+def surrogate_of_reinmax_rao(key, draw, l, tau):
+    return 2 * surrogate_of_rao(key, draw, l, tau, -jnp.log(2.0)) - jax.nn.softmax(l) / 2
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("sampler", "surrogate"),
-    [(rj.reinmax, surrogate_of_reinmax), (functools.partial(rj.gumbel_rao, num_samples=4), surrogate_of_rao)],
-    ids=["reinmax", "gumbel_rao"],
+    [
+        (rj.reinmax, surrogate_of_reinmax),
+        (functools.partial(rj.gumbel_rao, num_samples=4), surrogate_of_rao),
+        (functools.partial(rj.reinmax_rao, num_samples=4), surrogate_of_reinmax_rao),
+    ],
+    ids=["reinmax", "gumbel_rao", "reinmax_rao"],
 )
 def test_second_derivatives_are_those_of_the_surrogate(sampler, surrogate):
     """In which the noise, and what raises the class that was drawn, are constants."""

@@ -61,7 +61,7 @@ def gumbel_top_k(
     k, logits, dtype = arg.subset_args(logits, k)
     shape = arg.batch_shape(shape, logits=logits.shape[:-1])
     if fused.fits(key, logits, shape, k):
-        values, indices = fused.top_few(key, logits, k, dtype)
+        values, indices = fused.noisy_top_k(key, logits, k, dtype)
         chosen = jnp.take_along_axis(logits.astype(dtype), indices, -1)  # as narrow as they are given
         return indices, lm.with_slope(values, chosen)
     values, indices = lm.top_k(rng.perturbed(key, logits, shape), k)
@@ -465,7 +465,7 @@ def relaxed_top_k(
         how = _draws_in_kernel, _relaxed, k, dtype, key, logits, tau
         if not hard:
             return fused.relaxed(*how)
-        values, indices = fused.top_few(key, logits, k, dtype)
+        values, indices = fused.noisy_top_k(key, logits, k, dtype)
         z = where(values[..., -1:] > -jnp.inf, fused.slope_of(*how), jnp.nan)
     else:
         perturbed = pl.placed(rng.perturbed(key, logits, shape), tau)
@@ -517,10 +517,10 @@ def _draws_kept(k, a, tau):
 
 
 def _draws_repeated(k, a, tau):
-    """Keep nothing: then a GPU computes all draws in one kernel, and two for each draw in the backward pass.
+    """Store nothing: a GPU then makes all draws in one kernel, and has two per draw in the backward pass.
 
-    A part that is kept for later would split these kernels, and so would a part that the compiler finds in
-    both passes; the checkpoints prevent both.
+    A result that is stored for the backward pass would split this kernel, and so would one that the compiler
+    shares between the passes. The checkpoints prevent both.
     """
     draw = jax.checkpoint(functools.partial(_draw, False, tau))
 
@@ -547,7 +547,7 @@ def _softmax_and_rest(named, a, tau):
 
 
 def _softmax_parts(named, a, tau):
-    """The two results, then the values that their derivatives need, named for checkpoints if asked to.
+    """The two results, then the values that their derivatives need; if named, a checkpoint can keep them.
 
     1 - o can round to 0 only for the largest entry, where it is the share of the others. All exponentials use
     one shift, so that the others are not lost (they are at most 80 below it), and a largest entry that would
